@@ -1,0 +1,14 @@
+"""Hypothesis profiles, and one plain-Python pass of the kernels: `make test-nojit` runs the tests marked nojit."""
+
+import os
+
+os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("dev", deadline=None, max_examples=20)
+# first calls compile, so no deadline; the same examples on every run
+settings.register_profile(
+    "ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))

@@ -1,0 +1,140 @@
+"""Matrix products inside parallel regions: every thread calls SciPy's single-threaded sgemm.
+
+One thread pool does all the work. BLAS threads that alternate with Numba's halve both, because the idle workers
+of one spin while the other computes; so SciPy's OpenBLAS (a library apart from NumPy's) is pinned to one thread,
+and the threads of a Numba region call it side by side, each on its own rows.
+
+The address of sgemm differs from process to process, and compiled kernels are cached: it is therefore an
+argument, `blas`, and never a constant of the compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import get_cython_function_address, intrinsic
+
+from flashlm_numba.kernels._jit import helper
+
+
+@functools.cache
+def sgemm_address() -> int:
+    """Address of SciPy's sgemm, for the `blas` argument of kernels; pins that BLAS to one thread on first use."""
+    import scipy.linalg.cython_blas  # noqa: F401 (loads the library)
+    from threadpoolctl import ThreadpoolController
+
+    numpy_libraries = str(Path(np.__file__).resolve().parent.parent / "numpy.libs")
+    blas = [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
+    scipys = [lib for lib in blas if not str(Path(lib.filepath).resolve()).startswith(numpy_libraries)]
+    for library in scipys or blas:  # where NumPy and SciPy share one BLAS, that one
+        library.set_num_threads(1)
+    return 0 if numba.config.DISABLE_JIT else get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+
+
+@intrinsic
+def _call_sgemm(typingctx, address, trans_a, trans_b, m, n, k, a, lda, b, ldb, beta, c, ldc):
+    """Fortran's sgemm with alpha = 1: c = op(a) @ op(b) + beta * c, column-major, addresses as integers."""
+    whole = types.intp
+    signature = types.void(
+        whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, types.float32, whole, whole
+    )
+    byte_pointer = ir.IntType(8).as_pointer()
+
+    def codegen(context, builder, sig, args):
+        def slot(value):  # Fortran takes everything by reference
+            return builder.bitcast(cgutils.alloca_once_value(builder, value), byte_pointer)
+
+        def int32(value):
+            return slot(builder.trunc(value, ir.IntType(32)))
+
+        def letter(value):
+            return slot(builder.trunc(value, ir.IntType(8)))
+
+        def pointer(value):
+            return builder.inttoptr(value, byte_pointer)
+
+        (address, trans_a, trans_b, m, n, k, a, lda, b, ldb, beta, c, ldc) = args
+        function_type = ir.FunctionType(ir.VoidType(), [byte_pointer] * 13)
+        sgemm = builder.inttoptr(address, function_type.as_pointer())
+        one = ir.Constant(ir.FloatType(), 1.0)
+        builder.call(
+            sgemm,
+            [letter(trans_a), letter(trans_b), int32(m), int32(n), int32(k), slot(one), pointer(a), int32(lda)]
+            + [pointer(b), int32(ldb), slot(beta), pointer(c), int32(ldc)],
+        )
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+if numba.config.DISABLE_JIT:  # an intrinsic has no Python form: the plain twins
+
+    def _plain(out, product, beta):
+        out[...] = product if beta == 0 else out * np.float32(beta) + product
+
+    def gemm_nn(blas, out, a, b, beta):
+        _plain(out, a @ b, beta)
+
+    def gemm_nt(blas, out, a, b, beta):
+        _plain(out, a @ b.T, beta)
+
+    def gemm_tn(blas, out, a, b, beta):
+        _plain(out, a.T @ b, beta)
+
+else:
+    _N, _T = ord("N"), ord("T")
+
+    @helper
+    def _scale(out, beta):
+        for i in range(out.shape[0]):
+            for j in range(out.shape[1]):
+                out[i, j] = out[i, j] * beta if beta != 0 else np.float32(0)
+
+    @helper
+    def gemm_nn(blas, out, a, b, beta):
+        """out (M, N) = a (M, K) @ b (K, N) + beta * out. Float32, the last axis of each contiguous (unchecked)."""
+        m, n, k = out.shape[0], out.shape[1], a.shape[1]
+        if m == 0 or n == 0:
+            return
+        if k == 0:
+            _scale(out, np.float32(beta))
+            return
+        # row-major out = a b is column-major out' = b' a'
+        _call_sgemm(
+            blas, _N, _N, n, m, k, b.ctypes.data, max(b.strides[0] // 4, n), a.ctypes.data,
+            max(a.strides[0] // 4, k), np.float32(beta), out.ctypes.data, max(out.strides[0] // 4, n),
+        )  # fmt: skip
+
+    @helper
+    def gemm_nt(blas, out, a, b, beta):
+        """out (M, N) = a (M, K) @ b (N, K).T + beta * out."""
+        m, n, k = out.shape[0], out.shape[1], a.shape[1]
+        if m == 0 or n == 0:
+            return
+        if k == 0:
+            _scale(out, np.float32(beta))
+            return
+        _call_sgemm(
+            blas, _T, _N, n, m, k, b.ctypes.data, max(b.strides[0] // 4, k), a.ctypes.data,
+            max(a.strides[0] // 4, k), np.float32(beta), out.ctypes.data, max(out.strides[0] // 4, n),
+        )  # fmt: skip
+
+    @helper
+    def gemm_tn(blas, out, a, b, beta):
+        """out (M, N) = a (K, M).T @ b (K, N) + beta * out."""
+        m, n, k = out.shape[0], out.shape[1], a.shape[0]
+        if m == 0 or n == 0:
+            return
+        if k == 0:
+            _scale(out, np.float32(beta))
+            return
+        _call_sgemm(
+            blas, _N, _T, n, m, k, b.ctypes.data, max(b.strides[0] // 4, n), a.ctypes.data,
+            max(a.strides[0] // 4, m), np.float32(beta), out.ctypes.data, max(out.strides[0] // 4, n),
+        )  # fmt: skip

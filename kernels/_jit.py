@@ -1,0 +1,89 @@
+"""The decorators of every kernel: which compiler flags, why, and where compiled code is cached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from platformdirs import user_cache_dir
+
+# fastmath=True would also assume that no NaN and no infinity occurs, and then delete the checks for them
+# (np.isnan returns False). These let LLVM vectorise reductions and fuse multiply-adds, and nothing else.
+FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+# Without "reassoc", which folds the two-constant range reduction of exp, or a compensated sum, into one step.
+EXACT = FASTMATH - {"reassoc"}
+
+
+def source_hash(folder: Path | None = None) -> str:
+    """Hash of the kernels' sources: 16 hexadecimal digits over the name and text of every .py file in folder."""
+    digest = hashlib.sha256()
+    for path in sorted((folder or Path(__file__).resolve().parent).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _writable(folder: Path) -> bool:
+    """Whether folder can be made and written, and is ours: Numba's cache is pickle, so nobody else may write it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if hasattr(os, "getuid"):
+            status = folder.stat()
+            return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        return True
+    except OSError:
+        return False
+
+
+def cache_folder() -> Path:
+    """Folder of the compiled kernels, keyed by their sources.
+
+    Numba notices a change of the cached function's own file only, not of a helper in another file or of a flag
+    here; a folder per source hash makes a stale kernel impossible. NUMBA_CACHE_DIR is respected as the parent.
+    Where the user's cache folder cannot be written, a folder for this process only is used.
+    """
+    root = os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir("flashlm-numba", appauthor=False)
+    folder = Path(root) / f"kernels-{source_hash()}"
+    if _writable(folder):
+        return folder
+    return Path(tempfile.mkdtemp(prefix="flashlm-numba-kernels-"))
+
+
+CACHE_FOLDER = cache_folder()
+
+
+def cache_is_cold() -> bool:
+    """Whether no kernel has been compiled into the cache yet (the first call then takes a while)."""
+    return not numba.config.DISABLE_JIT and not any(CACHE_FOLDER.rglob("*.nbc"))
+
+
+def _njit(**flags: Any) -> Callable[[Callable], Any]:
+    def decorate(function: Callable) -> Any:
+        # Numba reads CACHE_DIR when a function is decorated; restoring it leaves other packages' caches alone.
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(CACHE_FOLDER)
+        try:
+            # error_model="numpy": the default model's zero-division check keeps 1 / (1 + exp) from vectorising
+            return numba.njit(error_model="numpy", nogil=True, **flags)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
+
+
+# A region over threads: outputs, scratch, saved values, inputs, scalars. Never raise or assert inside a prange
+# (Numba then runs the loop serially), never enter one for work of a few microseconds or in a forked child.
+kernel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
+# A serial entry point, called from Python.
+serial_kernel = _njit(cache=True, fastmath=FASTMATH)
+# A row or tile helper, called from kernels only: compiled into its callers.
+helper = _njit(fastmath=FASTMATH)
+# A helper whose floating-point operations must keep their order.
+exact_helper = _njit(fastmath=EXACT)
