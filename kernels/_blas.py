@@ -23,9 +23,8 @@ from numba.extending import get_cython_function_address, intrinsic
 from flashlm_numba.kernels._jit import helper
 
 
-@functools.cache
-def sgemm_address() -> int:
-    """Address of SciPy's sgemm, for the `blas` argument of kernels; pins that BLAS to one thread on first use."""
+def pin_to_one_thread() -> None:
+    """Give SciPy's BLAS one thread for good; NumPy's keeps its own number where it is a library apart."""
     import scipy.linalg.cython_blas  # noqa: F401 (loads the library)
     from threadpoolctl import ThreadpoolController
 
@@ -34,6 +33,12 @@ def sgemm_address() -> int:
     scipys = [lib for lib in blas if not str(Path(lib.filepath).resolve()).startswith(numpy_libraries)]
     for library in scipys or blas:  # where NumPy and SciPy share one BLAS, that one
         library.set_num_threads(1)
+
+
+@functools.cache
+def sgemm_address() -> int:
+    """Address of SciPy's sgemm, for the `blas` argument of kernels; pins that BLAS to one thread on first use."""
+    pin_to_one_thread()
     return 0 if numba.config.DISABLE_JIT else get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
 
 

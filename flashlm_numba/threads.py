@@ -1,0 +1,29 @@
+"""One thread count for everything that computes."""
+
+from __future__ import annotations
+
+import os
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Use this many threads (default: every core this process may use) in Numba and in NumPy's BLAS; returns the number.
+
+    SciPy's BLAS is pinned to one thread: Numba's threads call it side by side (kernels/_blas.py).
+    Raises ValueError if threads is below 1 or above what Numba was started with.
+    """
+    import numba
+    from threadpoolctl import ThreadpoolController
+
+    from flashlm_numba.kernels import _blas
+
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(cores, numba.config.NUMBA_NUM_THREADS)
+    if not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
+        raise ValueError(
+            f"threads must be between 1 and {numba.config.NUMBA_NUM_THREADS} on this machine, got {threads}"
+        )
+    numba.set_num_threads(threads)
+    ThreadpoolController().select(user_api="blas").limit(limits=threads)
+    _blas.pin_to_one_thread()
+    return threads

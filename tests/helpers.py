@@ -1,0 +1,39 @@
+"""What several test files need: the tolerance rule and the finite-difference check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "result") -> None:
+    """Assert that got errs from the float64 truth at most slack times as far as plain float32 NumPy does.
+
+    Errors are largest absolute differences. One float32 rounding of the largest value is always allowed, since the
+    plain float32 result can be exact by luck. Source of the rule: Wijmans et al. 2024, arXiv:2411.09009, their tests.
+    """
+    got, ref32, ref64 = np.asarray(got), np.asarray(ref32), np.asarray(ref64)
+    assert got.shape == ref64.shape, f"{name}: shape {got.shape}, expected {ref64.shape}"
+    if ref64.size == 0:
+        return
+    assert np.isfinite(got).all() == np.isfinite(ref64).all(), f"{name}: not finite"
+    scale = float(np.abs(ref64).max())
+    yardstick = float(np.abs(ref32.astype(np.float64) - ref64).max())
+    allowed = slack * (yardstick + np.finfo(np.float32).eps * scale) + 1e-30
+    error = float(np.abs(got.astype(np.float64) - ref64).max())
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (values up to {scale:.3g})"
+
+
+def numeric_gradient(function: Callable[[], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """Central differences of function() with respect to every element of x (float64, changed in place)."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        before = x[i]
+        x[i] = before + step
+        high = function()
+        x[i] = before - step
+        low = function()
+        x[i] = before
+        gradient[i] = (high - low) / (2 * step)
+    return gradient
