@@ -1,0 +1,1 @@
+"""Programs for people who measure; run from the checkout, not installed."""

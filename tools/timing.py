@@ -1,0 +1,162 @@
+"""What every benchmark here shares: the machine's description, alternating timings, its GEMM rate, JSON.
+
+Seconds are wall clock (time.perf_counter). Quote medians with the 20 % and 80 % quantiles, on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info, threadpool_limits
+
+PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Logical cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def environment(threads: int | None = None) -> dict[str, Any]:
+    """The machine and the libraries as one JSON-able dict; `threads` is what the benchmark was told to use.
+
+    `blas` lists every BLAS loaded so far, with the kind of core that it chose its code for.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    blas = [
+        {
+            "library": pool["internal_api"],
+            "version": pool.get("version"),
+            "core": pool.get("architecture"),
+            "threads": pool["num_threads"],
+        }
+        for pool in threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "threads": threads,
+        "platform": platform.platform(),
+        "load_1min": load,
+        "blas": blas,
+        "versions": versions,
+    }
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Median, 20 % and 80 % quantiles, best and count of a list of measurements (seconds, or any unit)."""
+    p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8])
+    return {
+        "median": float(median),
+        "p20": float(p20),
+        "p80": float(p80),
+        "min": float(min(values)),
+        "repeats": len(values),
+    }
+
+
+def rate(seconds: Mapping[str, Any], amount: float) -> dict[str, float]:
+    """Amount per second from a summary of seconds; p20 becomes the slow end."""
+    return {
+        "median": amount / seconds["median"],
+        "p20": amount / seconds["p80"],
+        "p80": amount / seconds["p20"],
+    }
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1, pause: float = 0.02
+) -> dict[str, dict[str, Any]]:
+    """Time the candidates in turn, round after round, so that a drift of the machine meets all alike.
+
+    Returns name -> summary of seconds per call. `pause` (seconds) before every call lets the idle threads of the
+    candidate before, which spin for a moment, fall asleep. Raises ValueError for fewer than one repeat.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"measure: repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}"
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, run in candidates.items():
+            time.sleep(pause)
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def gemm_rate(
+    threads: int, *, rows: int = 4096, dim: int = 256, vocab_size: int = 50_257, repeats: int = 5
+) -> dict[str, Any]:
+    """What NumPy's BLAS reaches in float32 on this machine: GFLOP/s by shape, and the best of them.
+
+    Shapes: 2048 cubed and the three products of a dense head for N = rows, C = dim, V = vocab_size (logits, dh,
+    dE), whose (N, V) operand takes 4*N*V bytes. Keys: "best", and for each shape the summary of GFLOP/s.
+    """
+    rng = np.random.default_rng(0)
+
+    def matrix(m: int, n: int) -> np.ndarray:
+        return rng.standard_normal((m, n), dtype=np.float32)
+
+    square, h, weight = matrix(2048, 2048), matrix(rows, dim), matrix(vocab_size, dim)
+    logits = np.empty((rows, vocab_size), np.float32)
+    np.matmul(h, weight.T, out=logits)
+    square_out, dh, dweight = np.empty_like(square), np.empty_like(h), np.empty_like(weight)
+    head_flop = 2.0 * rows * dim * vocab_size
+    products: dict[str, tuple[float, Callable[[], Any]]] = {
+        "2048 cubed": (2.0 * 2048**3, lambda: np.matmul(square, square, out=square_out)),
+        "logits": (head_flop, lambda: np.matmul(h, weight.T, out=logits)),
+        "dh": (head_flop, lambda: np.matmul(logits, weight, out=dh)),
+        "dE": (head_flop, lambda: np.matmul(logits.T, h, out=dweight)),
+    }
+    with threadpool_limits(threads, user_api="blas"):
+        seconds = measure({name: run for name, (_, run) in products.items()}, repeats)
+    rates = {name: rate(seconds[name], flop * 1e-9) for name, (flop, _) in products.items()}
+    return {"best": max(r["median"] for r in rates.values()), "threads": threads, **rates}
+
+
+def peak_rss_mb() -> float | None:
+    """Largest resident memory of this process so far, in MB (1e6 bytes); None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1e-6 if sys.platform == "darwin" else 1024e-6)
+
+
+def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Write one object, indented; a number that is not finite raises ValueError, since JSON has none."""
+    Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
