@@ -1,8 +1,34 @@
-"""Settings as frozen dataclasses, one comment per field."""
+"""Settings as frozen dataclasses, one comment per field; the recipes; `--set key=value`; config.json.
+
+>>> run = RunConfig.recipe_named("default")
+>>> run.with_settings(["adamw_lr=1e-3"]).optimizer.adamw_lr
+0.001
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flashlm_numba.errors import UserError
+
+
+def _in(default: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Any:
+    """A number's default with its range [low, high], or (low, high] if open_low."""
+    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+
+
+def _one_of(default: str, *choices: str) -> Any:
+    """A word's default with the words allowed."""
+    return field(default=default, metadata={"choices": choices})
 
 
 @dataclass(frozen=True)
@@ -30,3 +56,364 @@ class ModelConfig:
     def receptive_field(self) -> int:
         """Tokens that a hidden state can see, its own included (415 for v3)."""
         return 1 + self.recursions * (self.taps - 1) * sum(self.dilations)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The output layer and what the training loss is."""
+
+    name: str = _one_of("tree", "dense", "tree")  # the command line's --head
+    tree: str = "default"  # shape of the tree, --tree; ignored by the dense head
+    positions: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
+    label_smoothing: float = _in(0.0, 0, 0.999)  # spread over all tokens (a tree: a node's children)
+    z_loss: float = _in(0.0, 0)  # weight of log(Z)**2, which keeps the logits from drifting
+    soft_cap: float | None = _in(None, 0, open_low=True)  # logits become cap * tanh(logit / cap); none: off
+    log_prior: bool = False  # add the tokens' fixed log frequency to the logits
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Update rules and the schedule of their learning rates."""
+
+    normuon: str = _one_of("published", "published", "v3")  # variant of NorMuon, for the ternary matrices
+    normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
+    adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
+    adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
+    adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
+    weight_decay: float = _in(0.0, 0, 1)  # of AdamW's matrices, times the learning rate
+    clip: float = _in(1.0, 0, open_low=True)  # largest global norm of the gradient
+    warmup_steps: int = _in(100, 0)  # steps of linear rise from 0 to the peak
+    decay_share: float = _in(0.4, 0, 1)  # last share of the steps, in which the rate falls linearly to 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Shape of a step's batches up to a step; written LAST:ROWSxLENGTHxMICRO_BATCHES[:frozen]."""
+
+    last_step: int | None = _in(None, 1)  # last step of the phase; none: the end of the run
+    rows: int = _in(16, 1)  # sequences in a micro-batch
+    length: int = _in(128, 1)  # tokens in a sequence
+    micro_batches: int = _in(1, 1)  # micro-batches a step
+    frozen: bool = False  # hold the embedding fixed, where its rows come from --embeddings
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.rows * self.length * self.micro_batches
+
+    @classmethod
+    def parse(cls, text: str) -> Phase:
+        """Read "1000:4x64x4:frozen"; the last step, the micro-batches and ":frozen" may be left out.
+
+        >>> Phase.parse("1000:4x64x4:frozen").tokens, Phase.parse("16x128").last_step
+        (1024, None)
+        """
+        parts = text.strip().split(":")
+        frozen = parts[-1] == "frozen"
+        parts = parts[: len(parts) - frozen]
+        try:
+            last = int(parts[-2]) if len(parts) > 1 else None
+            sizes = [int(size) for size in parts[-1].split("x")]
+            if len(parts) not in (1, 2) or len(sizes) not in (2, 3):
+                raise ValueError
+        except (ValueError, IndexError):
+            raise UserError(
+                f"A phase is written LAST_STEP:ROWSxLENGTHxMICRO_BATCHES, like 1000:4x64x4, got '{text}'."
+            ) from None
+        return cls(last, sizes[0], sizes[1], sizes[2] if len(sizes) == 3 else 1, frozen)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batches, the embedding's start, and how often things are written."""
+
+    phases: tuple[Phase, ...] = (Phase(),)  # in order; the last one's end, if set, fixes the layout
+    embeddings: str = "corpus"  # start of E: corpus, random, a GPT-2 .safetensors file, hf:NAME
+    ema: float = _in(0.0, 0, 0.99999)  # decay of a running average of the weights; 0: none is kept
+    log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
+    validate_every: int = _in(500, 0)  # steps between validations; 0: after the last step only
+    validation_tokens: int = _in(32_768, 1)  # tokens of the fixed validation subset
+    checkpoint_every: int = _in(500, 0)  # steps between checkpoints; 0: after the last step only
+    sample_tokens: int = _in(60, 0)  # length of the text added to samples.txt at each validation
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("training.phases must hold at least one phase")
+        ends = [phase.last_step for phase in self.phases]
+        inner = [end for end in ends if end is not None]
+        if None in ends[:-1] or inner != sorted(set(inner)):
+            raise ValueError(f"training.phases need rising last steps, only the last one open, got {ends}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far the run goes, in steps, however it was asked for."""
+
+    steps: int = _in(0, 0)  # the run ends after this step
+    layout_steps: int = _in(0, 0)  # steps that phases and decay are laid out for; `steps` may stop earlier
+    minutes: float | None = _in(None, 0, open_low=True)  # what --minutes asked for
+    step_seconds: tuple[float, ...] = ()  # seconds a step of each phase that --minutes measured
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run; RUN/config.json."""
+
+    recipe: str = "default"  # the recipe that the settings started from
+    seed: int = _in(42, 0, 2**63 - 1)  # of the weights, the batches and the positions
+    threads: int = _in(1, 1)  # threads used; the same number gives the same bits
+    data: str = ""  # folder of the prepared tokens
+    data_hash: str = ""  # sha256 over the shards, so that a resumed run reads the same tokens
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    plan: Plan = Plan()
+
+    @classmethod
+    def recipe_named(cls, name: str) -> RunConfig:
+        """The settings of a recipe of RECIPES."""
+        if name not in RECIPES:
+            raise UserError(f"There is no recipe '{name}'; the recipes are {', '.join(RECIPES)}.")
+        return RECIPES[name]
+
+    def with_settings(self, settings: Iterable[str]) -> RunConfig:
+        """Apply `key=value` texts; a key is a field's name, with or without its section."""
+        changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        for text in settings:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise UserError(f"--set takes key=value, for example --set clip=0.5, got '{text}'.")
+            section, name = _find(key.strip())
+            kind = type(getattr(self, section))
+            where = f"{section}.{name}"
+            parsed = _parse(where, value.strip(), _hints(kind)[name])
+            _check(where, parsed, _field(kind, name))
+            changes[section][name] = parsed
+        try:  # a section at once, for values that only fit together
+            return replace(self, **{part: replace(getattr(self, part), **changes[part]) for part in SECTIONS})
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path | str = "config.json") -> RunConfig:
+        """Read config.json back; every key, type and range is checked."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON ({error}); restore it, or start a new run.") from None
+        try:
+            return _build(cls, values, "")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase of a step; steps count from 1."""
+        for phase in self.training.phases:
+            if phase.last_step is None or step <= phase.last_step:
+                return phase
+        raise ValueError(f"step {step} lies after the last phase")
+
+    @property
+    def fixed_layout(self) -> int | None:
+        """Steps that the phases are laid out for, or None if they are as long as the run."""
+        return self.training.phases[-1].last_step
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens seen after a step."""
+        tokens, start = 0, 0
+        for phase in self.training.phases:
+            end = step if phase.last_step is None else min(step, phase.last_step)
+            tokens += max(0, end - start) * phase.tokens
+            start = max(start, end)
+        return tokens
+
+    @property
+    def embeddings_given(self) -> bool:
+        """Whether the rows of E come from a checkpoint, not from the corpus or at random."""
+        return self.training.embeddings not in ("corpus", "random")
+
+
+# The recipes; everything not named here is a field's default.
+RECIPES: dict[str, RunConfig] = {
+    # the best known now
+    "default": RunConfig(recipe="default"),
+    # FlashLM v3 as published; without --embeddings the start of E is ours and is not frozen
+    "v3": RunConfig(
+        recipe="v3",
+        head=HeadConfig(name="dense", positions=0.25, label_smoothing=0.1, z_loss=1e-4),
+        optimizer=OptimizerConfig(
+            normuon="v3",
+            normuon_lr=0.02,
+            adamw_lr=3e-4,
+            weight_decay=0.1,
+            warmup_steps=200,
+            decay_share=0.1,
+        ),
+        training=TrainingConfig(
+            phases=(
+                Phase(1_000, 4, 64, 4, frozen=True),
+                Phase(4_000, 4, 128, 4),
+                Phase(7_000, 4, 256, 8),
+                Phase(10_000, 4, 512, 8),
+            ),
+            ema=0.999,
+        ),
+    ),
+}
+
+SECTIONS = ("model", "head", "optimizer", "training")
+
+
+def plan_for(run: RunConfig, *, steps: int | None = None, tokens: int | None = None) -> RunConfig:
+    """Give run a plan of `steps`, or of as many steps as `tokens` need.
+
+    Raises UserError if the phases end before that.
+    """
+    fixed = run.fixed_layout
+    if tokens is not None:
+        steps = _steps_for_tokens(run, tokens)
+    if steps is None:
+        raise ValueError("plan_for: give steps or tokens")
+    if steps < 1:
+        raise UserError(f"A run needs at least one step, got {steps}.")
+    if fixed is not None and steps > fixed:
+        raise UserError(
+            f"The phases of recipe '{run.recipe}' end at step {fixed:,}, but {steps:,} steps were asked for; "
+            "ask for fewer, or set longer phases with --set phases=..."
+        )
+    return replace(run, plan=Plan(steps=steps, layout_steps=fixed or steps))
+
+
+def _steps_for_tokens(run: RunConfig, tokens: int) -> int:
+    """Fewest steps that see at least this many tokens."""
+    steps, left = 0, tokens
+    for phase in run.training.phases:
+        need = math.ceil(left / phase.tokens)
+        if phase.last_step is None or steps + need <= phase.last_step:
+            return steps + need
+        left -= (phase.last_step - steps) * phase.tokens
+        steps = phase.last_step
+    raise UserError(
+        f"The phases of recipe '{run.recipe}' see {run.tokens_until(steps):,} tokens, but {tokens:,} were "
+        "asked for; ask for fewer, or set longer phases with --set phases=..."
+    )
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _field(cls: type, name: str) -> dataclasses.Field:
+    return next(item for item in dataclasses.fields(cls) if item.name == name)
+
+
+def _find(key: str) -> tuple[str, str]:
+    """Section and field of a `--set` key."""
+    names = {}  # both spellings of every key
+    for section in SECTIONS:
+        for item in dataclasses.fields(_hints(RunConfig)[section]):
+            names[f"{section}.{item.name}"] = (section, item.name)
+            names[item.name] = (section, item.name)
+    if key in names:
+        return names[key]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = (
+        f"did you mean '{near[0]}'?"
+        if near
+        else f"the settings are {', '.join(k for k in names if '.' not in k)}."
+    )
+    raise UserError(f"There is no setting '{key}'; {hint}")
+
+
+def _parse(where: str, text: str, hint: Any) -> Any:
+    """The value of a `--set` text for a field of this type."""
+    if isinstance(hint, types.UnionType):
+        inner = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        return None if text.lower() in ("none", "null") else _parse(where, text, inner)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        parts = [part for part in text.strip("()[]").split(",") if part.strip()]
+        if item is Phase:
+            return tuple(_build(Phase, dataclasses.asdict(Phase.parse(part)), where) for part in parts)
+        return tuple(_parse(where, part.strip(), item) for part in parts)
+    if hint is bool:
+        words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+            ("false", "no", "off", "0"), False
+        )
+        if text.lower() not in words:
+            raise UserError(f"{where} must be true or false, got '{text}'.")
+        return words[text.lower()]
+    try:
+        return hint(text.replace("_", "")) if hint is not str else text
+    except ValueError:
+        raise UserError(f"{where} must be {_KINDS[hint]}, got '{text}'.") from None
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _check(where: str, value: Any, item: dataclasses.Field) -> None:
+    """Raise UserError unless value lies in the field's range or choices."""
+    choices = item.metadata.get("choices")
+    if choices is not None and value not in choices:
+        raise UserError(f"{where} must be one of {', '.join(choices)}, got '{value}'.")
+    if "low" not in item.metadata or value is None:
+        return
+    low, high, open_low = item.metadata["low"], item.metadata["high"], item.metadata["open_low"]
+    fits = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
+    if not fits:
+        bound = f"above {low:g}" if open_low else f"at least {low:g}"
+        bound += f" and at most {high:g}" if high < math.inf else ""
+        raise UserError(f"{where} must be {bound}, got {value:g}.")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    """A dataclass from the values of a JSON object; every key must be there and fit."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'the file'} must be an object, got {type(values).__name__}.")
+    names = [item.name for item in dataclasses.fields(cls)]
+    prefix = f"{where}." if where else ""
+    for name in names:
+        if name not in values:
+            raise UserError(f"{prefix}{name} is missing.")
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else "."
+            raise UserError(f"there is no setting '{prefix}{key}'{hint}")
+    hints = _hints(cls)
+    made = {}
+    for item in dataclasses.fields(cls):
+        name = f"{prefix}{item.name}"
+        made[item.name] = _from_json(name, values[item.name], hints[item.name])
+        _check(name, made[item.name], item)
+    try:
+        return cls(**made)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+
+
+def _from_json(where: str, value: Any, hint: Any) -> Any:
+    """A field's value from its JSON form."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where} must be a list, got {value!r}.")
+        return tuple(
+            _from_json(f"{where}[{i}]", item, typing.get_args(hint)[0]) for i, item in enumerate(value)
+        )
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where} must be {_KINDS[hint]}, got {value!r}.")
+    return value
