@@ -40,7 +40,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
 
     The safetensors package copies every tensor to bytes before it writes; this writes the arrays as they lie
     in memory, which with the optimiser's state of 13.6M parameters saves 100 MB, and hashes on the way. The
-    format: a little-endian uint64 length, a JSON header padded with spaces to 8 bytes, the data, widest dtypes
+    format: a little-endian uint64 length, a JSON header padded with spaces to 8 bytes, the data, wide dtypes
     first so that everything is aligned (https://huggingface.co/docs/safetensors).
     """
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
@@ -185,7 +185,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints later than step, which a run resumed there writes anew; returns the new names."""
+    """Rename the checkpoints after step, which a run resumed there writes anew; returns the new names."""
     parent = run / "checkpoints"
     names = []
     for later in _steps(run):

@@ -1,0 +1,184 @@
+"""Scoring text: the one rule behind every NLL that this project quotes.
+
+Every token of every document is scored once, the first from <|endoftext|>; the closing <|endoftext|> is not.
+Contexts cross no document border. A long document goes in windows that overlap by the model's whole
+receptive field, so a token's score depends neither on the window's size nor on what else is in the batch (but
+for rounding).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from flashlm_numba.data import Split
+    from flashlm_numba.model import Model
+
+WINDOW = 2_048  # positions of a window, its overlap included
+BATCH = 4_096  # positions of a batch
+SMOOTHING = 0.1  # label smoothing of --smoothed, as in FlashLM v3's published losses
+_POOL = 128  # windows sorted by length before they are cut into batches
+_SMOOTHED_ROWS = 64  # rows of the (rows, V) table of probabilities held at a time
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over the tokens scored."""
+
+    tokens: int
+    nll: float  # sum of -ln p(token), nats
+    spread: float | None  # sum over tokens of the mean of -ln p over all V tokens; None unless asked for
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL."""
+        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+    @property
+    def smoothed_loss(self) -> float | None:
+        """Mean cross-entropy against targets smoothed by SMOOTHING over all V tokens, nats per token."""
+        if self.spread is None:
+            return None
+        return ((1 - SMOOTHING) * self.nll + SMOOTHING * self.spread) / self.tokens
+
+    def bits_per_byte(self, utf8_bytes: int) -> float:
+        """Sum of the NLL in bits over the documents' UTF-8 bytes."""
+        return self.nll / (math.log(2) * utf8_bytes)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document as the model reads it; `ids[skip:]`'s predictions are scored."""
+
+    ids: np.ndarray  # (L,) int32 inputs
+    targets: np.ndarray  # (L,) int32
+    skip: int  # positions scored by an earlier window
+
+
+def windows(document: np.ndarray, field: int, window: int, eot: int) -> Iterator[Window]:
+    """Cut one document (n,) into windows of at most `window` positions that score each token exactly once.
+
+    field : the model's receptive field in tokens, the current one included. A position of a later window has
+    its whole field inside it, since the window starts field - 1 positions before the first one that it scores.
+
+    >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
+    [(6, 0), (6, 2)]
+    """
+    if window < field:
+        raise ValueError(f"windows: window must be at least the receptive field {field}, got {window}")
+    targets = np.asarray(document, np.int32)
+    ids = np.concatenate([np.array([eot], np.int32), targets[:-1]])
+    start, scored = 0, 0
+    while scored < len(targets):
+        end = min(start + window, len(targets))
+        yield Window(ids[start:end], targets[start:end], scored - start)
+        scored = end
+        start = end - (field - 1)
+
+
+def score(
+    model: Model,
+    documents: Iterable[np.ndarray],
+    *,
+    eot: int,
+    smoothed: bool = False,
+    window: int = WINDOW,
+    batch: int = BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score documents of token ids (n,) with a model.
+
+    eot : id of <|endoftext|>;  smoothed : also sum -ln p over all V tokens (slow: V values a position);
+    window, batch : positions of a window and of a batch, of no influence on the result beyond rounding;
+    progress : called with the number of tokens just scored.
+    Cost: a forward pass of L / (L - field + 1) times the tokens, where L is the window.
+    """
+    model.prepare()
+    field = model.config.receptive_field
+    window = max(window, 2 * field)
+    tokens, nll, spread = 0, 0.0, 0.0
+    for group in _batches(
+        (w for document in documents for w in windows(document, field, window, eot)), batch
+    ):
+        length = max(len(w.ids) for w in group)
+        ids = np.full(
+            (len(group), length), eot, np.int32
+        )  # padded at the right end, where causality makes it harmless
+        rows, targets = [], []
+        for row, item in enumerate(group):
+            ids[row, : len(item.ids)] = item.ids
+            rows.append(np.arange(item.skip, len(item.ids)) + row * length)
+            targets.append(item.targets[item.skip :])
+        want = np.concatenate(targets)
+        h = model.forward(ids)[np.concatenate(rows)]  # (n, C), the positions scored
+        nll -= float(np.sum(model.head.log_prob(h, want), dtype=np.float64))
+        if smoothed:
+            spread += _spread(model, h)
+        tokens += len(want)
+        if progress is not None:
+            progress(len(want))
+    return Scores(tokens, nll, spread if smoothed else None)
+
+
+def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
+    """Groups of windows of about equal length; a padded group has at most `positions` (or is one window)."""
+    pool: list[Window] = []
+    more = True
+    while more:
+        pool = []
+        for item in items:
+            pool.append(item)
+            if len(pool) == _POOL:
+                break
+        more = len(pool) == _POOL
+        pool.sort(key=lambda item: len(item.ids))
+        while pool:
+            count = max(1, min(len(pool), positions // len(pool[-1].ids)))
+            yield pool[-count:]
+            del pool[-count:]
+
+
+def _spread(model: Model, h: np.ndarray) -> float:
+    """Sum over rows of the mean over all V tokens of -ln p."""
+    total = 0.0
+    for start in range(0, len(h), _SMOOTHED_ROWS):
+        p = model.head.distribution(h[start : start + _SMOOTHED_ROWS])  # (rows, V)
+        # a probability that underflowed counts as the smallest float32, e**-103
+        np.maximum(p, np.float32(1e-45), out=p)
+        total -= float(np.log(p, out=p).mean(axis=1, dtype=np.float64).sum())
+    return total
+
+
+def validation_subset(split: Split, tokens: int) -> list[np.ndarray]:
+    """A fixed subset of a split's documents, at most `tokens` tokens: what training validates on.
+
+    Documents in an order drawn once (seed 0) from the split's first million tokens, each cut to an eighth of
+    the subset so that several documents are in it. Not the whole split: label its NLL as the subset's.
+    """
+    documents = list(split.documents(max_tokens=max(1_000_000, tokens)))
+    order = np.random.default_rng(0).permutation(len(documents))
+    subset: list[np.ndarray] = []
+    left = tokens
+    for share in (
+        max(1, tokens // 8),
+        tokens,
+    ):  # a second pass takes whole documents, if the first leaves room
+        subset, left = [], tokens
+        for index in order:
+            part = documents[index][: min(share, left)]
+            if len(part):
+                subset.append(part)
+                left -= len(part)
+        if left == 0:
+            break
+    return subset

@@ -1,0 +1,97 @@
+"""Text from a trained model, a token at a time."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from flashlm_numba.model import Model
+    from flashlm_numba.tokenizer import Tokenizer
+
+
+def generate_ids(
+    model: Model,
+    context: list[int],
+    *,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[int]:
+    """Sample token ids without end, each from the ids before it.
+
+    context : the ids to start from, at least one (<|endoftext|> starts a document);
+    temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token.
+    Each token costs a forward pass over the receptive field at most: what lies further back cannot matter.
+    """
+    if not context:
+        raise ValueError("generate_ids: context must hold at least one id")
+    field = model.config.receptive_field
+    if temperature == 0:
+        temperature, top_k, top_p = 1.0, 1, None
+    model.prepare()
+    ids = list(context[-field:])
+    while True:
+        # Padded at the right end, where causality makes it harmless, so that few shapes occur
+        length = min(field, max(16, 1 << (len(ids) - 1).bit_length()))
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        h = model.forward(padded)[len(ids) - 1 : len(ids)]  # (1, C)
+        token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+        yield token
+        ids = [*ids, token][-field:]
+
+
+class Utf8Stream:
+    """Turns bytes that arrive in pieces into text, holding an incomplete character back until it is whole.
+
+    >>> stream = Utf8Stream()
+    >>> stream.feed("é".encode()[:1]), stream.feed("é".encode()[1:]), stream.end()
+    ('', 'é', '')
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes) -> str:
+        """The text that is complete after these bytes; bytes that can never be UTF-8 become U+FFFD."""
+        return self._decoder.decode(data)
+
+    def end(self) -> str:
+        """What an unfinished character leaves: U+FFFD or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def generate_text(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eot: int,
+) -> Iterator[str]:
+    """Continue a prompt; yields pieces of text, without the prompt, as soon as they are whole characters.
+
+    prompt : any text; empty starts a new document. Ends after max_tokens tokens or at <|endoftext|> (id eot).
+    """
+    context = [eot, *tokenizer.encode(prompt)]
+    rng = np.random.default_rng(seed)
+    stream = Utf8Stream()
+    tokens = generate_ids(model, context, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    for _, token in zip(range(max_tokens), tokens, strict=False):
+        if token == eot:
+            break
+        piece = stream.feed(tokenizer.decode_bytes([token]))
+        if piece:
+            yield piece
+    last = stream.end()
+    if last:
+        yield last
