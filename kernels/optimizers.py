@@ -1,0 +1,439 @@
+"""Optimiser steps: AdamW, NorMuon, the sum of squares of the global norm, and the moving average of weights.
+
+Every result is the same, bit for bit, for any number of threads: work is cut at fixed places, and the threads
+only share out the pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+from numba import prange
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
+from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
+
+# elements; below this a tensor is done serially, since entering a parallel region costs about as much
+SMALL = 65_536
+# elements a partial sum of squares covers: its float64 sum is a fixed piece of work, whoever does it
+BLOCK = 4_096
+# Slices of threads begin at multiples of this many elements, so that the vector loop and its scalar rest, which
+# may round differently, meet the same elements for any number of threads.
+GRAIN = 1_024
+# rows of a Gram matrix in one task of the Newton-Schulz iteration
+ROWS = 64
+# Jordan et al. 2024, "Muon": slope at zero as large as possible; singular values end between 0.7 and 1.2
+_A, _B, _C = np.float32(3.4445), np.float32(-4.7750), np.float32(2.0315)
+
+
+@helper
+def _slice(n, thread, threads):
+    """Where this thread's part of n elements begins and ends: multiples of GRAIN, but for the last end."""
+    grains = (n + GRAIN - 1) // GRAIN
+    return thread * grains // threads * GRAIN, min((thread + 1) * grains // threads * GRAIN, n)
+
+
+# --- sum of squares ---
+
+
+@helper
+def _block_squares(x):
+    total = 0.0
+    for i in range(x.shape[0]):
+        value = np.float64(x[i])
+        total += value * value
+    return total
+
+
+@kernel
+def _partial_squares(partial, x, threads):
+    """Write the sum of squares of block b of x (N,) to partial (blocks,) float64. Parallel over b."""
+    blocks = partial.shape[0]
+    for th in prange(threads):
+        for b in range(th * blocks // threads, (th + 1) * blocks // threads):
+            partial[b] = _block_squares(x[b * BLOCK : min((b + 1) * BLOCK, x.shape[0])])
+
+
+@serial_kernel
+def _small_squares(x):
+    total = 0.0
+    for b in range((x.shape[0] + BLOCK - 1) // BLOCK):
+        total += _block_squares(x[b * BLOCK : min((b + 1) * BLOCK, x.shape[0])])
+    return total
+
+
+def sum_of_squares(x: np.ndarray) -> float:
+    """Sum of x**2 over all elements of a C-contiguous float32 array of any shape, accumulated in float64.
+
+    The same for any number of threads. Not finite if an element is not, so the caller checks one number.
+
+    >>> sum_of_squares(np.array([[3.0, 4.0]], np.float32))
+    25.0
+    """
+    _check.array("sum_of_squares", "x", x, (None,) * x.ndim)
+    flat = x.reshape(-1)
+    if flat.size < SMALL:
+        return float(_small_squares(flat))
+    partial = np.empty(-(-flat.size // BLOCK), np.float64)
+    _partial_squares(partial, flat, numba.get_num_threads())
+    return float(partial.sum())  # one thread, one order
+
+
+# --- AdamW ---
+
+
+@helper
+def _adamw_range(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps):
+    for i in range(weight.shape[0]):
+        g = grad[i] * scale
+        m = first[i] + blend1 * (g - first[i])
+        v = second[i] * beta2 + blend2 * g * g
+        first[i] = m
+        second[i] = v
+        weight[i] = weight[i] * keep - step_size * m / (np.sqrt(v) * root_scale + eps)
+
+
+@kernel
+def _adamw(
+    weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps, threads
+):
+    """Step weight, first, second (N,) by grad (N,) in one pass over memory. Parallel over n."""
+    for th in prange(threads):
+        lo, hi = _slice(weight.shape[0], th, threads)
+        _adamw_range(
+            weight[lo:hi], first[lo:hi], second[lo:hi], grad[lo:hi],
+            scale, keep, blend1, beta2, blend2, step_size, root_scale, eps,
+        )  # fmt: skip
+
+
+@serial_kernel
+def _small_adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps):
+    _adamw_range(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps)
+
+
+def adamw_step(
+    weight: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    grad: np.ndarray,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    scale: float = 1.0,
+) -> None:
+    """One AdamW step, in place, with torch.optim.AdamW's meaning of every number.
+
+    weight, first, second, grad : float32, one shape; first and second are the moments, zeros before step 1
+    step : number of this step of this tensor, from 1;  lr : learning rate;  decay : decoupled weight decay
+    scale : factor of the gradient (the clip)
+    Raises ValueError if a shape or dtype is wrong or step < 1. Moves 28 bytes per element.
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+
+    >>> w, m, v, g = np.ones(1, "f"), np.zeros(1, "f"), np.zeros(1, "f"), np.full(1, 7, "f")
+    >>> adamw_step(w, m, v, g, step=1, lr=0.5, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.0)
+    >>> float(w[0])
+    0.5
+    """
+    if step < 1:
+        raise ValueError(f"adamw_step: step counts from 1, got {step}")
+    for name, value in (("weight", weight), ("first", first), ("second", second), ("grad", grad)):
+        _check.array("adamw_step", name, value, weight.shape)
+    f = np.float32
+    arrays = weight.reshape(-1), first.reshape(-1), second.reshape(-1), grad.reshape(-1)
+    scalars = (
+        f(scale), f(1 - lr * decay), f(1 - beta1), f(beta2), f(1 - beta2),
+        f(lr / (1 - beta1**step)), f(1 / math.sqrt(1 - beta2**step)), f(eps),
+    )  # fmt: skip
+    if weight.size < SMALL:
+        _small_adamw(*arrays, *scalars)
+    else:
+        _adamw(*arrays, *scalars, numba.get_num_threads())
+
+
+# --- moving average of the weights ---
+
+
+@helper
+def _ema_range(average, value, blend):
+    for i in range(average.shape[0]):
+        average[i] += blend * (value[i] - average[i])
+
+
+@kernel
+def _ema(average, value, blend, threads):
+    """average (N,) += blend * (value (N,) - average). Parallel over n."""
+    for th in prange(threads):
+        lo, hi = _slice(average.shape[0], th, threads)
+        _ema_range(average[lo:hi], value[lo:hi], blend)
+
+
+@serial_kernel
+def _small_ema(average, value, blend):
+    _ema_range(average, value, blend)
+
+
+def ema_update(average: np.ndarray, value: np.ndarray, decay: float) -> None:
+    """average += (1 - decay) * (value - average), in place; float32 arrays of one shape, decay in [0, 1].
+
+    Raises ValueError if a shape or dtype is wrong.
+
+    >>> average = np.zeros(1, np.float32)
+    >>> ema_update(average, np.ones(1, np.float32), 0.75)
+    >>> float(average[0])
+    0.25
+    """
+    _check.array("ema_update", "average", average, average.shape)
+    _check.array("ema_update", "value", value, average.shape)
+    blend = np.float32(1 - decay)
+    if average.size < SMALL:
+        _small_ema(average.reshape(-1), value.reshape(-1), blend)
+    else:
+        _ema(average.reshape(-1), value.reshape(-1), blend, numba.get_num_threads())
+
+
+# --- NorMuon ---
+
+
+@serial_kernel
+def _normuon_start(x, momentum, grad, scale, beta, blend, nesterov):
+    """Step momentum (m, n) by grad (m, n); write the direction over its Frobenius norm to x (m, n)."""
+    total = 0.0
+    for i in range(x.shape[0]):
+        x_i, momentum_i, grad_i = x[i], momentum[i], grad[i]
+        for j in range(x_i.shape[0]):
+            g = grad_i[j] * scale
+            mean = momentum_i[j] + blend * (g - momentum_i[j])
+            momentum_i[j] = mean
+            u = g + beta * (mean - g) if nesterov else mean
+            x_i[j] = u
+        total += _block_squares(x_i)
+    inverse = np.float32(1 / (math.sqrt(total) + 1e-7))
+    for i in range(x.shape[0]):
+        x_i = x[i]
+        for j in range(x_i.shape[0]):
+            x_i[j] *= inverse
+
+
+@helper
+def _gram_task(gram, x, lo, hi, blas):
+    """Rows lo:hi of the symmetric gram (s, s), from the diagonal on, and their mirror image.
+
+    x (m, n) is used on its smaller side: gram = x x^T, or x^T x where m > n.
+    """
+    if x.shape[0] > x.shape[1]:
+        gemm_tn(blas, gram[lo:hi, lo:], x[:, lo:hi], x[:, lo:], np.float32(0))
+    else:
+        gemm_nt(blas, gram[lo:hi, lo:], x[lo:hi], x[lo:], np.float32(0))
+    for r in range(hi, gram.shape[0]):
+        for c in range(lo, hi):
+            gram[r, c] = gram[c, r]
+
+
+@helper
+def _polynomial_task(y, poly, gram, x, lo, hi, blas):
+    """Rows lo:hi of y = (aI + b gram + c gram^2) x, or its columns lo:hi from the right where m > n."""
+    gemm_nn(blas, poly[lo:hi], gram[lo:hi], gram, np.float32(0))
+    for r in range(lo, hi):
+        poly_r, gram_r = poly[r], gram[r]
+        for c in range(poly_r.shape[0]):
+            poly_r[c] = _C * poly_r[c] + _B * gram_r[c]
+        poly_r[r] += _A
+    if x.shape[0] > x.shape[1]:
+        gemm_nt(blas, y[:, lo:hi], x, poly[lo:hi], np.float32(0))  # poly is symmetric
+    else:
+        gemm_nn(blas, y[lo:hi], poly[lo:hi], x, np.float32(0))
+
+
+@kernel
+def _newton_schulz(
+    x, gram, poly, table, tasks, gram_order, gram_bounds, poly_order, poly_bounds, steps, blas, threads
+):
+    """Iterate all matrices at once; the result is in x[steps % 2].
+
+    x (2, sum of m * n), gram and poly (sum of s * s,): the matrices one after another, s = min(m, n)
+    table (matrices, 4) int64: m, n, offset in x, offset in gram
+    tasks (tasks, 3) int64: matrix, first row, end row of its Gram matrix
+    Thread th does the tasks order[bounds[th]:bounds[th + 1]]. Two regions a step, since a Gram matrix needs all
+    of x, and a row of the polynomial all of the Gram matrix.
+    """
+    for step in range(steps):
+        old = x[step % 2]
+        new = x[(step + 1) % 2]
+        for th in prange(threads):
+            for k in range(gram_bounds[th], gram_bounds[th + 1]):
+                task = tasks[gram_order[k]]
+                m, n, at, at_gram = table[task[0]]
+                s = min(m, n)
+                _gram_task(
+                    gram[at_gram : at_gram + s * s].reshape(s, s),
+                    old[at : at + m * n].reshape(m, n),
+                    task[1], task[2], blas,
+                )  # fmt: skip
+        for th in prange(threads):
+            for k in range(poly_bounds[th], poly_bounds[th + 1]):
+                task = tasks[poly_order[k]]
+                m, n, at, at_gram = table[task[0]]
+                s = min(m, n)
+                _polynomial_task(
+                    new[at : at + m * n].reshape(m, n),
+                    poly[at_gram : at_gram + s * s].reshape(s, s),
+                    gram[at_gram : at_gram + s * s].reshape(s, s),
+                    old[at : at + m * n].reshape(m, n),
+                    task[1], task[2], blas,
+                )  # fmt: skip
+
+
+@serial_kernel
+def _normuon_finish(weight, second, row_scale, o, lr, keep, beta2, eps, update_rms):
+    """Step second (m,) by the rows' mean squares of o (m, n), and weight (m, n) by o with its rows normed.
+
+    row_scale (m,) float64 is scratch. update_rms < 0: the update has the norm of o times sqrt(max(1, m / n)).
+    """
+    m, n = o.shape
+    before, after = 0.0, 0.0
+    for i in range(m):
+        squares = _block_squares(o[i])
+        second[i] += (1 - beta2) * (squares / n - second[i])
+        row_scale[i] = 1 / (math.sqrt(second[i]) + eps)
+        before += squares
+        after += squares * row_scale[i] * row_scale[i]
+    size = update_rms * math.sqrt(m * n) if update_rms >= 0 else math.sqrt(before * max(1.0, m / n))
+    factor = lr * size / (math.sqrt(after) + eps)
+    for i in range(m):
+        weight_i, o_i = weight[i], o[i]
+        row_factor = np.float32(factor * row_scale[i])
+        for j in range(n):
+            weight_i[j] = weight_i[j] * keep - row_factor * o_i[j]
+
+
+def _share_out(costs: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Longest task first to the least busy thread: order (tasks,) and bounds (threads + 1,), int64."""
+    mine: list[list[int]] = [[] for _ in range(threads)]
+    busy = [0.0] * threads
+    for task in np.argsort(-costs, kind="stable"):
+        th = busy.index(min(busy))
+        mine[th].append(int(task))
+        busy[th] += float(costs[task])
+    order = np.array([task for part in mine for task in part], np.int64)
+    return order, np.cumsum([0] + [len(part) for part in mine]).astype(np.int64)
+
+
+class NorMuonWorkspace:
+    """Scratch and work plan of normuon_step for matrices of these shapes, allocated once.
+
+    shapes : (m, n) of every matrix, in order
+    Holds 8 bytes per element, and 8 per element of the Gram matrices (256 x 256 for 683 x 256).
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        for shape in shapes:
+            if len(shape) != 2:
+                raise ValueError(
+                    f"NorMuonWorkspace: NorMuon takes matrices (m, n), got a tensor of shape {shape}"
+                )
+        self.shapes = [(int(m), int(n)) for m, n in shapes]
+        sides = np.array([min(shape) for shape in self.shapes], np.int64)
+        sizes = np.array([m * n for m, n in self.shapes], np.int64)
+        offsets = np.cumsum(sizes) - sizes
+        gram_offsets = np.cumsum(sides**2) - sides**2
+        self.table = np.empty((len(self.shapes), 4), np.int64)
+        for i, (m, n) in enumerate(self.shapes):
+            self.table[i] = m, n, offsets[i], gram_offsets[i]
+        tasks = [
+            (i, lo, min(lo + ROWS, int(side)))
+            for i, side in enumerate(sides)
+            for lo in range(0, int(side), ROWS)
+        ]
+        self.tasks = np.array(tasks, np.int64).reshape(-1, 3)
+        side, lo, hi = sides[self.tasks[:, 0]], self.tasks[:, 1], self.tasks[:, 2]
+        long_side = np.array([max(shape) for shape in self.shapes], np.int64)[self.tasks[:, 0]]
+        # multiply-adds
+        self._gram_costs = (hi - lo) * (side - lo) * long_side
+        self._poly_costs = (hi - lo) * side * (side + long_side)
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.x = np.zeros((2, int(sizes.sum())), np.float32)
+        self.gram = np.zeros(int((sides**2).sum()), np.float32)
+        self.poly = np.zeros_like(self.gram)
+        self.row_scale = np.zeros(max([m for m, _ in self.shapes], default=0), np.float64)
+
+    def plan(self, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Order and bounds of the Gram tasks and of the polynomial's, for this many threads."""
+        if threads not in self._plans:
+            self._plans[threads] = (
+                *_share_out(self._gram_costs, threads),
+                *_share_out(self._poly_costs, threads),
+            )
+        return self._plans[threads]
+
+    def matrix(self, i: int, buffer: int) -> np.ndarray:
+        """Matrix i of one of the two buffers, (m, n) float32, a view."""
+        m, n, at, _ = (int(value) for value in self.table[i])
+        return self.x[buffer, at : at + m * n].reshape(m, n)
+
+
+def normuon_step(
+    weights: Sequence[np.ndarray],
+    momenta: Sequence[np.ndarray],
+    seconds: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray],
+    *,
+    lr: float,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    nesterov: bool,
+    update_rms: float | None,
+    decay: float = 0.0,
+    steps: int = 5,
+    scale: float = 1.0,
+    workspace: NorMuonWorkspace | None = None,
+) -> None:
+    """One NorMuon step of every matrix, in place: momentum, Newton-Schulz, norm of every row, update.
+
+    weights, momenta, grads : (m, n) float32 each;  seconds : (m,) float32 each, second moment of the rows of
+        the orthogonalised direction;  momenta and seconds are zeros before the first step
+    update_rms : root mean square of the update before lr; None: the update has the Frobenius norm of the
+        orthogonalised direction, times sqrt(max(1, m / n))
+    decay : decoupled weight decay;  steps : of the Newton-Schulz iteration;  scale : factor of the gradients
+    workspace : of these shapes; made for this call where it is None
+    Raises ValueError if a shape or dtype is wrong.
+    Cost per matrix of smaller side s and larger side l: steps * (3 s s l + 2 s s s) flop.
+    Source: Li et al. 2025, arXiv:2510.05491, algorithm 1, and the authors' repository.
+    """
+    workspace = workspace or NorMuonWorkspace([weight.shape for weight in weights])
+    if not len(weights) == len(momenta) == len(seconds) == len(grads) == len(workspace.shapes):
+        raise ValueError(
+            f"normuon_step: the workspace is for {len(workspace.shapes)} matrices, got {len(weights)} weights, "
+            f"{len(momenta)} momenta, {len(seconds)} seconds and {len(grads)} grads"
+        )
+    for i, shape in enumerate(workspace.shapes):
+        _check.array("normuon_step", f"weights[{i}]", weights[i], shape)
+        _check.array("normuon_step", f"momenta[{i}]", momenta[i], shape)
+        _check.array("normuon_step", f"seconds[{i}]", seconds[i], shape[:1])
+        _check.array("normuon_step", f"grads[{i}]", grads[i], shape)
+    f = np.float32
+    # Start and finish are a few passes over memory, about a fiftieth of the Newton-Schulz products: serial.
+    for i in range(len(weights)):
+        _normuon_start(
+            workspace.matrix(i, 0), momenta[i], grads[i], f(scale), f(momentum), f(1 - momentum), nesterov
+        )
+    threads = numba.get_num_threads()
+    _newton_schulz(
+        workspace.x, workspace.gram, workspace.poly, workspace.table, workspace.tasks,
+        *workspace.plan(threads), steps, sgemm_address(), threads,
+    )  # fmt: skip
+    rms = -1.0 if update_rms is None else update_rms
+    for i in range(len(weights)):
+        if weights[i].size:
+            _normuon_finish(
+                weights[i], seconds[i], workspace.row_scale, workspace.matrix(i, steps % 2),
+                lr, f(1 - lr * decay), beta2, eps, rms,
+            )  # fmt: skip
