@@ -83,6 +83,8 @@ def _njit(**flags: Any) -> Callable[[Callable], Any]:
 kernel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
 # A serial entry point, called from Python.
 serial_kernel = _njit(cache=True, fastmath=FASTMATH)
+# A serial entry point whose floating-point operations must keep their order.
+exact_kernel = _njit(cache=True, fastmath=EXACT)
 # A row or tile helper, called from kernels only: compiled into its callers.
 helper = _njit(fastmath=FASTMATH)
 # A helper whose floating-point operations must keep their order.

@@ -1,0 +1,211 @@
+"""Gated causal dilated grouped convolution: out = sigmoid(conv_gate(x)) * conv_value(x).
+
+    conv(x)[t, o] = sum over taps k and the group's inputs i of  w[o, i, k] * x[t - (K - 1 - k) * dilation, i]
+
+with x zero before the sequence begins. Gate and value are computed as one convolution with twice the outputs, in
+group-major buffers: n (G, T, S) inputs and gv (G, T, 2 S) outputs, the gate's first, where S is the group's width
+rounded up to 16 (whole vector registers; the padding is zero and stays zero). Taps that would read before the
+sequence are skipped by segments of equal tap counts, so no padding in time is copied.
+Letters: B batch, T time, C channels, G groups, K taps.
+Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.1 and 2.3 (dilation, gating); kernels are our own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._math import exp32
+from flashlm_numba.kernels._tile import tile_product_16, tile_product_32
+
+_ONE = np.float32(1)
+
+
+def padded_width(channels: int, groups: int) -> int:
+    """Channels of a group, rounded up to a multiple of 16."""
+    return -(-(channels // groups) // 16) * 16
+
+
+def pack_conv_weights(gate: np.ndarray, value: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel layouts of gate and value (C, C/G, K) float32 in PyTorch's order.
+
+    Returns weight (G, K, S, 2 S) for the forward pass and its transpose with the taps reversed, (G, K, 2 S, S), for
+    the gradient of the inputs.
+    """
+    channels, width, taps = gate.shape
+    size = padded_width(channels, groups)
+    weight = np.zeros((groups, taps, size, 2, size), np.float32)
+    both = np.stack([gate, value]).reshape(2, groups, width, width, taps)  # (2, G, out, in, K)
+    weight[:, :, :width, :, :width] = both.transpose(1, 4, 3, 0, 2)
+    weight = weight.reshape(groups, taps, size, 2 * size)
+    return weight, np.ascontiguousarray(weight[:, ::-1].transpose(0, 1, 3, 2))
+
+
+def unpack_conv_gradient(dweight: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of gate and value (C, C/G, K) from dweight (G, K, S, 2 S); width is C/G."""
+    groups, taps, size, _ = dweight.shape
+    both = dweight.reshape(groups, taps, size, 2, size)[:, :, :width, :, :width].transpose(3, 0, 4, 2, 1)
+    both = both.reshape(2, groups * width, width, taps)
+    return both[0], both[1]
+
+
+@helper
+def conv_sequence(gv, n, weight, dilation):
+    """gv (G, T, 2 S) for n (G, T, S), weight (G, K, S, 2 S)."""
+    groups, time, size = n.shape
+    taps = weight.shape[1]
+    flat_n, flat_gv, flat_w = n.reshape(-1), gv.reshape(-1), weight.reshape(-1)
+    for g in range(groups):
+        for s in range(taps):  # s taps before the present one reach into the sequence
+            low = min(s * dilation, time)
+            high = time if s == taps - 1 else min((s + 1) * dilation, time)
+            for w in range(0, 2 * size, 32):
+                tile_product_32(
+                    flat_gv, (g * time + low) * 2 * size + w, 2 * size,
+                    flat_n, (g * time + low - s * dilation) * size, size, 1, dilation * size,
+                    flat_w, (g * taps + taps - 1 - s) * size * 2 * size + w, 2 * size, 2 * size * size,
+                    high - low, size, s + 1, 0,
+                )  # fmt: skip
+
+
+@helper
+def conv_sequence_dinput(dn, dgv, weight_t, dilation):
+    """dn (G, T, S) for dgv (G, T, 2 S), weight_t (G, K, 2 S, S) with the taps reversed."""
+    groups, time, size = dn.shape
+    taps = weight_t.shape[1]
+    flat_dn, flat_dgv, flat_w = dn.reshape(-1), dgv.reshape(-1), weight_t.reshape(-1)
+    for g in range(groups):
+        for s in range(taps):  # s taps after the present one lie in the sequence
+            high = max(time - s * dilation, 0)
+            low = 0 if s == taps - 1 else max(time - (s + 1) * dilation, 0)
+            for w in range(0, size, 16):
+                tile_product_16(
+                    flat_dn, (g * time + low) * size + w, size,
+                    flat_dgv, (g * time + low) * 2 * size, 2 * size, 1, dilation * 2 * size,
+                    flat_w, g * taps * 2 * size * size + w, size, 2 * size * size,
+                    high - low, 2 * size, s + 1, 0,
+                )  # fmt: skip
+
+
+@helper
+def conv_sequence_dweight(dweight, n, dgv, dilation):
+    """dweight (G, K, S, 2 S) += for n (G, T, S), dgv (G, T, 2 S)."""
+    groups, time, size = n.shape
+    taps = dweight.shape[1]
+    flat_n, flat_dgv, flat_dw = n.reshape(-1), dgv.reshape(-1), dweight.reshape(-1)
+    for g in range(groups):
+        for m in range(taps):  # the tap that looks m dilations back
+            if time - m * dilation > 0:
+                for w in range(0, 2 * size, 32):
+                    tile_product_32(
+                        flat_dw, (g * taps + taps - 1 - m) * size * 2 * size + w, 2 * size,
+                        flat_n, g * time * size, 1, size, 0,
+                        flat_dgv, (g * time + m * dilation) * 2 * size + w, 2 * size, 0,
+                        size, time - m * dilation, 1, 1,
+                    )  # fmt: skip
+
+
+@helper
+def to_groups(out, x, width):
+    """out (G, T, S) = x (T, C) regrouped; width is C/G. The padding of out is left alone."""
+    for t in range(x.shape[0]):
+        for g in range(out.shape[0]):
+            for j in range(width):
+                out[g, t, j] = x[t, g * width + j]
+
+
+@helper
+def gate_sequence(out, gv, base, width):
+    """Turn the gate's half of gv (G, T, 2 S) into its sigmoid, and write out (T, C) = base (T, C) + sigmoid * value."""
+    groups, time, size = gv.shape[0], gv.shape[1], gv.shape[2] // 2
+    for g in range(groups):
+        for t in range(time):
+            for j in range(width):
+                gv[g, t, j] = _ONE / (_ONE + exp32(-gv[g, t, j]))
+            for j in range(width):
+                out[t, g * width + j] = base[t, g * width + j] + gv[g, t, j] * gv[g, t, size + j]
+
+
+@helper
+def gate_sequence_backward(dgv, dout, gv, width):
+    """dgv (G, T, 2 S) for dout (T, C), gv with the gate's half as its sigmoid. The padding of dgv is left alone."""
+    groups, time, size = gv.shape[0], gv.shape[1], gv.shape[2] // 2
+    for g in range(groups):
+        for t in range(time):
+            for j in range(width):
+                s, v, d = gv[g, t, j], gv[g, t, size + j], dout[t, g * width + j]
+                dgv[g, t, size + j] = d * s
+                dgv[g, t, j] = d * v * s * (_ONE - s)
+
+
+@serial_kernel
+def _gated_conv_forward(out, gv, n, x, weight, dilation, width):
+    for b in range(x.shape[0]):
+        out[b] = np.float32(0)
+        to_groups(n, x[b], width)
+        conv_sequence(gv[b], n, weight, dilation)
+        gate_sequence(out[b], gv[b], out[b], width)
+
+
+@serial_kernel
+def _gated_conv_backward(dx, dweight, dgv, dn, n, dout, gv, x, weight_t, dilation, width):
+    for b in range(x.shape[0]):
+        to_groups(n, x[b], width)
+        gate_sequence_backward(dgv, dout[b], gv[b], width)
+        conv_sequence_dinput(dn, dgv, weight_t, dilation)
+        conv_sequence_dweight(dweight, n, dgv, dilation)
+        for t in range(x.shape[1]):
+            for g in range(n.shape[0]):
+                for j in range(width):
+                    dx[b, t, g * width + j] += dn[g, t, j]
+
+
+def _check_conv(where: str, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int) -> None:
+    _check.array(where, "x", x, (None, None, None))
+    channels = x.shape[2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{where}: groups must divide the {channels} channels, got {groups}")
+    if dilation < 1:
+        raise ValueError(f"{where}: dilation must be at least 1, got {dilation}")
+    _check.array(where, "gate", gate, (channels, channels // groups, None))
+    _check.array(where, "value", value, gate.shape)
+
+
+def gated_conv_forward(
+    x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """sigmoid(conv(x, gate)) * conv(x, value), causal, for x (B, T, C), gate and value (C, C/groups, K), all float32.
+
+    Returns out (B, T, C) and gv (B, G, T, 2 S), the sigmoid and the value, for the backward pass.
+    Cost 4 * B*T*C*K*C/groups flop. Raises ValueError if a shape or dtype is wrong.
+    """
+    _check_conv("gated_conv_forward", x, gate, value, groups, dilation)
+    batch, time, channels = x.shape
+    size = padded_width(channels, groups)
+    out, gv = np.empty_like(x), np.zeros((batch, groups, time, 2 * size), np.float32)
+    weight, _ = pack_conv_weights(gate, value, groups)
+    n = np.zeros((groups, time, size), np.float32)
+    _gated_conv_forward(out, gv, n, x, weight, dilation, channels // groups)
+    return out, gv
+
+
+def gated_conv_backward(
+    dout: np.ndarray, gv: np.ndarray, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients dx (B, T, C), dgate and dvalue (C, C/groups, K) for dout (B, T, C) and gv of the forward pass.
+
+    Raises ValueError if a shape or dtype is wrong.
+    """
+    _check_conv("gated_conv_backward", x, gate, value, groups, dilation)
+    batch, time, channels = x.shape
+    size, width = padded_width(channels, groups), channels // groups
+    _check.array("gated_conv_backward", "dout", dout, x.shape)
+    _check.array("gated_conv_backward", "gv", gv, (batch, groups, time, 2 * size))
+    weight, weight_t = pack_conv_weights(gate, value, groups)
+    dx, dweight = np.zeros_like(x), np.zeros_like(weight)
+    dgv = np.zeros((groups, time, 2 * size), np.float32)
+    dn, n = np.zeros((groups, time, size), np.float32), np.zeros((groups, time, size), np.float32)
+    _gated_conv_backward(dx, dweight, dgv, dn, n, dout, gv, x, weight_t, dilation, width)
+    dgate, dvalue = unpack_conv_gradient(dweight, width)
+    return dx, np.ascontiguousarray(dgate), np.ascontiguousarray(dvalue)

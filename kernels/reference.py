@@ -1,0 +1,137 @@
+"""NumPy twins of the public kernels: the executable specification.
+
+Plain formulas, nothing shared with the kernels, and any floating dtype: float64 is the truth, float32 the yardstick
+of how exact a kernel has to be.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def rmsnorm_forward(x, weight):
+    rstd = 1 / np.sqrt((x * x).mean(1, dtype=x.dtype) + x.dtype.type(1e-8))
+    return x * rstd[:, None] * weight, rstd
+
+
+def rmsnorm_backward(dout, x, weight, rstd):
+    """dx (N, C) and dweight (C,)."""
+    normal = x * rstd[:, None]
+    dnormal = dout * weight
+    dx = (dnormal - normal * (dnormal * normal).mean(1, keepdims=True)) * rstd[:, None]
+    return dx, (dout * normal).sum(0)
+
+
+def glu_forward(gate_up):
+    gate, up = np.split(gate_up, 2, axis=1)
+    return np.maximum(gate, 0) ** 2 * up
+
+
+def glu_backward(dout, gate_up):
+    gate, up = np.split(gate_up, 2, axis=1)
+    g = np.maximum(gate, 0)
+    return np.concatenate([dout * 2 * g * up, dout * g * g], axis=1)
+
+
+def embedding_forward(weight, rows):
+    return weight[rows]
+
+
+def embedding_backward(dweight, dout, rows):
+    np.add.at(dweight, rows, dout)
+
+
+def ternarize(weight):
+    total = np.cumsum(np.abs(weight).ravel(), dtype=np.float64)[-1] if weight.size else 0.0  # in order
+    threshold = weight.dtype.type(np.float32(total / max(weight.size, 1)))
+    return ((weight > threshold).astype(weight.dtype) - (weight < -threshold)).astype(weight.dtype)
+
+
+def pack_ternary(weight):
+    rows, columns = weight.shape
+    codes = np.ones((rows, -(-columns // 128) * 128), np.uint8)
+    codes[:, :columns] = weight + 1
+    blocks = codes.shape[1] // 128
+    codes = codes.reshape(rows, blocks, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return codes.sum(2, dtype=np.uint8).reshape(rows, 32 * blocks)
+
+
+def ternary_matvec(weight, x):
+    return weight @ x
+
+
+def _conv(x, weight, groups, dilation):
+    """Causal grouped convolution of x (B, T, C) with weight (C, C/groups, K)."""
+    batch, time, channels = x.shape
+    taps, width = weight.shape[2], channels // groups
+    padded = np.concatenate([np.zeros((batch, (taps - 1) * dilation, channels), x.dtype), x], axis=1)
+    out = np.zeros_like(x)
+    for k in range(taps):
+        seen = padded[:, k * dilation : k * dilation + time].reshape(batch, time, groups, width)
+        w = weight[:, :, k].reshape(groups, width, width)
+        out += np.einsum("btgi,goi->btgo", seen, w).reshape(x.shape)
+    return out
+
+
+def gated_conv_forward(x, gate, value, groups, dilation):
+    return sigmoid(_conv(x, gate, groups, dilation)) * _conv(x, value, groups, dilation)
+
+
+def _conv_backward(dout, x, weight, groups, dilation):
+    batch, time, channels = x.shape
+    taps, width = weight.shape[2], channels // groups
+    reach = (taps - 1) * dilation
+    padded = np.concatenate([np.zeros((batch, reach, channels), x.dtype), x], axis=1)
+    dpadded, dweight = np.zeros_like(padded), np.zeros_like(weight)
+    d = dout.reshape(batch, time, groups, width)
+    for k in range(taps):
+        seen = padded[:, k * dilation : k * dilation + time].reshape(batch, time, groups, width)
+        w = weight[:, :, k].reshape(groups, width, width)
+        back = np.einsum("btgo,goi->btgi", d, w).reshape(x.shape)
+        dpadded[:, k * dilation : k * dilation + time] += back
+        dweight[:, :, k] = np.einsum("btgo,btgi->goi", d, seen).reshape(channels, width)
+    return dpadded[:, reach:], dweight
+
+
+def gated_conv_backward(dout, x, gate, value, groups, dilation):
+    """dx, dgate, dvalue."""
+    s, v = sigmoid(_conv(x, gate, groups, dilation)), _conv(x, value, groups, dilation)
+    dx_gate, dgate = _conv_backward(dout * v * s * (1 - s), x, gate, groups, dilation)
+    dx_value, dvalue = _conv_backward(dout * s, x, value, groups, dilation)
+    return dx_gate + dx_value, dgate, dvalue
+
+
+def dense_head_forward(h, weight, targets, log_prior=None, label_smoothing=0.0, z_loss=0.0, soft_cap=None):
+    """loss (N,), nll (N,), logits (N, V)."""
+    logits = h @ weight.T
+    if soft_cap is not None:
+        logits = soft_cap * np.tanh(logits / soft_cap)
+    if log_prior is not None:
+        logits = logits + log_prior
+    top = logits.max(1, keepdims=True)
+    lse = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
+    target = np.take_along_axis(logits, targets[:, None].astype(np.int64), 1)[:, 0]
+    loss = lse - (1 - label_smoothing) * target - label_smoothing * logits.mean(1) + z_loss * lse**2
+    return loss, lse - target, logits
+
+
+def dense_head_backward(
+    weights, h, weight, targets, log_prior=None, label_smoothing=0.0, z_loss=0.0, soft_cap=None
+):
+    """dh (N, C) and dweight (V, C) of sum(weights * loss)."""
+    _, nll, logits = dense_head_forward(h, weight, targets, log_prior, label_smoothing, z_loss, soft_cap)
+    target = targets[:, None].astype(np.int64)
+    lse = nll + np.take_along_axis(logits, target, 1)[:, 0]
+    dlogits = np.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None] - label_smoothing / weight.shape[0]
+    np.put_along_axis(dlogits, target, np.take_along_axis(dlogits, target, 1) - (1 - label_smoothing), 1)
+    if soft_cap is not None:
+        capped = logits if log_prior is None else logits - log_prior
+        dlogits = dlogits * (1 - (capped / soft_cap) ** 2)
+    dlogits = (dlogits * weights[:, None]).astype(h.dtype)
+    return dlogits @ weight, dlogits.T @ h

@@ -1,0 +1,285 @@
+"""The trunk, forward and backward: R passes of one block, then the final norm.
+
+    x = E[rows]
+    R times:  m = rmsnorm(x);  for every dilation:  m = m + gated_conv(rmsnorm(m))
+              x1 = x + m Wo';  h = relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
+    out = rmsnorm(x)
+
+One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by
+tiles of about 512 rows, so that its matrix products, by single-threaded BLAS, are large and its scratch stays in
+cache. The convolutions work on group-major copies (kernels/conv.py). The gradients of the weights are summed per
+thread and reduced in thread order: the same bits on every run with the same number of threads.
+Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
+S padded group width, P threads, M rows of a tile.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import prange
+
+from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
+from flashlm_numba.kernels._jit import helper, kernel
+from flashlm_numba.kernels.conv import (
+    conv_sequence,
+    conv_sequence_dinput,
+    conv_sequence_dweight,
+    gate_sequence,
+    gate_sequence_backward,
+    pack_conv_weights,
+    padded_width,
+    to_groups,
+    unpack_conv_gradient,
+)
+from flashlm_numba.kernels.embedding import gather_rows
+from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
+from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
+
+TILE_ROWS = 512
+
+
+@helper
+def _clear(rows):
+    for n in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            rows[n, c] = np.float32(0)
+
+
+@helper
+def _copy(out, rows):
+    for n in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            out[n, c] = rows[n, c]
+
+
+@helper
+def _add_groups(out, groups, width):
+    """out (T, C) = groups (G, T, S) regrouped."""
+    for t in range(out.shape[0]):
+        for g in range(groups.shape[0]):
+            for j in range(width):
+                out[t, g * width + j] = groups[g, t, j]
+
+
+@helper
+def _forward_rows(
+    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h,
+    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, blas,
+):  # fmt: skip
+    """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S) and h (M, I) are this thread's scratch."""
+    passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
+    gather_rows(x[0, low:high], embedding, rows[low:high])
+    for r in range(passes):
+        rmsnorm_rows(xm[r, 0, low:high], rstd[r, 0, low:high], x[r, low:high], norms[0])
+        for start in range(low, high, time):
+            b, end = start // time, start + time
+            for d in range(dilations.shape[0]):
+                rmsnorm_rows(normed[:time], rstd_m[r, d, start:end], xm[r, d, start:end], norms[3 + d])
+                to_groups(n, normed[:time], width)
+                conv_sequence(gv[r, d, b], n, conv[d], dilations[d])
+                gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
+        _copy(x1[r, low:high], x[r, low:high])
+        gemm_nt(blas, x1[r, low:high], xm[r, dilations.shape[0], low:high], w_out, np.float32(1))
+        rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
+        gemm_nt(blas, gu[r, low:high], normed[:size], w_gate_up, np.float32(0))
+        glu_rows(h[:size], gu[r, low:high])
+        _copy(x[r + 1, low:high], x1[r, low:high])
+        gemm_nt(blas, x[r + 1, low:high], h[:size], w_down, np.float32(1))
+    rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
+
+
+@kernel
+def _trunk_forward(
+    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h,
+    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, blas, time, tile, threads,
+):  # fmt: skip
+    """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
+    batch = rows.shape[0] // time
+    for thread in prange(threads):
+        first, last = thread * batch // threads, (thread + 1) * batch // threads
+        for start in range(first, last, tile):
+            _forward_rows(
+                start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
+                normed[thread], n[thread], h[thread],
+                embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, blas,
+            )  # fmt: skip
+
+
+@helper
+def _backward_rows(
+    low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down, blas,
+):  # fmt: skip
+    """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
+    passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
+    one, zero = np.float32(1), np.float32(0)
+    dx_tile, dm_tile, normed_tile = dx[low:high], dm[:size], normed[:size]
+    rmsnorm_backward_rows(
+        dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False
+    )
+    for step in range(passes):
+        r = passes - 1 - step
+        # forward: x = x1 + h Wd', h = relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
+        gemm_nn(blas, dh[:size], dx_tile, w_down, zero)
+        glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high])
+        gemm_tn(blas, dw_down, dx_tile, h[:size], one)
+        rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
+        gemm_tn(blas, dw_gate_up, dgu[:size], normed_tile, one)
+        gemm_nn(blas, dm_tile, dgu[:size], w_gate_up, zero)
+        rmsnorm_backward_rows(
+            dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True
+        )
+        # forward: x1 = x + m Wo'
+        gemm_tn(blas, dw_out, dx_tile, xm[r, dilations.shape[0], low:high], one)
+        gemm_nn(blas, dm_tile, dx_tile, w_out, zero)
+        for start in range(low, high, time):
+            b, end = start // time, start + time
+            dm_sequence = dm[start - low : end - low]
+            for back in range(dilations.shape[0]):
+                d = dilations.shape[0] - 1 - back
+                # forward: m = m + gated_conv(rmsnorm(m))
+                gate_sequence_backward(dgv, dm_sequence, gv[r, d, b], width)
+                rmsnorm_rows_again(normed[:time], xm[r, d, start:end], norms[3 + d], rstd_m[r, d, start:end])
+                to_groups(n, normed[:time], width)
+                conv_sequence_dinput(dn, dgv, conv_t[d], dilations[d])
+                conv_sequence_dweight(dconv[d], n, dgv, dilations[d])
+                _add_groups(normed[:time], dn, width)
+                rmsnorm_backward_rows(
+                    dm_sequence, dnorms[3 + d], normed[:time], xm[r, d, start:end], norms[3 + d],
+                    rstd_m[r, d, start:end], True,
+                )  # fmt: skip
+        rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
+
+
+@kernel
+def _trunk_backward(
+    dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down, blas,
+    time, tile, threads,
+):  # fmt: skip
+    """Weight gradients are per thread, (P, ...), and cleared here."""
+    batch = dx.shape[0] // time
+    for thread in prange(threads):
+        first, last = thread * batch // threads, (thread + 1) * batch // threads
+        _clear(dnorms[thread])
+        _clear(dconv[thread].reshape(-1, dconv.shape[-1]))
+        _clear(dw_out[thread])
+        _clear(dw_gate_up[thread])
+        _clear(dw_down[thread])
+        for start in range(first, last, tile):
+            _backward_rows(
+                start * time, min(start + tile, last) * time, time, dx, dnorms[thread], dconv[thread],
+                dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
+                dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
+                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations,
+                w_out, w_gate_up, w_down, blas,
+            )  # fmt: skip
+
+
+class TrunkWeights:
+    """The trunk's weights as the kernels read them; set once a step.
+
+    norms (3 + D, C): of the block's input, before the GLU, final, then one per convolution.
+    conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I, C), w_down (C, I), ternary.
+    """
+
+    def __init__(self, dim: int, inner: int, groups: int, taps: int, dilations: tuple[int, ...]) -> None:
+        size, count = padded_width(dim, groups), len(dilations)
+        self.groups = groups
+        self.dilations = np.array(dilations, np.int64)
+        self.norms = np.empty((3 + count, dim), np.float32)
+        self.conv = np.empty((count, groups, taps, size, 2 * size), np.float32)
+        self.conv_t = np.empty((count, groups, taps, 2 * size, size), np.float32)
+        self.w_out = np.empty((dim, dim), np.float32)
+        self.w_gate_up = np.empty((2 * inner, dim), np.float32)
+        self.w_down = np.empty((dim, inner), np.float32)
+
+    def set_conv(self, index: int, gate: np.ndarray, value: np.ndarray) -> None:
+        """Pack the convolution of one dilation: gate, value (C, C/G, K) float32."""
+        self.conv[index], self.conv_t[index] = pack_conv_weights(gate, value, self.groups)
+
+
+class TrunkBuffers:
+    """Saved activations and scratch for batches of one shape (B, T); about 40 KB a token for v3's shape."""
+
+    def __init__(self, weights: TrunkWeights, passes: int, batch: int, time: int, threads: int) -> None:
+        count, groups, taps, size, _ = weights.conv.shape
+        dim, inner = weights.w_down.shape
+        rows = batch * time
+        self.shape = (batch, time, threads)
+        self.tile = max(1, TILE_ROWS // max(time, 1))  # sequences
+        tile_rows = self.tile * time
+
+        def zeros(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.float32)
+
+        self.out, self.dx = zeros(rows, dim), zeros(rows, dim)
+        self.x, self.x1 = zeros(passes + 1, rows, dim), zeros(passes, rows, dim)
+        self.xm = zeros(passes, count + 1, rows, dim)
+        self.rstd, self.rstd_m = zeros(passes, 2, rows), zeros(passes, count, rows)
+        self.rstd_out = zeros(rows)
+        self.gv = zeros(passes, count, batch, groups, time, 2 * size)
+        self.gu = zeros(passes, rows, 2 * inner)
+        # scratch, one per thread; the padding of n and dgv stays zero
+        self.normed, self.dm = zeros(threads, tile_rows, dim), zeros(threads, tile_rows, dim)
+        self.n, self.dn = zeros(threads, groups, time, size), zeros(threads, groups, time, size)
+        self.dgv = zeros(threads, groups, time, 2 * size)
+        self.h, self.dh = zeros(threads, tile_rows, inner), zeros(threads, tile_rows, inner)
+        self.dgu = zeros(threads, tile_rows, 2 * inner)
+        # weight gradients, one per thread
+        self.dnorms = zeros(threads, 3 + count, dim)
+        self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
+        self.dw_out, self.dw_down = zeros(threads, dim, dim), zeros(threads, dim, inner)
+        self.dw_gate_up = zeros(threads, 2 * inner, dim)
+
+
+def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
+
+    rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.
+    Cost 2*R*N*(2*C*C*K*D/G + C*C + 3*C*I) flop. Source: FlashLM v3.
+    """
+    b = buffers
+    _trunk_forward(
+        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h,
+        embedding, rows, weights.norms, weights.conv, weights.dilations, weights.w_out, weights.w_gate_up,
+        weights.w_down, sgemm_address(), b.shape[1], b.tile, b.shape[2],
+    )  # fmt: skip
+    return b.out
+
+
+def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradients for dout (N, C) float32 after trunk_forward with the same buffers and weights.
+
+    Returns `dx` (N, C), the gradient of the embedded rows (a view of buffers.dx), `norms` (3 + D, C), `w_out` (C, C),
+    `w_gate_up` (2 I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K).
+    """
+    b = buffers
+    _trunk_backward(
+        b.dx, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm, b.dn,
+        b.dgv, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, weights.norms, weights.conv_t,
+        weights.dilations, weights.w_out, weights.w_gate_up, weights.w_down, sgemm_address(), b.shape[1], b.tile,
+        b.shape[2],
+    )  # fmt: skip
+    width = weights.norms.shape[1] // weights.groups
+    convs = [unpack_conv_gradient(dconv, width) for dconv in b.dconv.sum(0)]
+    return {
+        "dx": b.dx,
+        "norms": b.dnorms.sum(0),
+        "w_out": b.dw_out.sum(0),
+        "w_gate_up": b.dw_gate_up.sum(0),
+        "w_down": b.dw_down.sum(0),
+        "gates": np.stack([gate for gate, _ in convs]),
+        "values": np.stack([value for _, value in convs]),
+    }
+
+
+def buffers_for(
+    previous: TrunkBuffers | None, weights: TrunkWeights, passes: int, batch: int, time: int
+) -> TrunkBuffers:
+    """previous where it fits this batch shape and thread count, else new buffers."""
+    shape = (batch, time, numba.get_num_threads())
+    if previous is not None and previous.shape == shape:
+        return previous
+    return TrunkBuffers(weights, passes, *shape)

@@ -1,0 +1,108 @@
+"""The dense head against its NumPy reference."""
+
+import numba
+import numpy as np
+import pytest
+from helpers import assert_as_accurate, numeric_gradient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashlm_numba.kernels import dense_head, reference
+
+options = st.fixed_dictionaries(
+    {
+        "label_smoothing": st.sampled_from([0.0, 0.1]),
+        "z_loss": st.sampled_from([0.0, 1e-2]),
+        "soft_cap": st.sampled_from([None, 5.0]),
+    }
+)
+
+
+def problem(seed, rows, vocab, dim, scale, prior):
+    rng = np.random.default_rng(seed)
+    h, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, dim), (vocab, dim)))
+    targets = rng.integers(0, vocab, rows).astype(np.int32)
+    weights = rng.uniform(0, 1, rows).astype(np.float32)
+    log_prior = np.log(rng.dirichlet(np.ones(vocab)) + 1e-6).astype(np.float32) if prior else None
+    return h * np.float32(scale), weight, targets, weights, log_prior
+
+
+def run_reference(dtype, h, weight, targets, weights, log_prior, settings):
+    h, weight, weights = (array.astype(dtype) for array in (h, weight, weights))
+    prior = None if log_prior is None else log_prior.astype(dtype)
+    loss, nll, _ = reference.dense_head_forward(h, weight, targets, prior, **settings)
+    return loss, nll, *reference.dense_head_backward(weights, h, weight, targets, prior, **settings)
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 3, 13]), st.sampled_from([1, 2, 50, 513, 1025]),
+    st.sampled_from([1, 8, 33]), st.sampled_from([0.0, 0.3, 30.0]), st.booleans(), options,
+)  # fmt: skip
+def test_dense_head_matches_reference(seed, rows, vocab, dim, scale, prior, settings):
+    arrays = problem(seed, rows, vocab, dim, scale, prior)
+    h, weight, targets, weights, log_prior = arrays
+    dweight = np.ones_like(weight)
+    loss, nll, dh = dense_head.dense_head_forward_backward(
+        h, weight, targets, weights, dweight, log_prior=log_prior, **settings
+    )
+    forward = dense_head.dense_head_forward(h, weight, targets, log_prior=log_prior, **settings)
+    np.testing.assert_array_equal(forward[0], loss)
+    np.testing.assert_array_equal(forward[1], nll)
+    if not rows:
+        assert (dweight == 1).all()
+        return
+    ref32, ref64 = (run_reference(dtype, *arrays, settings) for dtype in (np.float32, np.float64))
+    size = float(np.abs(ref64[0]).max())  # a loss is a difference of numbers as large as the logits
+    logits = float(np.abs(reference.dense_head_forward(*(a.astype(float) for a in (h, weight)), targets)[2]).max())
+    slack = 8 * max(1.0, logits / max(size, 1e-3))
+    for name, got, r32, r64 in zip(("loss", "nll"), (loss, nll), ref32, ref64, strict=False):
+        assert_as_accurate(got, r32, r64, slack, name)
+    # a probability errs by the rounding of the logits, relative to the row's whole weight
+    tolerance = 64 * 6e-8 * max(1.0, logits) * max(1.0, 2 * settings["z_loss"] * logits)
+    np.testing.assert_allclose(dh, ref64[2], rtol=0, atol=tolerance * np.abs(weight).max() * np.sqrt(dim) + 1e-7)
+    np.testing.assert_allclose(
+        dweight - 1, ref64[3], rtol=0, atol=tolerance * max(1.0, np.abs(h).max() * rows) + 1e-6
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 3.0}])
+def test_dense_head_reference_backward_is_the_derivative(settings):
+    rng = np.random.default_rng(5)
+    h, weight, weights = rng.standard_normal((3, 4)), rng.standard_normal((6, 4)), rng.uniform(0, 1, 3)
+    targets, prior = np.array([5, 0, 0]), rng.standard_normal(6)
+
+    def loss():
+        return float((reference.dense_head_forward(h, weight, targets, prior, **settings)[0] * weights).sum())
+
+    grads = reference.dense_head_backward(weights, h, weight, targets, prior, **settings)
+    for got, array in zip(grads, (h, weight), strict=True):
+        np.testing.assert_allclose(got, numeric_gradient(loss, array), rtol=1e-6, atol=1e-8)
+
+
+def test_dense_head_chunks_and_threads_agree(monkeypatch):
+    h, weight, targets, weights, prior = problem(6, 23, 1100, 24, 1.0, True)
+    results = []
+    for chunk, threads in ((512, 1), (7, 1), (7, min(2, numba.config.NUMBA_NUM_THREADS))):
+        monkeypatch.setattr(dense_head, "MAX_CHUNK", chunk)
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        dweight = np.zeros_like(weight)
+        results.append(
+            (*dense_head.dense_head_forward_backward(h, weight, targets, weights, dweight, log_prior=prior), dweight)
+        )
+        numba.set_num_threads(before)
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_dense_head_scratch_is_bounded():
+    scratch = dense_head.DenseScratch(50_257, 256)
+    size = sum(array.nbytes for array in vars(scratch).values() if isinstance(array, np.ndarray))
+    assert size < 80 << 20
+
+
+def test_dense_head_rejects_target_out_of_range():
+    h, weight = np.zeros((2, 3), np.float32), np.zeros((5, 3), np.float32)
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 5\), got 5 at index 1; check the tokenizer"):
+        dense_head.dense_head_forward(h, weight, np.array([0, 5], np.int32))
