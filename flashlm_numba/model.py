@@ -1,0 +1,189 @@
+"""The model: embedding, trunk and head, with parameters and gradients by name. Backward is forward in reverse.
+
+Letters: B batch, T time, N = B*T positions, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from flashlm_numba.config import ModelConfig
+from flashlm_numba.heads import Head
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels.embedding import embedding_backward, zero
+from flashlm_numba.kernels.ternary import ternarize
+from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, buffers_for, trunk_backward, trunk_forward
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter but the head's own, in order; PyTorch's layouts."""
+    c, inner, width = config.dim, config.inner, config.dim // config.groups
+    convs = range(len(config.dilations))
+    return {
+        "embedding.weight": (config.vocab_size, c),
+        "norm1.weight": (c,),
+        **{f"mixer.norms.{i}.weight": (c,) for i in convs},
+        **{f"mixer.gates.{i}.weight": (c, width, config.taps) for i in convs},
+        **{f"mixer.values.{i}.weight": (c, width, config.taps) for i in convs},
+        "mixer.out.weight": (c, c),
+        "norm2.weight": (c,),
+        "glu.gate.weight": (inner, c),
+        "glu.up.weight": (inner, c),
+        "glu.down.weight": (c, inner),
+        "router.weight": (1, c),
+        "router.bias": (1,),
+        "final_norm.weight": (c,),
+    }
+
+
+def initial_parameters(
+    config: ModelConfig, seed: int, embedding: np.ndarray | None = None, embedding_std: float = 0.02
+) -> dict[str, np.ndarray]:
+    """Starting values by FlashLM v3's rules, from a generator of their own per tensor.
+
+    Norms are one; convolutions, gate and up have std fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
+    embedding (V, C): the rows to start from, else normal with embedding_std.
+    """
+    parameters = {}
+    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
+        rng = np.random.default_rng((seed, index))
+        if name == "embedding.weight" and embedding is not None:
+            _check.array("initial_parameters", "embedding", embedding, shape)
+            parameters[name] = embedding.copy()
+            continue
+        if len(shape) == 1:
+            value = np.zeros(shape) if name == "router.bias" else np.ones(shape)
+            parameters[name] = value.astype(np.float32)
+            continue
+        std = float(np.prod(shape[1:])) ** -0.5
+        if name == "embedding.weight":
+            std = embedding_std
+        elif name in ("mixer.out.weight", "glu.down.weight"):
+            std = 0.01
+        parameters[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
+    return parameters
+
+
+class Model:
+    """Parameters, gradients and the two passes.
+
+    make_head(weight, dweight) builds the head on the live embedding and its gradient, both (V, C) float32.
+    `parameters` and `gradients` are dicts with the same keys: the trunk's (parameter_shapes), then the head's own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: dict[str, np.ndarray],
+        make_head: Callable[[np.ndarray, np.ndarray], Head],
+    ) -> None:
+        self.config = config
+        for name, shape in parameter_shapes(config).items():
+            if name not in parameters:
+                raise ValueError(f"Model: parameter {name} is missing")
+            _check.array("Model", name, parameters[name], shape)
+        self.parameters = {name: parameters[name] for name in parameter_shapes(config)}
+        self.gradients = {name: np.zeros_like(value) for name, value in self.parameters.items()}
+        self.head = make_head(self.parameters["embedding.weight"], self.gradients["embedding.weight"])
+        for name, value in self.head.parameters.items():
+            self.parameters[f"head.{name}"] = value
+            self.gradients[f"head.{name}"] = self.head.gradients[name]
+        self._weights = TrunkWeights(config.dim, config.inner, config.groups, config.taps, config.dilations)
+        self._buffers: TrunkBuffers | None = None
+        self._rows: np.ndarray | None = None
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Ternarise and pack the weights for the kernels; call after every change of the parameters."""
+        p, w, inner = self.parameters, self._weights, self.config.inner
+        w.norms[0], w.norms[1], w.norms[2] = p["norm1.weight"], p["norm2.weight"], p["final_norm.weight"]
+        for i in range(len(self.config.dilations)):
+            w.norms[3 + i] = p[f"mixer.norms.{i}.weight"]
+            w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
+        ternarize(p["mixer.out.weight"], w.w_out)
+        ternarize(p["glu.gate.weight"], w.w_gate_up[:inner])
+        ternarize(p["glu.up.weight"], w.w_gate_up[inner:])
+        ternarize(p["glu.down.weight"], w.w_down)
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero, in one place."""
+        for gradient in self.gradients.values():
+            zero(gradient)
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Hidden states (B*T, C) float32 for token ids (B, T) int32: an internal buffer, valid until the next call.
+
+        A hidden state depends on no later token. Raises ValueError if an id is not in [0, V).
+        """
+        _check.array("Model.forward", "ids", ids, (None, None), np.int32)
+        _check.indices(
+            "Model.forward", "ids", ids, self.config.vocab_size, "the data was made with another vocabulary"
+        )
+        rows = ids.reshape(-1)
+        if self.head.row_of_token is not None:
+            rows = self.head.row_of_token[rows]
+        self._rows = np.ascontiguousarray(rows, np.int32)
+        self._buffers = buffers_for(self._buffers, self._weights, self.config.recursions, *ids.shape)
+        return trunk_forward(self._buffers, self._weights, self.parameters["embedding.weight"], self._rows)
+
+    def backward(self, dh: np.ndarray) -> None:
+        """Add the gradients for dh (B*T, C) float32 of the last forward call to `gradients`, the embedding's too."""
+        if self._buffers is None or self._rows is None:
+            raise ValueError("Model.backward: call forward first")
+        _check.array("Model.backward", "dh", dh, self._buffers.out.shape)
+        self._trunk_backward(dh)
+        embedding_backward(self.gradients["embedding.weight"], self._buffers.dx, self._rows)
+
+    def _trunk_backward(self, dh: np.ndarray) -> None:
+        assert self._buffers is not None
+        found, g, inner = trunk_backward(self._buffers, self._weights, dh), self.gradients, self.config.inner
+        for i, name in enumerate(("norm1", "norm2", "final_norm")):
+            g[f"{name}.weight"] += found["norms"][i]
+        for i in range(len(self.config.dilations)):
+            g[f"mixer.norms.{i}.weight"] += found["norms"][3 + i]
+            g[f"mixer.gates.{i}.weight"] += found["gates"][i]
+            g[f"mixer.values.{i}.weight"] += found["values"][i]
+        # ternarize passes the gradient straight through
+        g["mixer.out.weight"] += found["w_out"]
+        g["glu.gate.weight"] += found["w_gate_up"][:inner]
+        g["glu.up.weight"] += found["w_gate_up"][inner:]
+        g["glu.down.weight"] += found["w_down"]
+
+    def loss_and_grad(
+        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """One micro-batch: forward, head, backward; gradients are added to `gradients`.
+
+        ids, targets (B, T) int32; weights (B*T,) float32, each position's share of the step's loss (they sum to 1 over
+        a whole step); positions of weight 0 cost the head nothing.
+        Returns loss and nll of the positions of non-zero weight, in order, nats, (n,) float32, and the seconds spent
+        in `embedding`, `trunk` and `head`.
+        """
+        start = time.perf_counter()
+        h = self.forward(ids)
+        after_forward = time.perf_counter()
+        flat = targets.reshape(-1)
+        if weights.all():
+            loss, nll, dh = self.head.forward_backward(h, flat, weights)
+        else:
+            kept = np.flatnonzero(weights)
+            loss, nll, dh_kept = self.head.forward_backward(
+                np.ascontiguousarray(h[kept]), np.ascontiguousarray(flat[kept]), weights[kept]
+            )
+            dh = np.zeros_like(h)
+            dh[kept] = dh_kept
+        after_head = time.perf_counter()
+        self._trunk_backward(dh)
+        after_trunk = time.perf_counter()
+        assert self._buffers is not None and self._rows is not None
+        embedding_backward(self.gradients["embedding.weight"], self._buffers.dx, self._rows)
+        end = time.perf_counter()
+        seconds = {
+            "embedding": end - after_trunk,
+            "trunk": after_forward - start + after_trunk - after_head,
+            "head": after_head - after_forward,
+        }
+        return loss, nll, seconds

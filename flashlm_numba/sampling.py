@@ -1,0 +1,46 @@
+"""Drawing a token from a distribution: temperature, then top-k, then top-p."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def sample_rows(
+    probabilities: np.ndarray,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> np.ndarray:
+    """One column per row of probabilities (N, V), (N,) int32.
+
+    temperature 0 takes the most likely token; otherwise p becomes p**(1/temperature), the top_k most likely are kept,
+    of these the fewest whose probabilities reach top_p, and the rest is renormalised.
+    Raises ValueError if a setting is out of range.
+
+    >>> sample_rows(np.array([[0.1, 0.7, 0.2]]), np.random.default_rng(0), top_k=1).tolist()
+    [1]
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    out = np.empty(len(probabilities), np.int32)
+    for i, row in enumerate(probabilities):
+        if temperature == 0:
+            out[i] = row.argmax()
+            continue
+        with np.errstate(divide="ignore"):
+            scaled = np.log(row.astype(np.float64)) / temperature
+        p = np.exp(scaled - scaled.max())
+        # most likely first; equal ones by token id, so that the choice does not depend on the sort
+        keep = np.argsort(-p, kind="stable") if top_k is not None or top_p is not None else np.arange(p.size)
+        keep = keep[:top_k]
+        p = p[keep] / p[keep].sum()
+        if top_p is not None:
+            enough = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+            keep, p = keep[:enough], p[:enough] / p[:enough].sum()
+        out[i] = rng.choice(keep, p=p)
+    return out
