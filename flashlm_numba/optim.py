@@ -120,8 +120,8 @@ def lr_scale(
 ) -> float:
     """Factor of both learning rates: linear warm-up, constant, linear decay to `final`.
 
-    position : steps done before this one, or tokens seen before it; never time, which a slow or sleeping machine
-        would turn into another schedule
+    position : steps done before this one, or tokens seen before it; never time, since a slow or sleeping
+        machine would then follow another schedule
     unit : one step in the same unit (the tokens of a step, where positions are tokens)
     total : where the schedule ends; None: there is no decay.  warmup, decay : lengths of the two ramps
     The first step has unit / warmup, the step at total - decay is the last at 1, from total on it is `final`.
@@ -144,8 +144,8 @@ class Optimizer:
 
     params, grads : float32 arrays under the same names; kept, and read at every step
     settings : of both rules
-    A tensor's moments and its step counter begin at its first step, so a tensor that was frozen at first starts
-    with AdamW's bias correction of step 1, as in torch.
+    A tensor's moments and its step counter begin at its first step, so a tensor that was frozen until then
+    gets AdamW's bias correction of step 1, as in torch.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Optimizer:
         """Update every parameter that is not frozen, from the gradients as they are; these stay unchanged.
 
         lr_normuon, lr_adamw : learning rates of this step, the schedule's factor included
-        clip : largest norm of all gradients together, as torch.nn.utils.clip_grad_norm_ takes it; None: no clip
+        clip : largest norm of all gradients together, as in torch.nn.utils.clip_grad_norm_; None: no clip
         frozen : names of tensors that get no update and no moments in this step, and do not count in the norm
         Returns grad_norm (before clipping) and clip_scale (the factor that the gradients got).
         Raises UserError, before anything is changed, if a gradient is not finite.
@@ -259,8 +259,8 @@ class Optimizer:
         """The whole state as flat arrays, for safetensors: `first.NAME`, `second.NAME` and `steps.NAME`.
 
         first is the momentum or AdamW's first moment, second the second moment (NorMuon's has one number per
-        row), steps (1,) int64. A tensor that was never stepped has no entries. The moments are the live arrays,
-        no copies.
+        row), steps (1,) int64. A tensor that was never stepped has no entries. The moments
+        are the live arrays, no copies.
         """
         state: dict[str, np.ndarray] = {}
         for name in self.params:

@@ -21,8 +21,8 @@ from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 SMALL = 65_536
 # elements a partial sum of squares covers: its float64 sum is a fixed piece of work, whoever does it
 BLOCK = 4_096
-# Slices of threads begin at multiples of this many elements, so that the vector loop and its scalar rest, which
-# may round differently, meet the same elements for any number of threads.
+# Slices of threads begin at multiples of this many elements, so that the vector loop and its scalar rest,
+# which may round differently, meet the same elements for any number of threads.
 GRAIN = 1_024
 # rows of a Gram matrix in one task of the Newton-Schulz iteration
 ROWS = 64
@@ -261,8 +261,8 @@ def _newton_schulz(
     x (2, sum of m * n), gram and poly (sum of s * s,): the matrices one after another, s = min(m, n)
     table (matrices, 4) int64: m, n, offset in x, offset in gram
     tasks (tasks, 3) int64: matrix, first row, end row of its Gram matrix
-    Thread th does the tasks order[bounds[th]:bounds[th + 1]]. Two regions a step, since a Gram matrix needs all
-    of x, and a row of the polynomial all of the Gram matrix.
+    Thread th does the tasks order[bounds[th]:bounds[th + 1]]. Two regions a step, since a Gram matrix needs
+    all of x, and a row of the polynomial all of the Gram matrix.
     """
     for step in range(steps):
         old = x[step % 2]
@@ -411,8 +411,8 @@ def normuon_step(
     workspace = workspace or NorMuonWorkspace([weight.shape for weight in weights])
     if not len(weights) == len(momenta) == len(seconds) == len(grads) == len(workspace.shapes):
         raise ValueError(
-            f"normuon_step: the workspace is for {len(workspace.shapes)} matrices, got {len(weights)} weights, "
-            f"{len(momenta)} momenta, {len(seconds)} seconds and {len(grads)} grads"
+            f"normuon_step: the workspace is for {len(workspace.shapes)} matrices, got {len(weights)} "
+            f"weights, {len(momenta)} momenta, {len(seconds)} seconds and {len(grads)} grads"
         )
     for i, shape in enumerate(workspace.shapes):
         _check.array("normuon_step", f"weights[{i}]", weights[i], shape)

@@ -83,7 +83,7 @@ def normuon_step(
         second += (1 - beta2) * (np.mean(o * o, axis=1) - second)
         normed = o / (np.sqrt(second) + eps)[:, None]
         if update_rms is None:
-            size = np.linalg.norm(o) * math.sqrt(max(1.0, rows / columns))
+            size = float(np.linalg.norm(o)) * math.sqrt(max(1.0, rows / columns))
         else:
             size = update_rms * math.sqrt(rows * columns)
         weight *= 1 - lr * decay

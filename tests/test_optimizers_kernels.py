@@ -1,0 +1,230 @@
+"""The optimiser kernels against their float64 references, at odd shapes and for any number of threads."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+from helpers import assert_as_accurate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashlm_numba.kernels import optimizers, reference_optim
+
+V3 = {"lr": 0.02, "momentum": 0.95, "beta2": 0.999, "eps": 1e-8, "nesterov": False, "update_rms": 0.2}
+PUBLISHED = {"lr": 0.02, "momentum": 0.95, "beta2": 0.95, "eps": 1e-10, "nesterov": True, "update_rms": None}
+# the compiled runs also cross the threshold of the parallel kernels; in plain Python that takes minutes
+LARGE = () if numba.config.DISABLE_JIT else (optimizers.SMALL, 2 * optimizers.SMALL + 1_037)
+SIDE = 12 if numba.config.DISABLE_JIT else 150
+
+
+def arrays(rng, shapes, dtype=np.float32):
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def wide(lists):
+    """Float64 copies of lists of arrays."""
+    return [[x.astype(np.float64) for x in part] for part in lists]
+
+
+def copies(lists):
+    return [[x.copy() for x in part] for part in lists]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old one comes back at the end."""
+    before = numba.get_num_threads()
+    yield numba.set_num_threads
+    numba.set_num_threads(before)
+
+
+# --- sum of squares ---
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4_095, 4_097, *LARGE])
+def test_sum_of_squares_matches_float64(size):
+    # magnitudes whose squares overflow and underflow float32
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32) * np.float32(10) ** (
+        np.arange(size, dtype=np.float32) % 60 - 30
+    )
+    np.testing.assert_allclose(optimizers.sum_of_squares(x), reference_optim.sum_of_squares(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [7, *LARGE[1:]])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_sum_of_squares_reveals_what_is_not_finite(size, bad):
+    for at in (0, size // 2, size - 1):
+        x = np.ones(size, np.float32)
+        x[at] = bad
+        assert not np.isfinite(optimizers.sum_of_squares(x))
+
+
+# --- AdamW and the moving average ---
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 1_025, *LARGE])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_step_matches_reference(size, decay):
+    rng = np.random.default_rng(size)
+    weight, first, second, grad = arrays(rng, [size] * 4)
+    state = [[weight, first * np.float32(0.1), np.square(second)]]
+    settings = {"step": 3, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": decay, "scale": 0.3}
+    (got,), (ref32,), ref64 = copies(state), copies(state), wide(state)[0]
+    optimizers.adamw_step(*got, grad, **settings)
+    reference_optim.adamw_step(*ref32, grad, **settings)
+    reference_optim.adamw_step(*ref64, grad.astype(np.float64), **settings)
+    for name, a, b, c in zip(("weight", "first", "second"), got, ref32, ref64, strict=True):
+        assert_as_accurate(a, b, c, name=name)
+
+
+def test_adamw_step_of_zero_gradient_only_decays():
+    weight = np.full(40, 2, np.float32)
+    zeros = [np.zeros(40, np.float32) for _ in range(3)]
+    settings = {"step": 1, "lr": 0.5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    optimizers.adamw_step(weight, *zeros, decay=0.0, **settings)
+    np.testing.assert_array_equal(weight, 2)
+    optimizers.adamw_step(weight, *zeros, decay=0.5, **settings)
+    np.testing.assert_array_equal(weight, 1.5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_025, *LARGE])
+def test_ema_update_matches_reference(size):
+    average, value = arrays(np.random.default_rng(size), [size] * 2)
+    got, ref32, ref64 = average.copy(), average.copy(), average.astype(np.float64)
+    optimizers.ema_update(got, value, 0.99)
+    reference_optim.ema_update(ref32, value, 0.99)
+    reference_optim.ema_update(ref64, value.astype(np.float64), 0.99)
+    assert_as_accurate(got, ref32, ref64)
+
+
+# --- NorMuon ---
+
+
+def check_normuon(shapes, seed, settings, magnitude=1.0):
+    """Two steps of kernel and references from one start, each with its own gradients."""
+    rng = np.random.default_rng(seed)
+    state = [
+        arrays(rng, shapes),
+        [np.zeros(s, np.float32) for s in shapes],
+        [np.zeros(s[0], np.float32) for s in shapes],
+    ]
+    got, ref32, ref64 = copies(state), copies(state), wide(state)
+    workspace = optimizers.NorMuonWorkspace(shapes)
+    for _ in range(2):
+        grads = [g * np.float32(magnitude) for g in arrays(rng, shapes)]
+        optimizers.normuon_step(*got, grads, workspace=workspace, **settings)
+        reference_optim.normuon_step(*ref32, grads, **settings)
+        reference_optim.normuon_step(*ref64, *wide([grads]), **settings)
+    for name, mine, plain, truth in zip(("weight", "momentum", "second"), got, ref32, ref64, strict=True):
+        for i, shape in enumerate(shapes):
+            assert_as_accurate(mine[i], plain[i], truth[i], slack=8.0, name=f"{name} {shape}")
+
+
+# a learning rate of 10, so that the rounding of the old weights does not hide an error of the update
+@pytest.mark.parametrize("settings", [V3, PUBLISHED], ids=["v3", "published"])
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, SIDE), st.integers(1, SIDE)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_normuon_step_matches_reference(settings, shapes, seed):
+    check_normuon(shapes, seed, {**settings, "lr": 10.0, "decay": 0.01, "scale": 0.5})
+
+
+@pytest.mark.parametrize("settings", [V3, PUBLISHED], ids=["v3", "published"])
+def test_normuon_step_matches_reference_at_v3_shapes(settings):
+    small = bool(numba.config.DISABLE_JIT)
+    shapes = [(13, 6), (6, 13), (6, 6), (1, 6)] if small else [(683, 256), (256, 683), (256, 256), (1, 256)]
+    check_normuon([*shapes, (5, 1), (0, 4), (4, 0)], 0, {**settings, "lr": 10.0})
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e12])
+def test_normuon_step_takes_gradients_of_any_size(magnitude):
+    check_normuon([(30, 70), (70, 30)], 1, {**V3, "lr": 10.0}, magnitude)
+
+
+@pytest.mark.parametrize("settings", [V3, PUBLISHED], ids=["v3", "published"])
+def test_normuon_step_leaves_the_weights_where_the_gradient_is_zero(settings):
+    shapes = [(1, 6), (6, 1), (4, 7)]
+    weights = arrays(np.random.default_rng(0), shapes)
+    before = copies([weights])[0]
+    momenta, grads = ([np.zeros(s, np.float32) for s in shapes] for _ in range(2))
+    seconds = [np.zeros(s[0], np.float32) for s in shapes]
+    optimizers.normuon_step(weights, momenta, seconds, grads, **settings)
+    for got, want in zip(weights, before, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_normuon_update_has_the_stated_norm():
+    shape = (40, 10)
+    grads = arrays(np.random.default_rng(0), [shape])
+    for settings in (V3, PUBLISHED):
+        weights, momenta, seconds = [np.zeros(shape, "f")], [np.zeros(shape, "f")], [np.zeros(40, "f")]
+        optimizers.normuon_step(weights, momenta, seconds, grads, **{**settings, "lr": 1.0})
+        if settings is V3:
+            want = 0.2 * np.sqrt(400)
+        else:
+            direction = grads[0].astype(np.float64)
+            orthogonal = reference_optim.newton_schulz(direction / np.linalg.norm(direction), 5)
+            want = np.linalg.norm(orthogonal) * np.sqrt(40 / 10)
+        np.testing.assert_allclose(np.linalg.norm(weights[0]), want, rtol=1e-5)
+
+
+def test_newton_schulz_tasks_cover_every_row_once_and_share_the_work():
+    workspace = optimizers.NorMuonWorkspace([(683, 256), (683, 256), (256, 683), (256, 256), (1, 256)])
+    for costs, plan in ((workspace._gram_costs, slice(0, 2)), (workspace._poly_costs, slice(2, 4))):
+        for threads in (1, 2, 3, 40):
+            order, bounds = workspace.plan(threads)[plan]
+            assert sorted(order) == list(range(len(workspace.tasks)))
+            assert bounds[0] == 0
+            assert bounds[-1] == len(order)
+            busy = [costs[order[bounds[th] : bounds[th + 1]]].sum() for th in range(threads)]
+            if threads == 2:
+                assert max(busy) < 1.03 * min(busy)
+
+
+# --- all of them ---
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python has one thread")
+def test_every_kernel_gives_the_same_for_any_thread_count(threads):
+    rng = np.random.default_rng(0)
+    size = 3 * optimizers.SMALL + 517
+    flat = [*arrays(rng, [size] * 2), np.abs(arrays(rng, [size])[0]), *arrays(rng, [size])]
+    shapes = [(200, 70), (70, 200), (130, 130), (1, 70)]
+    matrices = [arrays(rng, shapes), arrays(rng, shapes), [np.ones(s[0], np.float32) for s in shapes]]
+    grads = arrays(rng, shapes)
+    results = []
+    for count in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        threads(count)
+        weight, first, second, grad = copies([flat])[0]
+        result = [optimizers.sum_of_squares(grad)]
+        optimizers.adamw_step(
+            weight, first, second, grad, step=2, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, scale=0.7
+        )
+        optimizers.ema_update(grad, weight, 0.9)
+        mine = copies(matrices)
+        optimizers.normuon_step(*mine, grads, **V3)
+        results.append([*result, weight, first, second, grad, *(x for part in mine for x in part)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_public_functions_reject_wrong_arrays():
+    x = np.zeros((2, 3), np.float32)
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.0}
+    with pytest.raises(ValueError, match="sum_of_squares: x must be float32, got float64"):
+        optimizers.sum_of_squares(x.astype(np.float64))
+    with pytest.raises(ValueError, match=r"adamw_step: grad must have shape \(2, 3\), got \(3, 2\)"):
+        optimizers.adamw_step(x, x.copy(), x.copy(), np.zeros((3, 2), np.float32), step=1, **settings)
+    with pytest.raises(ValueError, match="adamw_step: step counts from 1, got 0"):
+        optimizers.adamw_step(x, x.copy(), x.copy(), x.copy(), step=0, **settings)
+    with pytest.raises(ValueError, match="ema_update: value must be C-contiguous"):
+        optimizers.ema_update(x, np.zeros((3, 2), np.float32).T, 0.9)
+    with pytest.raises(ValueError, match=r"normuon_step: seconds\[0\] must have shape \(2,?\), got \(3,\)"):
+        optimizers.normuon_step([x], [x.copy()], [np.zeros(3, np.float32)], [x.copy()], **V3)
+    with pytest.raises(ValueError, match="the workspace is for 1 matrices, got 1 weights, 2 momenta"):
+        optimizers.normuon_step([x], [x, x], [x], [x], workspace=optimizers.NorMuonWorkspace([(2, 3)]), **V3)
+    with pytest.raises(ValueError, match=r"NorMuon takes matrices \(m, n\), got a tensor of shape \(3,\)"):
+        optimizers.NorMuonWorkspace([(3,)])
