@@ -123,7 +123,12 @@ class DenseHead:
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32."""
         _, nll = dense_head.dense_head_forward(
-            h, self.weight, targets, log_prior=self.log_prior, soft_cap=self.options.soft_cap, scratch=self._buffers()
+            h,
+            self.weight,
+            targets,
+            log_prior=self.log_prior,
+            soft_cap=self.options.soft_cap,
+            scratch=self._buffers(),
         )
         return -nll
 

@@ -70,7 +70,16 @@ def _call_sgemm(typingctx, address, trans_a, trans_b, m, n, k, a, lda, b, ldb, b
         one = ir.Constant(ir.FloatType(), 1.0)
         builder.call(
             sgemm,
-            [letter(trans_a), letter(trans_b), int32(m), int32(n), int32(k), slot(one), pointer(a), int32(lda)]
+            [
+                letter(trans_a),
+                letter(trans_b),
+                int32(m),
+                int32(n),
+                int32(k),
+                slot(one),
+                pointer(a),
+                int32(lda),
+            ]
             + [pointer(b), int32(ldb), slot(beta), pointer(c), int32(ldc)],
         )
         return context.get_dummy_value()

@@ -161,7 +161,9 @@ def _gated_conv_backward(dx, dweight, dgv, dn, n, dout, gv, x, weight_t, dilatio
                     dx[b, t, g * width + j] += dn[g, t, j]
 
 
-def _check_conv(where: str, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int) -> None:
+def _check_conv(
+    where: str, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int
+) -> None:
     _check.array(where, "x", x, (None, None, None))
     channels = x.shape[2]
     if groups < 1 or channels % groups:
@@ -191,7 +193,13 @@ def gated_conv_forward(
 
 
 def gated_conv_backward(
-    dout: np.ndarray, gv: np.ndarray, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int
+    dout: np.ndarray,
+    gv: np.ndarray,
+    x: np.ndarray,
+    gate: np.ndarray,
+    value: np.ndarray,
+    groups: int,
+    dilation: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients dx (B, T, C), dgate and dvalue (C, C/groups, K) for dout (B, T, C) and gv of the forward pass.
 

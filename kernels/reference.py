@@ -128,7 +128,9 @@ def dense_head_backward(
     _, nll, logits = dense_head_forward(h, weight, targets, log_prior, label_smoothing, z_loss, soft_cap)
     target = targets[:, None].astype(np.int64)
     lse = nll + np.take_along_axis(logits, target, 1)[:, 0]
-    dlogits = np.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None] - label_smoothing / weight.shape[0]
+    dlogits = (
+        np.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None] - label_smoothing / weight.shape[0]
+    )
     np.put_along_axis(dlogits, target, np.take_along_axis(dlogits, target, 1) - (1 - label_smoothing), 1)
     if soft_cap is not None:
         capped = logits if log_prior is None else logits - log_prior

@@ -149,7 +149,9 @@ def _backward_rows(
                     dm_sequence, dnorms[3 + d], normed[:time], xm[r, d, start:end], norms[3 + d],
                     rstd_m[r, d, start:end], True,
                 )  # fmt: skip
-        rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
+        rmsnorm_backward_rows(
+            dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True
+        )
 
 
 @kernel
@@ -234,7 +236,9 @@ class TrunkBuffers:
         self.dw_gate_up = zeros(threads, 2 * inner, dim)
 
 
-def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def trunk_forward(
+    buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
     """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
 
     rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.

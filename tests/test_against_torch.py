@@ -1,0 +1,140 @@
+"""The model, its gradients and the optimisers against autograd in PyTorch (tools/peer_torch.py), from shared weights.
+
+Torch in float64 is the truth, and torch in float32 shows how far plain float32 is from it.
+"""
+
+import numpy as np
+import pytest
+from helpers import assert_as_accurate
+
+from flashlm_numba.config import ModelConfig
+from flashlm_numba.heads import DenseHead
+from flashlm_numba.model import Model, initial_parameters
+from flashlm_numba.optim import PRESETS, Optimizer, lr_scale
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[peer]'")
+
+from tools import peer_torch  # noqa: E402
+
+CONFIGS = {
+    "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
+    "odd": ModelConfig(vocab_size=100, dim=36, inner=41, groups=3, taps=3, dilations=(2, 5), recursions=3),
+    "v3": ModelConfig(),
+}
+LOSSES = {
+    "plain": {},
+    "v3": {"label_smoothing": 0.1, "z_loss": 1e-4},
+    "capped": {"soft_cap": 8.0, "z_loss": 1e-3},
+}
+
+
+def weights_away_from_the_threshold(config, seed=0):
+    """Random parameters without a ternary weight near the mean magnitude, where rounding would decide its value."""
+    parameters = initial_parameters(config, seed, embedding_std=0.5)
+    rng = np.random.default_rng(seed + 1)
+    for name, value in parameters.items():
+        if value.ndim == 1:
+            value += rng.standard_normal(value.shape).astype(np.float32) * np.float32(0.1)
+        if value.ndim == 2 and not name.startswith("embedding"):
+            threshold = np.abs(value).mean()
+            near = np.abs(np.abs(value) - threshold) < 0.05 * threshold
+            value[near] *= np.float32(0.8)
+    return parameters
+
+
+def batch(config, seed, rows, length):
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length + 1)).astype(np.int32)
+    return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+
+
+def peer(config, parameters, dtype):
+    model = peer_torch.PeerModel(config).to(dtype)
+    model.state_from_numpy(parameters)
+    return model
+
+
+def peer_gradients(config, parameters, dtype, ids, targets, weights, options):
+    model = peer(config, parameters, dtype)
+    loss, nll = model.loss_and_grad(ids, targets, weights, **options)
+    return loss, nll, model.grads_to_numpy()
+
+
+@pytest.mark.parametrize(
+    ("config", "loss"), [("small", "plain"), ("small", "v3"), ("odd", "capped"), ("v3", "v3")]
+)
+def test_loss_and_every_gradient_agree_with_autograd(config, loss):
+    config, options = CONFIGS[config], LOSSES[loss]
+    parameters = weights_away_from_the_threshold(config)
+    ids, targets = batch(config, 1, 3, 70 if config.dim < 100 else 20)
+    weights = np.random.default_rng(2).uniform(0, 0.01, ids.size).astype(np.float32)
+    weights[::3] = 0
+    kept = weights > 0
+
+    model = Model(
+        config,
+        {name: value.copy() for name, value in parameters.items()},
+        lambda w, dw: DenseHead(w, dw, **options),
+    )
+    got_loss, got_nll, _ = model.loss_and_grad(ids, targets, weights)
+    loss32, nll32, grads32 = peer_gradients(config, parameters, torch.float32, ids, targets, weights, options)
+    loss64, nll64, grads64 = peer_gradients(config, parameters, torch.float64, ids, targets, weights, options)
+    assert_as_accurate(got_loss, loss32[kept], loss64[kept], 8, "loss")
+    assert_as_accurate(got_nll, nll32[kept], nll64[kept], 8, "nll")
+    assert grads64.keys() == model.gradients.keys()
+    for name, truth in grads64.items():
+        if name.startswith("router"):
+            assert not model.gradients[name].any()
+        else:
+            assert np.abs(truth).max() > 0, name
+            assert_as_accurate(model.gradients[name], grads32[name], truth, 8, name)
+
+
+def both_optimizers(config, preset, frozen_first):
+    parameters = weights_away_from_the_threshold(config)
+    settings = PRESETS[preset]
+    ours = Model(config, {name: value.copy() for name, value in parameters.items()}, DenseHead)
+    optimizer = Optimizer(ours.parameters, ours.gradients, settings)
+    theirs = peer(config, parameters, torch.float32)
+    peers = peer_torch.Optimizers(theirs, normuon=preset, clip=settings.clip)
+    losses = []
+    for step in range(10):
+        ids, targets = batch(config, 10 + step, 4, 24)
+        weights = np.full(ids.size, 1 / ids.size, np.float32)
+        frozen = ("embedding.weight",) if step < frozen_first else ()
+        scale = lr_scale(step, total=10, warmup=3, decay=4)
+        ours.zero_grad()
+        ours.prepare()
+        loss, _, _ = ours.loss_and_grad(ids, targets, weights)
+        norm = optimizer.step(
+            settings.normuon_lr * scale, settings.adamw_lr * scale, settings.clip, frozen=frozen
+        )
+        peers.zero_grad()
+        theirs.embedding.weight.requires_grad_(not frozen)
+        peer_loss, _ = theirs.loss_and_grad(ids, targets)
+        peer_norm = peers.step(scale)
+        assert peer_torch.schedule(step, warmup=3, total=10, decay=4) == pytest.approx(scale)
+        losses.append((float(loss.mean()), float(peer_loss.mean()), norm["grad_norm"], peer_norm))
+        if step == 0:
+            first = {name: value.copy() for name, value in ours.parameters.items()}, theirs.params_to_numpy()
+    return parameters, first, np.array(losses)
+
+
+@pytest.mark.parametrize("preset", ["v3", "published"])
+@pytest.mark.parametrize("frozen_first", [0, 4])
+def test_optimizer_steps_agree_with_torch(preset, frozen_first):
+    before, (ours, theirs), losses = both_optimizers(CONFIGS["small"], preset, frozen_first)
+    for name, value in ours.items():
+        step = np.abs(theirs[name] - before[name]).max()
+        error = np.abs(value - theirs[name]).max()
+        if name.startswith("router") or (frozen_first and name == "embedding.weight"):
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+            assert step == 0, name
+        else:
+            assert step > 0, name
+            # AdamW's first step is the sign of the gradient: where that is nothing but rounding, it may differ
+            allowed = 1e-3 * step + 2 * np.finfo(np.float32).eps * np.abs(before[name]).max()
+            assert np.mean(np.abs(value - theirs[name]) > allowed) < 2e-3, name
+            assert error <= 2.001 * step, name
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=2e-4)
+    np.testing.assert_allclose(losses[:, 2], losses[:, 3], rtol=2e-3)
+    assert np.ptp(losses[:, 0]) > 0.01  # the steps did something

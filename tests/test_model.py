@@ -1,0 +1,136 @@
+"""The whole model without torch: counts, causality, and what the parts have to agree on."""
+
+import numpy as np
+import pytest
+
+from flashlm_numba.config import ModelConfig
+from flashlm_numba.heads import DenseHead
+from flashlm_numba.kernels import ternary
+from flashlm_numba.model import Model, initial_parameters, parameter_shapes
+
+SMALL = ModelConfig(vocab_size=97, dim=24, inner=37, groups=3, taps=4, dilations=(1, 2, 8), recursions=2)
+
+
+def small_model(seed=0, config=SMALL, std=0.5):
+    parameters = initial_parameters(config, seed, embedding_std=std)
+    return Model(config, parameters, DenseHead)
+
+
+def batch(seed, rows, length, vocab=SMALL.vocab_size):
+    ids = np.random.default_rng(seed).integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+
+
+def test_v3_has_the_published_number_of_parameters():
+    shapes = parameter_shapes(ModelConfig())
+    size = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    assert sum(size.values()) == 13_555_969
+    assert size["embedding.weight"] == 12_865_792
+    outside = size["embedding.weight"] + size["final_norm.weight"]
+    assert sum(size.values()) - outside == 689_921
+    assert sum(n for name, n in size.items() if name.startswith("glu.")) == 524_544
+    norms = sum(n for name, n in size.items() if name.startswith("mixer.norms."))
+    assert sum(n for name, n in size.items() if name.startswith("mixer.")) == 164_608
+    assert norms == 3 * 256
+    assert ModelConfig().receptive_field == 415
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_hidden_states_see_nothing_of_the_future(length):
+    model = small_model()
+    ids, _ = batch(1, 3, length)
+    before = model.forward(ids).copy().reshape(3, length, -1)
+    at = length // 2
+    changed = ids.copy()
+    changed[1, at] = (changed[1, at] + 1) % SMALL.vocab_size
+    after = model.forward(changed).reshape(3, length, -1)
+    np.testing.assert_array_equal(before[1, :at], after[1, :at])
+    np.testing.assert_array_equal(before[[0, 2]], after[[0, 2]])
+    assert (before[1, at] != after[1, at]).any()
+
+
+def test_dense_nll_before_a_changed_token_stays_bit_for_bit():
+    model = small_model()
+    ids, targets = batch(2, 2, 30)
+    before = model.head.log_prob(model.forward(ids), targets.reshape(-1)).reshape(2, 30)
+    ids[0, 17] = (ids[0, 17] + 1) % SMALL.vocab_size
+    after = model.head.log_prob(model.forward(ids), targets.reshape(-1)).reshape(2, 30)
+    np.testing.assert_array_equal(before[0, :17], after[0, :17])
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_a_token_outside_the_receptive_field_has_no_influence():
+    model = small_model()
+    field = SMALL.receptive_field
+    ids, _ = batch(3, 1, field + 1)
+    before = model.forward(ids)[-1].copy()
+    ids[0, 0] = (ids[0, 0] + 1) % SMALL.vocab_size
+    np.testing.assert_array_equal(before, model.forward(ids)[-1])
+    ids[0, 1] = (ids[0, 1] + 1) % SMALL.vocab_size
+    assert (before != model.forward(ids)[-1]).any()
+
+
+def test_weights_of_zero_leave_positions_out():
+    model = small_model()
+    ids, targets = batch(4, 2, 9)
+    weights = np.zeros(18, np.float32)
+    weights[[3, 11]] = 0.5
+    loss, nll, _ = model.loss_and_grad(ids, targets, weights)
+    kept = {name: value.copy() for name, value in model.gradients.items()}
+    model.zero_grad()
+    h = model.forward(ids)
+    all_loss, _, dh = model.head.forward_backward(h, targets.reshape(-1), weights)
+    model.backward(dh)
+    np.testing.assert_allclose(loss, all_loss[[3, 11]], rtol=1e-5)
+    assert nll.shape == (2,)
+    for name, value in kept.items():
+        np.testing.assert_allclose(model.gradients[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_gradients_add_up_over_micro_batches():
+    model = small_model()
+    ids, targets = batch(5, 4, 11)
+    weights = np.full(44, 1 / 44, np.float32)
+    model.loss_and_grad(ids, targets, weights)
+    whole = {name: value.copy() for name, value in model.gradients.items()}
+    model.zero_grad()
+    assert not any(value.any() for value in model.gradients.values())
+    for half in (slice(0, 2), slice(2, 4)):
+        model.loss_and_grad(ids[half], np.ascontiguousarray(targets[half]), weights[:22])
+    for name, value in whole.items():
+        np.testing.assert_allclose(model.gradients[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_the_same_step_gives_the_same_bits():
+    first, second = small_model(), small_model()
+    ids, targets = batch(6, 3, 20)
+    weights = np.full(60, 1 / 60, np.float32)
+    results = [model.loss_and_grad(ids, targets, weights)[0] for model in (first, second)]
+    np.testing.assert_array_equal(*results)
+    for name in first.gradients:
+        np.testing.assert_array_equal(first.gradients[name], second.gradients[name], err_msg=name)
+
+
+def test_packed_weights_are_the_ones_training_evaluates():
+    model = small_model()
+    for name in ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight"):
+        weight = model.parameters[name]
+        packed = ternary.pack_ternary(ternary.ternarize(weight))
+        used = {
+            "mixer.out.weight": model._weights.w_out,
+            "glu.gate.weight": model._weights.w_gate_up[: SMALL.inner],
+            "glu.up.weight": model._weights.w_gate_up[SMALL.inner :],
+            "glu.down.weight": model._weights.w_down,
+        }[name]
+        np.testing.assert_array_equal(ternary.unpack_ternary(packed, weight.shape[1]), used)
+
+
+def test_an_id_outside_the_vocabulary_is_refused():
+    with pytest.raises(
+        ValueError, match=r"ids must be in \[0, 97\), got 97 at index 2; the data was made with"
+    ):
+        small_model().forward(np.array([[0, 1, 97]], np.int32))
+
+
+def test_empty_batch_gives_no_hidden_states():
+    assert small_model().forward(np.zeros((0, 5), np.int32)).shape == (0, 24)
