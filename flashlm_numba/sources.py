@@ -1,4 +1,4 @@
-"""Where documents come from: the built-in text, a Hugging Face dataset, or local files, all through `datasets`.
+"""Where documents come from: the built-in text, a Hugging Face dataset or local files, through `datasets`.
 
 resolve() turns the SOURCE of a command line into a Source without reading the documents; Source.documents()
 streams them, in an order that depends on the source alone. Everything the user can cause is a UserError.
@@ -160,7 +160,7 @@ def resolve(
         return _built_in()
     path = Path(source).expanduser()
     if path.is_file():
-        files = {ALL: (_file(path, path.name, lines),)}
+        files: dict[str, tuple[File, ...]] = {ALL: (_file(path, path.name, lines),)}
     elif path.is_dir():
         found = (p for p in path.rglob("*") if not _hidden(p.relative_to(path)))
         files = _by_role([(p, p.relative_to(path).as_posix()) for p in found], lines)
@@ -271,7 +271,7 @@ def _file(path: Path, name: str, lines: bool) -> File:
 
 
 def quiet_datasets() -> Any:
-    """Import `datasets` without its progress bars, log lines and download counter (a request per local load)."""
+    """Import `datasets` without its progress bars, log lines and download counter (a request per load)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
     import huggingface_hub
@@ -287,7 +287,7 @@ def quiet_datasets() -> Any:
 
 
 def _data_files(paths: list[Path]) -> Any:
-    """The files as `datasets` wants them, kept from its pattern search (8 ms a file, and [ ] * ? mean something)."""
+    """The files as `datasets` wants them, without its search by pattern, in which [ ] * ? are special."""
     from datasets.data_files import DataFilesList
 
     return DataFilesList([str(path) for path in paths], [(str(path),) for path in paths])
@@ -304,7 +304,7 @@ def _texts(stream: Any, column: str, name: str) -> Iterator[str]:
             text = ""
         elif not isinstance(text, str):
             raise UserError(
-                f"Column {column} of {name} holds {type(text).__name__}, not text: name another with --column."
+                f"Column {column} of {name} holds {type(text).__name__}, not text: choose another --column."
             )
         yield text
 
@@ -312,9 +312,8 @@ def _texts(stream: Any, column: str, name: str) -> Iterator[str]:
 def _check_column(columns: Iterable[str], column: str, name: str | Path) -> None:
     names = list(columns)
     if column not in names:
-        raise UserError(
-            f"{name} has no column {column}: choose one of {', '.join(map(str, names)) or '(none)'} with --column."
-        )
+        have = ", ".join(map(str, names)) or "none"
+        raise UserError(f"{name} has no column {column}: choose one with --column (it has {have}).")
 
 
 def _check_parquet_columns(files: list[File], column: str) -> None:
@@ -362,7 +361,8 @@ def _damage(files: list[File], error: Exception) -> UserError:
         decoder = codecs.getincrementaldecoder("utf-8")()
         try:
             with _open(f.path) as lines:
-                for number, line in enumerate(lines, 1):
+                for line in lines:
+                    number += 1
                     decoder.decode(line)
                     if f.kind == "json" and line.strip():
                         json.loads(line)
