@@ -172,6 +172,11 @@ def find(run: Path, name: str | None = None) -> Path:
     raise UserError(f"{which} {checkpoint} is damaged ({reason}); {remedy}.")
 
 
+def any_in(run: Path) -> bool:
+    """Whether a run has a checkpoint, intact or not."""
+    return bool(_steps(run))
+
+
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
     """The files (name without .safetensors -> tensors) and the state of a checkpoint that `find` returned."""
     state = load_state(checkpoint)

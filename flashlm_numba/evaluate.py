@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flashlm_numba.errors import UserError
 
 if TYPE_CHECKING:
     from flashlm_numba.data import Split
@@ -69,7 +72,7 @@ def windows(document: np.ndarray, field: int, window: int, eot: int) -> Iterator
     """Cut one document (n,) into windows of at most `window` positions that score each token exactly once.
 
     field : the model's receptive field in tokens, the current one included. A position of a later window has
-    its whole field inside it, since the window starts field - 1 positions before the first one that it scores.
+    its whole field inside it, since the window starts field - 1 positions before the first that it scores.
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
@@ -157,6 +160,70 @@ def _spread(model: Model, h: np.ndarray) -> float:
         np.maximum(p, np.float32(1e-45), out=p)
         total -= float(np.log(p, out=p).mean(axis=1, dtype=np.float64).sum())
     return total
+
+
+def evaluate_run(
+    run: Path,
+    data: str | None = None,
+    *,
+    smoothed: bool = False,
+    ema: bool = False,
+    checkpoint_name: str | None = None,
+) -> dict[str, Any]:
+    """Score a run's model; the object that `eval --json` prints.
+
+    data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
+    or where its file names give roles the validation documents); None: the run's own validation documents.
+    Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
+    """
+    from flashlm_numba.assemble import load_model
+    from flashlm_numba.data import MANIFEST, open_tokens
+    from flashlm_numba.display import Display
+    from flashlm_numba.tokenizer import EOT
+
+    loaded = load_model(run, checkpoint_name, ema=ema)
+    sizes = {"documents": 0, "bytes": 0}
+    total = None
+    if data is None or (Path(data) / MANIFEST).exists():
+        where = loaded.run.data if data is None else data
+        split = open_tokens(Path(where)).validation
+        sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
+        documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
+    else:
+        documents, name = _source_documents(data, sizes), data
+    with Display() as display, display.tokens("scoring", total):
+        found = score(
+            loaded.model, documents, eot=EOT, smoothed=smoothed, progress=lambda count: display.advance(count)
+        )
+    if not found.tokens:
+        raise UserError(f"{name} holds no text to score.")
+    return {
+        "nll": found.mean_nll,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte(sizes["bytes"]),
+        "smoothed_loss": found.smoothed_loss,
+        "tokens": found.tokens,
+        **sizes,
+        "data": name,
+        "checkpoint_step": loaded.state["step"],
+        "ema": ema,
+    }
+
+
+def _source_documents(source: str, sizes: dict[str, int]) -> Iterator[np.ndarray]:
+    """Token ids (n,) int32 of the documents of a source; counts documents and UTF-8 bytes in sizes."""
+    from flashlm_numba.sources import resolve
+    from flashlm_numba.tokenizer import Tokenizer
+
+    found = resolve(source)
+    tokenizer = Tokenizer()
+    role = "validation" if "validation" in found.roles else found.roles[0]
+    for text in found.documents(role):
+        ids = np.array(tokenizer.encode(text), np.int32)
+        if len(ids):
+            sizes["documents"] += 1
+            sizes["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+            yield ids
 
 
 def validation_subset(split: Split, tokens: int) -> list[np.ndarray]:

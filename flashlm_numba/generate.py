@@ -25,7 +25,7 @@ def generate_ids(
     """Sample token ids without end, each from the ids before it.
 
     context : the ids to start from, at least one (<|endoftext|> starts a document);
-    temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token.
+    temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the top token.
     Each token costs a forward pass over the receptive field at most: what lies further back cannot matter.
     """
     if not context:

@@ -1,0 +1,426 @@
+"""The command line: parse, call, print.
+
+    flashlm-numba prepare [SOURCE] --out DIR
+    flashlm-numba train [DATA] --head tree --minutes 20 --out RUN
+    flashlm-numba eval RUN [DATA]
+    flashlm-numba generate RUN --prompt TEXT
+    flashlm-numba info RUN
+
+Only click is imported here: the numerical packages take a second to load, and `--help` must not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from flashlm_numba import __version__
+from flashlm_numba.config import RECIPES, RunConfig
+from flashlm_numba.errors import UserError
+
+
+class _Commands(click.Group):
+    """A group whose commands turn a UserError into one sentence on standard error and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except BrokenPipeError:  # the reader of a pipe went away, as in `generate | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads to compute with. Default: every core this process may use.",
+)
+_checkpoint = click.option(
+    "--checkpoint", metavar="step-N", help="Checkpoint of the run to read. Default: the newest."
+)
+_ema = click.option(
+    "--ema", is_flag=True, help="Use the running average of the weights, where the run keeps one (recipe v3)."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
+_run = click.argument("run", type=click.Path(path_type=Path))
+
+
+def _use_threads(threads: int | None) -> int:
+    """Set the thread count; a number that this machine lacks is a usage error."""
+    from flashlm_numba.threads import set_threads
+
+    try:
+        return set_threads(threads)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", param_hint="'--threads'") from None
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="flashlm-numba")
+def main() -> None:
+    """Train and run a 13.6M-parameter ternary-weight language model on a CPU.
+
+    \b
+    The first two commands to type:
+      flashlm-numba train --minutes 20 --out my-run
+      flashlm-numba generate my-run --prompt "The people"
+    """
+
+
+@main.command()
+@click.argument("source", required=False)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the tokens. Needed if there is a SOURCE."
+)
+@click.option(
+    "--validation",
+    metavar="SOURCE",
+    help="Where the validation documents are. Default: files named validation*, or else 5 % of all.",
+)
+@click.option("--subset", help="Configuration of a Hugging Face dataset, such as sample-10BT.")
+@click.option(
+    "--split",
+    type=click.Choice(["auto", "train", "validation"]),
+    default="auto",
+    show_default=True,
+    help="Put all documents into one split, or share them out.",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens. Default: all.")
+@click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: all.")
+@click.option(
+    "--lines", is_flag=True, help="Every line of a .txt file is a document, instead of the whole file."
+)
+@click.option(
+    "--column", default="text", show_default=True, help="Where parquet, JSON and hub rows keep the text."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads that tokenise. Default: all cores.")
+def prepare(
+    source: str | None,
+    out: Path | None,
+    validation: str | None,
+    subset: str | None,
+    split: Literal["auto", "train", "validation"],
+    max_tokens: int | None,
+    max_docs: int | None,
+    lines: bool,
+    column: str,
+    workers: int | None,
+) -> None:
+    """Turn documents into GPT-2 tokens for training, in the folder --out.
+
+    SOURCE is a .parquet, .jsonl (.gz, .zst) or .txt file, a folder or a quoted glob of them, or the name of a
+    Hugging Face dataset. Without SOURCE: the built-in text, which `train` uses by default. A run that was
+    stopped goes on when the same command is given again.
+    """
+    from flashlm_numba.data import default_corpus, open_tokens
+    from flashlm_numba.data import prepare as prepare_tokens
+
+    if out is None:
+        if (source, validation, subset, max_tokens, max_docs) != (None,) * 5 or lines or split != "auto":
+            raise click.UsageError("Give --out DIR, the folder for the tokens.")
+        out = default_corpus()
+        manifest = open_tokens(out).manifest
+    else:
+        manifest = prepare_tokens(
+            source,
+            out,
+            validation=validation,
+            subset=subset,
+            split=split,
+            max_tokens=max_tokens,
+            max_docs=max_docs,
+            lines=lines,
+            column=column,
+            workers=workers,
+        )
+    for name, part in manifest.splits.items():
+        click.echo(
+            f"{name:<12} {part.documents:>11,} documents {part.text_tokens:>14,} tokens "
+            f"{part.text_bytes:>14,} bytes"
+        )
+    click.echo(f"in {out}")
+
+
+@main.command()
+@click.argument("data", required=False)
+@click.option(
+    "--head",
+    type=click.Choice(["dense", "tree"]),
+    help="Output layer: a softmax over all tokens (dense), or over the nodes of a tree (much faster). "
+    "Default: the recipe's, tree for default, dense for v3.",
+)
+@click.option(
+    "--tree",
+    metavar="SHAPE",
+    help="Shape of the tree: huffman, two-level, adaptive, ... Implies --head tree.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default=None,
+    help="Settings to start from: default is the best known now, v3 is FlashLM v3 as published. "
+    "Default: default.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Train for this many optimiser steps.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Train for about this long: the speed is measured first, and the plan fixed in steps. "
+    "Default when no length is given: 20 minutes; recipe v3: its 10,000 steps.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the run, new. Default: runs/<head>-<date>-<time>.",
+)
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="Go on with this run, with its own data and settings."
+)
+@_checkpoint
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    help="Of the weights, the batches and the positions. Default: 42.",
+)
+@_threads
+@click.option(
+    "--embeddings",
+    metavar="PATH",
+    help="Start the embedding from a GPT-2 checkpoint: a .safetensors file, or hf:openai-community/gpt2. "
+    "Default: computed from the training text.",
+)
+@click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. "
+    "docs/training.md lists them.",
+)
+def train(
+    data: str | None,
+    head: str | None,
+    tree: str | None,
+    recipe: str | None,
+    steps: int | None,
+    tokens: int | None,
+    minutes: float | None,
+    out: Path | None,
+    resume: Path | None,
+    checkpoint: str | None,
+    seed: int | None,
+    threads: int | None,
+    embeddings: str | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Train a model on DATA, a folder that `prepare` made.
+
+    Without DATA, on the built-in text (two centuries of US presidential messages), prepared on first use.
+    Ctrl-C finishes the step and saves; --resume goes on as if never stopped.
+    """
+    if sum(length is not None for length in (steps, tokens, minutes)) > 1:
+        raise click.UsageError("Give only one of --steps, --tokens and --minutes.")
+    if resume is not None:
+        fixed = {
+            "DATA": data,
+            "--head": head,
+            "--tree": tree,
+            "--recipe": recipe,
+            "--out": out,
+            "--seed": seed,
+            "--embeddings": embeddings,
+        }
+        given = [name for name, value in fixed.items() if value is not None]
+        if given:
+            raise click.UsageError(
+                f"--resume goes on with the run's own settings; leave out {', '.join(given)}."
+            )
+        from flashlm_numba.train import resume_run
+
+        status = resume_run(
+            resume,
+            checkpoint_name=checkpoint,
+            steps=steps,
+            tokens=tokens,
+            minutes=minutes,
+            threads=threads,
+            settings=settings,
+            set_threads=_use_threads,
+        )
+        raise SystemExit(status)
+    if checkpoint is not None:
+        raise click.UsageError("--checkpoint says where --resume goes on; give --resume RUN too.")
+    if tree is not None and head == "dense":
+        raise click.UsageError("--tree shapes the tree head; leave it out, or give --head tree.")
+    changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
+    changes += [f"head.tree={tree}"] if tree else []
+    changes += [f"training.embeddings={embeddings}"] if embeddings else []
+    run = RunConfig.recipe_named(recipe or "default").with_settings([*changes, *settings])
+    from flashlm_numba.train import start_run
+
+    status = start_run(
+        run,
+        data=data,
+        out=out,
+        seed=seed,
+        steps=steps,
+        tokens=tokens,
+        minutes=minutes,
+        threads=_use_threads(threads),
+    )
+    raise SystemExit(status)
+
+
+@main.command("eval")
+@_run
+@click.argument("data", required=False)
+@click.option(
+    "--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow)."
+)
+@_ema
+@_checkpoint
+@_threads
+@_json
+def evaluate(
+    run: Path,
+    data: str | None,
+    smoothed: bool,
+    ema: bool,
+    checkpoint: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Score the text DATA with the model in RUN: NLL, perplexity, bits per byte.
+
+    DATA is a prepared folder (its validation documents are scored) or any source that `prepare` takes (all
+    its documents are). Without DATA: the validation documents of the run's own data.
+    """
+    from flashlm_numba.evaluate import evaluate_run
+
+    _use_threads(threads)
+    result = evaluate_run(run, data, smoothed=smoothed, ema=ema, checkpoint_name=checkpoint)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"NLL            {result['nll']:.4f} nats per token")
+    click.echo(f"perplexity     {result['perplexity']:.2f}")
+    click.echo(f"bits per byte  {result['bits_per_byte']:.4f}")
+    if result["smoothed_loss"] is not None:
+        click.echo(f"smoothed loss  {result['smoothed_loss']:.4f} nats per token (label smoothing 0.1)")
+    click.echo(
+        f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
+        f"{result['documents']:,} documents of {result['data']}"
+    )
+
+
+@main.command()
+@_run
+@click.option("--prompt", default="", help="Text to continue. Default: none, a new document.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Tokens to write at most.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="Below 1 bolder in the likely, above 1 wilder; 0 always takes the likeliest token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens. Default: all."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample among the likeliest tokens that make up this probability. Default: all.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time."
+)
+@_ema
+@_checkpoint
+@_threads
+def generate(
+    run: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    ema: bool,
+    checkpoint: str | None,
+    threads: int | None,
+) -> None:
+    """Let the model in RUN continue a text, printed as it is written.
+
+    The options act in the order temperature, top-k, top-p.
+    """
+    import secrets
+
+    from flashlm_numba.assemble import load_model
+    from flashlm_numba.generate import generate_text
+    from flashlm_numba.tokenizer import EOT, Tokenizer
+
+    _use_threads(threads)
+    model = load_model(run, checkpoint, ema=ema).model
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that cannot show a character gets a question mark
+    click.echo(prompt, nl=False)
+    pieces = generate_text(
+        model,
+        Tokenizer(),
+        prompt,
+        max_tokens=max_tokens,
+        seed=secrets.randbits(32) if seed is None else seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eot=EOT,
+    )
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@main.command()
+@_run
+@_checkpoint
+@_json
+def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
+    """Show what is in RUN: parameters, sizes, the tree's shape, how far it was trained."""
+    from flashlm_numba.assemble import describe_run
+
+    description = describe_run(run, checkpoint)
+    if as_json:
+        click.echo(json.dumps(description))
+        return
+    for key, value in description.items():
+        if isinstance(value, dict):
+            click.echo(f"{key}:")
+            for name, item in value.items():
+                click.echo(f"  {name:<28} {_show(item)}")
+        else:
+            click.echo(f"{key:<30} {_show(value)}")
+
+
+def _show(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,123 @@
+"""What a long command shows while it works: a progress bar in a terminal, a plain line at times elsewhere.
+
+Everything goes to standard error, so that results on standard output can be piped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PLAIN_SECONDS = 20.0  # between lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds in a few characters.
+
+    >>> duration(9.6), duration(75), duration(7260)
+    ('10s', '1m15s', '2h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+class Display:
+    """Notes and one progress bar at a time."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = 0
+        self._done = 0
+        self._last = 0.0  # time of the last plain line
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def steps(self, total: int, done: int) -> Iterator[None]:
+        """A bar over the steps of a run; move it with `step`."""
+        self._start("step", total, done)
+        try:
+            yield
+        finally:
+            self._stop()
+
+    def step(self, line: dict[str, Any], seconds_left: float) -> None:
+        """Show a step from its line of metrics.jsonl and the time that is left."""
+        shares = line["shares"]
+        text = (
+            f"loss {line['loss']:.3f}  NLL {line['nll']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"{duration(seconds_left)} left  head {shares['head']:.0%} trunk {shares['trunk']:.0%} "
+            f"optimizer {shares['optimizer']:.0%}"
+        )
+        self._done = line["step"]
+        self._update(text, force=line["step"] == self._total)
+
+    @contextlib.contextmanager
+    def tokens(self, label: str, total: int | None) -> Iterator[Display]:
+        """A bar over tokens (total None: unknown); move it with `advance`."""
+        self._start(label, total or 0, 0)
+        try:
+            yield self
+        finally:
+            self._stop()
+
+    def advance(self, count: int) -> None:
+        """Count tokens as done."""
+        self._done += count
+        self._update(f"{self._done:,} tokens", force=False)
+
+    def _start(self, label: str, total: int, done: int) -> None:
+        self._total, self._done, self._label = total, done, label
+        self._last = time.monotonic()
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self._progress.start()
+            self._task = self._progress.add_task(label, total=total or None, completed=done, text="")
+
+    def _update(self, text: str, force: bool) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._done, text=text)
+        elif force or time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            of = f"/{self._total:,}" if self._total else ""
+            print(f"{self._label} {self._done:,}{of}  {text}", file=sys.stderr, flush=True)
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
