@@ -203,7 +203,8 @@ def dense_loss(
 
     h (N, C), weight (V, C), log_prior (V,) fixed. The cap is soft_cap * tanh(logit / soft_cap) and acts on
     the learned part only. loss = (1 - s) * nll + s * mean over V of -log p + z_loss * logsumexp**2. nll is
-    None unless `want_nll`: with smoothing it costs one more pass over the logits, which a benchmark leaves out.
+    None unless `want_nll`: with smoothing it costs one more pass over the logits, which a benchmark leaves
+    out.
     """
     logits = F.linear(h, weight)  # (N, V)
     if soft_cap is not None:

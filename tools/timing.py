@@ -1,6 +1,7 @@
 """What every benchmark here shares: the machine's description, alternating timings, its GEMM rate, JSON.
 
-Seconds are wall clock (time.perf_counter). Quote medians with the 20 % and 80 % quantiles, on a quiet machine.
+Seconds are wall clock (time.perf_counter). Quote medians with the 20 % and 80 % quantiles, on a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn, round after round, so that a drift of the machine meets all alike.
 
-    Returns name -> summary of seconds per call. `pause` (seconds) before every call lets the idle threads of the
-    candidate before, which spin for a moment, fall asleep. Raises ValueError for fewer than one repeat.
+    Returns name -> summary of seconds per call. `pause` (seconds) before every call lets the idle threads of
+    the candidate before, which spin for a moment, fall asleep. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(
@@ -122,8 +123,8 @@ def gemm_rate(
 ) -> dict[str, Any]:
     """What NumPy's BLAS reaches in float32 on this machine: GFLOP/s by shape, and the best of them.
 
-    Shapes: 2048 cubed and the three products of a dense head for N = rows, C = dim, V = vocab_size (logits, dh,
-    dE), whose (N, V) operand takes 4*N*V bytes. Keys: "best", and for each shape the summary of GFLOP/s.
+    Shapes: 2048 cubed and the three products of a dense head for N = rows, C = dim, V = vocab_size (logits,
+    dh, dE), whose (N, V) operand takes 4*N*V bytes. Keys: "best", and for each shape the summary of GFLOP/s.
     """
     rng = np.random.default_rng(0)
 
@@ -148,7 +149,7 @@ def gemm_rate(
 
 
 def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process so far, in MB (1e6 bytes); None where the system does not say."""
+    """Largest resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
     try:
         import resource
     except ImportError:  # Windows
