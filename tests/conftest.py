@@ -1,0 +1,40 @@
+"""A small prepared corpus and a small model's settings, for the tests of training and of what comes after."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flashlm_numba.config import RunConfig
+from flashlm_numba.data import prepare
+
+TINY = (
+    "dim=32", "inner=40", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
+    "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus_files(tmp_path_factory):
+    """Folder with train.jsonl and validation.jsonl, a few thousand words."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["the", "people", "of", "this", "nation", "have", "seen", "peace", "and", "war,", "ünïcode", "🙂"]
+    for name, count in (("train", 30), ("validation", 5)):
+        texts = [" ".join(rng.choice(words, rng.integers(5, 120))) for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_files, tmp_path_factory):
+    """The same, prepared."""
+    out = tmp_path_factory.mktemp("tokens")
+    prepare(str(corpus_files), out, progress=False)
+    return out
+
+
+@pytest.fixture
+def tiny_run():
+    """Settings of a run that takes milliseconds a step."""
+    return RunConfig.recipe_named("default").with_settings(TINY)

@@ -1,0 +1,102 @@
+"""Generation: contexts, options, and text that arrives in whole characters."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashlm_numba.config import ModelConfig
+from flashlm_numba.generate import Utf8Stream, generate_ids, generate_text
+from flashlm_numba.heads import DenseHead
+from flashlm_numba.model import Model, initial_parameters
+from flashlm_numba.tokenizer import EOT, Tokenizer
+
+CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(CONFIG, initial_parameters(CONFIG, seed=1, embedding_std=1.0), DenseHead)
+
+
+@given(st.text(), st.lists(st.integers(1, 3)))
+def test_utf8_stream_never_breaks_a_character(text, sizes):
+    data, stream, pieces = text.encode("utf-8", "surrogatepass"), Utf8Stream(), []
+    for size in sizes:
+        pieces.append(stream.feed(data[:size]))
+        data = data[size:]
+    pieces += [stream.feed(data), stream.end()]
+    assert "".join(pieces) == text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def test_utf8_stream_holds_back_and_gives_up():
+    stream = Utf8Stream()
+    assert [stream.feed(bytes([byte])) for byte in "🙂".encode()] == ["", "", "", "🙂"]
+    assert stream.feed(b"\xf0\x9f") == ""
+    assert stream.end() == "\ufffd"
+    assert stream.feed(b"\xffa") == "\ufffda"
+
+
+def test_greedy_ids_are_those_of_the_whole_context(model):
+    """The context cut to the receptive field and padded gives what a pass over everything gives."""
+    context = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 7).tolist()
+    found = generate_ids(model, context, rng=np.random.default_rng(0), temperature=0)
+    for _ in range(CONFIG.receptive_field + 9):
+        want = model.head.distribution(model.forward(np.array([context], np.int32))[-1:])[0]
+        token = next(found)
+        assert want[token] == pytest.approx(want.max(), rel=1e-5)
+        context.append(token)
+
+
+def test_same_seed_same_ids_and_top_k_one_is_greedy(model):
+    def first(count=20, seed=0, **options):
+        ids = generate_ids(model, [3, 4], rng=np.random.default_rng(seed), **options)
+        return [token for _, token in zip(range(count), ids, strict=False)]
+
+    assert first(seed=5) == first(seed=5) != first(seed=6)
+    assert first(top_k=1, seed=1) == first(temperature=0, seed=2)
+    assert first(top_p=1e-9, seed=1) == first(temperature=0, seed=2)
+
+
+class _Parrot:
+    """A model that says fixed tokens, whatever it reads, and keeps what it read."""
+
+    config = CONFIG
+
+    def __init__(self, tokens):
+        self.tokens, self.read, self.head = iter(tokens), [], self
+
+    def prepare(self):
+        pass
+
+    def forward(self, ids):
+        self.read.append(ids[0].tolist())
+        return np.zeros((ids.size, 2), np.float32)
+
+    def sample(self, h, rng, **options):
+        return np.array([next(self.tokens)], np.int32)
+
+
+def _say(tokens, prompt="", **options):
+    parrot = _Parrot(tokens)
+    pieces = list(generate_text(parrot, Tokenizer(), prompt, eot=EOT, **{"max_tokens": 50, **options}))
+    return pieces, parrot
+
+
+def test_text_streams_in_whole_characters_and_ends_at_end_of_text():
+    hedgehog = Tokenizer().encode(" 🦔!")
+    assert len(hedgehog) > 2  # several tokens for one character
+    pieces, _ = _say([*hedgehog, EOT, 11])
+    assert "".join(pieces) == " 🦔!"
+    assert "\ufffd" not in "".join(pieces)
+    cut = "".join(_say([hedgehog[0], EOT])[0])
+    assert cut.endswith("\ufffd")
+    assert "".join(_say(hedgehog * 3, max_tokens=len(hedgehog))[0]) == " 🦔!"
+
+
+@pytest.mark.parametrize("prompt", ["", "Hello", "日本語 🙂\n\x00", "<|endoftext|>", "lone \udce9 surrogate"])
+def test_any_prompt_starts_from_end_of_text(prompt):
+    ids = [EOT, *Tokenizer().encode(prompt)]
+    _, parrot = _say([EOT], prompt)
+    assert parrot.read[0][: len(ids)] == ids[-CONFIG.receptive_field :]
+    assert ids.count(EOT) == 1
