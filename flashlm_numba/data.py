@@ -733,17 +733,19 @@ class _Report:
         )
         self._task = self._live.add_task("", total=self._max_tokens, status="reading")
         self._live.start()
-        self.update(documents, tokens)
 
     def status(self, documents: int, tokens: int) -> str:
         rate = (tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
         return f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
 
     def update(self, documents: int, tokens: int) -> None:
+        silence = 0.1 if self._live is not None else self.SILENCE
+        if time.monotonic() - self._said < silence:
+            return
+        self._said = time.monotonic()
         if self._live is not None:
             self._live.update(self._task, completed=tokens, status=self.status(documents, tokens))
-        elif self._console is not None and time.monotonic() - self._said > self.SILENCE:
-            self._said = time.monotonic()
+        else:
             self.say(self.status(documents, tokens))
 
     def stop(self) -> None:
@@ -961,10 +963,10 @@ def _write(
             tally = piece.document.tally
             if cut:
                 return tally
+            report.update(documents, tokens)
             if time.monotonic() - stored > JOURNAL_SECONDS:
                 store()
                 stored = time.monotonic()
-                report.update(documents, tokens)
     finally:
         stream.close()
     return plan.tally
@@ -1008,9 +1010,12 @@ def _journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if path.exists():
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            same = state["identity"] == identity
+            same, nothing_done = state["identity"] == identity, state["documents"] == 0
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: delete the folder {out} and prepare it again.") from error
+        if not same and nothing_done:  # such as after a mistake in the source that has been mended
+            _discard(out)
+            return None
         if not same:
             raise UserError(
                 f"{out} holds an unfinished corpus of another source (or its files have changed) or of other "
