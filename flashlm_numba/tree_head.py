@@ -1,0 +1,253 @@
+"""The tree head: a softmax at every node on the way to a token, exactly normalised and far cheaper than all tokens."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import numpy as np
+
+from flashlm_numba.kernels import tree_head as kernels
+from flashlm_numba.sampling import sample_rows
+from flashlm_numba.tree import Tree, build_tree
+
+__all__ = ["TreeHead", "init_nodes", "node_log_prior"]
+
+
+def _over_leaves(ufunc: np.ufunc, tree: Tree, value: np.ndarray) -> np.ndarray:
+    """ufunc reduced over the leaf rows below each node but the root: value (V, ...) gives (M, ...)."""
+    if tree.n_nodes == 1:
+        return np.empty((0, *value.shape[1:]), value.dtype)
+    # reduceat takes starts only: each node's start and end in turn, every second result; the pad lets an end be V
+    padded = np.concatenate([value, value[:1]])
+    pairs = np.stack([tree.token_start[1:], tree.leaf_end[1:]], axis=1).ravel()
+    return ufunc.reduceat(padded, pairs, axis=0)[::2]
+
+
+def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """Node rows (M, C) float32 to start from: the mean of the rows below, weighted by the tokens' counts plus one.
+
+    weight (V, C), rows in leaf order; counts (V,) by token id, default all alike. A node's logit is then about that
+    of its frequent tokens, so that the tree starts where the rows already are.
+    """
+    share = (
+        np.ones(tree.vocab_size) if counts is None else np.asarray(counts, np.float64)[tree.token_of_row] + 1
+    )
+    total = _over_leaves(np.add, tree, share)
+    nodes = np.empty((tree.n_nodes - 1, weight.shape[1]), np.float32)
+    for c in range(0, weight.shape[1], 32):  # a few columns at a time: the float64 copy stays small
+        columns = slice(c, c + 32)
+        nodes[:, columns] = _over_leaves(np.add, tree, weight[:, columns] * share[:, None]) / total[:, None]
+    return nodes
+
+
+def node_log_prior(tree: Tree, log_prior: np.ndarray) -> np.ndarray:
+    """Log of the summed prior of the tokens below each node (M,) float32; log_prior (V,) in leaf order."""
+    return _over_leaves(np.logaddexp, tree, log_prior.astype(np.float64)).astype(np.float32)
+
+
+class TreeHead:
+    """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the path.
+
+    tree : Tree, or None to build one from counts (V,), by token id, with the named shape
+    weight, dweight : (V, C) float32, rows **in leaf order** (row r is token tree.token_of_row[r]), shared with the
+        embedding; None: the head owns its leaf rows (`weight` among its parameters), small and random
+    nodes : (M, C) float32, a row for each node below the root, owned by the head; default init_nodes
+    label_smoothing is uniform over a node's children, z_loss adds z * log(Z)**2 at each node of the path, soft_cap
+    acts on each node's logits. log_prior (V,) float32, by token id: a fixed log-frequency added to the logits (its sum
+    to a node's), so that training starts at the unigram.
+    Raises ValueError if a shape or dtype is wrong.
+
+    >>> head = TreeHead(vocab_size=1000, dim=8, counts=np.arange(1000))
+    >>> h, targets = np.ones((4, 8), np.float32), np.array([0, 1, 2, 999], np.int32)
+    >>> loss, nll, dh = head.forward_backward(h, targets, np.full(4, 0.25, np.float32))
+    >>> bool(np.allclose(nll, -np.log(head.distribution(h)[np.arange(4), targets]), atol=1e-5))
+    True
+    """
+
+    name = "tree"
+
+    def __init__(
+        self,
+        tree: Tree | None = None,
+        weight: np.ndarray | None = None,
+        dweight: np.ndarray | None = None,
+        *,
+        vocab_size: int | None = None,
+        dim: int | None = None,
+        counts: np.ndarray | None = None,
+        shape: str = "default",
+        nodes: np.ndarray | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
+        log_prior: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        if tree is None:
+            if counts is None and vocab_size is None:
+                raise ValueError("TreeHead: give a tree, the tokens' counts or vocab_size")
+            tree = build_tree(shape, np.zeros(vocab_size or 0) if counts is None else counts)
+        self.tree = tree
+        self.vocab_size = tree.vocab_size
+        if vocab_size is not None and vocab_size != self.vocab_size:
+            raise ValueError(
+                f"TreeHead: the tree has {self.vocab_size} tokens, but vocab_size is {vocab_size}"
+            )
+        if counts is not None and len(counts) != self.vocab_size:
+            raise ValueError(
+                f"TreeHead: the tree has {self.vocab_size} tokens, but there are {len(counts)} counts"
+            )
+        self.parameters: dict[str, np.ndarray] = {}
+        self.gradients: dict[str, np.ndarray] = {}
+        if weight is None:
+            if dim is None:
+                raise ValueError("TreeHead: give weight (V, C), or dim to make rows of its own")
+            rng = np.random.default_rng(seed)
+            weight = rng.standard_normal((self.vocab_size, dim), np.float32) * np.float32(dim**-0.5)
+            self.parameters["weight"] = weight
+        if weight.ndim != 2 or weight.shape[0] != self.vocab_size or dim not in (None, weight.shape[1]):
+            raise ValueError(
+                f"TreeHead: weight must have shape ({self.vocab_size}, {dim or 'any'}), got {weight.shape}"
+            )
+        self.weight = weight
+        self.dweight = np.zeros_like(weight) if dweight is None else dweight
+        if "weight" in self.parameters:
+            self.gradients["weight"] = self.dweight
+        self.nodes = init_nodes(tree, weight, counts) if nodes is None else nodes
+        self.dnodes = np.zeros_like(self.nodes)
+        if self.nodes.size:  # a tree that is only a root has no node rows
+            self.parameters["nodes.weight"] = self.nodes
+            self.gradients["nodes.weight"] = self.dnodes
+        self.row_of_token: np.ndarray = tree.row_of_token
+        self.label_smoothing, self.z_loss, self.soft_cap = label_smoothing, z_loss, soft_cap
+        self.log_prior = log_prior
+        self._spans = tree.spans
+        self._depth = tree.depth
+        self._prior: dict[str, np.ndarray] = {}
+        if log_prior is not None:
+            if log_prior.shape != (self.vocab_size,):
+                raise ValueError(
+                    f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}"
+                )
+            by_row = np.ascontiguousarray(log_prior[tree.token_of_row], np.float32)
+            self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
+        self._scratch = kernels.TreeScratch()
+
+    def _rows(self, targets: np.ndarray) -> np.ndarray:
+        kernels._check.indices(
+            "TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size"
+        )
+        return self.row_of_token[targets]
+
+    def forward_backward(
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes.
+
+        h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the options.
+        """
+        return kernels.tree_head_forward_backward(
+            h, self.weight, self.nodes, self._spans, self._rows(targets), weights, self.dweight, self.dnodes,
+            label_smoothing=self.label_smoothing, z_loss=self.z_loss, soft_cap=self.soft_cap,
+            scratch=self._scratch, **self._prior,
+        )  # fmt: skip
+
+    def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """log p(target), (N,) float32, visiting the target's path only."""
+        _, nll = kernels.tree_head_forward(
+            h, self.weight, self.nodes, self._spans, self._rows(targets), soft_cap=self.soft_cap,
+            scratch=self._scratch, **self._prior,
+        )  # fmt: skip
+        return -nll
+
+    def log_distribution(self, h: np.ndarray) -> np.ndarray:
+        """log p of every token, (N, V) float32, columns by token id; visits the whole tree."""
+        return kernels.tree_head_log_distribution(
+            h,
+            self.weight,
+            self.nodes,
+            self._spans,
+            self.tree.token_of_row,
+            soft_cap=self.soft_cap,
+            **self._prior,
+        )
+
+    def distribution(self, h: np.ndarray) -> np.ndarray:
+        """Probabilities of every token, (N, V) float32, columns by token id; visits the whole tree."""
+        return np.exp(self.log_distribution(h))
+
+    def _node_log_prob(self, x: np.ndarray, node: int) -> np.ndarray:
+        """log-softmax of a node, (K,) float64, for one x (C,)."""
+        first, last, child, child_end, _ = self._spans[node]
+        product = np.concatenate([self.weight[first:last] @ x, self.nodes[child - 1 : child_end - 1] @ x])
+        logits = product.astype(np.float64)
+        if self.soft_cap is not None:
+            logits = self.soft_cap * np.tanh(logits / self.soft_cap)
+        if self._prior:
+            logits[: last - first] += self._prior["log_prior"][first:last]
+            logits[last - first :] += self._prior["node_log_prior"][child - 1 : child_end - 1]
+        logits -= logits.max()
+        return logits - np.log(np.exp(logits).sum())
+
+    def most_likely(self, x: np.ndarray) -> Iterator[tuple[int, float]]:
+        """(token, log p) of one h (C,), most likely first, exactly: best-first search over the nodes.
+
+        A node's own probability bounds that of every token below it, so a token can be handed out as soon as nothing
+        left in the queue has a larger bound. Only the nodes that can matter are visited.
+        """
+        spans = self._spans
+        # (-log p, what): a node's children enter one by one, in falling order, each when the one before has left
+        queue: list[tuple[float, int, int]] = []
+        opened: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+        def advance(source: int, rank: int) -> None:
+            _, order, minus = opened[source]
+            if rank < len(order):
+                heapq.heappush(queue, (float(minus[order[rank]]), source, rank))
+
+        def open_node(node: int, above: float) -> None:
+            minus = above - self._node_log_prob(x, node)
+            opened.append((node, np.argsort(minus, kind="stable"), minus))
+            advance(len(opened) - 1, 0)
+
+        open_node(0, 0.0)
+        while queue:
+            minus, source, rank = heapq.heappop(queue)
+            advance(source, rank + 1)
+            node, order, _ = opened[source]
+            choice, n_tokens = int(order[rank]), int(spans[node, 1] - spans[node, 0])
+            if choice < n_tokens:
+                yield int(self.tree.token_of_row[spans[node, 0] + choice]), -minus
+            else:
+                open_node(int(spans[node, 2]) + choice - n_tokens, minus)
+
+    def sample(
+        self,
+        h: np.ndarray,
+        rng: np.random.Generator,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> np.ndarray:
+        """One token id per row, (N,) int32: temperature, then top-k, then top-p, on the token distribution.
+
+        At temperature 1 without top-k and top-p by descent; with top-k at any temperature, and for temperature 0, by
+        best-first search; otherwise from all V probabilities.
+        """
+        if temperature == 1 and top_k is None and top_p is None:
+            uniforms = rng.random((len(h), self._depth))
+            rows = kernels.tree_head_sample(
+                h, self.weight, self.nodes, self._spans, uniforms, soft_cap=self.soft_cap, **self._prior
+            )
+            return self.tree.token_of_row[rows]
+        if temperature == 0:
+            return np.array([next(self.most_likely(x))[0] for x in h], np.int32)
+        if top_k is None or top_k < 1:
+            return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
+        out = np.empty(len(h), np.int32)
+        for n, x in enumerate(h):
+            best = [pair for _, pair in zip(range(top_k), self.most_likely(x), strict=False)]
+            p = np.exp([[log_p for _, log_p in best]])
+            out[n] = best[int(sample_rows(p, rng, temperature, top_k, top_p)[0])][0]
+        return out
