@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and one plain-Python pass of the kernels: `make test-nojit` runs the tests marked nojit."""
+"""Hypothesis profiles: dev, ci (the same examples on every run), and nojit for `make test-nojit`."""
 
 import os
 
@@ -11,4 +11,5 @@ settings.register_profile("dev", deadline=None, max_examples=20)
 settings.register_profile(
     "ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("nojit", deadline=None, max_examples=5, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))

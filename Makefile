@@ -1,0 +1,34 @@
+# The commands of the project; .ci/run runs them all.
+.PHONY: test test-nojit lint format types bench wheel clean
+
+test:
+	pytest
+
+# Numba's bounds checks do not reach inside parallel loops; plain Python's do. Slow, so only the kernels' own tests.
+test-nojit:
+	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q -p no:doctest tests/test_kernels.py tests/test_dense_head.py \
+		tests/test_tree_head.py tests/test_optimizers_kernels.py tests/test_model.py
+
+lint:
+	ruff check .
+	ruff format --check .
+
+format:
+	ruff check --fix .
+	ruff format .
+
+types:
+	mypy
+
+bench:
+	python tools/bench_head.py
+
+wheel:
+	rm -rf build dist
+	pip wheel -q --no-deps --wheel-dir dist .
+
+# Numba's files beside the sources would shadow a later installation
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name '__pycache__' -prune -exec rm -rf {} +
+	find . \( -name '*.nbi' -o -name '*.nbc' \) -delete

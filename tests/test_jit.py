@@ -1,0 +1,86 @@
+"""The cache of compiled kernels: never stale, and never in the way."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashlm_numba.kernels import _jit
+
+SOURCES = Path(_jit.__file__).resolve().parent
+PROGRAM = """
+import numpy as np
+from flashlm_numba.kernels import _jit
+from flashlm_numba.kernels.glu import glu_forward
+print(glu_forward(np.array([[2, 3]], np.float32))[0, 0], _jit.cache_is_cold())
+"""
+
+
+def run_copy(folder, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package whose kernels may be changed."""
+    package = tmp_path / "copy" / "flashlm_numba"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    shutil.copytree(SOURCES, package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "copy"
+
+
+@pytest.mark.skipif(_jit.numba.config.DISABLE_JIT, reason="nothing is compiled")
+def test_a_changed_helper_is_compiled_anew(copy, tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert run_copy(copy, **cache) == ["12.0", "False"]  # 2**2 * 3; compiled, so the cache is not cold afterwards
+    glu = copy / "flashlm_numba" / "kernels" / "glu.py"
+    source = glu.read_text()
+    changed = source.replace("out[n, i] = g * g * gate_up[n, inner + i]", "out[n, i] = g * gate_up[n, inner + i]")
+    assert changed != source
+    stamp = glu.stat()
+    glu.write_text(changed)
+    os.utime(glu, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # Numba's own check would see the same time
+    assert run_copy(copy, **cache)[0] == "6.0"
+
+
+def test_source_hash_sees_names_and_text(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    first = _jit.source_hash(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2")
+    second = _jit.source_hash(tmp_path)
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert len({first, second, _jit.source_hash(tmp_path)}) == 3
+
+
+def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(blocked))
+    folder = _jit.cache_folder()
+    assert folder.is_dir()
+    assert blocked not in folder.parents
+    folder.rmdir()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
+def test_a_cache_folder_that_others_may_write_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    open_to_all = tmp_path / f"kernels-{_jit.source_hash()}"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    folder = _jit.cache_folder()
+    assert folder != open_to_all
+    folder.rmdir()

@@ -1,0 +1,39 @@
+"""What gets installed."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_kernels_are_one_folder_under_two_names():
+    link = ROOT / "flashlm_numba" / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "kernels"
+
+
+def test_no_file_of_the_package_imports_the_top_level_kernels():
+    for path in [*ROOT.glob("flashlm_numba/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("tools/*.py")]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not line.startswith(("import kernels", "from kernels")), f"{path.name}: {line}"
+
+
+def test_only_the_kernels_use_numba_decorators():
+    for path in ROOT.glob("flashlm_numba/*.py"):
+        assert "njit" not in path.read_text(encoding="utf-8"), path.name
+
+
+@pytest.mark.skipif("CI" not in __import__("os").environ, reason="builds a wheel; CI does")
+def test_the_wheel_holds_no_top_level_kernels(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"flashlm_numba"}
+    assert "flashlm_numba/kernels/trunk.py" in names
+    assert "flashlm_numba/py.typed" in names
