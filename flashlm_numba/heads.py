@@ -9,8 +9,9 @@ import numpy as np
 
 from flashlm_numba.kernels import dense_head
 from flashlm_numba.sampling import sample_rows
+from flashlm_numba.tree_head import TreeHead
 
-__all__ = ["DenseHead", "Head"]
+__all__ = ["DenseHead", "Head", "TreeHead"]
 
 
 class Head(Protocol):
