@@ -498,11 +498,21 @@ class _Tally:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a file of a Hugging Face dataset begins: a continued run starts there, not at the first file."""
+
+    part: int = 0
+    documents: int = 0  # of the plan's stream before it
+    empty: int = 0  # documents without text before it
+
+
+@dataclass(frozen=True)
 class _Document:
     split: str
     text: str
     limited: bool  # counts towards --max-tokens
     tally: _Tally  # after this document
+    place: _Place = _Place()  # at or before this document
 
 
 @dataclass
@@ -517,6 +527,7 @@ class _Plan:
     tokenizer: Tokenizer
     rule: str = ""  # how the validation documents are chosen, once the first document has come
     tally: _Tally = field(default_factory=_Tally)
+    start: _Place = _Place()  # documents() begins here
 
     def documents(self) -> Iterator[_Document]:
         """Held-out documents first, so that their twins can be kept out of training."""
@@ -545,12 +556,19 @@ class _Plan:
         if role in self.source.roles:
             yield from self._stage(self.source, role, "train", leave_out=held_out, limited=True)
 
-    def _texts(self, source: Source, role: str, limit: int | None) -> Iterator[tuple[str, _Tally]]:
+    def _texts(
+        self,
+        source: Source,
+        role: str,
+        limit: int | None,
+        first_part: int = 0,
+        started: Callable[[int], None] = lambda part: None,
+    ) -> Iterator[tuple[str, _Tally]]:
         """Documents that hold text, at most limit of them, with the tally after each."""
         taken = 0
-        if limit is not None and taken >= limit:
+        if limit is not None and limit <= 0:
             return
-        for text in source.documents(role):
+        for text in source.documents(role, first_part, started):
             if not text or text.isspace():
                 self.tally.empty += 1
                 continue
@@ -591,8 +609,8 @@ class _Plan:
                 tokens += len(self.tokenizer.encode(text)) + 1
                 if tokens >= self.max_tokens:
                     break
-        self.tally = _Tally()
         if len(digests) == 1:
+            seen, self.tally = self.tally, _Tally()
             self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
             for text, tally in self._texts(self.source, ALL, 1):
                 if self.max_tokens is not None and tokens > self.max_tokens:
@@ -602,16 +620,28 @@ class _Plan:
                 train, validation = _cut(text)
                 yield _Document("validation", validation, True, _Tally(tally.empty))
                 yield _Document("train", train, True, _Tally(tally.empty))
+            self.tally = seen
             return
         self.rule = f"{VALIDATION_SHARE:.0%} of the documents by BLAKE2b of the text"
         small = len(digests) <= SMALL
         different = sorted(set(digests))
         chosen = set(different[: max(1, round(VALIDATION_SHARE * len(different)))]) if small else set()
         bound = int(VALIDATION_SHARE * 2**64).to_bytes(8, "big")
-        for text, tally in self._texts(self.source, ALL, self.max_docs):
+        place = self.start
+        number = place.documents
+        self.tally = _Tally(place.empty)
+
+        def started(part: int) -> None:
+            nonlocal place
+            place = _Place(part, number, self.tally.empty)
+
+        limit = None if self.max_docs is None else self.max_docs - number
+        for text, tally in self._texts(self.source, ALL, limit, place.part, started):
             digest = _digest(text)
             is_validation = digest in chosen if small else digest < bound
-            yield _Document("validation" if is_validation else "train", text, True, _Tally(tally.empty))
+            name = "validation" if is_validation else "train"
+            yield _Document(name, text, True, _Tally(tally.empty), place)
+            number += 1
 
 
 def _digest(text: str) -> bytes:
@@ -841,6 +871,7 @@ def _prepare(
     writers: dict[str, _ShardWriter] = {}
     try:
         try:
+            plan.start = _Place(**state["place"]) if state else _Place()
             for name in names:
                 writers[name] = _ShardWriter(
                     out, name, shard_tokens, state["splits"][name] if state else None
@@ -850,7 +881,7 @@ def _prepare(
             for writer in writers.values():
                 writer.close()
             _discard(out)
-            state = None
+            state, plan.start = None, _Place()
             writers = {name: _ShardWriter(out, name, shard_tokens, None) for name in names}
         done = _write(plan, out, identity, state, writers, workers, report)
         splits = {name: writer.finish() for name, writer in writers.items()}
@@ -901,7 +932,7 @@ def _write(
     max_tokens = plan.max_tokens
     done = int(state["documents"]) if state else 0  # of the plan's stream
     used = int(state["limited_tokens"]) if state else 0  # of max_tokens
-    tally = _Tally()
+    tally, place = _Tally(), plan.start
     documents = sum(writer.documents for writer in writers.values())
     tokens = sum(writer.text_tokens for writer in writers.values())
     if state:
@@ -917,17 +948,18 @@ def _write(
             "identity": identity,
             "documents": done,
             "limited_tokens": used,
+            "place": asdict(place),
             "splits": {name: writer.state() for name, writer in writers.items()},
         }
         _write_atomically(out / JOURNAL, lambda f: f.write(json.dumps(entry, indent=1).encode()))
 
     def remaining() -> Iterator[_Document]:
-        nonlocal tally
-        for index, document in enumerate(plan.documents()):
+        nonlocal tally, place
+        for index, document in enumerate(plan.documents(), plan.start.documents):
             if index >= done_before:
                 yield document
             else:
-                tally = document.tally
+                tally, place = document.tally, document.place
 
     done_before = done
     store()  # marks the folder as ours before the first shard appears
@@ -960,7 +992,7 @@ def _write(
             begun = False
             done += 1
             documents += 1
-            tally = piece.document.tally
+            tally, place = piece.document.tally, piece.document.place
             if cut:
                 return tally
             report.update(documents, tokens)

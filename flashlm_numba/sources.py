@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -83,13 +83,17 @@ class Source:
         }
         return result | {"files": files}
 
-    def documents(self, role: str) -> Iterator[str]:
+    def documents(
+        self, role: str, first_part: int = 0, started: Callable[[int], None] = lambda part: None
+    ) -> Iterator[str]:
         """Stream the texts of a role's documents; empty ones come as blank strings, for the caller to count.
 
+        A Hugging Face dataset comes in parts, its files: started(part) is called before each, and those
+        before first_part are not downloaded. Local files are quick to read again and count as no parts.
         Raises UserError when a file is damaged, is no UTF-8 or lacks the column, or the connection breaks.
         """
         if self.kind == "hub":
-            yield from self._hub_documents(role)
+            yield from self._hub_documents(role, first_part, started)
             return
         files = self.files[role]
         for kind in ("parquet", "json", "text"):
@@ -129,21 +133,28 @@ class Source:
             )
             yield from _texts(stream, column, self.name)
 
-    def _hub_documents(self, role: str) -> Iterator[str]:
+    def _hub_documents(self, role: str, first_part: int, started: Callable[[int], None]) -> Iterator[str]:
         datasets = quiet_datasets()
-        for split in self.hub_splits[role]:
-            try:
+        part = 0
+        try:
+            for split in self.hub_splits[role]:
                 stream = datasets.load_dataset(
                     self.name, self.subset, split=split, revision=self.revision, streaming=True
                 )
-                yield from _texts(stream, self.column, self.name)
-            except UserError:
-                raise
-            except Exception as error:
-                raise UserError(
-                    f"Reading {self.name} from Hugging Face stopped ({_reason(error)}): "
-                    "check the connection and run the same command again to continue."
-                ) from error
+                files = getattr(stream, "num_shards", 1)  # not in the oldest versions of `datasets`
+                for index in range(files):
+                    if part >= first_part:
+                        started(part)
+                        one = stream.shard(files, index) if files > 1 else stream
+                        yield from _texts(one, self.column, self.name)
+                    part += 1
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"Reading {self.name} from Hugging Face stopped ({_reason(error)}): "
+                "check the connection and run the same command again to continue."
+            ) from error
 
 
 def resolve(

@@ -16,6 +16,8 @@ from pathlib import Path
 import filelock
 import numpy as np
 import platformdirs
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +41,10 @@ def write_jsonl(path: Path, texts) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+def write_parquet(path: Path, texts) -> None:
+    pq.write_table(pa.table({"text": texts, "id": [str(i) for i in range(len(texts))]}), path)
 
 
 def texts_of(split: Split) -> list[str]:
@@ -288,6 +294,54 @@ def test_killed_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch):
     quiet(source, out)
     assert 0 < len(encoded) < 3_000  # what was done is not done again
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp_path, monkeypatch):
+    texts = make_texts(90)
+    for i in range(3):  # three files, the first and the last document of each without text
+        write_parquet(tmp_path / f"{i}.parquet", ["", *texts[30 * i : 30 * i + 30], ""])
+    source = sources.Source("some/dataset", "hub", hub_splits={"all": ("train",)}, revision="f00d")
+    datasets = sources.quiet_datasets()
+    load = datasets.load_dataset
+    files = [str(tmp_path / f"{i}.parquet") for i in range(3)]
+
+    def load_dataset(name, subset, **options):
+        assert (name, subset, options.pop("revision")) == ("some/dataset", None, "f00d")
+        return load("parquet", data_files={"train": files}, cache_dir=str(tmp_path), **options)
+
+    read = 0
+    rows = sources._texts
+
+    def counted(*args):
+        nonlocal read
+        for text in rows(*args):
+            read += 1
+            yield text
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data.sources, "resolve", lambda *args, **kwargs: source)
+    monkeypatch.setattr(data, "SMALL", 2)
+    monkeypatch.setattr(data, "JOURNAL_SECONDS", 0.0)
+    manifest = quiet("some/dataset", tmp_path / "whole", max_docs=85)
+    assert (manifest.skipped_empty, sum(s.documents for s in manifest.splits.values())) == (5, 85)
+    append = data._ShardWriter.append
+    calls = 0
+
+    def failing(self, ids):
+        nonlocal calls
+        calls += 1
+        if calls > 2 * 65:  # in the third file
+            raise KeyboardInterrupt
+        append(self, ids)
+
+    monkeypatch.setattr(data._ShardWriter, "append", failing)
+    with pytest.raises(UserError, match="Stopped"):
+        quiet("some/dataset", tmp_path / "out", max_docs=85)
+    monkeypatch.setattr(data._ShardWriter, "append", append)
+    monkeypatch.setattr(sources, "_texts", counted)
+    quiet("some/dataset", tmp_path / "out", max_docs=85)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert read == 4 + 26  # the first look at the source, then the third file up to the limit
 
 
 def test_damaged_unfinished_shards_are_made_anew(tmp_path, monkeypatch):
