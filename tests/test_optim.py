@@ -212,6 +212,13 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
                 )
 
 
+def test_step_clips_at_exactly_torchs_factor():
+    optimizer = tiny()
+    optimizer.grads["norm2.weight"][:2] = 3, 4
+    assert optimizer.step(0.02, 3e-4, 2.0)["clip_scale"] == pytest.approx(2 / (5 + 1e-6), rel=1e-12)
+    assert optimizer.step(0.02, 3e-4, 5.1)["clip_scale"] == 1.0
+
+
 def test_step_without_a_clip_takes_the_gradients_as_they_are():
     optimizer = tiny()
     for value in optimizer.grads.values():

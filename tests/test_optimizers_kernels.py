@@ -49,6 +49,7 @@ def test_sum_of_squares_matches_float64(size):
         np.arange(size, dtype=np.float32) % 60 - 30
     )
     np.testing.assert_allclose(optimizers.sum_of_squares(x), reference_optim.sum_of_squares(x), rtol=1e-12)
+    assert optimizers.sum_of_squares(np.ones(size, np.float32)) == size  # every element counts
 
 
 @pytest.mark.parametrize("size", [7, *LARGE[1:]])
