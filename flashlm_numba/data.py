@@ -798,6 +798,7 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
+    wait: bool = False,
 ) -> Manifest:
     """Make token shards of a source's documents in the folder out; continue where an earlier run was stopped.
 
@@ -808,7 +809,7 @@ def prepare(
     max_tokens, max_docs : stop after so many tokens (EOTs counted; the last document is cut) or documents
         that hold text; documents set apart by --validation or by their file's name do not count
     lines, column, subset : see sources.resolve;  workers : threads that tokenise, all cores by default
-    shard_tokens : ids in a shard file
+    shard_tokens : ids in a shard file;  wait : for another process that prepares out, instead of refusing
     The result depends on the source and these settings only, not on workers, nor on stops in between.
     Memory is constant: some 300 MB, plus the longest document, plus 8 bytes per held-out document.
     Raises UserError: bad source, out holds something else, full disk, Ctrl-C (what is done stays).
@@ -839,7 +840,7 @@ def prepare(
     report = _Report(progress, max_tokens)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with _locked(out, wait):
             return _prepare(plan, out, identity, shard_tokens, workers or _cores(), report)
     except KeyboardInterrupt:
         raise UserError(
@@ -1070,7 +1071,7 @@ def _discard(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path, wait: bool = False) -> Iterator[None]:
+def _locked(out: Path, wait: bool) -> Iterator[None]:
     """Hold the folder's lock; the system releases it when a process dies."""
     import filelock
 
@@ -1113,8 +1114,20 @@ def default_corpus(progress: bool = True) -> Path:
         f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()
     ).hexdigest()
     out = Path(user_cache_dir("flashlm-numba", appauthor=False)) / f"corpus-{key[:16]}"
-    with contextlib.suppress(UserError):
+    try:
         open_tokens(out)
-        return out
-    prepare(None, out, progress=progress)
+    except UserError:
+        _discard_if_damaged(out)
+        prepare(None, out, progress=progress, wait=True)
     return out
+
+
+def _discard_if_damaged(out: Path) -> None:
+    """Delete a finished corpus in the cache that cannot be opened; an unfinished one is continued instead."""
+    if not (out / MANIFEST).exists():
+        return
+    with _locked(out, wait=True):
+        try:
+            open_tokens(out)
+        except UserError:
+            _discard(out)

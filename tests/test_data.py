@@ -520,6 +520,22 @@ def test_default_corpus_is_the_whole_built_in_text_and_made_once(tmp_path, monke
     assert tokens.train.n_text_tokens + tokens.validation.n_text_tokens == 2_388_908
     assert (tokens.train.n_documents, tokens.validation.n_documents) == (237, 12)
     assert not set(texts_of(tokens.train)) & set(texts_of(tokens.validation))
-    monkeypatch.setattr(data, "prepare", None)
-    assert data.default_corpus(progress=False) == folder
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "prepare", None)
+        assert data.default_corpus(progress=False) == folder
     assert sources.resolve(None).content_hash == tokens.manifest.source["sha256"]
+
+
+def test_default_corpus_is_made_anew_where_it_is_damaged(tmp_path, monkeypatch):
+    (tmp_path / "speeches").mkdir()
+    for i, text in enumerate(make_texts(30)):
+        (tmp_path / "speeches" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sources, "built_in_folder", lambda: tmp_path / "speeches")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **kwargs: str(tmp_path / "cache"))
+    folder = data.default_corpus(progress=False)
+    before = content(folder)
+    (folder / "train-00000.bin").unlink()
+    assert data.default_corpus(progress=False) == folder
+    assert content(folder) == before
+    (tmp_path / "speeches" / "30.txt").write_text("one more")
+    assert data.default_corpus(progress=False) != folder
