@@ -117,8 +117,8 @@ def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WIN
             )
         total = total + _count_block(ids.astype(np.int32), vocab_size, window)
         if total.nnz > MAX_PAIRS:
-            floor = np.partition(total.data, total.nnz - MAX_PAIRS)[total.nnz - MAX_PAIRS]
-            total.data[total.data < floor] = 0.0
+            excess = total.nnz - MAX_PAIRS
+            total.data[np.argpartition(total.data, excess)[:excess]] = 0.0
             total.eliminate_zeros()
     return total
 
