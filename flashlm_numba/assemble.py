@@ -7,17 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
 
 from flashlm_numba import checkpoint
 from flashlm_numba.config import HeadConfig, RunConfig
+from flashlm_numba.data import MANIFEST, TokenData, default_corpus
 from flashlm_numba.errors import UserError
-
-if TYPE_CHECKING:
-    from flashlm_numba.data import TokenData
-    from flashlm_numba.model import Model
+from flashlm_numba.heads import DenseHead
+from flashlm_numba.model import Model, initial_parameters
+from flashlm_numba.tree import Tree, build_tree
+from flashlm_numba.tree_head import TreeHead
 
 Note = Callable[[str], None]  # shows a line to the user
 
@@ -86,7 +88,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
             "ternary_packed": -(-ternary // 4),  # 2 bits a weight
             "checkpoint": sum(file.stat().st_size for file in path.iterdir()),
         },
-        "tree": _describe_tree(loaded),
+        "tree": loaded.model.head.tree.describe() if isinstance(loaded.model.head, TreeHead) else None,
         "receptive_field": run.model.receptive_field,
         "checkpoint": path.name,
         "trained": {
@@ -126,10 +128,6 @@ def training_data(source: str | None, note: Note) -> Path:
                 "then train on DIR."
             )
         return folder
-    from platformdirs import user_cache_path
-
-    from flashlm_numba.data import MANIFEST, default_corpus
-
     cache = user_cache_path("flashlm-numba", appauthor=False)
     if not any(cache.glob(f"corpus-*/{MANIFEST}")):
         note("Preparing the built-in text, this first time ...")
@@ -147,23 +145,26 @@ def run_apart(arguments: list[str]) -> None:
 
 def new_model(run: RunConfig, data: TokenData, note: Note) -> Model:
     """A model before its first step, a pure function of the settings and the data."""
-    from flashlm_numba.model import Model, initial_parameters
-
-    counts = data.train.counts(run.model.vocab_size) + 1  # every token can occur
-    buffers: dict[str, np.ndarray] = {}
-    if run.head.log_prior:
-        buffers["log_prior"] = np.log(counts / counts.sum()).astype(np.float32)
-    rows = _embedding_start(run, data, note)
+    counts = data.train.counts(run.model.vocab_size)
+    log_prior = None
+    if run.head.log_prior:  # of counts plus one: every token can occur
+        log_prior = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)
+    rows = _embedding_start(run, data, note)  # by token id
+    tree = None
+    if run.head.name == "tree":
+        tree = _build_tree(run.head, counts, rows)
+        if rows is not None:
+            rows = rows[tree.token_of_row]
     parameters = initial_parameters(run.model, run.seed, rows)
-    return Model(run.model, parameters, _head_maker(run.head, buffers))
+    return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts))
 
 
 def model_from(run: RunConfig, tensors: dict[str, np.ndarray]) -> Model:
     """A model from the tensors of model.safetensors; UserError if they are not of these settings."""
-    from flashlm_numba.model import Model
-
     try:
-        return Model(run.model, tensors, _head_maker(run.head, tensors))
+        tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None
+        nodes = tensors.get("head.nodes.weight")
+        return Model(run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), nodes=nodes))
     except (ValueError, KeyError) as error:
         raise UserError(
             f"The checkpoint does not fit the run's config.json ({error}); restore the file."
@@ -173,29 +174,65 @@ def model_from(run: RunConfig, tensors: dict[str, np.ndarray]) -> Model:
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
     """What model.safetensors holds: the parameters, and what of the head is fixed but comes from the data."""
     tensors = dict(model.parameters)
-    log_prior = getattr(model.head, "log_prior", None)
-    if log_prior is not None:
-        tensors["log_prior"] = log_prior
+    head: Any = model.head
+    if head.log_prior is not None:
+        tensors["log_prior"] = head.log_prior
+    if isinstance(head, TreeHead):
+        tensors |= head.tree.to_tensors()
     return tensors
 
 
-def _head_maker(head: HeadConfig, tensors: dict[str, np.ndarray]) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """The function that builds the head on the live embedding and its gradient."""
-    from flashlm_numba.heads import DenseHead
+def _head_maker(
+    head: HeadConfig,
+    tree: Tree | None,
+    log_prior: np.ndarray | None,
+    *,
+    counts: np.ndarray | None = None,
+    nodes: np.ndarray | None = None,
+) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """The function that builds the head on the live embedding and its gradient, both in the head's row order.
 
+    counts (V,) weigh the rows below a node in its start, where there are no node rows yet.
+    """
     options: dict[str, Any] = {
         "label_smoothing": head.label_smoothing,
         "z_loss": head.z_loss,
         "soft_cap": head.soft_cap,
-        "log_prior": tensors.get("log_prior"),
+        "log_prior": log_prior,
     }
-    return lambda weight, dweight: DenseHead(weight, dweight, **options)
-
-
-def _describe_tree(loaded: Loaded) -> dict[str, Any] | None:
-    return None
+    if tree is None:
+        return lambda weight, dweight: DenseHead(weight, dweight, **options)
+    return lambda weight, dweight: TreeHead(tree, weight, dweight, counts=counts, nodes=nodes, **options)
 
 
 def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> np.ndarray | None:
     """Rows (V, C) float32 by token id to start the embedding from, or None for random ones."""
-    return None
+    start, config = run.training.embeddings, run.model
+    if start == "random":
+        return None
+    from flashlm_numba import embeddings
+
+    if start == "corpus":
+        return embeddings.cached_start(
+            data, config.dim, vocab_size=config.vocab_size, threads=run.threads, report=note
+        )
+    rows, kept = embeddings.from_gpt2(start, config.dim, config.vocab_size)
+    note(f"The embedding starts from {start}, cut to {config.dim} dimensions: {kept:.1%} of its variance.")
+    return rows
+
+
+def _build_tree(head: HeadConfig, counts: np.ndarray, rows: np.ndarray | None) -> Tree:
+    """The label tree that the settings ask for; counts (V,), rows (V, C) by token id."""
+    options = {
+        "root_tokens": head.tree_root_tokens,
+        "clusters": head.tree_clusters,
+        "classes": head.tree_classes,
+        "arity": head.tree_arity,
+    }
+    by_meaning = head.tree_groups == "meaning" or head.tree == "clustered"
+    return build_tree(
+        head.tree,
+        counts,
+        rows=rows if by_meaning else None,
+        **{name: value for name, value in options.items() if value is not None},
+    )

@@ -64,6 +64,13 @@ class HeadConfig:
 
     name: str = _one_of("tree", "dense", "tree")  # the command line's --head
     tree: str = "default"  # shape of the tree, --tree; ignored by the dense head
+    tree_groups: str = _one_of("frequency", "frequency", "meaning")  # what tokens in a node have in common
+    tree_root_tokens: int | None = _in(
+        None, 0
+    )  # adaptive: tokens in the root; none: by the vocabulary's size
+    tree_clusters: int | None = _in(None, 1)  # adaptive: nodes below the root
+    tree_classes: int | None = _in(None, 1)  # two-level: nodes below the root
+    tree_arity: int | None = _in(None, 2)  # balanced, clustered: children of a node
     positions: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
     label_smoothing: float = _in(0.0, 0, 0.999)  # spread over all tokens (a tree: a node's children)
     z_loss: float = _in(0.0, 0)  # weight of log(Z)**2, which keeps the logits from drifting

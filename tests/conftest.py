@@ -9,7 +9,7 @@ from flashlm_numba.config import RunConfig
 from flashlm_numba.data import prepare
 
 TINY = (
-    "dim=32", "inner=40", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
+    "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
     "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
 )  # fmt: skip
 

@@ -1,0 +1,213 @@
+"""The command line: what each command prints, error sentences, exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from conftest import TINY
+from flashlm_numba.cli import main
+
+
+def _run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def _settings(*settings):
+    return [part for setting in (*TINY, *settings) for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A trained run with the default head, the tree."""
+    folder = tmp_path_factory.mktemp("runs") / "tree"
+    done = _run(
+        "train",
+        corpus,
+        "--out",
+        folder,
+        "--steps",
+        3,
+        "--threads",
+        1,
+        *_settings("checkpoint_every=1", "ema=0.5"),
+    )
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_help_loads_no_numerical_package():
+    code = (
+        "import sys; from flashlm_numba.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "slow = {'numba', 'numpy', 'scipy', 'datasets', 'rich', 'tiktoken'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {slow}' if slow else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "--steps", "1", "--tokens", "1"], "Give only one of --steps, --tokens and --minutes."),
+        (["train", "--resume", "x", "--head", "dense", "--seed", "1"], "leave out --head, --seed."),
+        (["train", "--checkpoint", "step-1"], "give --resume RUN too"),
+        (["train", "--head", "dense", "--tree", "huffman"], "--tree shapes the tree head"),
+        (["train", "--head", "sampled"], "'sampled' is not one of"),
+        (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
+        (["train", "--minutes", "0"], "--minutes"),
+        (["prepare", "somewhere"], "Give --out DIR"),
+        (["generate"], "Missing argument 'RUN'"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_usage_errors_end_with_status_2(arguments, sentence):
+    done = _run(*arguments)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "--set", "adamw_lrr=1"], "There is no setting 'adamw_lrr'; did you mean 'adamw_lr'?"),
+        (
+            ["train", "no-such-folder"],
+            "There is no folder no-such-folder; make one with `flashlm-numba prepare",
+        ),
+        (["train", __file__], "is not a prepared folder; first run `flashlm-numba prepare"),
+        (["train", "--resume", "no-such-run"], "There is no run at no-such-run"),
+        (["train", "--recipe", "v3", "--steps", "10001", "DATA"], "end at step 10,000, but 10,001 steps"),
+        (["train", "--set", "vocab_size=300", "--steps", "1", "DATA"], "have a vocabulary of 50,257"),
+        (["train", "--tree", "oak", "--steps", "1", "DATA", *_settings()], "no tree shape 'oak'"),
+        (["train", "--steps", "1", "DATA", *_settings("phases=1x99999")], "a sequence of 99999 needs"),
+        (
+            ["train", "--steps", "1", "DATA", *_settings("embeddings=no.safetensors")],
+            "There is no file no.safe",
+        ),
+        (["prepare", "no-such-source.txt", "--out", "OUT"], "no-such-source.txt"),
+        (["eval", "no-such-run"], "There is no run at no-such-run"),
+        (["eval", "RUN", "no-such-source.txt"], "no-such-source.txt"),
+        (["eval", "RUN", "--checkpoint", "step-9"], "it holds step-1, step-2, step-3."),
+        (["generate", "no-such-run"], "There is no run at no-such-run"),
+        (["info", "no-such-run"], "There is no run at no-such-run"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_1(run, corpus, tmp_path, arguments, sentence):
+    names = {"RUN": run, "DATA": corpus, "OUT": tmp_path / "tokens"}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    if arguments[0] == "train" and "--resume" not in arguments:
+        arguments += ["--out", tmp_path / "run"]
+    done = _run(*arguments)
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert done.stderr.count("Error: ") == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in done.output
+
+
+def test_eval_prints_one_json_object_and_agrees_with_itself(run, corpus, corpus_files):
+    done = _run("eval", run, "--json", "--smoothed")
+    assert done.exit_code == 0, done.output
+    own = json.loads(done.stdout)
+    lines = (corpus_files / "validation.jsonl").read_text()
+    validation = [json.loads(line)["text"] for line in lines.splitlines()]
+    assert own["bytes"] == sum(len(text.encode()) for text in validation)
+    assert own["documents"] == len(validation)
+    for data in (corpus, corpus_files, corpus_files / "validation.jsonl"):
+        other = json.loads(_run("eval", run, data, "--json").stdout)
+        assert other["nll"] == pytest.approx(own["nll"], abs=1e-6)
+        assert (other["tokens"], other["bytes"]) == (own["tokens"], own["bytes"])
+        assert other["smoothed_loss"] is None
+    assert own["perplexity"] == pytest.approx(2.718281828 ** own["nll"])
+    assert own["bits_per_byte"] == pytest.approx(own["nll"] * own["tokens"] / 0.6931471806 / own["bytes"])
+    assert abs(own["smoothed_loss"] - own["nll"]) < 1
+    averaged = json.loads(_run("eval", run, "--json", "--ema").stdout)
+    assert averaged["ema"] is True
+    assert averaged["nll"] != own["nll"]
+    first = json.loads(_run("eval", run, "--json", "--checkpoint", "step-1").stdout)
+    assert first["checkpoint_step"] == 1
+    assert first["nll"] != own["nll"]
+
+
+def test_eval_in_words(run):
+    done = _run("eval", run)
+    assert done.exit_code == 0
+    assert "nats per token" in done.stdout
+    assert "bits per byte" in done.stdout
+
+
+def test_info_counts_the_parameters(run):
+    info = json.loads(_run("info", run, "--json").stdout)
+    assert info["head"] == "tree"
+    assert info["parameters"] == sum(info["parameters_by_group"].values())
+    assert info["parameters_by_group"]["embedding"] == 50_257 * 16
+    assert info["parameters_by_group"]["head"] == (info["tree"]["nodes"] - 1) * 16
+    assert info["tree"]["tokens"] == 50_257
+    assert info["trained"]["steps"] == 3
+    words = _run("info", run)
+    assert words.exit_code == 0
+    assert f"{info['parameters']:,}" in words.stdout
+
+
+def test_generate_repeats_itself_with_a_seed(run):
+    texts = [
+        _run(
+            "generate",
+            run,
+            "--prompt",
+            "Ünïcode 🙂",
+            "--max-tokens",
+            5,
+            "--seed",
+            1,
+            "--top-k",
+            9,
+            "--top-p",
+            0.9,
+        )
+        for _ in range(2)
+    ]
+    assert texts[0].exit_code == 0, texts[0].output
+    assert texts[0].stdout == texts[1].stdout
+    assert texts[0].stdout.startswith("Ünïcode 🙂")
+    assert _run("generate", run, "--max-tokens", 3, "--temperature", 0).exit_code == 0
+
+
+def test_every_command_refuses_a_damaged_newest_checkpoint(run, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    path = damaged / "checkpoints" / "step-3" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\1\2\3")
+    for command in (
+        ["eval", damaged],
+        ["generate", damaged],
+        ["info", damaged],
+        ["train", "--resume", damaged],
+    ):
+        done = _run(*command)
+        assert done.exit_code == 1
+        assert "step-3 is damaged" in done.stderr
+        assert "--checkpoint step-2" in done.stderr
+    assert _run("info", damaged, "--checkpoint", "step-2").exit_code == 0
+
+
+def test_resume_from_the_command_line(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    done = _run("train", "--resume", copy, "--steps", 5)
+    assert done.exit_code == 0, done.output
+    assert "Going on from step 3 of 5" in done.stderr
+    assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 5
+
+
+def test_prepare_from_the_command_line(corpus_files, tmp_path):
+    done = _run("prepare", corpus_files, "--out", tmp_path, "--max-docs", 4)
+    assert done.exit_code == 0, done.output
+    assert "4 documents" in done.stdout
