@@ -108,8 +108,6 @@ class Source:
                 raise _damage(group, error) from error  # pyarrow's and the codecs' errors are ValueErrors
 
     def _file_documents(self, kind: str, files: list[File]) -> Iterator[str]:
-        if kind == "json":  # `datasets` fails on a file without a line
-            files = [f for f in files if not _is_empty(f.path)]
         if not files:
             return
         datasets = quiet_datasets()
@@ -117,21 +115,25 @@ class Source:
         if kind == "parquet":
             _check_parquet_columns(files, self.column)
             options = {"columns": [self.column], "batch_size": 256}
-        elif kind == "text":
-            options = {"sample_by": "line" if self.lines else "document", "encoding": "utf-8-sig"}
-        column = "text" if kind == "text" else self.column
+        else:
+            by_line = self.lines or kind == "json"
+            options = {"sample_by": "line" if by_line else "document", "encoding": "utf-8-sig"}
         with tempfile.TemporaryDirectory(
             prefix="flashlm-numba-"
         ) as cache:  # datasets leaves a lock file there
             stream = datasets.load_dataset(
-                kind,
+                # not "json": that fails where a field that nobody asked for changes its type or comes later
+                "parquet" if kind == "parquet" else "text",
                 data_files={"train": _data_files([f.path for f in files])},
                 split="train",
                 streaming=True,
                 cache_dir=cache,
                 **options,
             )
-            yield from _texts(stream, column, self.name)
+            if kind == "json":
+                yield from _texts(_json_rows(stream), self.column, self.name)
+            else:
+                yield from _texts(stream, "text" if kind == "text" else self.column, self.name)
 
     def _hub_documents(self, role: str, first_part: int, started: Callable[[int], None]) -> Iterator[str]:
         datasets = quiet_datasets()
@@ -168,6 +170,10 @@ def resolve(
     Raises UserError, one sentence, if nothing usable is there.
     """
     if source is None or (source == BUILT_IN and not Path(source).exists()):
+        if subset is not None:
+            raise UserError(
+                "--subset is for Hugging Face datasets: give the dataset's name too, or leave it out."
+            )
         return _built_in()
     path = Path(source).expanduser()
     if path.is_file():
@@ -304,7 +310,16 @@ def _data_files(paths: list[Path]) -> Any:
     return DataFilesList([str(path) for path in paths], [(str(path),) for path in paths])
 
 
-def _texts(stream: Any, column: str, name: str) -> Iterator[str]:
+def _json_rows(lines: Any) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line["text"].strip():
+            row = json.loads(line["text"])
+            if not isinstance(row, dict):
+                raise ValueError("a line is not a JSON object")
+            yield row
+
+
+def _texts(stream: Iterable[dict[str, Any]], column: str, name: str) -> Iterator[str]:
     checked = False
     for row in stream:
         if not checked:
@@ -317,7 +332,16 @@ def _texts(stream: Any, column: str, name: str) -> Iterator[str]:
             raise UserError(
                 f"Column {column} of {name} holds {type(text).__name__}, not text: choose another --column."
             )
-        yield text
+        yield text if text.isascii() else _without_surrogates(text)
+
+
+def _without_surrogates(text: str) -> str:
+    """Text with U+FFFD for half a surrogate pair, which JSON can hold and UTF-8 cannot; tiktoken does so."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _check_column(columns: Iterable[str], column: str, name: str | Path) -> None:
@@ -358,11 +382,6 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _is_empty(path: Path) -> bool:
-    with _open(path) as f:
-        return not f.read(1)
-
-
 def _damage(files: list[File], error: Exception) -> UserError:
     """The sentence for an error that `datasets` met somewhere in files: look for the file and the line."""
     for f in files:
@@ -375,8 +394,8 @@ def _damage(files: list[File], error: Exception) -> UserError:
                 for line in lines:
                     number += 1
                     decoder.decode(line)
-                    if f.kind == "json" and line.strip():
-                        json.loads(line)
+                    if f.kind == "json" and line.strip() and not isinstance(json.loads(line), dict):
+                        return UserError(f"{f.path}, line {number}, is not a JSON object.")
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return UserError(f"{f.path} is not UTF-8 (line {number}): save it again with that encoding.")

@@ -133,6 +133,7 @@ def test_files_without_roles_come_in_the_order_of_their_names(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"is not UTF-8 \(line 1\)"),
         ("a.jsonl", b'{"body": "a", "id": 1}\n', r"has no column text: .* --column \(it has body, id\)"),
+        ("a.jsonl", b'\n{"text": "a"}\n["b"]\n', "a.jsonl, line 3, is not a JSON object"),
         ("a.jsonl", b'{"text": 5}\n', "Column text of .* holds int, not text"),
         ("a.jsonl.gz", b"plain", "is not compressed with gzip"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 99))[:-90], "is damaged after line"),
@@ -169,12 +170,26 @@ def test_nothing_there_is_one_sentence(tmp_path, monkeypatch):
     assert resolve(path, lines=True).roles == ("all",)
     with pytest.raises(UserError, match="--subset is for Hugging Face"):
         resolve(path, subset="sample", lines=True)
+    with pytest.raises(UserError, match="--subset is for Hugging Face"):
+        resolve(None, subset="sample")
 
 
 def test_empty_json_file_beside_others_is_passed_over(tmp_path):
     write(tmp_path / "a.jsonl.gz", [])
     write(tmp_path / "b.jsonl.gz", TEXTS)
     assert list(resolve(str(tmp_path)).documents("all")) == TEXTS
+
+
+def test_json_fields_beside_the_text_may_change(tmp_path):
+    rows = [
+        {"text": "a", "meta": {"x": 1}},
+        {"meta": None, "text": "b"},
+        {"new": [1], "text": "c\ud800"},
+        {"meta": 1},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text('{"meta": "other", "text": "d\u2028e"}')
+    assert list(resolve(str(tmp_path)).documents("all")) == ["a", "b", "c\ufffd", "", "d\u2028e"]
 
 
 def test_fingerprint_notices_a_changed_file(tmp_path):
