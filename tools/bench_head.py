@@ -137,7 +137,8 @@ def check_head(name: str, head: Head, problem: Problem) -> float:
     loss32, gradients32 = run_reference(head, few, np.float32)
     loss64, gradients64 = run_reference(head, few, np.float64)
     got, plain, truth = (
-        {"loss": value, **found} for value, found in ((loss, gradients), (loss32, gradients32), (loss64, gradients64))
+        {"loss": value, **found}
+        for value, found in ((loss, gradients), (loss32, gradients32), (loss64, gradients64))
     )
     return compare(name, got, plain, truth)
 
