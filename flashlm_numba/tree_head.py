@@ -1,9 +1,10 @@
-"""The tree head: a softmax at every node on the way to a token, exactly normalised and far cheaper than all tokens."""
+"""The tree head: a softmax at every node on the way to a token; exact, and far cheaper than all V."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +19,18 @@ def _over_leaves(ufunc: np.ufunc, tree: Tree, value: np.ndarray) -> np.ndarray:
     """ufunc reduced over the leaf rows below each node but the root: value (V, ...) gives (M, ...)."""
     if tree.n_nodes == 1:
         return np.empty((0, *value.shape[1:]), value.dtype)
-    # reduceat takes starts only: each node's start and end in turn, every second result; the pad lets an end be V
+    # reduceat takes starts only: each node's start and end in turn, every second result; an end may be V
     padded = np.concatenate([value, value[:1]])
     pairs = np.stack([tree.token_start[1:], tree.leaf_end[1:]], axis=1).ravel()
     return ufunc.reduceat(padded, pairs, axis=0)[::2]
 
 
 def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-    """Node rows (M, C) float32 to start from: the mean of the rows below, weighted by the tokens' counts plus one.
+    """Node rows (M, C) float32 to start from: the mean of the rows below, weighted by the tokens' counts plus
+    one.
 
-    weight (V, C), rows in leaf order; counts (V,) by token id, default all alike. A node's logit is then about that
-    of its frequent tokens, so that the tree starts where the rows already are.
+    weight (V, C), rows in leaf order; counts (V,) by token id, default all alike. A node's logit is then
+    about that of its frequent tokens, so that the tree starts where the rows already are.
     """
     share = (
         np.ones(tree.vocab_size) if counts is None else np.asarray(counts, np.float64)[tree.token_of_row] + 1
@@ -47,15 +49,17 @@ def node_log_prior(tree: Tree, log_prior: np.ndarray) -> np.ndarray:
 
 
 class TreeHead:
-    """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the path.
+    """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the
+    path.
 
     tree : Tree, or None to build one from counts (V,), by token id, with the named shape
-    weight, dweight : (V, C) float32, rows **in leaf order** (row r is token tree.token_of_row[r]), shared with the
+    weight, dweight : (V, C) float32, rows **in leaf order** (row r is token tree.token_of_row[r]), shared
+    with the
         embedding; None: the head owns its leaf rows (`weight` among its parameters), small and random
     nodes : (M, C) float32, a row for each node below the root, owned by the head; default init_nodes
-    label_smoothing is uniform over a node's children, z_loss adds z * log(Z)**2 at each node of the path, soft_cap
-    acts on each node's logits. log_prior (V,) float32, by token id: a fixed log-frequency added to the logits (its sum
-    to a node's), so that training starts at the unigram.
+    label_smoothing is uniform over a node's children, z_loss adds z * log(Z)**2 at each node of the path,
+    soft_cap acts on each node's logits. log_prior (V,) float32, by token id: a fixed log-frequency added to
+    the logits (its sum to a node's), so that training starts at the unigram.
     Raises ValueError if a shape or dtype is wrong.
 
     >>> head = TreeHead(vocab_size=1000, dim=8, counts=np.arange(1000))
@@ -124,7 +128,7 @@ class TreeHead:
         self.log_prior = log_prior
         self._spans = tree.spans
         self._depth = tree.depth
-        self._prior: dict[str, np.ndarray] = {}
+        self._prior: dict[str, Any] = {}
         if log_prior is not None:
             if log_prior.shape != (self.vocab_size,):
                 raise ValueError(
@@ -145,7 +149,8 @@ class TreeHead:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes.
 
-        h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the options.
+        h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the
+        options.
         """
         return kernels.tree_head_forward_backward(
             h, self.weight, self.nodes, self._spans, self._rows(targets), weights, self.dweight, self.dnodes,
@@ -193,11 +198,11 @@ class TreeHead:
     def most_likely(self, x: np.ndarray) -> Iterator[tuple[int, float]]:
         """(token, log p) of one h (C,), most likely first, exactly: best-first search over the nodes.
 
-        A node's own probability bounds that of every token below it, so a token can be handed out as soon as nothing
-        left in the queue has a larger bound. Only the nodes that can matter are visited.
+        A node's own probability bounds that of every token below it, so a token can be handed out as soon as
+        nothing left in the queue has a larger bound. Only the nodes that can matter are visited.
         """
         spans = self._spans
-        # (-log p, what): a node's children enter one by one, in falling order, each when the one before has left
+        # (-log p, node opened, rank): its children enter one by one, likeliest first, when the last has left
         queue: list[tuple[float, int, int]] = []
         opened: list[tuple[int, np.ndarray, np.ndarray]] = []
 
@@ -232,8 +237,8 @@ class TreeHead:
     ) -> np.ndarray:
         """One token id per row, (N,) int32: temperature, then top-k, then top-p, on the token distribution.
 
-        At temperature 1 without top-k and top-p by descent; with top-k at any temperature, and for temperature 0, by
-        best-first search; otherwise from all V probabilities.
+        At temperature 1 without top-k and top-p by descent; with top-k at any temperature, and for
+        temperature 0, by best-first search; otherwise from all V probabilities.
         """
         if temperature == 1 and top_k is None and top_p is None:
             uniforms = rng.random((len(h), self._depth))

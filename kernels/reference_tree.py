@@ -1,8 +1,8 @@
 """Plain NumPy twins of the tree head's kernels: position by position, node by node, nothing shared with them.
 
-The dtype of h decides that of every result: float64 for the truth, float32 for the error that plain code makes.
-Letters: N positions, V leaves (tokens in leaf order), M nodes below the root, C channels. spans (M + 1, 5): the
-token_start, token_end, child_start, child_end and leaf_end of every node.
+The dtype of h decides that of every result: float64 for the truth, float32 for the error that plain code
+makes. Letters: N positions, V leaves (tokens in leaf order), M nodes below the root, C channels. spans (M +
+1, 5): the token_start, token_end, child_start, child_end and leaf_end of every node.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def tree_head_forward_backward(
     z_loss=0.0,
     soft_cap=None,
 ):
-    """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight (V, C), dnodes (M, C)."""
+    """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes."""
     kind = h.dtype.type
     s, z = kind(label_smoothing), kind(z_loss)
     loss, nll, dh = np.zeros(len(h), h.dtype), np.zeros(len(h), h.dtype), np.zeros_like(h)
@@ -97,12 +97,12 @@ def tree_head_log_distribution(
 def tree_head_sample(
     h, weight, nodes, spans, uniforms, *, log_prior=None, node_log_prior=None, soft_cap=None
 ):
-    """A leaf row for each h, (N,): at depth d, the first child whose cumulated probability exceeds uniforms[:, d]."""
+    """A leaf row for each h, (N,): at depth d, the first child where the sum exceeds uniforms[:, d]."""
     out = np.empty(len(h), np.int64)
     for i in range(len(h)):
         node, depth = 0, 0
         while True:
-            first, last, child, child_end, _ = (int(j) for j in spans[node])
+            first, last, child, _, _ = (int(j) for j in spans[node])
             logits, _ = _node_logits(h[i], node, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
             cumulated = np.cumsum(np.exp(logits - logits.max()).astype(np.float64))
             choice = int(np.searchsorted(cumulated, uniforms[i, depth] * cumulated[-1], side="right"))

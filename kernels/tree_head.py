@@ -1,22 +1,25 @@
 """The tree head: the product of a softmax at every node on the way to a token, with its loss and gradients.
 
     log p(token) = sum over the nodes of its path of  logit_child - log sum exp(logits of the node)
-    loss = sum over the path of  lse - (1 - s) logit_child - s mean(logits) + z lse**2      s smoothing, z z-loss
+    loss = sum over the path of  lse - (1 - s) logit_child - s mean(logits) + z lse**2
 
-A node's logits are cap(h . row) + prior of its tokens' rows (a slice of weight) and its child nodes' rows (a slice
-of nodes). Positions are sorted by the leaf row of their target, so that those of every node are one contiguous range
-and the node is one GEMM on it.
+with label smoothing s and z-loss z.
 
-How the work is shared. `_plan` walks down the visited nodes. Where the work below a node is a large part of all, the
-node is split: each thread takes some of its positions (first region), keeps the gradient of the logits, and each
-thread then takes some of its rows (second region). Every subtree below the split nodes is a task: one thread, its own
-positions and rows, so nothing is written by two; tasks go longest first to the thread with the least. The normal case
-is two parallel regions whatever the depth; when the kept logits would exceed their bound, more rounds are made.
+A node's logits are cap(h . row) + prior of its tokens' rows (a slice of weight) and its child nodes' rows (a
+slice of nodes). Positions are sorted by the leaf row of their target, so that those of every node are one
+contiguous range and the node is one GEMM on it.
 
-Letters: N positions, V leaves, M nodes below the root, C channels, P threads; J positions of a chunk, K children.
-spans (M + 1, 5) int32: token_start, token_end, child_start, child_end and leaf_end of every node; node m >= 1 has
-row m - 1 of nodes. Source: Goodman 2001, arXiv:cs/0108006, and Morin & Bengio 2005 for the model; Grave et al. 2016,
-arXiv:1609.04309, section 4 for doing it as a few large products; the arrangement over threads is our own.
+How the work is shared. `_walk` goes down the visited nodes. Where the work below a node is a large part of
+all, the node is split: each thread takes some of its positions (first region), keeps the gradient of the
+logits, and each thread then takes some of its rows (second region). Every subtree below the split nodes is a
+task: one thread, its own positions and rows, so nothing is written by two; tasks go longest first to the
+thread with the least. The normal case is two parallel regions whatever the depth; when the kept logits would
+exceed their bound, more rounds are made.
+
+Letters: N positions, V leaves, M nodes below the root, C channels, P threads; J positions of a chunk, K
+children. spans (M + 1, 5) int32: token_start, token_end, child_start, child_end, leaf_end of every node; node
+m >= 1 has row m - 1 of nodes. Source: Goodman 2001, arXiv:cs/0108006, and Morin & Bengio 2005 for the model;
+Grave et al. 2016, arXiv:1609.04309, section 4, for few large products; the arrangement is our own.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ def _add_drows(dtokens, dkids, dlogits, x, blas):
 
 @helper
 def _finish_logits(row, slope, token_prior, kid_prior, soft_cap):
-    """Apply the cap (0: none) and add the priors (empty: none), in place; slope (K,): the cap's derivative."""
+    """Apply the cap (0: none) and add the priors (empty: none) in place; slope (K,): the cap's derivative."""
     if soft_cap > 0:
         for k in range(row.shape[0]):
             ratio = _tanh32(row[k] / soft_cap)
@@ -169,7 +172,8 @@ def _softmax_loss(
     logits, slope, loss, nll, rows, weights, token_start, token_end, kid_ends, token_prior, kid_prior,
     smoothing, z_loss, soft_cap, backward,
 ):  # fmt: skip
-    """loss, nll (J,) += this node's share; products (J, K) become the gradient of sum(weights * loss) by them.
+    """loss, nll (J,) += this node's share; products (J, K) become the gradient of sum(weights * loss) by
+    them.
 
     rows (J,): leaf rows of the targets, ascending. kid_ends (K,): leaf_end of every child node.
     """
@@ -218,7 +222,7 @@ def _node_positions(
     logits, slope, loss, nll, dhs, lo, hi, span, hs, rows, weights, weight, nodes, leaf_ends, log_prior,
     node_log_prior, smoothing, z_loss, soft_cap, backward, blas,
 ):  # fmt: skip
-    """Positions lo..hi (sorted) at one node: logits, loss, gradient of the products (left in logits) and of h."""
+    """Sorted positions lo..hi at one node: loss, the gradient of the products (left in logits) and of h."""
     token_start, token_end, kid_start, kid_end = span[0], span[1], span[2] - 1, span[3] - 1
     tokens, kids = weight[token_start:token_end], nodes[kid_start:kid_end]
     token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
@@ -257,9 +261,10 @@ def _walk(node, begin, end, above, cost, split, task, task_begin, task_end, task
           rows, spans, leaf_ends, share, own_floats):  # fmt: skip
     """Visited nodes and tasks of the ascending leaf rows (N,); returns their numbers.
 
-    Per visit: node, its positions [begin, end), the visit above, cost of its subtree, whether it is split, its task
-    (-1 if split). Per task: positions, cost, and visits order[task_first[t] : task_first[t + 1]], parents first.
-    Subtrees of more than share of the cost, or with a node wider than own_floats, are split at the top.
+    Per visit: node, its positions [begin, end), the visit above, cost of its subtree, whether it is split,
+    its task (-1 if split). Per task: positions, cost, and visits order[task_first[t] : task_first[t + 1]],
+    parents first. Subtrees of more than share of the cost, or with a node wider than own_floats, are split at
+    the top.
     """
     node[0], begin[0], end[0], above[0] = 0, 0, rows.shape[0], -1
     visits, v = 1, 0
@@ -339,7 +344,7 @@ class _Plan:
     piece_first: np.ndarray  # (R + 1,): pieces of each round
     bounds: np.ndarray  # (R, P + 1): positions of each thread in each round
     kept: int  # floats of kept logits
-    visits: np.ndarray  # (N', 3): node, begin, end; grouped by task
+    visits: np.ndarray  # (I, 4): node, positions begin and end, 0; grouped by task
     task_positions: np.ndarray  # (T, 2)
     task_first: np.ndarray  # (T + 1,): visits of each task
     tasks: np.ndarray  # (T,): tasks by thread, longest first
@@ -399,7 +404,7 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
         piece_first=np.array(piece_first, np.int64),
         bounds=np.stack(bounds).astype(np.int64),
         kept=kept,
-        visits=np.stack([node[chosen], begin[chosen], end[chosen]], axis=1),
+        visits=np.stack([node[chosen], begin[chosen], end[chosen], np.zeros_like(chosen)], axis=1),
         task_positions=np.stack([task_begin[:tasks], task_end[:tasks]], axis=1),
         task_first=task_first[: tasks + 1],
         tasks=by_cost[np.argsort(dealt, kind="stable")],
@@ -436,7 +441,7 @@ def _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward):
 
 @helper
 def _split_drows(dweight, dnodes, kept, pieces, hs, spans, thread, threads, blas):
-    """One thread's part of the gradients of the split nodes' rows: an equal share of the work, rows by the order."""
+    """A thread's part of the gradients of the split nodes' rows: whole rows, an equal share of the work."""
     total = np.int64(0)
     for p in range(pieces.shape[0]):
         total += (pieces[p, 2] - pieces[p, 1]) * _width(spans[pieces[p, 0]])
@@ -465,6 +470,37 @@ def _split_drows(dweight, dnodes, kept, pieces, hs, spans, thread, threads, blas
             gemm_tn(blas, dnodes[kid + since : kid + last], dlogits[:, since:last], hs[begin:end], _ONE)
 
 
+@helper
+def _visit(
+    dweight, dnodes, hs, dhs, sorted_loss, buffer, slope, items, mine, ends, keep, rows, weights, weight,
+    nodes, spans, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, blas,
+):  # fmt: skip
+    """Positions mine..ends of the nodes in items (I, 4), parents first: losses, dhs and the nodes' gradients.
+
+    With keep, the gradients of the products stay in buffer at the items' offsets, for `_split_drows`; else
+    they are used up at once.
+    """
+    for i in range(items.shape[0]):
+        span = spans[items[i, 0]]
+        width = _width(span)
+        at, end = max(mine, items[i, 1]), min(ends, items[i, 2])
+        if width < 2 or at >= end:  # a single child has probability one
+            continue
+        step = CHUNK if keep else min(CHUNK, buffer.shape[0] // width)
+        while at < end:
+            last = min(at + step, end)
+            offset = items[i, 3] + (at - items[i, 1]) * width if keep else 0
+            logits = buffer[offset : offset + (last - at) * width].reshape(last - at, width)
+            _node_positions(
+                logits, slope, sorted_loss[0], sorted_loss[1], dhs, at, last, span, hs, rows, weights, weight,
+                nodes, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, blas,
+            )  # fmt: skip
+            if backward and not keep:
+                dtokens, dkids = dweight[span[0] : span[1]], dnodes[span[2] - 1 : span[3] - 1]
+                _add_drows(dtokens, dkids, logits, hs[at:last], blas)
+            at = last
+
+
 @kernel
 def _tree_head(
     dh, loss, nll, dweight, dnodes, hs, dhs, sorted_loss, kept, own, slopes,
@@ -474,108 +510,97 @@ def _tree_head(
 ):  # fmt: skip
     """loss, nll (N,) = and, if backward, dh (N, C) =, dweight (V, C), dnodes (M, C) +=.
 
-    Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), slopes (P, widest node). order (N,) sorts
-    the positions; rows and weights (N,) are sorted by it. The rest: see _Plan. Thread th owns positions
-    bounds[r, th]..bounds[r, th + 1] of the split nodes in round r, then a share of their rows, then its tasks.
+    Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), slopes (P, widest node).
+    order (N,) sorts the positions; rows and weights (N,) are sorted by it. The rest: see _Plan. Each round is two
+    regions, of one body so that it is compiled once: in the first, thread p owns the positions from bounds[r, p]
+    to bounds[r, p + 1] of the split nodes, in the second a share of their rows and, in the last round, its tasks.
     """
     rounds = piece_first.shape[0] - 1
-    for r in range(rounds):
+    for region in range(2 * rounds):
+        r, first_half = region // 2, region % 2 == 0
+        split = pieces[piece_first[r] : piece_first[r + 1]]
         for index in prange(threads):
             thread = np.int64(index)  # a prange index is unsigned; mixed with signed, a float
-            mine, ends = bounds[r, thread], bounds[r, thread + 1]
-            if r == 0:
-                _gather(hs, dhs, sorted_loss, mine, ends, h, order)
-            for p in range(piece_first[r], piece_first[r + 1]):
-                span = spans[pieces[p, 0]]
-                width = _width(span)
-                begin, end = max(mine, pieces[p, 1]), min(ends, pieces[p, 2])
-                at = begin
-                while at < end:
-                    last = min(at + CHUNK, end)
-                    offset = pieces[p, 3] + (at - pieces[p, 1]) * width
-                    logits = kept[offset : offset + (last - at) * width].reshape(last - at, width)
-                    _node_positions(
-                        logits, slopes[thread], sorted_loss[0], sorted_loss[1], dhs, at, last, span, hs, rows,
-                        weights, weight, nodes, leaf_ends, log_prior, node_log_prior, smoothing, z_loss,
-                        soft_cap, backward, blas,
-                    )  # fmt: skip
-                    at = last
-        for index in prange(threads):
-            thread = np.int64(index)
-            if backward:
-                _split_drows(
-                    dweight, dnodes, kept, pieces[piece_first[r] : piece_first[r + 1]], hs, spans, thread, threads,
-                    blas,
+            begin, end = bounds[r, thread], bounds[r, thread + 1]
+            lists, items, buffer = 1, split, kept
+            if region == 0:
+                _gather(hs, dhs, sorted_loss, begin, end, h, order)
+            if not first_half:
+                if backward:
+                    _split_drows(dweight, dnodes, kept, split, hs, spans, thread, threads, blas)
+                lists = thread_first[thread + 1] - thread_first[thread] if r == rounds - 1 else 0
+                buffer = own[thread]
+            for i in range(lists):
+                if not first_half:
+                    t = tasks[thread_first[thread] + i]
+                    items = visits[task_first[t] : task_first[t + 1]]
+                    begin, end = task_positions[t, 0], task_positions[t, 1]
+                _visit(
+                    dweight, dnodes, hs, dhs, sorted_loss, buffer, slopes[thread], items, begin, end,
+                    first_half, rows, weights, weight, nodes, spans, leaf_ends, log_prior, node_log_prior,
+                    smoothing, z_loss, soft_cap, backward, blas,
                 )  # fmt: skip
-            if r == rounds - 1:
-                for i in range(thread_first[thread], thread_first[thread + 1]):
-                    t = tasks[i]
-                    for v in range(task_first[t], task_first[t + 1]):
-                        span = spans[visits[v, 0]]
-                        width = _width(span)
-                        if width < 2:  # a single child has probability one
-                            continue
-                        at, end = visits[v, 1], visits[v, 2]
-                        step = min(CHUNK, own.shape[1] // width)
-                        while at < end:
-                            last = min(at + step, end)
-                            logits = own[thread, : (last - at) * width].reshape(last - at, width)
-                            _node_positions(
-                                logits, slopes[thread], sorted_loss[0], sorted_loss[1], dhs, at, last, span, hs,
-                                rows, weights, weight, nodes, leaf_ends, log_prior, node_log_prior, smoothing,
-                                z_loss, soft_cap, backward, blas,
-                            )  # fmt: skip
-                            if backward:
-                                _add_drows(
-                                    dweight[span[0] : span[1]], dnodes[span[2] - 1 : span[3] - 1], logits,
-                                    hs[at:last], blas,
-                                )  # fmt: skip
-                            at = last
-                    _scatter(
-                        dh, loss, nll, task_positions[t, 0], task_positions[t, 1], dhs, sorted_loss, order,
-                        backward,
-                    )  # fmt: skip
+                if not first_half:
+                    _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward)
+
+
+@helper
+def _log_distribution(
+    out,
+    above,
+    logits,
+    slope,
+    x,
+    weight,
+    nodes,
+    spans,
+    token_of_row,
+    log_prior,
+    node_log_prior,
+    soft_cap,
+    blas,
+):
+    """out (J, V) = log p for x (J, C); above (J, M + 1), logits (any,), slope (widest,): scratch."""
+    for j in range(x.shape[0]):
+        above[j, 0] = _ZERO
+    for m in range(spans.shape[0]):
+        token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
+        kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
+        n_tokens, width = token_end - token_start, _width(spans[m])
+        token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
+        kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
+        here = logits[: x.shape[0] * width].reshape(x.shape[0], width)
+        _products(here, x, weight[token_start:token_end], nodes[kid - 1 : kid_end - 1], blas)
+        for j in range(x.shape[0]):
+            row = here[j]
+            _finish_logits(row, slope, token_prior, kid_prior, soft_cap)
+            top = _max(row)
+            total = _ZERO
+            for k in range(width):
+                total += exp32(row[k] - top)
+            shift = above[j, m] - top - np.float32(math.log(total))
+            for k in range(n_tokens):
+                out[j, token_of_row[token_start + k]] = row[k] + shift
+            for k in range(width - n_tokens):
+                above[j, kid + k] = row[n_tokens + k] + shift
 
 
 @kernel
 def _tree_head_log_distribution(
-    out, above, logits, slopes, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior, soft_cap, blas,
-    threads,
+    out, above, logits, slopes, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior, soft_cap,
+    blas, threads,
 ):  # fmt: skip
-    """out (N, V) = log p, column v for token v. Scratch: above (P, J * (M + 1)), logits (P, J * widest), slopes."""
-    count, nodes_count = h.shape[0], spans.shape[0]
-    chunk = above.shape[1] // nodes_count
+    """out (N, V) = log p, column v for token v. Scratch: above (P, J, M + 1), logits (P, any), slopes."""
+    count = h.shape[0]
     for index in prange(threads):
         thread = np.int64(index)
         at, end = thread * count // threads, (thread + 1) * count // threads
         while at < end:
-            last = min(at + chunk, end)
-            x = h[at:last]
-            to_node = above[thread, : (last - at) * nodes_count].reshape(last - at, nodes_count)
-            for j in range(last - at):
-                to_node[j, 0] = _ZERO
-            for m in range(nodes_count):
-                token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-                kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-                n_tokens, width = token_end - token_start, _width(spans[m])
-                token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-                kid_prior = (
-                    node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
-                )
-                here = logits[thread, : (last - at) * width].reshape(last - at, width)
-                _products(here, x, weight[token_start:token_end], nodes[kid - 1 : kid_end - 1], blas)
-                for j in range(last - at):
-                    row = here[j]
-                    _finish_logits(row, slopes[thread], token_prior, kid_prior, soft_cap)
-                    top = _max(row)
-                    total = _ZERO
-                    for k in range(width):
-                        total += exp32(row[k] - top)
-                    shift = to_node[j, m] - top - np.float32(math.log(total))
-                    for k in range(n_tokens):
-                        out[at + j, token_of_row[token_start + k]] = row[k] + shift
-                    for k in range(width - n_tokens):
-                        to_node[j, kid + k] = row[n_tokens + k] + shift
+            last = min(at + above.shape[1], end)
+            _log_distribution(
+                out[at:last], above[thread], logits[thread], slopes[thread], h[at:last], weight, nodes, spans,
+                token_of_row, log_prior, node_log_prior, soft_cap, blas,
+            )  # fmt: skip
             at = last
 
 
@@ -583,7 +608,8 @@ def _tree_head_log_distribution(
 def _tree_head_sample(
     out, logits, slope, h, uniforms, weight, nodes, spans, log_prior, node_log_prior, soft_cap
 ):
-    """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slope (widest,).
+    """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slope
+    (widest,).
 
     Serial: drawing one token must not wait for threads to wake.
     """
@@ -624,7 +650,7 @@ def _tree_head_sample(
 
 @dataclass
 class TreeScratch:
-    """Buffers reused from call to call, grown as needed: at most 128 MB for N = 8,192 positions of 256 channels."""
+    """Buffers reused from call to call, grown as needed: at most 128 MB for N = 8,192 and C = 256."""
 
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -701,8 +727,9 @@ def _run(
         s.take("kept", plan.kept),
         s.take("own", threads * own).reshape(threads, own),
         s.take("slopes", threads * widest).reshape(threads, widest),
-        plan.pieces, plan.piece_first, plan.bounds, plan.visits, plan.task_positions, plan.task_first, plan.tasks,
-        plan.thread_first, h, order, rows, weights[order] if backward else loss, weight, nodes, spans, leaf_ends,
+        plan.pieces, plan.piece_first, plan.bounds, plan.visits, plan.task_positions, plan.task_first,
+        plan.tasks, plan.thread_first,
+        h, order, rows, weights[order] if backward else loss, weight, nodes, spans, leaf_ends,
         log_prior, node_log_prior, np.float32(label_smoothing), np.float32(z_loss), np.float32(soft_cap or 0),
         backward, sgemm_address(), threads,
     )  # fmt: skip
@@ -726,11 +753,11 @@ def tree_head_forward(
     """Loss and plain -log p of the targets, visiting the nodes of their paths only.
 
     h (N, C), weight (V, C) rows in leaf order, nodes (M, C) float32; spans (M + 1, 5) int32, see the module;
-    targets (N,) int32, leaf rows; log_prior (V,), node_log_prior (M,) float32 added to the logits after the cap.
-    Returns loss (N,), with smoothing and z-loss, and nll (N,): float32, nats. Raises ValueError if a shape, a
-    dtype or a target is wrong.
+    targets (N,) int32, leaf rows; log_prior (V,), node_log_prior (M,) float32 added to the logits after the
+    cap. Returns loss (N,), with smoothing and z-loss, and nll (N,): float32, nats. Raises ValueError if a
+    shape, a dtype or a target is wrong.
 
-    >>> spans = np.array([[0, 1, 1, 2, 3], [1, 3, 2, 2, 3]], np.int32)  # token 0, and a node with tokens 1 and 2
+    >>> spans = np.array([[0, 1, 1, 2, 3], [1, 3, 2, 2, 3]], np.int32)  # 0, and a node of 1, 2
     >>> weight, nodes = np.zeros((3, 4), np.float32), np.zeros((1, 4), np.float32)
     >>> nll = tree_head_forward(np.ones((1, 4), np.float32), weight, nodes, spans, np.array([2], np.int32))[1]
     >>> round(float(nll[0]), 4)  # ln 4
@@ -762,10 +789,11 @@ def tree_head_forward_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss, plain NLL and the gradients of sum(weights * loss): the forward and backward pass in one.
 
-    As tree_head_forward, and weights (N,), dweight (V, C), dnodes (M, C) float32: gradients are added to these.
-    The smoothing of a node is uniform over its children, z-loss is z * log(Z)**2 at every node of the path, the cap
-    acts on each logit; a node with a single child costs nothing. Returns loss (N,), nll (N,), dh (N, C).
-    Cost 6*C flop per position and child of a node on its path. The same bits for the same number of threads.
+    As tree_head_forward, and weights (N,), dweight (V, C), dnodes (M, C) float32: gradients are added to
+    these. The smoothing of a node is uniform over its children, z-loss is z * log(Z)**2 at every node of the
+    path, the cap acts on each logit; a node with a single child costs nothing. Returns loss (N,), nll (N,),
+    dh (N, C). Cost 6*C flop per position and child of a node on its path. The same bits for the same number
+    of threads.
     """
     where = "tree_head_forward_backward"
     _check.array(where, "weights", weights, (len(h),))
@@ -799,9 +827,8 @@ def tree_head_log_distribution(
     threads, widest = numba.get_num_threads(), _widest(spans)
     chunk = 16  # positions at a time; enough that the rows are not read for each
     out = np.empty((len(h), len(weight)), np.float32)
-    above, logits, slopes = (
-        np.empty((threads, size), np.float32) for size in (chunk * len(spans), chunk * widest, widest)
-    )
+    above = np.empty((threads, chunk, len(spans)), np.float32)
+    logits, slopes = (np.empty((threads, size), np.float32) for size in (chunk * widest, widest))
     _tree_head_log_distribution(
         out, above, logits, slopes, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior,
         np.float32(soft_cap or 0), sgemm_address(), threads,
