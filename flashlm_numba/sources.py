@@ -31,7 +31,9 @@ BUILT_IN_ORIGIN = (
 ROLES = ("train", "validation", "test")
 ALL = "all"  # the role of documents that nobody has split yet
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
-MAX_DOCUMENT = 1 << 30  # bytes of one .txt file read as one document: it has to fit into memory several times
+MAX_DOCUMENT = (
+    256 << 20
+)  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes a letter
 HUB_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub can be reached
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -281,8 +283,8 @@ def _file(path: Path, name: str, lines: bool) -> File:
         raise UserError(f"{path} is empty: expected a parquet file.")
     if kind == "text" and status.st_size > MAX_DOCUMENT and not lines:
         raise UserError(
-            f"{path} would be one document of {status.st_size / 2**30:.1f} GB, and one document has at most "
-            f"{MAX_DOCUMENT >> 30} GB: use --lines to read every line as a document, or cut the file."
+            f"{path} would be one document of {status.st_size >> 20} MB, and one document has at most "
+            f"{MAX_DOCUMENT >> 20} MB: use --lines to read every line as a document, or cut the file."
         )
     return File(path.absolute(), name, kind, status.st_size, status.st_mtime_ns)
 

@@ -15,7 +15,7 @@ import importlib.util
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,25 +44,23 @@ _SEAM = re.compile(r"\S(?=[ \n])")
 _environment_lock = threading.Lock()
 
 
-def split_text(text: str, limit: int = PIECE) -> list[str]:
+def split_text(text: str, limit: int = PIECE) -> Iterator[str]:
     """Cut text into pieces of about limit characters whose tokens, joined, are the tokens of text.
 
     The cut is made before the first space or newline after limit characters. Only where the next limit
     characters hold none is it made anywhere: tiktoken's regex engine fails on runs of a million spaces.
 
-    >>> split_text("one two three", limit=3)
+    >>> list(split_text("one two three", limit=3))
     ['one', ' two', ' three']
     """
-    pieces = []
     start = 0
     while len(text) - start > limit:
         seam = _SEAM.search(text, start + limit - 1, start + 2 * limit)
         end = seam.end() if seam else min(start + 2 * limit, len(text))
-        pieces.append(text[start:end])
+        yield text[start:end]
         start = end
-    if start < len(text) or not pieces:
-        pieces.append(text[start:])
-    return pieces
+    if start < len(text) or not text:
+        yield text[start:]
 
 
 def _vocabulary_folder() -> Path | None:
@@ -152,7 +150,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Token ids of each text; tiktoken works outside Python's lock, so threads run side by side."""
-        pieces = [split_text(text) for text in texts]
+        pieces = [list(split_text(text)) for text in texts]
         flat = [piece for group in pieces for piece in group]
         if threads > 1:
             encoded = iter(self._tiktoken.encode_ordinary_batch(flat, num_threads=threads))

@@ -47,7 +47,7 @@ def test_split_text_keeps_the_tokens(text, limit):
     # without a seam within limit characters the cut is arbitrary, so give the text one there
     text = "".join(c + ("x \n" if i % 5 == 4 else "") for i, c in enumerate(text))
     encode = Tokenizer()._tiktoken.encode_ordinary
-    pieces = split_text(text, limit)
+    pieces = list(split_text(text, limit))
     assert "".join(pieces) == text
     assert all(len(piece) <= 2 * limit for piece in pieces)
     assert [i for piece in pieces for i in encode(piece)] == encode(text)
