@@ -35,10 +35,10 @@ def pack_conv_weights(gate: np.ndarray, value: np.ndarray, groups: int) -> tuple
     """
     channels, width, taps = gate.shape
     size = padded_width(channels, groups)
-    weight = np.zeros((groups, taps, size, 2, size), np.float32)
     both = np.stack([gate, value]).reshape(2, groups, width, width, taps)  # (2, G, out, in, K)
-    weight[:, :, :width, :, :width] = both.transpose(1, 4, 3, 0, 2)
-    weight = weight.reshape(groups, taps, size, 2 * size)
+    padded = np.zeros((groups, taps, size, 2, size), np.float32)
+    padded[:, :, :width, :, :width] = both.transpose(1, 4, 3, 0, 2)
+    weight = padded.reshape(groups, taps, size, 2 * size)
     return weight, np.ascontiguousarray(weight[:, ::-1].transpose(0, 1, 3, 2))
 
 
