@@ -567,7 +567,13 @@ V3_PHASES = "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8"
 
 def emit(**result: Any) -> None:
     """Print one JSON object on a line, floats to five decimals."""
-    click.echo(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}))
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(item) for name, item in value.items()}
+        return round(value, 5) if isinstance(value, float) else value
+
+    click.echo(json.dumps(short(result)))
 
 
 def ids_and_counts(data: Path | None, n: int, vocab_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

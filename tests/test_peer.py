@@ -1,0 +1,243 @@
+"""The PyTorch peer of the benchmarks and what all benchmarks share; its gradients: test_against_torch.py."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from flashlm_numba.config import ModelConfig
+from tools import timing
+
+SMALL = ModelConfig(vocab_size=50_257, dim=8, inner=12, groups=2, taps=3, dilations=(1, 3))  # field 17
+
+
+@pytest.fixture(scope="module")
+def peer():
+    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
+    from tools import peer_torch
+
+    peer_torch.torch.set_num_threads(1)  # small shapes: threads would only wait for one another
+    return peer_torch
+
+
+@pytest.fixture
+def torch(peer):
+    peer.torch.manual_seed(0)
+    return peer.torch
+
+
+def test_peer_counts_are_those_of_flashlm_v3(peer):
+    model = peer.PeerModel()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(sizes.values()) == 13_555_969
+    groups = peer.parameter_groups(model)
+    assert {group: sum(sizes[n] for n in names) for group, names in groups.items()} == {
+        "normuon": 590_336,
+        "decay": 12_964_096,
+        "no_decay": 1_537,
+    }
+    assert len(groups["normuon"]) == 5
+    assert sorted(n for names in groups.values() for n in names) == sorted(sizes)
+
+
+def test_dense_loss_is_its_definition_in_float64(peer, torch):
+    h, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    targets, prior = torch.randint(0, 11, (7,)), torch.randn(11, dtype=torch.float64)
+    loss, nll = peer.dense_loss(
+        h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior
+    )
+    logits = 2 * np.tanh(h.numpy() @ weight.numpy().T / 2) + prior.numpy()
+    log_z = np.log(np.exp(logits).sum(axis=1))
+    log_p = logits - log_z[:, None]
+    expected = -log_p[np.arange(7), targets.numpy()]
+    np.testing.assert_allclose(nll.numpy(), expected)
+    smoothed = 0.9 * expected - 0.1 * log_p.mean(axis=1) + 0.01 * log_z**2
+    np.testing.assert_allclose(loss.numpy(), smoothed)
+
+
+def test_peer_takes_its_state_from_numpy_and_weighs_positions(peer, torch):
+    first, second = peer.PeerModel(SMALL), peer.PeerModel(SMALL)
+    second.state_from_numpy(first.params_to_numpy())
+    ids, targets = np.random.default_rng(0).integers(0, 50_257, (2, 2, 5), dtype=np.int32)
+    weights = np.linspace(0, 0.2, 10, dtype=np.float32)
+    loss, _ = first.loss_and_grad(ids, targets, weights)
+    again, _ = second.loss_and_grad(ids, targets, weights)
+    np.testing.assert_array_equal(loss, again)
+    gradients = second.grads_to_numpy()
+    assert not gradients["router.weight"].any()
+    second.loss_and_grad(ids, targets, weights)  # adds
+    np.testing.assert_allclose(second.grads_to_numpy()["mixer.out.weight"], 2 * gradients["mixer.out.weight"])
+    halved = {name: a[:1] for name, a in first.params_to_numpy().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        second.state_from_numpy(halved)
+
+
+def test_adaptive_head_scores_the_frequency_rank_of_a_token(peer, torch):
+    counts = np.random.default_rng(0).integers(0, 1000, SMALL.vocab_size)
+    ranks = peer.frequency_ranks(counts)
+    assert counts[np.argsort(ranks)][:-1].tolist() == sorted(counts, reverse=True)[:-1]
+    model = peer.PeerModel(SMALL, ranks=ranks, div_value=2.0)
+    h, targets = torch.randn(6, 8), torch.tensor([0, 5, 1_000, 20_000, 50_256, 7])
+    _, nll = model.losses(h, targets)
+    everything = model.adaptive.log_prob(h)
+    np.testing.assert_allclose(everything.exp().sum(dim=1).detach(), 1, rtol=1e-4)
+    expected = -everything[torch.arange(6), torch.as_tensor(ranks)[targets]]
+    np.testing.assert_allclose(nll, expected.detach(), rtol=1e-5)
+    with pytest.raises(ValueError, match="the adaptive head knows no"):
+        model.losses(h, targets, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("variant", ["v3", "published"])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_normuon_steps_have_the_norm_of_their_variant(peer, torch, variant, shape):
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    optimizer = peer.NorMuon([parameter], lr=0.5, variant=variant)
+    for _ in range(3):
+        before = parameter.detach().clone()
+        parameter.grad = torch.randn(shape)
+        optimizer.step()
+        norm = float((parameter.detach() - before).norm()) / 0.5
+        if variant == "v3":
+            assert norm == pytest.approx(0.2 * math.sqrt(shape[0] * shape[1]), rel=1e-4)
+        else:  # all singular values of the orthogonalised momentum lie near one
+            expected = math.sqrt(min(shape)) * math.sqrt(max(1, shape[0] / shape[1]))
+            assert norm == pytest.approx(expected, rel=0.35)
+
+
+def test_newton_schulz_gives_singular_values_near_one(peer, torch):
+    for shape in ((20, 6), (6, 20)):
+        s = torch.linalg.svdvals(peer.newton_schulz(torch.randn(shape)))
+        assert 0.6 < float(s.min()) <= float(s.max()) < 1.3
+
+
+def test_schedule_warms_up_holds_and_decays(peer):
+    rates = [peer.schedule(step, warmup=4, total=20, decay=5) for step in range(20)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1])
+    np.testing.assert_allclose(rates[14:], [1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+class Documents:
+    """What score() needs of a split."""
+
+    n_bytes = 1_000
+
+    def __init__(self, *documents):
+        self.list = [np.asarray(d, np.int32) for d in documents]
+
+    def documents(self, max_tokens=None):
+        assert max_tokens is None
+        return iter(self.list)
+
+
+def test_score_counts_every_token_once_whatever_the_windows(peer, torch):
+    rng = np.random.default_rng(0)
+    split = Documents(*(rng.integers(0, 50_256, n) for n in (1, 16, 17, 18, 70, 131)))
+    model = peer.PeerModel(SMALL, embedding_std=0.5).double()
+    total = 0.0
+    for document in split.list:  # one pass over each whole document
+        inputs = np.concatenate([[peer.EOT], document[:-1]])
+        total += model.loss_and_grad(inputs[None], document[None])[1].sum()
+    expected = total / 253
+    for length, rows in ((32, 1), (33, 4), (200, 8)):
+        got = peer.score(model, split, length=length, rows=rows)
+        assert got["tokens"] == 253
+        assert got["nll"] == pytest.approx(expected, abs=1e-9)
+    assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / 1_000)
+    with pytest.raises(ValueError, match="leave none to score"):
+        next(peer.scored_windows(split.list[0], context=16, length=16))
+
+
+def test_training_step_at_a_share_of_the_positions_trains(peer, torch):
+    model = peer.PeerModel(SMALL)
+    optimizers = peer.Optimizers(model, adamw_lr=0.02)
+    ids = torch.randint(0, 30, (2, 4, 16))
+    clock = {}
+    losses = [
+        peer.training_step(
+            model, optimizers, [(ids[0], ids[0]), (ids[1], ids[1])], positions=0.5, clock=clock, z_loss=1e-4
+        )
+        for _ in range(30)
+    ]
+    assert losses[-1] < losses[0] - 2
+    assert set(clock) == {"trunk", "head", "optimizer"}
+
+
+def run(peer, *arguments):
+    """Lines of JSON that a command prints."""
+    result = CliRunner().invoke(peer.main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.output.splitlines()]
+
+
+def test_train_command_reads_our_shards_and_validates(peer, corpus):
+    for head in ("dense", "adaptive"):
+        lines = run(
+            peer, "train", corpus, "--head", head, "--steps", 2, "--batch", "1:2x8x2,2:1x16", "--no-final",
+            "--validate-tokens", 30, "--validate-every", 0, "--normuon", "published", "--threads", 1,
+        )  # fmt: skip
+        assert lines[0]["versions"]["torch"]
+        marks = lines[2:]
+        assert [(m["step"], m["tokens"]) for m in marks] == [(0, 0), (1, 32), (2, 48)]
+        assert all(6 < m["val_nll"] < 13 and m["val_tokens"] == 30 for m in marks)
+        assert marks[-1]["loss"] > 0
+
+
+def test_benchmark_commands_print_rates(peer):
+    lines = run(peer, "head", "--rows", 8, "--vocab", 2_000, "--dim", 16, "--repeats", 1, "--threads", 1)
+    assert {line["head"] for line in lines[1:]} == {"torch:eager", "torch:adaptive", "torch:adaptive-div4"}
+    assert all(line["positions_per_s"]["median"] > 0 for line in lines[1:])
+    (step,) = run(
+        peer,
+        "step",
+        "--batch",
+        "1x8x2",
+        "--head",
+        "adaptive",
+        "--positions",
+        1,
+        "--repeats",
+        1,
+        "--threads",
+        1,
+    )[1:]
+    assert sum(step["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert (
+        run(peer, "trunk", "--batch", "1x8", "--repeats", 1, "--threads", 1)[1]["tokens_per_s"]["median"] > 0
+    )
+
+
+def test_measure_alternates_the_candidates_and_leaves_out_the_warm_up():
+    calls = []
+    slow = [0.03]  # only the first call is slow
+
+    def first():
+        calls.append("a")
+        timing.time.sleep(slow.pop() if slow else 0.001)
+
+    result = timing.measure({"a": first, "b": lambda: calls.append("b")}, repeats=3, warmup=1, pause=0)
+    assert calls == ["a", "b"] * 4
+    assert result["a"]["repeats"] == 3
+    assert result["b"]["p20"] <= result["b"]["median"] <= result["b"]["p80"] < result["a"]["min"]
+    assert result["a"]["min"] < 0.03
+    rates = timing.rate(result["a"], 10)
+    assert rates["p20"] <= rates["median"] <= rates["p80"]
+    with pytest.raises(ValueError, match="repeats must be"):
+        timing.measure({}, repeats=0)
+
+
+def test_gemm_rate_and_environment_describe_the_machine(tmp_path):
+    result = timing.gemm_rate(1, rows=16, dim=8, vocab_size=100, repeats=1)
+    assert result["best"] >= result["2048 cubed"]["median"] > 1
+    described = timing.environment(1)
+    assert described["cpu"]
+    assert described["blas"]
+    assert described["cores"] >= 1
+    assert timing.peak_rss_mb() is None or timing.peak_rss_mb() > 20
+    timing.write_json(tmp_path / "out.json", {"gemm": result, **described})
+    assert json.loads((tmp_path / "out.json").read_text())["gemm"] == result
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        timing.write_json(tmp_path / "out.json", {"x": math.nan})
