@@ -511,9 +511,10 @@ def _tree_head(
     """loss, nll (N,) = and, if backward, dh (N, C) =, dweight (V, C), dnodes (M, C) +=.
 
     Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), slopes (P, widest node).
-    order (N,) sorts the positions; rows and weights (N,) are sorted by it. The rest: see _Plan. Each round is two
-    regions, of one body so that it is compiled once: in the first, thread p owns the positions from bounds[r, p]
-    to bounds[r, p + 1] of the split nodes, in the second a share of their rows and, in the last round, its tasks.
+    order (N,) sorts the positions; rows and weights (N,) are sorted by it. The rest: see _Plan. Each round is
+    two regions, of one body so that it is compiled once: in the first, thread p owns the positions from
+    bounds[r, p] to bounds[r, p + 1] of the split nodes, in the second a share of their rows and, in the last
+    round, its tasks.
     """
     rounds = piece_first.shape[0] - 1
     for region in range(2 * rounds):
