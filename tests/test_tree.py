@@ -1,6 +1,8 @@
 """Label trees: every builder reaches every token once, damaged trees are refused, costs are right."""
 
 import heapq
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,3 +165,12 @@ def test_build_tree_says_what_it_cannot_do():
         build_tree("huffman", np.array([1, -1]))
     with pytest.raises(UserError, match="as many finite rows"):
         build_tree("adaptive", counts, rows=np.zeros((8, 3)))
+
+
+def test_tree_page_shows_what_its_example_prints(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "tree.md").read_text()
+    code, after = page.split("```python\n")[1].split("```\n", 1)
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("adaptive tree of 50,257 tokens")
+    assert textwrap.indent(printed, "    ") in after
