@@ -177,13 +177,6 @@ def any_in(run: Path) -> bool:
     return bool(_steps(run))
 
 
-def load(checkpoint: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """The files (name without .safetensors -> tensors) and the state of a checkpoint that `find` returned."""
-    state = load_state(checkpoint)
-    files = {Path(name).stem: read_safetensors(checkpoint / name) for name in state["files"]}
-    return files, state
-
-
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The values of a checkpoint's state.json."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -140,7 +140,7 @@ class TrainingConfig:
     log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
     validate_every: int = _in(500, 0)  # steps between validations; 0: after the last step only
     validation_tokens: int = _in(32_768, 1)  # tokens of the fixed validation subset
-    checkpoint_every: int = _in(500, 0)  # steps between checkpoints; 0: after the last step only
+    checkpoint_every: int = _in(0, 0)  # steps between checkpoints; 0: about two minutes of training
     sample_tokens: int = _in(60, 0)  # length of the text added to samples.txt at each validation
 
     def __post_init__(self) -> None:

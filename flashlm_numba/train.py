@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 20.0  # a run of no stated length
 CHECKPOINT_SECONDS = 120.0  # training time between checkpoints where checkpoint_every is 0
+WINDOW, BATCH = 1_024, 2_048  # positions in validating: no more memory than a step of 16 x 128 takes
 # what --resume may change: how much is written, and, after a divergence, the size of the steps
 CHANGEABLE = {
     "training": ("log_every", "validate_every", "validation_tokens", "checkpoint_every", "sample_tokens"),
@@ -72,12 +73,6 @@ class Session:
     clock: Clock = field(default_factory=Clock)
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Parameters held fixed in the step about to be done."""
-        phase = self.run.phase_at(self.clock.step + 1)
-        return frozenset({EMBEDDING}) if phase.frozen and self.run.embeddings_given else frozenset()
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def position_weights(
     return weights
 
 
-def do_step(session: Session, phase: Phase, step: int, *, optimizer: Optimizer, lr: float) -> Step:
+def do_step(session: Session, phase: Phase, step: int, *, lr: float) -> Step:
     """One optimiser step on the batches of `step`; lr is the schedule's factor (0 changes no parameter).
 
     Raises UserError, before any parameter is changed, where the loss or a gradient is not finite.
@@ -156,14 +151,17 @@ def do_step(session: Session, phase: Phase, step: int, *, optimizer: Optimizer, 
         raise UserError(
             f"The loss is {loss} ({bad} not finite), so training has diverged; nothing was updated."
         )
-    settings = optimizer.settings
-    optimizer.step(settings.normuon_lr * lr, settings.adamw_lr * lr, settings.clip, frozen=session.frozen)
+    settings = session.optimizer.settings
+    rates = settings.normuon_lr * lr, settings.adamw_lr * lr
+    # rows that start at random or from the corpus are ours to train from the first step
+    frozen = {EMBEDDING} if phase.frozen and run.embeddings_given else set()
+    session.optimizer.step(*rates, settings.clip, frozen=frozen)
     end = time.perf_counter()
     shares["optimizer"] = end - before
     return Step(
         loss,
         nll,
-        settings.adamw_lr * lr,
+        rates[1],
         end - start,
         {name: round(spent / (end - start), 4) for name, spent in shares.items()},
     )
@@ -216,10 +214,11 @@ def start_run(
             fixed_length = True
         with _writing_to(folder), checkpoint.lock(folder):
             session = _new_session(run, folder, token_data, display)
-            _warm_up(session, display)
-            if not fixed_length:
-                minutes = DEFAULT_MINUTES if minutes is None else minutes
-                session.run = _plan_minutes(session, minutes, began, display)
+            with _rehearsal(session):
+                _warm_up(session, display)
+                if not fixed_length:
+                    minutes = DEFAULT_MINUTES if minutes is None else minutes
+                    session.run = _plan_minutes(session, minutes, began, display)
             checkpoint.write_text(folder / "config.json", session.run.to_json())
             _describe(session, display)
             return _loop(session, display)
@@ -266,19 +265,21 @@ def resume_run(
             session = _new_session(run, folder, token_data, display)
         else:
             session = _restored_session(run, folder, token_data, path, display)
-        _warm_up(session, display)
         at = session.clock.step
-        if minutes is not None:
-            session.run = _plan_minutes(session, minutes, began, display)
-        elif steps is not None or tokens is not None:
-            session.run = plan_for(session.run, steps=steps, tokens=tokens)
+        if steps is not None or tokens is not None:
+            session.run = plan_for(run, steps=steps, tokens=tokens)
             if session.run.plan.steps < at:
                 raise UserError(f"{folder} is already at step {at:,}; ask for more than that.")
-        if at >= session.run.plan.steps:
-            display.note(
-                f"{folder} is complete at step {at:,}; give --steps, --tokens or --minutes to go further."
-            )
+        if at >= (session.run.plan.steps if minutes is None else run.fixed_layout or math.inf):
+            more = "" if at == run.fixed_layout else "; give --steps, --tokens or --minutes to go further"
+            display.note(f"{folder} is complete at step {at:,}{more}.")
             return 0
+        with _rehearsal(session):
+            _warm_up(session, display)
+            if minutes is not None:
+                session.run = _plan_minutes(session, minutes, began, display)
+        if path is not None:
+            session.optimizer.load_state_dict(checkpoint.read_safetensors(path / "optimizer.safetensors"))
         for name in checkpoint.set_aside_after(folder, at):
             display.note(f"A later checkpoint was set aside as {folder / 'checkpoints' / name}.")
         _cut_back(session, path)
@@ -308,10 +309,10 @@ def _new_session(run: RunConfig, folder: Path, data: TokenData, display: Display
 
 def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, display: Display) -> Session:
     display.note(f"Reading {path}.")
-    files, state = checkpoint.load(path)
-    model = assemble.model_from(run, files.pop("model"))
-    session = _session(run, folder, data, model, files.pop("ema", {}))
-    session.optimizer.load_state_dict(files.pop("optimizer"))
+    state = checkpoint.load_state(path)
+    model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"))
+    ema = checkpoint.read_safetensors(path / "ema.safetensors") if run.training.ema else {}
+    session = _session(run, folder, data, model, ema)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
     return session
 
@@ -325,22 +326,27 @@ def _session(
 
 
 def _warm_up(session: Session, display: Display) -> None:
-    """Compile or load every kernel that a step and a validation need; at learning rate 0 nothing changes."""
-    if cache_is_cold():
-        display.note("Compiling the kernels, this first time (about a minute) ...")
-    rehearsal = Optimizer(session.model.parameters, session.model.gradients, session.optimizer.settings)
-    phase = (
-        session.run.phase_at(session.clock.step + 1) if _open(session) else session.run.training.phases[-1]
+    """Compile, or load, every kernel that a step and a validation need, on a small batch."""
+    # A part of the cache may be there, as after an interrupted start: what counts is that it takes long
+    late = threading.Timer(
+        0.0 if cache_is_cold() else 5.0, display.note, ["Compiling the kernels (once; a minute or two) ..."]
     )
-    do_step(session, replace(phase, rows=2, length=min(16, phase.length)), 0, optimizer=rehearsal, lr=0.0)
-    if session.subset:
-        score(session.model, [session.subset[0][:16]], eot=EOT)
+    late.daemon = True
+    late.start()
+    try:
+        phase = session.run.training.phases[0]
+        do_step(session, replace(phase, rows=2, length=min(16, phase.length)), 0, lr=0.0)
+        if session.subset:
+            score(session.model, [session.subset[0][:16]], eot=EOT)
+    finally:
+        late.cancel()
 
 
-def _open(session: Session) -> bool:
-    """Whether the phases have a step after the one done last."""
-    fixed = session.run.fixed_layout
-    return fixed is None or session.clock.step < fixed
+@contextlib.contextmanager
+def _rehearsal(session: Session) -> Iterator[None]:
+    """Steps done inside, at learning rate 0, leave no trace: the parameters stay, the moments are dropped."""
+    yield
+    session.optimizer.load_state_dict({})
 
 
 # --- a plan from minutes ---
@@ -353,10 +359,9 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     """
     display.note("Measuring the speed ...")
     run, at = session.run, session.clock.step
-    rehearsal = Optimizer(session.model.parameters, session.model.gradients, session.optimizer.settings)
     started = time.perf_counter()
     few = session.subset[:1]
-    score(session.model, few, eot=EOT)
+    score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
     validation = (time.perf_counter() - started) * run.training.validation_tokens / max(1, sum(map(len, few)))
     budget = max(1.0, 0.02 * minutes * 60)  # seconds for measuring a phase, two steps at least
     fixed = run.fixed_layout
@@ -369,7 +374,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
             continue
         times: list[float] = []
         while len(times) < 3 or (sum(times) < budget and len(times) < 50):
-            times.append(do_step(session, phase, len(times) + 1, optimizer=rehearsal, lr=0.0).seconds)
+            times.append(do_step(session, phase, len(times) + 1, lr=0.0).seconds)
         rates.append(statistics.median(times[1:]))
         if len(rates) == 1 or steps == at:
             validations = 1 + left / rates[-1] / (run.training.validate_every or math.inf)
@@ -410,7 +415,7 @@ def _loop(session: Session, display: Display) -> int:
                 decay=run.optimizer.decay_share * plan.layout_steps,
             )
             try:
-                done = do_step(session, phase, step, optimizer=session.optimizer, lr=scale)
+                done = do_step(session, phase, step, lr=scale)
             except UserError as error:
                 raise UserError(f"Stopped at step {step}: {error} {_last_good(session.folder)}") from None
             spent = done.seconds + _update_ema(session)
@@ -456,11 +461,15 @@ def _loop(session: Session, display: Display) -> int:
 def _validate(session: Session, display: Display) -> dict[str, float]:
     """NLL on the fixed subset, of the weights and their average if there is one; a text for samples.txt."""
     tokens = sum(map(len, session.subset))
-    values = {"val_nll": score(session.model, session.subset, eot=EOT).mean_nll}
+
+    def nll() -> float:
+        return score(session.model, session.subset, eot=EOT, window=WINDOW, batch=BATCH).mean_nll
+
+    values = {"val_nll": nll()}
     if session.ema:
         _exchange(session)
         try:
-            values["val_nll_ema"] = score(session.model, session.subset, eot=EOT).mean_nll
+            values["val_nll_ema"] = nll()
         finally:
             _exchange(session)
     text = ", of the average weights ".join(f"{value:.4f}" for value in values.values())

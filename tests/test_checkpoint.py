@@ -56,10 +56,11 @@ def test_save_and_load_give_the_same_bits_and_keep_three(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-10", "step-2", "step-20"]
     found = checkpoint.find(tmp_path)
     assert found.name == "step-20"
-    files, state = checkpoint.load(found)
+    state = checkpoint.load_state(found)
     assert (state["step"], state["seconds"]) == (20, 30.0)
+    tensors = checkpoint.read_safetensors(found / "model.safetensors")
     for name, want in _tensors(20).items():
-        assert files["model"][name].tobytes() == want.tobytes()
+        assert tensors[name].tobytes() == want.tobytes()
     assert checkpoint.find(tmp_path, "10").name == checkpoint.find(tmp_path, "step-10").name == "step-10"
 
 

@@ -17,7 +17,6 @@ from flashlm_numba import checkpoint, train
 from flashlm_numba.config import Phase, RunConfig, plan_for
 from flashlm_numba.data import open_tokens
 from flashlm_numba.errors import UserError
-from flashlm_numba.optim import Optimizer
 from flashlm_numba.threads import set_threads
 
 # what is awkward together: micro-batches, a change of shape, a share of positions, an average, loss options
@@ -303,8 +302,8 @@ def _session(run, corpus, folder):
 def test_zero_learning_rate_changes_no_parameter(tiny_run, corpus, tmp_path):
     session = _session(tiny_run.with_settings(["head.name=dense", "weight_decay=0.5"]), corpus, tmp_path)
     before = {name: value.copy() for name, value in session.model.parameters.items()}
-    rehearsal = Optimizer(session.model.parameters, session.model.gradients, session.optimizer.settings)
-    train.do_step(session, Phase(None, 2, 8, 2), 1, optimizer=rehearsal, lr=0.0)
+    with train._rehearsal(session):
+        train.do_step(session, Phase(None, 2, 8, 2), 1, lr=0.0)
     assert all(np.array_equal(before[name], value) for name, value in session.model.parameters.items())
     assert not session.optimizer.state_dict()
 
@@ -313,7 +312,7 @@ def test_micro_batches_and_a_share_of_positions_average_the_positions_kept(tiny_
     """The step's gradient is that of the mean loss over all positions kept, computed here in one batch."""
     session = _session(tiny_run.with_settings(["head.name=dense", "positions=0.5"]), corpus, tmp_path)
     model, phase = session.model, Phase(None, 2, 8, 3)
-    done = train.do_step(session, phase, 5, optimizer=session.optimizer, lr=0.0)
+    done = train.do_step(session, phase, 5, lr=0.0)
     got = {name: value.copy() for name, value in model.gradients.items()}
     batches = [train.sample_batch(session.data.train, 42, 5, micro, 2, 8) for micro in range(3)]
     ids, targets = (np.concatenate(parts) for parts in zip(*batches, strict=True))
