@@ -216,7 +216,8 @@ def test_tree_head_scratch_is_bounded():
         rows = np.sort(np.random.default_rng(0).integers(0, width, n).astype(np.int32))
         plan = tree_head._make_plan(rows, spans, np.array([width], np.int32), 1, threads)
         own = threads * min(tree_head.OWN_FLOATS // threads, tree_head.CHUNK * width)
-        floats = plan.kept + own + threads * width + 2 * n * dim + 2 * n
+        spare = threads * tree_head._spare(dim, width)
+        floats = plan.kept + own + spare + 2 * n * dim + 2 * n
         assert 4 * floats <= 128 << 20
         assert sum(end - begin for _, begin, end, _ in plan.pieces) in (n, 0)
 
