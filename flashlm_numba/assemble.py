@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from platformdirs import user_cache_path
 
 from flashlm_numba import checkpoint
 from flashlm_numba.config import HeadConfig, RunConfig
-from flashlm_numba.data import MANIFEST, TokenData, default_corpus
+from flashlm_numba.data import MANIFEST, TokenData, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.model import Model, initial_parameters
@@ -88,7 +89,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
             "ternary_packed": -(-ternary // 4),  # 2 bits a weight
             "checkpoint": sum(file.stat().st_size for file in path.iterdir()),
         },
-        "tree": loaded.model.head.tree.describe() if isinstance(loaded.model.head, TreeHead) else None,
+        "tree": _describe_tree(loaded),
         "receptive_field": run.model.receptive_field,
         "checkpoint": path.name,
         "trained": {
@@ -99,6 +100,16 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
         },
         "data": run.data,
     }
+
+
+def _describe_tree(loaded: Loaded) -> dict[str, Any] | None:
+    """The tree's shape; its expected cost by the training text's counts, where that is still there."""
+    if not isinstance(loaded.model.head, TreeHead):
+        return None
+    counts = None
+    with contextlib.suppress(UserError):
+        counts = open_tokens(Path(loaded.run.data)).train.counts(loaded.run.model.vocab_size)
+    return loaded.model.head.tree.describe(counts)
 
 
 def check(run: RunConfig, data: TokenData) -> None:

@@ -423,4 +423,11 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
 
 
 def _show(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    """A value of `info` in a line."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_show(item)} {name}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_show(item) for item in value)
+    return "none" if value is None else str(value)

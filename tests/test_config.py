@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -135,3 +136,10 @@ def test_every_field_has_a_comment():
     for kind in (config.ModelConfig, config.HeadConfig, config.OptimizerConfig, config.TrainingConfig, Phase):
         for item in dataclasses.fields(kind):
             assert any(line.startswith(f"    {item.name}: ") and "  # " in line for line in lines), item.name
+
+
+def test_every_setting_is_in_the_manual():
+    manual = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    for kind in (config.ModelConfig, config.HeadConfig, config.OptimizerConfig, config.TrainingConfig):
+        for item in dataclasses.fields(kind):
+            assert f"`{item.name}`" in manual, item.name
