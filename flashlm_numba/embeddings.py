@@ -35,6 +35,7 @@ MAX_TOKENS = 8_000_000  # of the corpus that are looked at, evenly spread over i
 MAX_PAIRS = 16_000_000  # different (token, next token) pairs that are kept; the rarest go first
 CONTEXT_POWER = 0.75  # context frequencies are raised to this power, which damps rare contexts
 DISCOUNT = 1.0  # a pair counted n times weighs n / (n + DISCOUNT): single sightings prove little
+LENGTH_POWER = 0.5  # lengths of rows are raised to this power: frequent tokens keep longer ones, but less so
 RMS = 0.02  # root mean square of the rows of the tokens that occur
 UNSEEN_RMS = 0.1  # of random rows for tokens that do not occur, times RMS
 _CHUNK = 1 << 20  # tokens counted at a time
@@ -78,7 +79,9 @@ def from_corpus(
     if rank:
         u, s = truncated_svd(associations, rank, rng, threads=threads)
         say(f"took {rank} singular vectors of {associations.nnz:,} associations")
-        rows[tokens, :rank] = u * np.sqrt(s)
+        factors = u * np.sqrt(s)
+        length = np.sqrt(np.sum(np.square(factors), axis=1, keepdims=True))
+        rows[tokens, :rank] = factors / np.maximum(length, 1e-12) ** (1 - LENGTH_POWER)
         scale = float(np.sqrt(np.mean(np.square(rows[tokens], dtype=np.float64))))
         rows *= np.float32(rms / scale) if scale > 0 else 0.0
     rest = np.flatnonzero(~rows.any(axis=1))  # tokens that do not occur, or whose row vanished
@@ -275,7 +278,7 @@ def cache_path(data_hash: str, dim: int, seed: int, vocab_size: int) -> Path:
     """Where cached_start keeps its result: named by data, shape, seed and the settings of this module."""
     import platformdirs
 
-    settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, RMS, UNSEEN_RMS, EOT)
+    settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, EOT)
     key = hashlib.sha256(f"{data_hash} {vocab_size} {dim} {seed} {settings}".encode()).hexdigest()
     return Path(platformdirs.user_cache_dir("flashlm-numba")) / "embeddings" / f"corpus-{key[:24]}.npy"
 
