@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 from helpers import assert_as_accurate, numeric_gradient
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashlm_numba.kernels import reference_tree, tree_head
@@ -70,6 +70,8 @@ def reference_settings(head, dtype):
     st.integers(0, 2**32 - 1), shapes, st.sampled_from([1, 2, 3, 50, 251]),
     st.sampled_from([0, 1, 3, 65, 130]), st.sampled_from([1, 8, 33]), st.booleans(), options,
 )  # fmt: skip
+@example(1, "two-level", 251, 130, 8, True, ALL)
+@example(2, "huffman", 50, 65, 33, False, ALL)
 def test_tree_head_matches_reference(seed, shape, vocab, rows, dim, prior, settings):
     head = make_head(seed, shape, vocab, dim, 0.7, prior, **settings)
     arrays = problem(seed, head, rows)
