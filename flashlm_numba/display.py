@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 20.0  # between lines where there is no terminal
+WIDE = 130  # columns of a terminal that everything about a step fits into
 
 
 def duration(seconds: float) -> str:
@@ -70,11 +71,13 @@ class Display:
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
         """Show a step from its line of metrics.jsonl and the time that is left."""
         shares = line["shares"]
-        text = (
+        progress = (
             f"loss {line['loss']:.3f}  NLL {line['nll']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  "
-            f"{duration(seconds_left)} left  head {shares['head']:.0%} trunk {shares['trunk']:.0%} "
-            f"optimizer {shares['optimizer']:.0%}"
+            f"{duration(seconds_left)} left"
         )
+        time_by_part = f"head {shares['head']:.0%} trunk {shares['trunk']:.0%} optimizer {shares['optimizer']:.0%}"
+        narrow = self._progress is not None and self._progress.console.width < WIDE
+        text = progress + ("\n" if narrow else "  ") + time_by_part
         self._done = line["step"]
         self._update(text, force=line["step"] == self._total)
 
@@ -99,13 +102,14 @@ class Display:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+            console = Console(stderr=True)
             columns = (
                 TextColumn("{task.description}"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=16 if console.width >= WIDE else 6),
                 TextColumn("{task.fields[text]}"),
             )
-            self._progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self._progress = Progress(*columns, console=console, refresh_per_second=4)
             self._progress.start()
             self._task = self._progress.add_task(label, total=total or None, completed=done, text="")
 

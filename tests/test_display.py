@@ -14,10 +14,10 @@ LINE = {
 }
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_step_shows_what_a_trainer_wants_to_know(monkeypatch, capsys, terminal):
+@pytest.mark.parametrize(("terminal", "columns"), [(True, "160"), (True, "80"), (False, "80")])
+def test_step_shows_what_a_trainer_wants_to_know(monkeypatch, capsys, terminal, columns):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", columns)
     with Display() as shown, shown.steps(2, 0):
         shown.note("a note [with brackets]")
         shown.step(LINE, seconds_left=75)
