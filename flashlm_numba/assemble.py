@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,7 @@ def read_config(folder: Path) -> RunConfig:
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        raise UserError(
-            f"There is no run at {folder}; give a folder that `flashlm-numba train` made."
-        ) from None
+        raise UserError(f"There is no run at {folder}; give a folder that `flashlm-numba train` made.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or start a new run.") from None
 
@@ -73,8 +72,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
         group = "norms" if group in ("norm1", "norm2", "final_norm") else group
         groups[group] = groups.get(group, 0) + value.size
     ternary = sum(
-        parameters[name].size
-        for name in ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
+        parameters[name].size for name in ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
     )
     path = checkpoint.find(folder, checkpoint_name)
     return {
@@ -130,9 +128,7 @@ def training_data(source: str | None, note: Note) -> Path:
     if source is not None:
         folder = Path(source)
         if not folder.exists():
-            raise UserError(
-                f"There is no folder {source}; make one with `flashlm-numba prepare SOURCE --out DIR`."
-            )
+            raise UserError(f"There is no folder {source}; make one with `flashlm-numba prepare SOURCE --out DIR`.")
         if not folder.is_dir():
             raise UserError(
                 f"{source} is not a prepared folder; first run `flashlm-numba prepare {source} --out DIR`, "
@@ -154,13 +150,19 @@ def run_apart(arguments: list[str]) -> None:
         raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}.")
 
 
-def new_model(run: RunConfig, data: TokenData, note: Note) -> Model:
-    """A model before its first step, a pure function of the settings and the data."""
+def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[], None] = lambda: None) -> Model:
+    """A model before its first step, a pure function of the settings and the data.
+
+    meanwhile : called while another process makes the start of the embedding, where that has to be made
+    """
     counts = data.train.counts(run.model.vocab_size)
     log_prior = None
     if run.head.log_prior:  # of counts plus one: every token can occur
         log_prior = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)
-    rows = _embedding_start(run, data, note)  # by token id
+    with ThreadPoolExecutor(1) as waiting:
+        start = waiting.submit(_embedding_start, run, data, note)
+        meanwhile()
+        rows = start.result()  # by token id
     tree = None
     if run.head.name == "tree":
         tree = _build_tree(run.head, counts, rows)
@@ -177,9 +179,7 @@ def model_from(run: RunConfig, tensors: dict[str, np.ndarray]) -> Model:
         nodes = tensors.get("head.nodes.weight")
         return Model(run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), nodes=nodes))
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"The checkpoint does not fit the run's config.json ({error}); restore the file."
-        ) from None
+        raise UserError(f"The checkpoint does not fit the run's config.json ({error}); restore the file.") from None
 
 
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
@@ -224,9 +224,7 @@ def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> np.ndarray 
     from flashlm_numba import embeddings
 
     if start == "corpus":
-        return embeddings.cached_start(
-            data, config.dim, vocab_size=config.vocab_size, threads=run.threads, report=note
-        )
+        return embeddings.cached_start(data, config.dim, vocab_size=config.vocab_size, threads=run.threads, report=note)
     rows, kept = embeddings.from_gpt2(start, config.dim, config.vocab_size)
     note(f"The embedding starts from {start}, cut to {config.dim} dimensions: {kept:.1%} of its variance.")
     return rows

@@ -98,9 +98,7 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
         for name, tensors in files.items():
             hashes[f"{name}.safetensors"] = write_safetensors(temporary / f"{name}.safetensors", tensors)
         content = {"step": step, **state, "files": hashes}
-        write_text(
-            temporary / "state.json", json.dumps({**content, "sha256": _hash(content)}, indent=1) + "\n"
-        )
+        write_text(temporary / "state.json", json.dumps({**content, "sha256": _hash(content)}, indent=1) + "\n")
         _sync_folder(temporary)
         if final.exists():  # the same step again, after resuming from it
             os.replace(final, parent / f".tmp-old-step-{step}")

@@ -43,9 +43,7 @@ _threads = click.option(
     type=click.IntRange(min=1),
     help="Threads to compute with. Default: every core this process may use.",
 )
-_checkpoint = click.option(
-    "--checkpoint", metavar="step-N", help="Checkpoint of the run to read. Default: the newest."
-)
+_checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to read. Default: the newest.")
 _ema = click.option(
     "--ema", is_flag=True, help="Use the running average of the weights, where the run keeps one (recipe v3)."
 )
@@ -63,9 +61,7 @@ def _use_threads(threads: int | None) -> int:
         raise click.BadParameter(f"{error}.", param_hint="'--threads'") from None
 
 
-@click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="flashlm-numba")
 def main() -> None:
     """Train and run a 13.6M-parameter ternary-weight language model on a CPU.
@@ -79,9 +75,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("source", required=False)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the tokens. Needed if there is a SOURCE."
-)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the tokens. Needed if there is a SOURCE.")
 @click.option(
     "--validation",
     metavar="SOURCE",
@@ -97,12 +91,8 @@ def main() -> None:
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens. Default: all.")
 @click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: all.")
-@click.option(
-    "--lines", is_flag=True, help="Every line of a .txt file is a document, instead of the whole file."
-)
-@click.option(
-    "--column", default="text", show_default=True, help="Where parquet, JSON and hub rows keep the text."
-)
+@click.option("--lines", is_flag=True, help="Every line of a .txt file is a document, instead of the whole file.")
+@click.option("--column", default="text", show_default=True, help="Where parquet, JSON and hub rows keep the text.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that tokenise. Default: all cores.")
 def prepare(
     source: str | None,
@@ -145,8 +135,7 @@ def prepare(
         )
     for name, part in manifest.splits.items():
         click.echo(
-            f"{name:<12} {part.documents:>11,} documents {part.text_tokens:>14,} tokens "
-            f"{part.text_bytes:>14,} bytes"
+            f"{name:<12} {part.documents:>11,} documents {part.text_tokens:>14,} tokens {part.text_bytes:>14,} bytes"
         )
     click.echo(f"in {out}")
 
@@ -168,8 +157,7 @@ def prepare(
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default=None,
-    help="Settings to start from: default is the best known now, v3 is FlashLM v3 as published. "
-    "Default: default.",
+    help="Settings to start from: default is the best known now, v3 is FlashLM v3 as published. Default: default.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Train for this many optimiser steps.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
@@ -184,9 +172,7 @@ def prepare(
     type=click.Path(path_type=Path),
     help="Folder of the run, new. Default: runs/<head>-<date>-<time>.",
 )
-@click.option(
-    "--resume", type=click.Path(path_type=Path), help="Go on with this run, with its own data and settings."
-)
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run, with its own data and settings.")
 @_checkpoint
 @click.option(
     "--seed",
@@ -205,8 +191,7 @@ def prepare(
     "settings",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. "
-    "docs/training.md lists them.",
+    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. docs/training.md lists them.",
 )
 def train(
     data: str | None,
@@ -243,9 +228,7 @@ def train(
         }
         given = [name for name, value in fixed.items() if value is not None]
         if given:
-            raise click.UsageError(
-                f"--resume goes on with the run's own settings; leave out {', '.join(given)}."
-            )
+            raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}.")
         from flashlm_numba.train import resume_run
 
         status = resume_run(
@@ -285,9 +268,7 @@ def train(
 @main.command("eval")
 @_run
 @click.argument("data", required=False)
-@click.option(
-    "--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow)."
-)
+@click.option("--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow).")
 @_ema
 @_checkpoint
 @_threads
@@ -341,17 +322,13 @@ def evaluate(
     show_default=True,
     help="Below 1 bolder in the likely, above 1 wilder; 0 always takes the likeliest token.",
 )
-@click.option(
-    "--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens. Default: all."
-)
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens. Default: all.")
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     help="Sample among the likeliest tokens that make up this probability. Default: all.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time."
-)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time.")
 @_ema
 @_checkpoint
 @_threads
@@ -380,9 +357,7 @@ def generate(
     _use_threads(threads)
     model = load_model(run, checkpoint, ema=ema).model
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that cannot show a character gets a question mark
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     click.echo(prompt, nl=False)
     pieces = generate_text(
         model,

@@ -327,11 +327,7 @@ def _find(key: str) -> tuple[str, str]:
     if key in names:
         return names[key]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = (
-        f"did you mean '{near[0]}'?"
-        if near
-        else f"the settings are {', '.join(k for k in names if '.' not in k)}."
-    )
+    hint = f"did you mean '{near[0]}'?" if near else f"the settings are {', '.join(k for k in names if '.' not in k)}."
     raise UserError(f"There is no setting '{key}'; {hint}")
 
 
@@ -347,9 +343,7 @@ def _parse(where: str, text: str, hint: Any) -> Any:
             return tuple(_build(Phase, dataclasses.asdict(Phase.parse(part)), where) for part in parts)
         return tuple(_parse(where, part.strip(), item) for part in parts)
     if hint is bool:
-        words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
-            ("false", "no", "off", "0"), False
-        )
+        words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
         if text.lower() not in words:
             raise UserError(f"{where} must be true or false, got '{text}'.")
         return words[text.lower()]
@@ -414,9 +408,7 @@ def _from_json(where: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise UserError(f"{where} must be a list, got {value!r}.")
-        return tuple(
-            _from_json(f"{where}[{i}]", item, typing.get_args(hint)[0]) for i, item in enumerate(value)
-        )
+        return tuple(_from_json(f"{where}[{i}]", item, typing.get_args(hint)[0]) for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

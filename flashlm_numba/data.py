@@ -114,8 +114,7 @@ class Manifest:
         try:
             if raw["format"] != FORMAT:
                 raise UserError(
-                    f"{path} has format {raw['format']}, and this version reads {FORMAT}: "
-                    "prepare the corpus again."
+                    f"{path} has format {raw['format']}, and this version reads {FORMAT}: prepare the corpus again."
                 )
             splits = {}
             for name, split in raw.pop("splits").items():
@@ -138,11 +137,7 @@ class Manifest:
             for shard in split.shards:
                 if not _SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(name + "-"):
                     raise ValueError(f"{shard.name!r} is no name of a shard of {name}")
-                if (
-                    type(shard.tokens) is not int
-                    or shard.tokens < 1
-                    or not re.fullmatch("[0-9a-f]{64}", shard.sha256)
-                ):
+                if type(shard.tokens) is not int or shard.tokens < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
                     raise ValueError(f"the entry of {shard.name} is wrong")
             if sum(shard.tokens for shard in split.shards) != split.tokens:
                 raise ValueError(f"the shards of {name} do not add up to {split.tokens} tokens")
@@ -209,13 +204,10 @@ class Split:
         """
         starts = np.asarray(starts, dtype=np.int64)
         if length < 0 or starts.ndim != 1:
-            raise ValueError(
-                f"Split.windows: starts must be (B,) and length >= 0, got {starts.shape}, {length}"
-            )
+            raise ValueError(f"Split.windows: starts must be (B,) and length >= 0, got {starts.shape}, {length}")
         if starts.size and not 0 <= starts.min() <= starts.max() <= self.n_tokens - length:
             raise ValueError(
-                f"Split.windows: starts must be in [0, {self.n_tokens - length}], "
-                f"got {starts.min()} to {starts.max()}"
+                f"Split.windows: starts must be in [0, {self.n_tokens - length}], got {starts.min()} to {starts.max()}"
             )
         out = np.empty((len(starts), length), dtype=np.int32)
         for row, start in zip(out, starts, strict=True):
@@ -256,9 +248,7 @@ class Split:
         Counted once and kept beside the shards as counts-<split>.npy (about 2 s for a billion tokens).
         """
         if vocab_size < self._vocab_size:
-            raise ValueError(
-                f"Split.counts: vocab_size must be at least {self._vocab_size}, got {vocab_size}"
-            )
+            raise ValueError(f"Split.counts: vocab_size must be at least {self._vocab_size}, got {vocab_size}")
         path = self._folder / f"counts-{self.name}.npy"
         counts = np.zeros(vocab_size, dtype=np.int64)
         with contextlib.suppress(OSError, ValueError):
@@ -280,9 +270,7 @@ class TokenData:
         self.folder = folder
         self.manifest = manifest
         self.hash = manifest.hash
-        self.splits = {
-            name: Split(folder, name, split, manifest.vocab_size) for name, split in manifest.splits.items()
-        }
+        self.splits = {name: Split(folder, name, split, manifest.vocab_size) for name, split in manifest.splits.items()}
         self.train = self.splits["train"]
         self.validation = self.splits["validation"]
         self.test = self.splits.get("test")
@@ -305,9 +293,7 @@ def open_tokens(folder: Path | str) -> TokenData:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"There is no folder {folder}: make a corpus with `flashlm-numba prepare --out {folder}`."
-        )
+        raise UserError(f"There is no folder {folder}: make a corpus with `flashlm-numba prepare --out {folder}`.")
     if not (folder / MANIFEST).exists() and (folder / JOURNAL).exists():
         raise UserError(
             f"{folder} is not finished: run the `flashlm-numba prepare` command that began it once more, "
@@ -481,9 +467,7 @@ class _ShardWriter:
         """Complete the last shard."""
         if self._filled:
             self._finish_shard()
-        return SplitManifest(
-            self.documents, self.tokens, self.text_tokens, self.text_bytes, tuple(self.finished)
-        )
+        return SplitManifest(self.documents, self.tokens, self.text_tokens, self.text_bytes, tuple(self.finished))
 
 
 # ---------- documents
@@ -615,9 +599,7 @@ class _Plan:
             self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
             for text, tally in self._texts(self.source, ALL, 1):
                 if self.max_tokens is not None and tokens > self.max_tokens:
-                    text = self.tokenizer.decode(self.tokenizer.encode(text)[: self.max_tokens]).rstrip(
-                        "\ufffd"
-                    )
+                    text = self.tokenizer.decode(self.tokenizer.encode(text)[: self.max_tokens]).rstrip("\ufffd")
                 cut = _cut(text)
                 yield _Document("validation", text[cut:], True, _Tally(tally.empty))
                 yield _Document("train", text[:cut], True, _Tally(tally.empty))
@@ -844,9 +826,7 @@ def prepare(
         with _locked(out, wait):
             return _prepare(plan, out, identity, shard_tokens, workers or _cores(), report)
     except KeyboardInterrupt:
-        raise UserError(
-            f"Stopped; what is done is kept in {out}: run the same command again to continue."
-        ) from None
+        raise UserError(f"Stopped; what is done is kept in {out}: run the same command again to continue.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -866,18 +846,14 @@ def _prepare(
         report.say(f"{out} is already prepared: {_summary(finished)}.")
         return finished
 
-    names = [
-        name for name in SPLITS if name != "test" or (plan.split == "auto" and "test" in plan.source.roles)
-    ]
+    names = [name for name in SPLITS if name != "test" or (plan.split == "auto" and "test" in plan.source.roles)]
     state = _journal(out, identity)
     writers: dict[str, _ShardWriter] = {}
     try:
         try:
             plan.start = _Place(**state["place"]) if state else _Place()
             for name in names:
-                writers[name] = _ShardWriter(
-                    out, name, shard_tokens, state["splits"][name] if state else None
-                )
+                writers[name] = _ShardWriter(out, name, shard_tokens, state["splits"][name] if state else None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             report.say(f"The unfinished corpus in {out} is damaged ({error}): starting over.")
             for writer in writers.values():
@@ -1018,9 +994,7 @@ def _check_splits(plan: _Plan, splits: dict[str, SplitManifest]) -> None:
         )
     if not splits["validation"].documents and (plan.validation is not None or ALL in plan.source.roles):
         name = plan.source.name if plan.validation is None else plan.validation.name
-        raise UserError(
-            f"No validation document is in {name}: use more text, or name some with --validation."
-        )
+        raise UserError(f"No validation document is in {name}: use more text, or name some with --validation.")
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
@@ -1057,9 +1031,7 @@ def _journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             )
         return state
     if any(_SHARD_NAME.fullmatch(entry.name) for entry in out.iterdir()):
-        raise UserError(
-            f"{out} holds shards without a manifest: choose another --out, or delete that folder first."
-        )
+        raise UserError(f"{out} holds shards without a manifest: choose another --out, or delete that folder first.")
     return None
 
 
@@ -1080,9 +1052,7 @@ def _locked(out: Path, wait: bool) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
-        raise UserError(
-            f"Another process is preparing {out}: wait for it, or choose another --out."
-        ) from None
+        raise UserError(f"Another process is preparing {out}: wait for it, or choose another --out.") from None
     try:
         yield
     finally:
@@ -1111,9 +1081,7 @@ def default_corpus(progress: bool = True) -> Path:
     from platformdirs import user_cache_dir
 
     source = sources.resolve(None)
-    key = hashlib.sha256(
-        f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()
-    ).hexdigest()
+    key = hashlib.sha256(f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()).hexdigest()
     out = Path(user_cache_dir("flashlm-numba", appauthor=False)) / f"corpus-{key[:16]}"
     try:
         open_tokens(out)

@@ -92,9 +92,7 @@ def from_corpus(
 def _blocks(split: Split, max_tokens: int) -> Iterator[np.ndarray]:
     """At most max_tokens ids of the split in blocks (n,) int32: all of it, or evenly spread blocks."""
     if split.n_tokens < 1:
-        raise UserError(
-            "The training split is empty, so it gives no start of the embedding; prepare more text."
-        )
+        raise UserError("The training split is empty, so it gives no start of the embedding; prepare more text.")
     n_blocks = -(-min(split.n_tokens, max_tokens) // _CHUNK)
     edges = np.linspace(0, split.n_tokens, n_blocks + 1).astype(np.int64)
     length = -(-min(split.n_tokens, max_tokens) // n_blocks)
@@ -129,13 +127,9 @@ def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WIN
 def _count_block(ids: np.ndarray, vocab_size: int, window: int) -> sparse.csr_matrix:
     """count_pairs of one block: the product of (V, n) "a stands at i" and (n, V) "b follows i closely"."""
     n = len(ids)
-    places = np.argsort(ids.astype(np.uint16) if vocab_size <= 1 << 16 else ids, kind="stable").astype(
-        np.int32
-    )
+    places = np.argsort(ids.astype(np.uint16) if vocab_size <= 1 << 16 else ids, kind="stable").astype(np.int32)
     ends = np.cumsum(np.bincount(ids, minlength=vocab_size))
-    stands = sparse.csr_matrix(
-        (np.ones(n, np.float32), places, np.concatenate([[0], ends])), shape=(vocab_size, n)
-    )
+    stands = sparse.csr_matrix((np.ones(n, np.float32), places, np.concatenate([[0], ends])), shape=(vocab_size, n))
     documents = np.cumsum(ids == EOT)  # EOTs up to and including i
     after = np.zeros((n, window), np.int32)
     weights = np.zeros((n, window), np.float32)
@@ -219,9 +213,7 @@ def _orthonormal(y: np.ndarray) -> np.ndarray:
     return y @ (vectors / np.sqrt(np.maximum(squares, floor))).astype(np.float32)
 
 
-def _sparse_product(
-    a: sparse.csr_matrix, b: np.ndarray, pool: ThreadPoolExecutor, threads: int
-) -> np.ndarray:
+def _sparse_product(a: sparse.csr_matrix, b: np.ndarray, pool: ThreadPoolExecutor, threads: int) -> np.ndarray:
     """a @ b by slices of rows with about equally many entries; SciPy's loops let other threads run."""
     out = np.empty((a.shape[0], b.shape[1]), np.float32)
     cuts = np.searchsorted(a.indptr, np.linspace(0, a.nnz, 4 * threads + 1))
@@ -344,9 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         split = open_tokens(options.data).train
-        rows = from_corpus(
-            split, options.vocab_size, options.dim, options.seed, threads=options.threads, report=say
-        )
+        rows = from_corpus(split, options.vocab_size, options.dim, options.seed, threads=options.threads, report=say)
     except UserError as error:
         print(error, flush=True)
         return 2
@@ -373,9 +363,7 @@ def from_gpt2(source: str | Path, dim: int, vocab_size: int = 50_257) -> tuple[n
     """
     weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else Path(source))
     rows, width = weight.shape
-    if (
-        not vocab_size <= rows < vocab_size + 128
-    ):  # a padded vocabulary, as 50,304, has unused rows at its end
+    if not vocab_size <= rows < vocab_size + 128:  # a padded vocabulary, as 50,304, has unused rows at its end
         raise UserError(
             f"{name} in {source} has {rows:,} rows, but the vocabulary has {vocab_size:,} tokens; "
             "use a checkpoint of GPT-2's vocabulary."
@@ -428,9 +416,7 @@ def _read_wte(path: Path) -> tuple[np.ndarray, str]:
                 return _read_bfloat16(path, name, tuple(shape)), name
             return file.get_tensor(name).astype(np.float32), name
     except SafetensorError as error:
-        raise UserError(
-            f"{path} is not a readable .safetensors file ({error}); copy or download it again."
-        ) from None
+        raise UserError(f"{path} is not a readable .safetensors file ({error}); copy or download it again.") from None
 
 
 def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:

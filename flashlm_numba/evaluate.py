@@ -110,13 +110,9 @@ def score(
     field = model.config.receptive_field
     window = max(window, 2 * field)
     tokens, nll, spread = 0, 0.0, 0.0
-    for group in _batches(
-        (w for document in documents for w in windows(document, field, window, eot)), batch
-    ):
+    for group in _batches((w for document in documents for w in windows(document, field, window, eot)), batch):
         length = max(len(w.ids) for w in group)
-        ids = np.full(
-            (len(group), length), eot, np.int32
-        )  # padded at the right end, where causality makes it harmless
+        ids = np.full((len(group), length), eot, np.int32)  # padded at the right end, where causality makes it harmless
         rows, targets = [], []
         for row, item in enumerate(group):
             ids[row, : len(item.ids)] = item.ids

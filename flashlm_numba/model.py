@@ -119,9 +119,7 @@ class Model:
         A hidden state depends on no later token. Raises ValueError if an id is not in [0, V).
         """
         _check.array("Model.forward", "ids", ids, (None, None), np.int32)
-        _check.indices(
-            "Model.forward", "ids", ids, self.config.vocab_size, "the data was made with another vocabulary"
-        )
+        _check.indices("Model.forward", "ids", ids, self.config.vocab_size, "the data was made with another vocabulary")
         rows = ids.reshape(-1)
         if self.head.row_of_token is not None:
             rows = self.head.row_of_token[rows]
@@ -178,7 +176,8 @@ class Model:
         after_head = time.perf_counter()
         self._trunk_backward(dh)
         after_trunk = time.perf_counter()
-        assert self._buffers is not None and self._rows is not None
+        assert self._buffers is not None
+        assert self._rows is not None
         embedding_backward(self.gradients["embedding.weight"], self._buffers.dx, self._rows)
         end = time.perf_counter()
         seconds = {

@@ -23,9 +23,7 @@ class OptimizerSettings:
     normuon_beta2: float = 0.999  # share of the rows' second moment that a step keeps
     normuon_eps: float = 1e-8  # added to the root of the second moment and to the update's norm
     normuon_nesterov: bool = False  # direction: False the momentum, True gradient and momentum blended
-    normuon_update_rms: float | None = (
-        0.2  # root mean square of an update before the learning rate; None: the
-    )
+    normuon_update_rms: float | None = 0.2  # root mean square of an update before the learning rate; None: the
     # update keeps the orthogonalised direction's norm, times sqrt(max(1, rows / columns))
     normuon_decay: float = 0.0  # decoupled weight decay
     normuon_iterations: int = 5  # Newton-Schulz iterations a step
@@ -88,8 +86,7 @@ def parameter_groups(params: Mapping[str, np.ndarray], rules: GroupRules = RULES
         if len(fitting) != 1:
             found = " and ".join(fitting) or "no group"
             raise ValueError(
-                f"parameter_groups: {name} {value.shape} is in {found}, expected exactly one group; "
-                "change the rules"
+                f"parameter_groups: {name} {value.shape} is in {found}, expected exactly one group; change the rules"
             )
         groups[fitting[0]].append(name)
     return groups
@@ -197,20 +194,14 @@ class Optimizer:
             raise ValueError(f"Optimizer.step: frozen has no parameter called {', '.join(sorted(unknown))}")
         norm = self.grad_norm(frozen)
         if not math.isfinite(norm):
-            bad = [
-                n
-                for n in self._active(self.params, frozen)
-                if not math.isfinite(sum_of_squares(self.grads[n]))
-            ]
+            bad = [n for n in self._active(self.params, frozen) if not math.isfinite(sum_of_squares(self.grads[n]))]
             raise UserError(
                 f"The gradient of {', '.join(bad)} is not finite (NaN or infinity), so training has diverged "
                 "and this step was not taken. Go on from the last checkpoint with a lower learning rate."
             )
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         self._step_normuon(self._active(self.groups[NORMUON], frozen), lr_normuon, scale)
-        self._step_adamw(
-            self._active(self.groups[ADAMW_DECAY], frozen), lr_adamw, scale, self.settings.adamw_decay
-        )
+        self._step_adamw(self._active(self.groups[ADAMW_DECAY], frozen), lr_adamw, scale, self.settings.adamw_decay)
         self._step_adamw(self._active(self.groups[ADAMW_PLAIN], frozen), lr_adamw, scale, 0.0)
         return {"grad_norm": norm, "clip_scale": scale}
 

@@ -31,9 +31,7 @@ BUILT_IN_ORIGIN = (
 ROLES = ("train", "validation", "test")
 ALL = "all"  # the role of documents that nobody has split yet
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
-MAX_DOCUMENT = (
-    256 << 20
-)  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes a letter
+MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes a letter
 HUB_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub can be reached
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -120,9 +118,7 @@ class Source:
         else:
             by_line = self.lines or kind == "json"
             options = {"sample_by": "line" if by_line else "document", "encoding": "utf-8-sig"}
-        with tempfile.TemporaryDirectory(
-            prefix="flashlm-numba-"
-        ) as cache:  # datasets leaves a lock file there
+        with tempfile.TemporaryDirectory(prefix="flashlm-numba-") as cache:  # datasets leaves a lock file there
             stream = datasets.load_dataset(
                 # not "json": that fails where a field that nobody asked for changes its type or comes later
                 "parquet" if kind == "parquet" else "text",
@@ -173,9 +169,7 @@ def resolve(
     """
     if source is None or (source == BUILT_IN and not Path(source).exists()):
         if subset is not None:
-            raise UserError(
-                "--subset is for Hugging Face datasets: give the dataset's name too, or leave it out."
-            )
+            raise UserError("--subset is for Hugging Face datasets: give the dataset's name too, or leave it out.")
         return _built_in()
     path = Path(source).expanduser()
     if path.is_file():
@@ -217,9 +211,7 @@ def _built_in() -> Source:
         content = path.read_bytes()
         digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
     files = tuple(_file(path, path.name, lines=False) for path in paths)
-    return Source(
-        BUILT_IN, "built-in", files={ALL: files}, licence=BUILT_IN_LICENCE, content_hash=digest.hexdigest()
-    )
+    return Source(BUILT_IN, "built-in", files={ALL: files}, licence=BUILT_IN_LICENCE, content_hash=digest.hexdigest())
 
 
 def _kind(name: str) -> str | None:
@@ -251,9 +243,7 @@ def _by_role(candidates: Iterable[tuple[Path, str]], lines: bool) -> dict[str, t
     if not any(roles):
         return {ALL: tuple(files)}
     # beside files with a role, the others are for training
-    groups = {
-        r: tuple(f for f, own in zip(files, roles, strict=True) if (own or "train") == r) for r in ROLES
-    }
+    groups = {r: tuple(f for f, own in zip(files, roles, strict=True) if (own or "train") == r) for r in ROLES}
     return {role: group for role, group in groups.items() if group}
 
 
@@ -298,9 +288,7 @@ def quiet_datasets() -> Any:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.config.TORCH_AVAILABLE = False  # or it imports torch, where that is installed: 2 s and 200 MB
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(
-        datasets.utils.logging.CRITICAL + 1
-    )  # below this it logs every error
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL + 1)  # below this it logs every error
     huggingface_hub.utils.logging.set_verbosity_error()
     return datasets
 
@@ -361,9 +349,7 @@ def _check_parquet_columns(files: list[File], column: str) -> None:
         try:
             names = pyarrow.parquet.read_schema(f.path).names
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{f.path} is damaged: it cannot be read as parquet ({_reason(error)})."
-            ) from error
+            raise UserError(f"{f.path} is damaged: it cannot be read as parquet ({_reason(error)}).") from error
         _check_column(names, column, f.path)
 
 
@@ -433,9 +419,7 @@ def _resolve_hub(name: str, subset: str | None, column: str) -> Source:
         splits = list(datasets.load_dataset(name, subset, revision=info.sha, streaming=True))
     except Exception as error:
         hint = "choose another --subset" if subset else "choose a --subset"
-        raise UserError(
-            f"Cannot open {name} on Hugging Face ({_reason(error)}): {hint} or dataset."
-        ) from error
+        raise UserError(f"Cannot open {name} on Hugging Face ({_reason(error)}): {hint} or dataset.") from error
     groups = {role: tuple(s for s in splits if (_role(s) or "train") == role) for role in ROLES}
     groups = {role: group for role, group in groups.items() if group}
     if list(groups) == ["train"]:  # as FineWeb-Edu: nobody has set anything apart yet

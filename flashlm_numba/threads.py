@@ -6,7 +6,7 @@ import os
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Use this many threads (default: every core this process may use) in Numba and in NumPy's BLAS; returns the number.
+    """Use this many threads in Numba and in NumPy's BLAS (default: every core of this process); returns the number.
 
     SciPy's BLAS is pinned to one thread: Numba's threads call it side by side (kernels/_blas.py).
     Raises ValueError if threads is below 1 or above what Numba was started with.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashlm_numba import assemble, checkpoint
-from flashlm_numba.config import Phase, Plan, RunConfig, plan_for
+from flashlm_numba.config import HeadConfig, Phase, Plan, RunConfig, plan_for
 from flashlm_numba.data import TokenData, open_tokens, sample_batch
 from flashlm_numba.display import Display
 from flashlm_numba.errors import UserError
@@ -100,9 +100,7 @@ def optimizer_settings(run: RunConfig) -> OptimizerSettings:
     )
 
 
-def position_weights(
-    seed: int, step: int, micro: int, positions: int, share: float, micros: int
-) -> np.ndarray:
+def position_weights(seed: int, step: int, micro: int, positions: int, share: float, micros: int) -> np.ndarray:
     """Each position's share of the step's loss, (positions,) float32; over the micro-batches they sum to 1.
 
     A random `share` of the positions (at least one) counts, drawn from (seed, step, micro); the others are 0.
@@ -132,9 +130,7 @@ def do_step(session: Session, phase: Phase, step: int, *, lr: float) -> Step:
     shares = {"embedding": 0.0, "trunk": 0.0, "head": 0.0, "optimizer": 0.0}
     for micro in range(phase.micro_batches):
         ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.rows, phase.length)
-        weights = position_weights(
-            run.seed, step, micro, targets.size, run.head.positions, phase.micro_batches
-        )
+        weights = position_weights(run.seed, step, micro, targets.size, run.head.positions, phase.micro_batches)
         losses, nlls, seconds = model.loss_and_grad(ids, targets, weights)
         share = 1 / (len(losses) * phase.micro_batches)  # the same for every position that counts
         loss += float(losses.sum(dtype=np.float64)) * share
@@ -148,9 +144,7 @@ def do_step(session: Session, phase: Phase, step: int, *, lr: float) -> Step:
             *((f"the gradient of {n}", g) for n, g in model.gradients.items()),
         ]
         bad = next((name for name, value in named if not np.isfinite(value).all()), "the logits")
-        raise UserError(
-            f"The loss is {loss} ({bad} not finite), so training has diverged; nothing was updated."
-        )
+        raise UserError(f"The loss is {loss} ({bad} not finite), so training has diverged; nothing was updated.")
     settings = session.optimizer.settings
     rates = settings.normuon_lr * lr, settings.adamw_lr * lr
     # rows that start at random or from the corpus are ours to train from the first step
@@ -191,9 +185,7 @@ def start_run(
     name = f"{run.head.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = out if out is not None else Path("runs") / name
     if (folder / "config.json").exists() or (folder / "checkpoints").exists():
-        raise UserError(
-            f"{folder} already holds a run; go on with --resume {folder}, or choose another --out."
-        )
+        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out.")
     with Display() as display:
         source = assemble.training_data(data, display.note)
         token_data = open_tokens(source)
@@ -249,9 +241,7 @@ def resume_run(
         wanted = run.threads if threads is None else threads
         using = set_threads(wanted)
         if using != run.threads:
-            display.note(
-                f"The run used {run.threads} threads, now {using}: results will differ in the last digits."
-            )
+            display.note(f"The run used {run.threads} threads, now {using}: results will differ in the last digits.")
         run = replace(_changed(run, settings), threads=using)
         token_data = open_tokens(Path(run.data))
         if token_data.hash != run.data_hash:
@@ -302,7 +292,7 @@ def _changed(run: RunConfig, settings: tuple[str, ...]) -> RunConfig:
 
 
 def _new_session(run: RunConfig, folder: Path, data: TokenData, display: Display) -> Session:
-    model = assemble.new_model(run, data, display.note)
+    model = assemble.new_model(run, data, display.note, lambda: _compile(run, data, display))
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     return _session(run, folder, data, model, ema)
 
@@ -317,12 +307,26 @@ def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path,
     return session
 
 
-def _session(
-    run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray]
-) -> Session:
+def _session(run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray]) -> Session:
     optimizer = Optimizer(model.parameters, model.gradients, optimizer_settings(run))
     subset = validation_subset(data.validation, run.training.validation_tokens)
     return Session(run, folder, data, model, optimizer, ema, subset=subset)
+
+
+def _compile(run: RunConfig, data: TokenData, display: Display) -> None:
+    """Where no kernel was ever compiled, do so with a step of a narrow model, while the embedding's start is made."""
+    if not cache_is_cold():
+        return
+    display.note("Compiling the kernels (once; about a minute) ...")
+    narrow = replace(
+        run,
+        model=replace(run.model, dim=run.model.groups, inner=8),  # compiled code is the same for any width
+        head=HeadConfig(name=run.head.name),
+        training=replace(run.training, embeddings="random"),
+    )
+    model = assemble.new_model(narrow, data, display.note)
+    session = _session(narrow, Path(), data, model, {})
+    do_step(session, Phase(None, 2, 16, 1), 0, lr=0.0)
 
 
 def _warm_up(session: Session, display: Display) -> None:
@@ -450,8 +454,7 @@ def _loop(session: Session, display: Display) -> int:
             _save(session, log)
     if clock.step < plan.steps:
         display.note(
-            f"Stopped after step {clock.step:,}, saved; go on with: "
-            f"flashlm-numba train --resume {session.folder}"
+            f"Stopped after step {clock.step:,}, saved; go on with: flashlm-numba train --resume {session.folder}"
         )
         return 128 + caught[0]
     display.note(f"Done: {session.folder}")
@@ -473,9 +476,7 @@ def _validate(session: Session, display: Display) -> dict[str, float]:
         finally:
             _exchange(session)
     text = ", of the average weights ".join(f"{value:.4f}" for value in values.values())
-    display.note(
-        f"step {session.clock.step:,}: NLL on a fixed {tokens:,}-token subset of the validation text {text}"
-    )
+    display.note(f"step {session.clock.step:,}: NLL on a fixed {tokens:,}-token subset of the validation text {text}")
     if session.run.training.sample_tokens:
         pieces = generate_text(
             session.model,

@@ -72,9 +72,7 @@ class Tree:
     @property
     def spans(self) -> np.ndarray:
         """The five ranges of every node as the kernels read them, (M + 1, 5) int32: one cache line a node."""
-        return np.stack(
-            [self.token_start, self.token_end, self.child_start, self.child_end, self.leaf_end], axis=1
-        )
+        return np.stack([self.token_start, self.token_end, self.child_start, self.child_end, self.leaf_end], axis=1)
 
     @property
     def node_depth(self) -> np.ndarray:
@@ -264,9 +262,7 @@ def _validate(tree: Tree) -> None:
 # --- assembling ---
 
 
-def tree_from_lists(
-    tokens: Sequence[Sequence[int]], children: Sequence[Sequence[int]], shape: str = "custom"
-) -> Tree:
+def tree_from_lists(tokens: Sequence[Sequence[int]], children: Sequence[Sequence[int]], shape: str = "custom") -> Tree:
     """A tree from each node's token ids and child nodes, the root first; nodes are renumbered breadth first.
 
     Raises UserError if a token is missing or doubled, a node has two parents or none, or there is a cycle.
@@ -433,9 +429,7 @@ def _capacity_assign(score: np.ndarray, capacity: int) -> np.ndarray:
     return label
 
 
-def balanced_kmeans(
-    rows: np.ndarray, count: int, capacity: int, *, iterations: int = 10, seed: int = 0
-) -> np.ndarray:
+def balanced_kmeans(rows: np.ndarray, count: int, capacity: int, *, iterations: int = 10, seed: int = 0) -> np.ndarray:
     """Cluster (n,) of each row of rows (n, C) by direction, `count` clusters of at most `capacity` rows.
 
     Rows are scaled to length one: the length of an embedding row follows its token's frequency, its direction
@@ -519,9 +513,7 @@ def _adaptive(
 def _clustered(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None = None) -> Tree:
     """Balanced k-means of the rows, again and again, until a cluster fits a node of `arity` children."""
     if rows is None:
-        raise UserError(
-            "A clustered tree needs embedding rows to cluster; without them use the shape adaptive."
-        )
+        raise UserError("A clustered tree needs embedding rows to cluster; without them use the shape adaptive.")
     arity = _at_least("arity", arity or _cube_root(len(weight)), 2)
 
     def split(ids: np.ndarray, count: int) -> list[np.ndarray]:
@@ -562,7 +554,5 @@ def build_tree(shape: str, counts: np.ndarray, *, rows: np.ndarray | None = None
     known = inspect.signature(SHAPES[shape]).parameters.keys() - {"weight", "rows"}
     if unknown := options.keys() - known:
         takes = f"only {', '.join(sorted(known))}" if known else "none"
-        raise UserError(
-            f"The tree shape {shape} has no option {', '.join(sorted(unknown))}; it takes {takes}."
-        )
+        raise UserError(f"The tree shape {shape} has no option {', '.join(sorted(unknown))}; it takes {takes}.")
     return SHAPES[shape](counts.astype(np.float64) + 1, rows, **options)

@@ -32,9 +32,7 @@ def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None)
     weight (V, C), rows in leaf order; counts (V,) by token id, default all alike. A node's logit is then
     about that of its frequent tokens, so that the tree starts where the rows already are.
     """
-    share = (
-        np.ones(tree.vocab_size) if counts is None else np.asarray(counts, np.float64)[tree.token_of_row] + 1
-    )
+    share = np.ones(tree.vocab_size) if counts is None else np.asarray(counts, np.float64)[tree.token_of_row] + 1
     total = _over_leaves(np.add, tree, share)
     nodes = np.empty((tree.n_nodes - 1, weight.shape[1]), np.float32)
     for c in range(0, weight.shape[1], 32):  # a few columns at a time: the float64 copy stays small
@@ -95,13 +93,9 @@ class TreeHead:
         self.tree = tree
         self.vocab_size = tree.vocab_size
         if vocab_size is not None and vocab_size != self.vocab_size:
-            raise ValueError(
-                f"TreeHead: the tree has {self.vocab_size} tokens, but vocab_size is {vocab_size}"
-            )
+            raise ValueError(f"TreeHead: the tree has {self.vocab_size} tokens, but vocab_size is {vocab_size}")
         if counts is not None and len(counts) != self.vocab_size:
-            raise ValueError(
-                f"TreeHead: the tree has {self.vocab_size} tokens, but there are {len(counts)} counts"
-            )
+            raise ValueError(f"TreeHead: the tree has {self.vocab_size} tokens, but there are {len(counts)} counts")
         self.parameters: dict[str, np.ndarray] = {}
         self.gradients: dict[str, np.ndarray] = {}
         if weight is None:
@@ -131,17 +125,13 @@ class TreeHead:
         self._prior: dict[str, Any] = {}
         if log_prior is not None:
             if log_prior.shape != (self.vocab_size,):
-                raise ValueError(
-                    f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}"
-                )
+                raise ValueError(f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}")
             by_row = np.ascontiguousarray(log_prior[tree.token_of_row], np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
         self._scratch = kernels.TreeScratch()
 
     def _rows(self, targets: np.ndarray) -> np.ndarray:
-        kernels._check.indices(
-            "TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size"
-        )
+        kernels._check.indices("TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
         return self.row_of_token[targets]
 
     def forward_backward(

@@ -79,8 +79,12 @@ def _call_sgemm(typingctx, address, trans_a, trans_b, m, n, k, a, lda, b, ldb, b
                 slot(one),
                 pointer(a),
                 int32(lda),
-            ]
-            + [pointer(b), int32(ldb), slot(beta), pointer(c), int32(ldc)],
+                pointer(b),
+                int32(ldb),
+                slot(beta),
+                pointer(c),
+                int32(ldc),
+            ],
         )
         return context.get_dummy_value()
 

@@ -77,15 +77,11 @@ def _make_tile(rows: int, width: int) -> Any:
             a_column = builder.add(a_tap, builder.mul(k, ak))
             new = []
             for r in range(rows):
-                scalar = builder.load(
-                    builder.inttoptr(builder.add(a_column, a_rows[r]), ir.FloatType().as_pointer())
-                )
+                scalar = builder.load(builder.inttoptr(builder.add(a_column, a_rows[r]), ir.FloatType().as_pointer()))
                 undefined = ir.Constant(vector, ir.Undefined)
                 first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
                 lanes = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
-                new.append(
-                    builder.call(fma, [builder.shuffle_vector(first, undefined, lanes), b_row, partial[r]])
-                )
+                new.append(builder.call(fma, [builder.shuffle_vector(first, undefined, lanes), b_row, partial[r]]))
             k_next = builder.add(k, one)
             k.add_incoming(k_next, over_depth)
             for phi, value in zip(partial, new, strict=True):
@@ -145,19 +141,13 @@ else:
         pout, pa, pb = out.ctypes.data + 4 * o0, a.ctypes.data + 4 * a0, b.ctypes.data + 4 * b0
         m = 0
         while m + 6 <= rows:
-            _tile_6_16(
-                pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate
-            )
+            _tile_6_16(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
             m += 6
         if m + 4 <= rows:
-            _tile_4_16(
-                pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate
-            )
+            _tile_4_16(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
             m += 4
         while m < rows:
-            _tile_1_16(
-                pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate
-            )
+            _tile_1_16(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
             m += 1
 
     @helper
@@ -166,11 +156,7 @@ else:
         pout, pa, pb = out.ctypes.data + 4 * o0, a.ctypes.data + 4 * a0, b.ctypes.data + 4 * b0
         m = 0
         while m + 2 <= rows:
-            _tile_2_32(
-                pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate
-            )
+            _tile_2_32(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
             m += 2
         if m < rows:
-            _tile_1_32(
-                pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate
-            )
+            _tile_1_32(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)

@@ -161,9 +161,7 @@ def _gated_conv_backward(dx, dweight, dgv, dn, n, dout, gv, x, weight_t, dilatio
                     dx[b, t, g * width + j] += dn[g, t, j]
 
 
-def _check_conv(
-    where: str, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int
-) -> None:
+def _check_conv(where: str, x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int) -> None:
     _check.array(where, "x", x, (None, None, None))
     channels = x.shape[2]
     if groups < 1 or channels % groups:

@@ -163,9 +163,7 @@ def _chunk_forward(
         value = m + math.log(s)
         lse[n] = value
         nll[n] = value - target_logit[n]
-        loss[n] = (
-            value - (1 - smoothing) * target_logit[n] - smoothing * linear / vocab + z_loss * value * value
-        )
+        loss[n] = value - (1 - smoothing) * target_logit[n] - smoothing * linear / vocab + z_loss * value * value
 
 
 @kernel
@@ -185,9 +183,7 @@ def _chunk_backward(
             first, last = q * tile_columns, min((q + 1) * tile_columns, vocab)
             tile = tiles[q].reshape(-1)[: rows * (last - first)].reshape(rows, last - first)
             prior = log_prior[first:last] if log_prior.shape[0] > 0 else log_prior
-            _tile_gradient(
-                tile, top[q], lse, weights, targets, first, vocab, prior, smoothing, z_loss, soft_cap
-            )
+            _tile_gradient(tile, top[q], lse, weights, targets, first, vocab, prior, smoothing, z_loss, soft_cap)
             gemm_tn(blas, dweight[first:last], tile, h, _ONE)
             gemm_nn(blas, share, tile, weight[first:last], _ONE)
     for n in range(rows):
@@ -245,7 +241,8 @@ def dense_head_forward(
     Returns loss (N,), with smoothing and z-loss, and nll (N,), plain -log p: float32, nats per row.
     Cost 2*N*V*C flop. Raises ValueError if a shape, a dtype or a target is wrong.
 
-    >>> loss, nll = dense_head_forward(np.zeros((1, 2), np.float32), np.ones((4, 2), np.float32), np.array([3], np.int32))
+    >>> h, weight = np.zeros((1, 2), np.float32), np.ones((4, 2), np.float32)
+    >>> loss, nll = dense_head_forward(h, weight, np.array([3], np.int32))
     >>> round(float(nll[0]), 4)  # ln 4
     1.3863
     """

@@ -61,9 +61,7 @@ def embedding_forward(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """
     _check.array("embedding_forward", "weight", weight, (None, None))
     _check.array("embedding_forward", "rows", rows, (None,), np.int32)
-    _check.indices(
-        "embedding_forward", "rows", rows, weight.shape[0], "check the tokenizer's vocabulary size"
-    )
+    _check.indices("embedding_forward", "rows", rows, weight.shape[0], "check the tokenizer's vocabulary size")
     out = np.empty((rows.shape[0], weight.shape[1]), np.float32)
     _embedding_forward(out, weight, rows, numba.get_num_threads())
     return out
@@ -77,16 +75,12 @@ def embedding_backward(dweight: np.ndarray, dout: np.ndarray, rows: np.ndarray) 
     _check.array("embedding_backward", "dweight", dweight, (None, None))
     _check.array("embedding_backward", "rows", rows, (None,), np.int32)
     _check.array("embedding_backward", "dout", dout, (rows.shape[0], dweight.shape[1]))
-    _check.indices(
-        "embedding_backward", "rows", rows, dweight.shape[0], "check the tokenizer's vocabulary size"
-    )
+    _check.indices("embedding_backward", "rows", rows, dweight.shape[0], "check the tokenizer's vocabulary size")
     _embedding_backward(dweight, dout, rows, numba.get_num_threads())
 
 
 def zero(array: np.ndarray) -> None:
     """Set a C-contiguous float32 array of any shape to zero, with every thread (a large gradient, once a step)."""
     if not array.flags.c_contiguous or array.dtype != np.float32:
-        raise ValueError(
-            f"zero: array must be C-contiguous float32, got {array.dtype} with strides {array.strides}"
-        )
+        raise ValueError(f"zero: array must be C-contiguous float32, got {array.dtype} with strides {array.strides}")
     _zero(array.reshape(-1), numba.get_num_threads())

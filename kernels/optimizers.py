@@ -98,9 +98,7 @@ def _adamw_range(weight, first, second, grad, scale, keep, blend1, beta2, blend2
 
 
 @kernel
-def _adamw(
-    weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps, threads
-):
+def _adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps, threads):
     """Step weight, first, second (N,) by grad (N,) in one pass over memory. Parallel over n."""
     for th in prange(threads):
         lo, hi = _slice(weight.shape[0], th, threads)
@@ -253,9 +251,7 @@ def _polynomial_task(y, poly, gram, x, lo, hi, blas):
 
 
 @kernel
-def _newton_schulz(
-    x, gram, poly, table, tasks, gram_order, gram_bounds, poly_order, poly_bounds, steps, blas, threads
-):
+def _newton_schulz(x, gram, poly, table, tasks, gram_order, gram_bounds, poly_order, poly_bounds, steps, blas, threads):
     """Iterate all matrices at once; the result is in x[steps % 2].
 
     x (2, sum of m * n), gram and poly (sum of s * s,): the matrices one after another, s = min(m, n)
@@ -336,9 +332,7 @@ class NorMuonWorkspace:
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         for shape in shapes:
             if len(shape) != 2:
-                raise ValueError(
-                    f"NorMuonWorkspace: NorMuon takes matrices (m, n), got a tensor of shape {shape}"
-                )
+                raise ValueError(f"NorMuonWorkspace: NorMuon takes matrices (m, n), got a tensor of shape {shape}")
         self.shapes = [(int(m), int(n)) for m, n in shapes]
         sides = np.array([min(shape) for shape in self.shapes], np.int64)
         sizes = np.array([m * n for m, n in self.shapes], np.int64)
@@ -347,11 +341,7 @@ class NorMuonWorkspace:
         self.table = np.empty((len(self.shapes), 4), np.int64)
         for i, (m, n) in enumerate(self.shapes):
             self.table[i] = m, n, offsets[i], gram_offsets[i]
-        tasks = [
-            (i, lo, min(lo + ROWS, int(side)))
-            for i, side in enumerate(sides)
-            for lo in range(0, int(side), ROWS)
-        ]
+        tasks = [(i, lo, min(lo + ROWS, int(side))) for i, side in enumerate(sides) for lo in range(0, int(side), ROWS)]
         self.tasks = np.array(tasks, np.int64).reshape(-1, 3)
         side, lo, hi = sides[self.tasks[:, 0]], self.tasks[:, 1], self.tasks[:, 2]
         long_side = np.array([max(shape) for shape in self.shapes], np.int64)[self.tasks[:, 0]]
@@ -422,9 +412,7 @@ def normuon_step(
     f = np.float32
     # Start and finish are a few passes over memory, about a fiftieth of the Newton-Schulz products: serial.
     for i in range(len(weights)):
-        _normuon_start(
-            workspace.matrix(i, 0), momenta[i], grads[i], f(scale), f(momentum), f(1 - momentum), nesterov
-        )
+        _normuon_start(workspace.matrix(i, 0), momenta[i], grads[i], f(scale), f(momentum), f(1 - momentum), nesterov)
     threads = numba.get_num_threads()
     _newton_schulz(
         workspace.x, workspace.gram, workspace.poly, workspace.table, workspace.tasks,

@@ -121,16 +121,12 @@ def dense_head_forward(h, weight, targets, log_prior=None, label_smoothing=0.0, 
     return loss, lse - target, logits
 
 
-def dense_head_backward(
-    weights, h, weight, targets, log_prior=None, label_smoothing=0.0, z_loss=0.0, soft_cap=None
-):
+def dense_head_backward(weights, h, weight, targets, log_prior=None, label_smoothing=0.0, z_loss=0.0, soft_cap=None):
     """dh (N, C) and dweight (V, C) of sum(weights * loss)."""
     _, nll, logits = dense_head_forward(h, weight, targets, log_prior, label_smoothing, z_loss, soft_cap)
     target = targets[:, None].astype(np.int64)
     lse = nll + np.take_along_axis(logits, target, 1)[:, 0]
-    dlogits = (
-        np.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None] - label_smoothing / weight.shape[0]
-    )
+    dlogits = np.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None] - label_smoothing / weight.shape[0]
     np.put_along_axis(dlogits, target, np.take_along_axis(dlogits, target, 1) - (1 - label_smoothing), 1)
     if soft_cap is not None:
         capped = logits if log_prior is None else logits - log_prior

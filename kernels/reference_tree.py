@@ -19,9 +19,9 @@ def _node_logits(x, node, weight, nodes, spans, log_prior, node_log_prior, soft_
         ratio = np.tanh(product / x.dtype.type(soft_cap))
         product, slope = x.dtype.type(soft_cap) * ratio, 1 - ratio * ratio
     if log_prior is not None:
-        product = product + np.concatenate(
-            [log_prior[first:last], node_log_prior[child - 1 : child_end - 1]]
-        ).astype(x.dtype)
+        product = product + np.concatenate([log_prior[first:last], node_log_prior[child - 1 : child_end - 1]]).astype(
+            x.dtype
+        )
     return product, slope
 
 
@@ -59,9 +59,7 @@ def tree_head_forward_backward(
             else:
                 following = next(c for c in range(child, child_end) if spans[c, 0] <= row < spans[c, 4])
                 choice = last - first + following - child
-            logits, slope = _node_logits(
-                h[i], node, weight, nodes, spans, log_prior, node_log_prior, soft_cap
-            )
+            logits, slope = _node_logits(h[i], node, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
             if len(logits) > 1:  # a single child has probability one
                 total = _log_sum_exp(logits)
                 nll[i] += total - logits[choice]
@@ -77,9 +75,7 @@ def tree_head_forward_backward(
     return loss, nll, dh
 
 
-def tree_head_log_distribution(
-    h, weight, nodes, spans, *, log_prior=None, node_log_prior=None, soft_cap=None
-):
+def tree_head_log_distribution(h, weight, nodes, spans, *, log_prior=None, node_log_prior=None, soft_cap=None):
     """log p of every leaf, (N, V), columns in leaf order."""
     out = np.empty((len(h), len(weight)), h.dtype)
     for i in range(len(h)):
@@ -94,9 +90,7 @@ def tree_head_log_distribution(
     return out
 
 
-def tree_head_sample(
-    h, weight, nodes, spans, uniforms, *, log_prior=None, node_log_prior=None, soft_cap=None
-):
+def tree_head_sample(h, weight, nodes, spans, uniforms, *, log_prior=None, node_log_prior=None, soft_cap=None):
     """A leaf row for each h, (N,): at depth d, the first child where the sum exceeds uniforms[:, d]."""
     out = np.empty(len(h), np.int64)
     for i in range(len(h)):

@@ -489,9 +489,7 @@ def _split_drows(dweight, dnodes, kept, pieces, hs, spans, thread, threads, blas
         n_tokens = np.int64(span[1] - span[0])
         if first < n_tokens:
             until = min(last, n_tokens)
-            gemm_tn(
-                blas, dweight[span[0] + first : span[0] + until], dlogits[:, first:until], hs[begin:end], _ONE
-            )
+            gemm_tn(blas, dweight[span[0] + first : span[0] + until], dlogits[:, first:until], hs[begin:end], _ONE)
         if last > n_tokens:
             since = max(first, n_tokens)
             kid = span[2] - 1 - n_tokens
@@ -634,9 +632,7 @@ def _tree_head_log_distribution(
 
 
 @serial_kernel
-def _tree_head_sample(
-    out, logits, slope, h, uniforms, weight, nodes, spans, log_prior, node_log_prior, soft_cap
-):
+def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log_prior, node_log_prior, soft_cap):
     """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slope
     (widest,).
 
@@ -862,9 +858,7 @@ def tree_head_log_distribution(
     chunk = 16  # positions at a time; enough that the rows are not read for each
     out = np.empty((len(h), len(weight)), np.float32)
     above = np.empty((threads, chunk, len(spans)), np.float32)
-    logits, spares = (
-        np.empty((threads, size), np.float32) for size in (chunk * widest, _spare(h.shape[1], widest))
-    )
+    logits, spares = (np.empty((threads, size), np.float32) for size in (chunk * widest, _spare(h.shape[1], widest)))
     _tree_head_log_distribution(
         out, above, logits, spares, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior,
         np.float32(soft_cap or 0), sgemm_address(), threads,

@@ -115,9 +115,7 @@ def _backward_rows(
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
     one, zero = np.float32(1), np.float32(0)
     dx_tile, dm_tile, normed_tile = dx[low:high], dm[:size], normed[:size]
-    rmsnorm_backward_rows(
-        dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False
-    )
+    rmsnorm_backward_rows(dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False)
     for step in range(passes):
         r = passes - 1 - step
         # forward: x = x1 + h Wd', h = relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
@@ -127,9 +125,7 @@ def _backward_rows(
         rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
         gemm_tn(blas, dw_gate_up, dgu[:size], normed_tile, one)
         gemm_nn(blas, dm_tile, dgu[:size], w_gate_up, zero)
-        rmsnorm_backward_rows(
-            dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True
-        )
+        rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
         # forward: x1 = x + m Wo'
         gemm_tn(blas, dw_out, dx_tile, xm[r, dilations.shape[0], low:high], one)
         gemm_nn(blas, dm_tile, dx_tile, w_out, zero)
@@ -149,9 +145,7 @@ def _backward_rows(
                     dm_sequence, dnorms[3 + d], normed[:time], xm[r, d, start:end], norms[3 + d],
                     rstd_m[r, d, start:end], True,
                 )  # fmt: skip
-        rmsnorm_backward_rows(
-            dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True
-        )
+        rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
 
 
 @kernel
@@ -236,9 +230,7 @@ class TrunkBuffers:
         self.dw_gate_up = zeros(threads, 2 * inner, dim)
 
 
-def trunk_forward(
-    buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray
-) -> np.ndarray:
+def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
 
     rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.

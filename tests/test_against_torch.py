@@ -59,9 +59,7 @@ def peer_gradients(config, parameters, dtype, ids, targets, weights, options):
     return loss, nll, model.grads_to_numpy()
 
 
-@pytest.mark.parametrize(
-    ("config", "loss"), [("small", "plain"), ("small", "v3"), ("odd", "capped"), ("v3", "v3")]
-)
+@pytest.mark.parametrize(("config", "loss"), [("small", "plain"), ("small", "v3"), ("odd", "capped"), ("v3", "v3")])
 def test_loss_and_every_gradient_agree_with_autograd(config, loss):
     config, options = CONFIGS[config], LOSSES[loss]
     parameters = weights_away_from_the_threshold(config)
@@ -105,9 +103,7 @@ def both_optimizers(config, preset, frozen_first):
         ours.zero_grad()
         ours.prepare()
         loss, _, _ = ours.loss_and_grad(ids, targets, weights)
-        norm = optimizer.step(
-            settings.normuon_lr * scale, settings.adamw_lr * scale, settings.clip, frozen=frozen
-        )
+        norm = optimizer.step(settings.normuon_lr * scale, settings.adamw_lr * scale, settings.clip, frozen=frozen)
         peers.zero_grad()
         theirs.embedding.weight.requires_grad_(not frozen)
         peer_loss, _ = theirs.loss_and_grad(ids, targets)

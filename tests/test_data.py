@@ -278,9 +278,7 @@ def test_killed_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch):
     deadline = time.monotonic() + 60
     try:
         while time.monotonic() < deadline and process.poll() is None:
-            if (out / "progress.json").exists() and json.loads((out / "progress.json").read_text())[
-                "documents"
-            ]:
+            if (out / "progress.json").exists() and json.loads((out / "progress.json").read_text())["documents"]:
                 break
             time.sleep(0.01)
     finally:

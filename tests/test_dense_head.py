@@ -53,20 +53,14 @@ def test_dense_head_matches_reference(seed, rows, vocab, dim, scale, prior, sett
         return
     ref32, ref64 = (run_reference(dtype, *arrays, settings) for dtype in (np.float32, np.float64))
     size = float(np.abs(ref64[0]).max())  # a loss is a difference of numbers as large as the logits
-    logits = float(
-        np.abs(reference.dense_head_forward(*(a.astype(float) for a in (h, weight)), targets)[2]).max()
-    )
+    logits = float(np.abs(reference.dense_head_forward(*(a.astype(float) for a in (h, weight)), targets)[2]).max())
     slack = 8 * max(1.0, logits / max(size, 1e-3))
     for name, got, r32, r64 in zip(("loss", "nll"), (loss, nll), ref32, ref64, strict=False):
         assert_as_accurate(got, r32, r64, slack, name)
     # a probability errs by the rounding of the logits, relative to the row's whole weight
     tolerance = 64 * 6e-8 * max(1.0, logits) * max(1.0, 2 * settings["z_loss"] * logits)
-    np.testing.assert_allclose(
-        dh, ref64[2], rtol=0, atol=tolerance * np.abs(weight).max() * np.sqrt(dim) + 1e-7
-    )
-    np.testing.assert_allclose(
-        dweight - 1, ref64[3], rtol=0, atol=tolerance * max(1.0, np.abs(h).max() * rows) + 1e-6
-    )
+    np.testing.assert_allclose(dh, ref64[2], rtol=0, atol=tolerance * np.abs(weight).max() * np.sqrt(dim) + 1e-7)
+    np.testing.assert_allclose(dweight - 1, ref64[3], rtol=0, atol=tolerance * max(1.0, np.abs(h).max() * rows) + 1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 3.0}])
@@ -93,9 +87,7 @@ def test_dense_head_chunks_and_threads_agree(monkeypatch):
         dweight = np.zeros_like(weight)
         results.append(
             (
-                *dense_head.dense_head_forward_backward(
-                    h, weight, targets, weights, dweight, log_prior=prior
-                ),
+                *dense_head.dense_head_forward_backward(h, weight, targets, weights, dweight, log_prior=prior),
                 dweight,
             )
         )
@@ -113,7 +105,5 @@ def test_dense_head_scratch_is_bounded():
 
 def test_dense_head_rejects_target_out_of_range():
     h, weight = np.zeros((2, 3), np.float32), np.zeros((5, 3), np.float32)
-    with pytest.raises(
-        ValueError, match=r"targets must be in \[0, 5\), got 5 at index 1; check the tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 5\), got 5 at index 1; check the tokenizer"):
         dense_head.dense_head_forward(h, weight, np.array([0, 5], np.int32))

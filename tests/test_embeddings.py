@@ -126,9 +126,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = tmp_path / "text.txt"
-    text.write_text(
-        "\n".join(f"The {w} is a {w} and no other {w} is {w}." for w in "abcdefghijklmnopqrstuvw")
-    )
+    text.write_text("\n".join(f"The {w} is a {w} and no other {w} is {w}." for w in "abcdefghijklmnopqrstuvw"))
     prepare(str(text), tmp_path / "tokens", lines=True, progress=False)
     data = open_tokens(tmp_path / "tokens")
     said: list[str] = []

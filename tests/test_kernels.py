@@ -54,8 +54,7 @@ def test_rmsnorm_matches_reference(seed, n, dim, scale):
     slack = 8 * max(
         1.0,
         float(
-            np.abs(dout64 * weight64 * rstd64[:, None]).max(initial=0)
-            / (np.abs(grads64[0]).max(initial=1e-30) + 1e-30)
+            np.abs(dout64 * weight64 * rstd64[:, None]).max(initial=0) / (np.abs(grads64[0]).max(initial=1e-30) + 1e-30)
         ),
     )
     assert_as_accurate(dx, grads32[0], grads64[0], slack, "dx")
@@ -79,9 +78,7 @@ def test_glu_matches_reference(seed, n, inner, scale):
     rng = np.random.default_rng(seed)
     gate_up, dout = normal(rng, n, 2 * inner, scale=scale), normal(rng, n, inner)
     gate_up64, dout64 = doubles(gate_up, dout)
-    assert_as_accurate(
-        glu.glu_forward(gate_up), reference.glu_forward(gate_up), reference.glu_forward(gate_up64)
-    )
+    assert_as_accurate(glu.glu_forward(gate_up), reference.glu_forward(gate_up), reference.glu_forward(gate_up64))
     assert_as_accurate(
         glu.glu_backward(dout, gate_up),
         reference.glu_backward(dout, gate_up),
@@ -101,9 +98,7 @@ def test_embedding_gathers_and_adds_every_row(seed, n, vocab, dim):
     rng = np.random.default_rng(seed)
     weight, dout = normal(rng, vocab, dim), normal(rng, n, dim)
     ids = rng.integers(0, vocab, n).astype(np.int32)
-    np.testing.assert_array_equal(
-        embedding.embedding_forward(weight, ids), reference.embedding_forward(weight, ids)
-    )
+    np.testing.assert_array_equal(embedding.embedding_forward(weight, ids), reference.embedding_forward(weight, ids))
     got, want = normal(rng, vocab, dim), None
     want = got.copy()
     embedding.embedding_backward(got, dout, ids)
@@ -137,9 +132,7 @@ def test_pack_unpack_round_trip_and_matvec(seed, n, columns):
     np.testing.assert_array_equal(packed, reference.pack_ternary(weight))
     np.testing.assert_array_equal(ternary.unpack_ternary(packed, columns), weight)
     got = ternary.ternary_matvec(packed, x)
-    assert_as_accurate(
-        got, reference.ternary_matvec(weight, x), reference.ternary_matvec(*doubles(weight, x)), 8
-    )
+    assert_as_accurate(got, reference.ternary_matvec(weight, x), reference.ternary_matvec(*doubles(weight, x)), 8)
 
 
 @given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), scales)

@@ -141,9 +141,7 @@ def test_lr_scale_in_tokens_is_the_one_in_steps():
         assert in_tokens == pytest.approx(in_steps)
 
 
-@pytest.mark.parametrize(
-    "change", [{"normuon_beta2": 1.0}, {"clip": 0.0}, {"adamw_lr": -1.0}, {"adamw_eps": 0.0}]
-)
+@pytest.mark.parametrize("change", [{"normuon_beta2": 1.0}, {"clip": 0.0}, {"adamw_lr": -1.0}, {"adamw_eps": 0.0}])
 def test_settings_reject_what_cannot_train(change):
     with pytest.raises(ValueError, match=f"optimizer.{next(iter(change))} must be"):
         OptimizerSettings(**change)
@@ -159,14 +157,9 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
         settings = dataclasses.replace(PRESETS[preset], normuon_decay=0.05)
         shapes = shapes_of(TINY, node_rows=5)
         params = tensors(shapes, 0)
-        optimizer = Optimizer(
-            params, {name: np.zeros_like(value) for name, value in params.items()}, settings
-        )
+        optimizer = Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
         groups = optimizer.groups
-        truth = {
-            name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
-            for name, value in params.items()
-        }
+        truth = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in params.items()}
         adamw = torch.optim.AdamW(
             [
                 {
@@ -189,9 +182,7 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
             for name, value in gradients(shapes, step).items():
                 optimizer.grads[name][:] = size * value
                 without = name in frozen or name.startswith("router.")
-                truth[name].grad = (
-                    None if without else torch.tensor(optimizer.grads[name], dtype=torch.float64)
-                )
+                truth[name].grad = None if without else torch.tensor(optimizer.grads[name], dtype=torch.float64)
             found = optimizer.step(lr_normuon, lr_adamw, 1.0, frozen=frozen)
             norm = torch.nn.utils.clip_grad_norm_(truth.values(), 1.0)
             assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
@@ -282,9 +273,7 @@ def test_step_and_optimizer_refuse_unknown_names():
 
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python has one thread")
 def test_step_is_the_same_for_any_thread_count():
-    config = dataclasses.replace(
-        TINY, vocab_size=30_000, inner=150
-    )  # E is large enough for the parallel kernels
+    config = dataclasses.replace(TINY, vocab_size=30_000, inner=150)  # E is large enough for the parallel kernels
     before, results = numba.get_num_threads(), []
     try:
         for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
@@ -335,9 +324,7 @@ def test_load_state_dict_refuses_a_state_of_another_model():
         optimizer.load_state_dict(lacking)
     with pytest.raises(UserError, match=r"it has a parameter head\.nodes\.weight that the model lacks"):
         tiny(node_rows=0).load_state_dict(state)
-    with pytest.raises(
-        UserError, match=r"first\.head\.nodes\.weight is float32 \(5, 8\), expected float32 \(6, 8\)"
-    ):
+    with pytest.raises(UserError, match=r"first\.head\.nodes\.weight is float32 \(5, 8\), expected float32 \(6, 8\)"):
         tiny(node_rows=6).load_state_dict(state)
     with pytest.raises(UserError, match="is float64"):
         optimizer.load_state_dict(state | {f"first.{E}": state[f"first.{E}"].astype(np.float64)})

@@ -47,9 +47,7 @@ def test_peer_counts_are_those_of_flashlm_v3(peer):
 def test_dense_loss_is_its_definition_in_float64(peer, torch):
     h, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets, prior = torch.randint(0, 11, (7,)), torch.randn(11, dtype=torch.float64)
-    loss, nll = peer.dense_loss(
-        h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior
-    )
+    loss, nll = peer.dense_loss(h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior)
     logits = 2 * np.tanh(h.numpy() @ weight.numpy().T / 2) + prior.numpy()
     log_z = np.log(np.exp(logits).sum(axis=1))
     log_p = logits - log_z[:, None]
@@ -205,9 +203,7 @@ def test_benchmark_commands_print_rates(peer):
         1,
     )[1:]
     assert sum(step["shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert (
-        run(peer, "trunk", "--batch", "1x8", "--repeats", 1, "--threads", 1)[1]["tokens_per_s"]["median"] > 0
-    )
+    assert run(peer, "trunk", "--batch", "1x8", "--repeats", 1, "--threads", 1)[1]["tokens_per_s"]["median"] > 0
 
 
 def test_measure_alternates_the_candidates_and_leaves_out_the_warm_up():

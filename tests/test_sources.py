@@ -68,9 +68,7 @@ def write(path, texts):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "we[i]rd *?/.x/b.jsonl"]
-)
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "we[i]rd *?/.x/b.jsonl"])
 def test_documents_of_a_file_are_its_rows(tmp_path, name):
     source = resolve(write(tmp_path / name, TEXTS))
     assert source.roles == ("all",)
@@ -261,9 +259,7 @@ def test_hub_dataset_keeps_its_splits(hub):
 
 def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
     hub.error = ConnectionError("[Errno -2] Name or service not known")
-    with pytest.raises(
-        UserError, match=r"no file or folder here, and Hugging Face cannot be reached .*local files"
-    ):
+    with pytest.raises(UserError, match=r"no file or folder here, and Hugging Face cannot be reached .*local files"):
         resolve("HuggingFaceFW/fineweb-edu")
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -277,9 +273,7 @@ def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
         raise ConnectionError("reset by peer")
 
     monkeypatch.setattr(sources.quiet_datasets(), "load_dataset", broken)
-    with pytest.raises(
-        UserError, match=r"stopped \(reset by peer\): .* run the same command again to continue"
-    ):
+    with pytest.raises(UserError, match=r"stopped \(reset by peer\): .* run the same command again to continue"):
         list(source.documents("all"))
     with pytest.raises(UserError, match=r"Cannot open .* choose a --subset"):
         resolve("HuggingFaceFW/fineweb-edu")

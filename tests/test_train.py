@@ -239,17 +239,13 @@ def test_tokens_are_a_plan_too(tiny_run, corpus, tmp_path):
 
 
 def test_a_finished_run_can_be_given_more_steps(tiny_run, corpus, tmp_path, capsys):
-    run = tiny_run.with_settings(
-        ["head.name=dense", "phases=20:2x16"]
-    )  # a layout of 20 steps, as v3's of 10,000
+    run = tiny_run.with_settings(["head.name=dense", "phases=20:2x16"])  # a layout of 20 steps, as v3's of 10,000
     _start(run, corpus, tmp_path / "whole", steps=6)
     _start(run, corpus, tmp_path / "parts", steps=3)
     assert _resume(tmp_path / "parts") == 0
     assert "complete at step 3" in capsys.readouterr().err
     assert _resume(tmp_path / "parts", steps=6, settings=("validate_every=2",)) == 0
-    assert [loss[:3] for loss in _losses(tmp_path / "parts")] == [
-        loss[:3] for loss in _losses(tmp_path / "whole")
-    ]
+    assert [loss[:3] for loss in _losses(tmp_path / "parts")] == [loss[:3] for loss in _losses(tmp_path / "whole")]
     with pytest.raises(UserError, match="already at step 6"):
         _resume(tmp_path / "parts", steps=5)
     with pytest.raises(UserError, match="may change only"):

@@ -286,9 +286,7 @@ def test_tree_head_learns_a_token_never_seen_when_built():
 def test_tree_head_says_what_is_wrong():
     head = make_head(0, "adaptive", 50, 8)
     h = np.zeros((2, 8), np.float32)
-    with pytest.raises(
-        ValueError, match=r"targets must be in \[0, 50\), got 50 at index 1; check the tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 50\), got 50 at index 1; check the tokenizer"):
         head.log_prob(h, np.array([0, 50], np.int32))
     with pytest.raises(ValueError, match=r"h must have shape \(any, 8\), got \(2, 7\)"):
         head.log_prob(np.zeros((2, 7), np.float32), np.array([0, 5], np.int32))

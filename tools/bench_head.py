@@ -72,9 +72,7 @@ def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) ->
     rng = np.random.default_rng(seed)
     ids = data.train.windows(np.array([0]), min(rows + 1, data.train.n_tokens))[0]
     targets = np.resize(ids[1:], rows).astype(np.int32) % vocab
-    counts = np.bincount(
-        np.arange(data.manifest.vocab_size) % vocab, data.train.counts(data.manifest.vocab_size)
-    )
+    counts = np.bincount(np.arange(data.manifest.vocab_size) % vocab, data.train.counts(data.manifest.vocab_size))
     h = rng.standard_normal((rows, dim), np.float32)
     weight = rng.standard_normal((vocab, dim), np.float32) * np.float32(0.05)
     return Problem(h, weight, targets, counts[:vocab].astype(np.int64))
@@ -137,8 +135,7 @@ def check_head(name: str, head: Head, problem: Problem) -> float:
     loss32, gradients32 = run_reference(head, few, np.float32)
     loss64, gradients64 = run_reference(head, few, np.float64)
     got, plain, truth = (
-        {"loss": value, **found}
-        for value, found in ((loss, gradients), (loss32, gradients32), (loss64, gradients64))
+        {"loss": value, **found} for value, found in ((loss, gradients), (loss32, gradients32), (loss64, gradients64))
     )
     return compare(name, got, plain, truth)
 
@@ -235,15 +232,11 @@ def say_rate(name: str, rate: Mapping[str, float] | None, unit: str, extra: str 
     if rate is None:
         click.echo(f"  {name:<22} torch is not installed: pip install -e '.[peer]'")
         return
-    click.echo(
-        f"  {name:<22} {rate['median']:>9,.0f} {unit}  ({rate['p20']:,.0f} to {rate['p80']:,.0f}){extra}"
-    )
+    click.echo(f"  {name:<22} {rate['median']:>9,.0f} {unit}  ({rate['p20']:,.0f} to {rate['p80']:,.0f}){extra}")
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--rows", type=click.IntRange(min=1), help="Positions in the batch. Default: 4,096 (quick: 1,024)."
-)
+@click.option("--rows", type=click.IntRange(min=1), help="Positions in the batch. Default: 4,096 (quick: 1,024).")
 @click.option("--vocab", type=click.IntRange(min=2), default=50_257, show_default=True, help="Tokens.")
 @click.option("--dim", type=click.IntRange(min=1), default=256, show_default=True, help="Channels.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")

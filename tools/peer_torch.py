@@ -91,9 +91,7 @@ class Mixer(nn.Module):
         self.left_padding = [(config.taps - 1) * d for d in config.dilations]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        for norm, gate, value, padding in zip(
-            self.norms, self.gates, self.values, self.left_padding, strict=True
-        ):
+        for norm, gate, value, padding in zip(self.norms, self.gates, self.values, self.left_padding, strict=True):
             n = F.pad(norm(x).mT, (padding, 0))  # (B, C, padding + T)
             x = x + (gate(n).sigmoid() * value(n)).mT
         return self.out(x)
@@ -223,11 +221,7 @@ def dense_loss(
     nll = None
     if want_nll:
         with torch.no_grad():
-            nll = (
-                F.cross_entropy(logits, targets, reduction="none")
-                if label_smoothing
-                else loss.detach().clone()
-            )
+            nll = F.cross_entropy(logits, targets, reduction="none") if label_smoothing else loss.detach().clone()
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(dim=-1).square()
     return loss, nll
@@ -471,9 +465,7 @@ def training_step(
     return total
 
 
-def scored_windows(
-    document: np.ndarray, context: int, length: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def scored_windows(document: np.ndarray, context: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Windows of a document (n,) that score each of its tokens once: inputs (t,), targets (t,), first scored.
 
     The first token is predicted from <|endoftext|>. Windows have at most `length` inputs and overlap by
@@ -508,9 +500,7 @@ def score(
     """
     context = model.config.receptive_field - 1
     length = max(length, 2 * context)
-    options: dict[str, Any] = (
-        {} if model.adaptive is not None else {"log_prior": log_prior, "soft_cap": soft_cap}
-    )
+    options: dict[str, Any] = {} if model.adaptive is not None else {"log_prior": log_prior, "soft_cap": soft_cap}
     windows = [w for d in split.documents(max_tokens) for w in scored_windows(d, context, length)]
     windows.sort(key=lambda w: -len(w[0]))  # little padding, which stands at the end and is never looked at
     total, count = 0.0, 0
@@ -645,9 +635,7 @@ def trunk_command(threads: int, repeats: int, seed: int, data: Path | None, batc
     (phase,) = Phase.parse(batch)
     model = PeerModel()
     n = phase.rows * phase.length
-    ids = torch.from_numpy(ids_and_counts(data, n, model.config.vocab_size, seed)[0]).view(
-        phase.rows, phase.length
-    )
+    ids = torch.from_numpy(ids_and_counts(data, n, model.config.vocab_size, seed)[0]).view(phase.rows, phase.length)
     cotangent = torch.randn(n, model.config.dim)
 
     def run() -> None:
@@ -660,13 +648,9 @@ def trunk_command(threads: int, repeats: int, seed: int, data: Path | None, batc
 
 @main.command("step")
 @common
-@click.option(
-    "--batch", "batches", multiple=True, default=("16x128",), show_default=True, help="ROWSxLENGTH[xMICRO]"
-)
+@click.option("--batch", "batches", multiple=True, default=("16x128",), show_default=True, help="ROWSxLENGTH[xMICRO]")
 @click.option("--head", type=click.Choice(["dense", "adaptive"]), default="dense", show_default=True)
-@click.option(
-    "--div-value", default=4.0, show_default=True, help="Of the adaptive head; 4 is torch's default."
-)
+@click.option("--div-value", default=4.0, show_default=True, help="Of the adaptive head; 4 is torch's default.")
 @click.option("--positions", multiple=True, type=float, default=(1.0, 0.25), show_default=True)
 @click.option("--label-smoothing", default=0.0, show_default=True)
 @click.option("--z-loss", default=0.0, show_default=True)
@@ -739,9 +723,7 @@ def measure_step(
         for i in range(phase.micro_batches)
     ]
     clock: dict[str, float] = {}
-    run = {
-        "step": lambda: training_step(model, optimizers, pairs, positions=positions, clock=clock, **options)
-    }
+    run = {"step": lambda: training_step(model, optimizers, pairs, positions=positions, clock=clock, **options)}
     timing.measure(run, 1, warmup=0)
     clock.clear()  # of the warm-up
     seconds = timing.measure(run, repeats, warmup=0)["step"]
@@ -755,22 +737,14 @@ def measure_step(
 @main.command("train")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--head", type=click.Choice(["dense", "adaptive"]), default="dense", show_default=True)
-@click.option(
-    "--div-value", default=4.0, show_default=True, help="Of the adaptive head; 4 is torch's default."
-)
-@click.option(
-    "--batch", default=V3_PHASES, show_default=True, help="[LAST_STEP:]ROWSxLENGTH[xMICRO],... ; v3's phases"
-)
+@click.option("--div-value", default=4.0, show_default=True, help="Of the adaptive head; 4 is torch's default.")
+@click.option("--batch", default=V3_PHASES, show_default=True, help="[LAST_STEP:]ROWSxLENGTH[xMICRO],... ; v3's phases")
 @click.option("--steps", type=int, help="Steps to train; default: to the end of the last phase.")
 @click.option("--minutes", type=float, help="Stop after this much training time.")
-@click.option(
-    "--start", default="random", show_default=True, help="Of E: random, corpus, or a .npy of (V, C)."
-)
+@click.option("--start", default="random", show_default=True, help="Of E: random, corpus, or a .npy of (V, C).")
 @click.option("--start-std", default=0.02, show_default=True, help="Of a random start.")
 @click.option("--frozen-steps", default=0, show_default=True, help="E is held fixed for this many steps.")
-@click.option(
-    "--positions", default=0.25, show_default=True, help="Share of positions with a loss (adaptive: 1)."
-)
+@click.option("--positions", default=0.25, show_default=True, help="Share of positions with a loss (adaptive: 1).")
 @click.option("--label-smoothing", default=0.1, show_default=True)
 @click.option("--z-loss", default=1e-4, show_default=True)
 @click.option("--soft-cap", type=float)
@@ -784,15 +758,9 @@ def measure_step(
 @click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
 @click.option("--warmup", default=200, show_default=True, help="Steps.")
 @click.option("--decay", default=1000, show_default=True, help="Last steps, over which the rates fall to 0.")
-@click.option(
-    "--total", type=int, help="Steps that the decay is laid out for; default: the phases' end, or --steps."
-)
-@click.option(
-    "--validate-every", default=60.0, show_default=True, help="Seconds of training between validations."
-)
-@click.option(
-    "--validate-tokens", default=32_768, show_default=True, help="First tokens used for that; the end: all."
-)
+@click.option("--total", type=int, help="Steps that the decay is laid out for; default: the phases' end, or --steps.")
+@click.option("--validate-every", default=60.0, show_default=True, help="Seconds of training between validations.")
+@click.option("--validate-tokens", default=32_768, show_default=True, help="First tokens used for that; the end: all.")
 @click.option("--no-final", is_flag=True, help="Leave out the validation on all documents at the end.")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--threads", default=timing.available_cores(), show_default=True)
@@ -866,9 +834,7 @@ def train(
     if log_prior and not adaptive:
         prior = torch.from_numpy(np.log((counts + 1) / (counts + 1).sum()).astype(np.float32))
     scoring: dict[str, Any] = {"log_prior": prior, "soft_cap": soft_cap}
-    options: dict[str, Any] = (
-        {} if adaptive else {"label_smoothing": label_smoothing, "z_loss": z_loss, **scoring}
-    )
+    options: dict[str, Any] = {} if adaptive else {"label_smoothing": label_smoothing, "z_loss": z_loss, **scoring}
     optimizers = Optimizers(
         model,
         normuon=normuon,

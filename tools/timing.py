@@ -103,9 +103,7 @@ def measure(
     the candidate before, which spin for a moment, fall asleep. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"measure: repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}"
-        )
+        raise ValueError(f"measure: repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, run in candidates.items():
