@@ -39,6 +39,10 @@ from tools import timing
 CHECKED_ROWS = 48  # positions of the check: the float64 reference of a tree goes position by position
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does
 STEP = Phase(None, 16, 128, 1)  # tokens of a training step
+V3_LOSS = {
+    "label_smoothing": 0.1,
+    "z_loss": 1e-4,
+}  # of the dense steps, ours and torch's; the others train on plain NLL
 SHARES = ("embedding", "trunk", "head", "optimizer")
 
 Gradients = dict[str, np.ndarray]
@@ -180,9 +184,10 @@ def torch_candidates(problem: Problem, threads: int) -> tuple[dict[str, Callable
 
 def make_session(data: TokenData, head: str, threads: int, positions: float) -> train.Session:
     """A model of v3's shape with this head and both optimisers, on the data's first step."""
-    run = RunConfig.recipe_named("default").with_settings(
-        (f"head.name={head}", "embeddings=random", f"positions={positions}", "log_prior=false")
-    )
+    settings = [f"head.name={head}", "embeddings=random", f"positions={positions}", "log_prior=false"]
+    if head == "dense":
+        settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
+    run = RunConfig.recipe_named("default").with_settings(settings)
     run = dataclasses.replace(run, threads=threads, data=str(data.folder), data_hash=data.hash)
     model = assemble.new_model(run, data, lambda line: None)
     optimizer = Optimizer(model.parameters, model.gradients, train.optimizer_settings(run))
@@ -201,7 +206,7 @@ def measure_steps(data: TokenData, threads: int, repeats: int) -> tuple[dict[str
         session = make_session(data, head, threads, positions)
         seconds, parts = [], []
         for step in range(repeats + 2):
-            done = train.do_step(session, STEP, step, optimizer=session.optimizer, lr=1e-3)
+            done = train.do_step(session, STEP, step, lr=1e-3)
             if step >= 2:
                 seconds.append(done.seconds)
                 parts.append(done.shares)
@@ -216,8 +221,8 @@ def measure_steps(data: TokenData, threads: int, repeats: int) -> tuple[dict[str
     torch.set_num_threads(threads)
     batch = f"{STEP.rows}x{STEP.length}"
     peers: dict[str, dict[str, Any]] = {
-        "torch": {},
-        "torch@0.25": {"positions": 0.25},
+        "torch": V3_LOSS,
+        "torch@0.25": {"positions": 0.25, **V3_LOSS},
         "torch:adaptive": {"adaptive_div": 1.0},
         "torch:adaptive-div4": {"adaptive_div": 4.0},
     }
