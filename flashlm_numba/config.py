@@ -64,7 +64,7 @@ class HeadConfig:
 
     name: str = _one_of("tree", "dense", "tree")  # the command line's --head
     tree: str = "default"  # shape of the tree, --tree; ignored by the dense head
-    tree_groups: str = _one_of("frequency", "frequency", "meaning")  # what tokens in a node have in common
+    tree_groups: str = _one_of("meaning", "frequency", "meaning")  # what tokens in a node have in common
     tree_root_tokens: int | None = _in(None, 0)  # adaptive: tokens in the root; none: from V
     tree_clusters: int | None = _in(None, 1)  # adaptive: nodes below the root
     tree_classes: int | None = _in(None, 1)  # two-level: nodes below the root

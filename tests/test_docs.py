@@ -1,0 +1,53 @@
+"""What README.md and docs/ say can be run, and what they link to is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from flashlm_numba import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_examples_run(page, capsys):
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_parse(page):
+    """Every `flashlm-numba ...` line names an existing command with existing options and values in range."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;|\|", line.split(" #")[0]):
+                words = shlex.split(part)
+                if not words or not words[0].endswith("flashlm-numba") or len(words) == 1:
+                    continue
+                command = cli.main.commands.get(words[1])
+                assert command is not None, line
+                if "--help" not in words:  # raises for an option that is not there
+                    command.make_parser(click.Context(command)).parse_args(words[2:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_readme_opens_with_the_two_commands():
+    first, second = blocks(ROOT / "README.md", "sh")[:2]
+    assert len(first.strip().splitlines()) == 1
+    assert "flashlm-numba train" in first
+    assert len(second.strip().splitlines()) == 1
+    assert second.strip().endswith("pytest")
