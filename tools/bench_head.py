@@ -4,10 +4,10 @@
     python tools/bench_head.py --quick              the same in short form, under a minute once compiled
     python tools/bench_head.py --json out.json      write what was measured
 
-All candidates get the same positions: hidden states drawn at random, and the next tokens of the built-in text. Every
-candidate's loss and gradients are checked against float64 before it is timed; a wrong one ends the program with
-status 1. The candidates then take turns, and medians are printed with the 20 % and 80 % quantiles. The PyTorch peers
-(tools/peer_torch.py) stand beside ours where torch is installed. Run it on a quiet machine.
+All candidates get the same positions: hidden states drawn at random, the next tokens of the built-in text, and the rows
+that training starts with. Every candidate's loss and gradients are checked against float64 before it is timed; a wrong
+one ends the program with status 1. The candidates then take turns, and medians are printed with the 20 % and 80 %
+quantiles. The PyTorch peers (tools/peer_torch.py) stand beside ours where torch is installed. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 from flashlm_numba import assemble, train
 from flashlm_numba.config import Phase, RunConfig
 from flashlm_numba.data import TokenData, default_corpus, open_tokens
+from flashlm_numba.embeddings import cached_start
 from flashlm_numba.heads import DenseHead, Head, TreeHead
 from flashlm_numba.kernels import reference, reference_tree
 from flashlm_numba.optim import Optimizer
@@ -78,7 +79,10 @@ def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) ->
     targets = np.resize(ids[1:], rows).astype(np.int32) % vocab
     counts = np.bincount(np.arange(data.manifest.vocab_size) % vocab, data.train.counts(data.manifest.vocab_size))
     h = rng.standard_normal((rows, dim), np.float32)
-    weight = rng.standard_normal((vocab, dim), np.float32) * np.float32(0.05)
+    if vocab == data.manifest.vocab_size:
+        weight = cached_start(data, dim, vocab_size=vocab)
+    else:
+        weight = rng.standard_normal((vocab, dim), np.float32) * np.float32(0.05)
     return Problem(h, weight, targets, counts[:vocab].astype(np.int64))
 
 
@@ -86,7 +90,7 @@ def make_head(name: str, problem: Problem) -> Head:
     """`dense`, or `tree:SHAPE` with its rows in leaf order."""
     if name == "dense":
         return DenseHead(problem.weight)
-    tree = build_tree(name.removeprefix("tree:"), problem.counts)
+    tree = build_tree(name.removeprefix("tree:"), problem.counts, rows=problem.weight)  # as training does by default
     return TreeHead(tree, np.ascontiguousarray(problem.weight[tree.token_of_row]), counts=problem.counts)
 
 
@@ -184,7 +188,7 @@ def torch_candidates(problem: Problem, threads: int) -> tuple[dict[str, Callable
 
 def make_session(data: TokenData, head: str, threads: int, positions: float) -> train.Session:
     """A model of v3's shape with this head and both optimisers, on the data's first step."""
-    settings = [f"head.name={head}", "embeddings=random", f"positions={positions}", "log_prior=false"]
+    settings = [f"head.name={head}", f"positions={positions}", "log_prior=false"]
     if head == "dense":
         settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
     run = RunConfig.recipe_named("default").with_settings(settings)
