@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from flashlm_numba.config import ModelConfig
-from flashlm_numba.heads import DenseHead
+from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.kernels import ternary
 from flashlm_numba.model import Model, initial_parameters, parameter_shapes
+from flashlm_numba.tree import build_tree
 
 SMALL = ModelConfig(vocab_size=97, dim=24, inner=37, groups=3, taps=4, dilations=(1, 2, 8), recursions=2)
 
@@ -57,6 +58,21 @@ def test_dense_nll_before_a_changed_token_stays_bit_for_bit():
     after = model.head.log_prob(model.forward(ids), targets.reshape(-1)).reshape(2, 30)
     np.testing.assert_array_equal(before[0, :17], after[0, :17])
     np.testing.assert_array_equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("shape", ["adaptive", "huffman"])
+def test_tree_nll_before_a_changed_token_stays_to_rounding(shape):
+    tree = build_tree(shape, np.arange(SMALL.vocab_size) % 7)
+    parameters = initial_parameters(SMALL, 0, embedding_std=0.5)
+    model = Model(SMALL, parameters, lambda weight, dweight: TreeHead(tree, weight, dweight))
+    ids, targets = batch(2, 2, 30)
+    before = model.head.log_prob(model.forward(ids), targets.reshape(-1)).reshape(2, 30)
+    ids[0, 17] = (ids[0, 17] + 1) % SMALL.vocab_size
+    after = model.head.log_prob(model.forward(ids), targets.reshape(-1)).reshape(2, 30)
+    # the nodes' products change shape with the positions in them, so not bit for bit
+    np.testing.assert_allclose(before[0, :17], after[0, :17], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(before[1], after[1], rtol=0, atol=1e-5)
+    assert np.abs(before[0, 17:] - after[0, 17:]).max() > 1e-3
 
 
 def test_a_token_outside_the_receptive_field_has_no_influence():

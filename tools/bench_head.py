@@ -7,7 +7,7 @@
 All candidates get the same positions: hidden states drawn at random, the next tokens of the built-in text, and the rows
 that training starts with. Every candidate's loss and gradients are checked against float64 before it is timed; a wrong
 one ends the program with status 1. The candidates then take turns, and medians are printed with the 20 % and 80 %
-quantiles. The PyTorch peers (tools/peer_torch.py) stand beside ours where torch is installed. Run it on a quiet machine.
+quantiles. The PyTorch peers (tools/peer_torch.py) stand beside ours where torch is installed. Use a quiet machine.
 """
 
 from __future__ import annotations
