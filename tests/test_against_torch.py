@@ -19,7 +19,7 @@ if "CI" in os.environ:
 else:
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[peer]'")
 
-from tools import peer_torch  # noqa: E402
+from tools import peer_torch
 
 CONFIGS = {
     "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
