@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from flashlm_numba.data import MANIFEST, TokenData, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.model import Model, initial_parameters
-from flashlm_numba.tree import Tree, build_tree
+from flashlm_numba.tree import SHAPES, Tree, build_tree
 from flashlm_numba.tree_head import TreeHead
 
 Note = Callable[[str], None]  # shows a line to the user
@@ -113,11 +114,22 @@ def _describe_tree(loaded: Loaded) -> dict[str, Any] | None:
 def check(run: RunConfig, data: TokenData) -> None:
     """Raise UserError unless the model and the data fit together."""
     vocabulary = data.manifest.vocab_size
-    if run.model.vocab_size < vocabulary:
+    if run.model.vocab_size != vocabulary:
         raise UserError(
             f"The tokens in {data.folder} have a vocabulary of {vocabulary:,}, but model.vocab_size is "
             f"{run.model.vocab_size:,}; leave that setting out."
         )
+    longest = max(phase.length for phase in run.training.phases)
+    if data.train.n_tokens <= longest:
+        raise UserError(
+            f"The training text in {data.folder} has {data.train.n_tokens:,} tokens, and a sequence of {longest} needs "
+            f"{longest + 1:,}; use more text, or shorter sequences, such as --set phases=16x32."
+        )
+    if run.head.name == "tree" and run.head.tree not in SHAPES:
+        raise UserError(f"There is no tree shape {run.head.tree!r}; choose one of {', '.join(SHAPES)}.")
+    start = run.training.embeddings
+    if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
+        raise UserError(f"There is no file {start} to start the embedding from; give a GPT-2 .safetensors file.")
 
 
 def training_data(source: str | None, note: Note) -> Path:
@@ -142,10 +154,13 @@ def training_data(source: str | None, note: Note) -> Path:
     return default_corpus()
 
 
-def run_apart(arguments: list[str]) -> None:
+def run_apart(arguments: list[str], **environment: str) -> None:
     """Run this Python with arguments in a process of its own; UserError if it fails, having said why."""
     sys.stderr.flush()
-    result = subprocess.run([sys.executable, *arguments], check=False)
+    # PYTHONPATH: a checkout that is not installed must find the package as this process did
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    result = subprocess.run([sys.executable, *arguments], check=False, env=os.environ | environment)
     if result.returncode:
         raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}.")
 

@@ -12,6 +12,7 @@ Only click is imported here: the numerical packages take a second to load, and `
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -59,6 +60,16 @@ def _use_threads(threads: int | None) -> int:
         return set_threads(threads)
     except ValueError as error:
         raise click.BadParameter(f"{error}.", param_hint="'--threads'") from None
+
+
+class Number(click.FloatRange):
+    """A number in a range; NaN and infinity, which float() reads, are not numbers here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -163,7 +174,7 @@ def prepare(
 @click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Train for about this long: the speed is measured first, and the plan fixed in steps. "
     "Default when no length is given: 20 minutes; recipe v3: its 10,000 steps.",
 )
@@ -317,7 +328,7 @@ def evaluate(
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.8,
     show_default=True,
     help="Below 1 bolder in the likely, above 1 wilder; 0 always takes the likeliest token.",
@@ -325,7 +336,7 @@ def evaluate(
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens. Default: all.")
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     help="Sample among the likeliest tokens that make up this probability. Default: all.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time.")

@@ -33,6 +33,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
+def _print(line: str) -> None:
+    """A line on standard error; whoever read it may have gone (`2>&1 | head`), which must not end the work."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class Display:
     """Notes and one progress bar at a time."""
 
@@ -57,7 +63,7 @@ class Display:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            _print(text)
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
@@ -119,7 +125,7 @@ class Display:
         elif force or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             of = f"/{self._total:,}" if self._total else ""
-            print(f"{self._label} {self._done:,}{of}  {text}", file=sys.stderr, flush=True)
+            _print(f"{self._label} {self._done:,}{of}  {text}")
 
     def _stop(self) -> None:
         if self._progress is not None:

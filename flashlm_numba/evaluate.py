@@ -215,6 +215,8 @@ def _source_documents(source: str, sizes: dict[str, int]) -> Iterator[np.ndarray
     tokenizer = Tokenizer()
     role = "validation" if "validation" in found.roles else found.roles[0]
     for text in found.documents(role):
+        if not text or text.isspace():  # as in `prepare`
+            continue
         ids = np.array(tokenizer.encode(text), np.int32)
         if len(ids):
             sizes["documents"] += 1

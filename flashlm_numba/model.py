@@ -162,6 +162,8 @@ class Model:
         """
         start = time.perf_counter()
         h = self.forward(ids)
+        _check.array("Model.loss_and_grad", "targets", targets, ids.shape, np.int32)
+        _check.array("Model.loss_and_grad", "weights", weights, (ids.size,))
         after_forward = time.perf_counter()
         flat = targets.reshape(-1)
         if weights.all():

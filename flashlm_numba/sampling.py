@@ -21,8 +21,8 @@ def sample_rows(
     >>> sample_rows(np.array([[0.1, 0.7, 0.2]]), np.random.default_rng(0), top_k=1).tolist()
     [1]
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -32,9 +32,9 @@ def sample_rows(
         if temperature == 0:
             out[i] = row.argmax()
             continue
-        with np.errstate(divide="ignore"):
-            scaled = np.log(row.astype(np.float64)) / temperature
-        p = np.exp(scaled - scaled.max())
+        with np.errstate(divide="ignore", over="ignore"):
+            logs = np.log(row.astype(np.float64))
+            p = np.exp((logs - logs.max()) / temperature)
         # most likely first; equal ones by token id, so that the choice does not depend on the sort
         keep = np.argsort(-p, kind="stable") if top_k is not None or top_p is not None else np.arange(p.size)
         keep = keep[:top_k]

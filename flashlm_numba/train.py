@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashlm_numba import assemble, checkpoint
-from flashlm_numba.config import HeadConfig, Phase, Plan, RunConfig, plan_for
+from flashlm_numba.compile import ensure_compiled
+from flashlm_numba.config import Phase, Plan, RunConfig, plan_for
 from flashlm_numba.data import TokenData, open_tokens, sample_batch
 from flashlm_numba.display import Display
 from flashlm_numba.errors import UserError
 from flashlm_numba.evaluate import score, validation_subset
 from flashlm_numba.generate import generate_text
-from flashlm_numba.kernels._jit import cache_is_cold
 from flashlm_numba.optim import PRESETS, Optimizer, OptimizerSettings, lr_scale
 from flashlm_numba.tokenizer import EOT, Tokenizer
 
@@ -292,12 +292,13 @@ def _changed(run: RunConfig, settings: tuple[str, ...]) -> RunConfig:
 
 
 def _new_session(run: RunConfig, folder: Path, data: TokenData, display: Display) -> Session:
-    model = assemble.new_model(run, data, display.note, lambda: _compile(run, data, display))
+    model = assemble.new_model(run, data, display.note, lambda: ensure_compiled(display.note))
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     return _session(run, folder, data, model, ema)
 
 
 def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, display: Display) -> Session:
+    ensure_compiled(display.note)
     display.note(f"Reading {path}.")
     state = checkpoint.load_state(path)
     model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"))
@@ -313,37 +314,12 @@ def _session(run: RunConfig, folder: Path, data: TokenData, model: Model, ema: d
     return Session(run, folder, data, model, optimizer, ema, subset=subset)
 
 
-def _compile(run: RunConfig, data: TokenData, display: Display) -> None:
-    """Where no kernel was ever compiled, do so with a step of a narrow model, while the embedding's start is made."""
-    if not cache_is_cold():
-        return
-    display.note("Compiling the kernels (once; about a minute) ...")
-    narrow = replace(
-        run,
-        model=replace(run.model, dim=run.model.groups, inner=8),  # compiled code is the same for any width
-        head=HeadConfig(name=run.head.name),
-        training=replace(run.training, embeddings="random"),
-    )
-    model = assemble.new_model(narrow, data, display.note)
-    session = _session(narrow, Path(), data, model, {})
-    do_step(session, Phase(None, 2, 16, 1), 0, lr=0.0)
-
-
 def _warm_up(session: Session, display: Display) -> None:
-    """Compile, or load, every kernel that a step and a validation need, on a small batch."""
-    # A part of the cache may be there, as after an interrupted start: what counts is that it takes long
-    late = threading.Timer(
-        0.0 if cache_is_cold() else 5.0, display.note, ["Compiling the kernels (once; a minute or two) ..."]
-    )
-    late.daemon = True
-    late.start()
-    try:
-        phase = session.run.training.phases[0]
-        do_step(session, replace(phase, rows=2, length=min(16, phase.length)), 0, lr=0.0)
-        if session.subset:
-            score(session.model, [session.subset[0][:16]], eot=EOT)
-    finally:
-        late.cancel()
+    """Load every kernel that a step and a validation need, on a small batch."""
+    phase = session.run.training.phases[0]
+    do_step(session, replace(phase, rows=2, length=min(16, phase.length)), 0, lr=0.0)
+    if session.subset:
+        score(session.model, [session.subset[0][:16]], eot=EOT)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ argument, `blas`, and never a constant of the compiled code.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import numba
@@ -28,9 +29,10 @@ def pin_to_one_thread() -> None:
     import scipy.linalg.cython_blas  # noqa: F401 (loads the library)
     from threadpoolctl import ThreadpoolController
 
-    numpy_libraries = str(Path(np.__file__).resolve().parent.parent / "numpy.libs")
+    package = Path(np.__file__).resolve().parent
+    numpys = (str(package) + os.sep, str(package.parent / "numpy.libs") + os.sep)  # macOS; Linux and Windows
     blas = [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
-    scipys = [lib for lib in blas if not str(Path(lib.filepath).resolve()).startswith(numpy_libraries)]
+    scipys = [lib for lib in blas if not str(Path(lib.filepath).resolve()).startswith(numpys)]
     for library in scipys or blas:  # where NumPy and SciPy share one BLAS, that one
         library.set_num_threads(1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -18,6 +20,9 @@ from platformdirs import user_cache_dir
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 # Without "reassoc", which folds the two-constant range reduction of exp, or a compensated sum, into one step.
 EXACT = FASTMATH - {"reassoc"}
+
+
+COMPLETE = "complete"  # name of the file that marks a cache with every kernel in it
 
 
 def source_hash(folder: Path | None = None) -> str:
@@ -50,18 +55,21 @@ def cache_folder() -> Path:
     Where the user's cache folder cannot be written, a folder for this process only is used.
     """
     root = os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir("flashlm-numba", appauthor=False)
-    folder = Path(root) / f"kernels-{source_hash()}"
-    if _writable(folder):
-        return folder
-    return Path(tempfile.mkdtemp(prefix="flashlm-numba-kernels-"))
+    name = f"kernels-{source_hash()}"
+    if _writable(Path(root) / name):
+        return Path(root) / name
+    temporary = Path(tempfile.mkdtemp(prefix="flashlm-numba-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    (temporary / name).mkdir(mode=0o700)
+    return temporary / name
 
 
 CACHE_FOLDER = cache_folder()
 
 
 def cache_is_cold() -> bool:
-    """Whether no kernel has been compiled into the cache yet (the first call then takes a while)."""
-    return not numba.config.DISABLE_JIT and not any(CACHE_FOLDER.rglob("*.nbc"))
+    """Whether the cache was not filled yet by flashlm_numba.compile (which takes a minute)."""
+    return not (CACHE_FOLDER / COMPLETE).exists()
 
 
 def _njit(**flags: Any) -> Callable[[Callable], Any]:

@@ -102,12 +102,12 @@ def _make_tile(rows: int, width: int) -> Any:
 
         return signature, codegen
 
-    # one compiled copy per tile, called rather than inlined: the callers stay small and compile quickly
-    @helper
     def call(a, am, ak, at, b, bk, bt, depth, taps, out, om, accumulate):
         tile(a, am, ak, at, b, bk, bt, depth, taps, out, om, accumulate)
 
-    return call
+    # Compiled functions are known by their names, across the files of the cache too: each tile needs its own.
+    call.__name__ = call.__qualname__ = f"_tile_{rows}_{width}"
+    return helper(call)
 
 
 if numba.config.DISABLE_JIT:

@@ -65,20 +65,22 @@ def _tile_statistics(tile, top, total, mean, log_prior, soft_cap):
         if has_prior:
             for v in range(columns):
                 m = max(m, row[v] + log_prior[v])
+            shift = m if m > -np.inf else _ZERO  # a tile of nothing but ruled out tokens sums to zero
             for v in range(columns):
                 linear += row[v] + log_prior[v]
-                s += exp32(row[v] + log_prior[v] - m)
+                s += exp32(row[v] + log_prior[v] - shift)
         else:
             for v in range(columns):
                 m = max(m, row[v])
+            shift = m if m > -np.inf else _ZERO
             for v in range(columns):
                 linear += row[v]
             if soft_cap > 0:
                 for v in range(columns):
-                    s += exp32(row[v] - m)
+                    s += exp32(row[v] - shift)
             else:
                 for v in range(columns):
-                    e = exp32(row[v] - m)
+                    e = exp32(row[v] - shift)
                     row[v] = e
                     s += e
         top[n], total[n] = m, s
@@ -163,7 +165,9 @@ def _chunk_forward(
         value = m + math.log(s)
         lse[n] = value
         nll[n] = value - target_logit[n]
-        loss[n] = value - (1 - smoothing) * target_logit[n] - smoothing * linear / vocab + z_loss * value * value
+        loss[n] = value - target_logit[n] + z_loss * value * value
+        if smoothing > 0:  # otherwise a token that the prior rules out (-inf) would make it NaN
+            loss[n] += smoothing * (target_logit[n] - linear / vocab)
 
 
 @kernel

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import RunConfig
 from flashlm_numba.data import prepare
 
@@ -12,6 +13,12 @@ TINY = (
     "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
     "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled():
+    """As in a training process, the kernels come from the cache: see flashlm_numba/compile.py."""
+    ensure_compiled(print)
 
 
 @pytest.fixture(scope="session")

@@ -124,28 +124,40 @@ def test_training_learns(tiny_run, corpus, tmp_path, case):
     assert values[-1] < min(4.0, values[0] - 2)
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(tiny_run, corpus, tmp_path):
-    """SIGKILL in the middle of a step; then a torn log line; then the run as if nothing had happened."""
-    run = tiny_run.with_settings(["head.name=dense"])
-    _start(run, corpus, tmp_path / "whole", steps=12)
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from flashlm_numba import train; from flashlm_numba.threads import set_threads\n"
-        "from flashlm_numba.config import RunConfig\n"
-        "real = train.do_step\n"
-        "def slow(session, phase, step, **options):\n"
-        "    done = real(session, phase, step, **options)\n"
-        "    time.sleep(30 if step == 7 else 0)\n"  # at work when the signal comes
-        "    return done\n"
-        "train.do_step = slow\n"
-        "run = RunConfig.recipe_named('default').with_settings(sys.argv[3].split(';'))\n"
-        "train.start_run(run, data=sys.argv[1], out=Path(sys.argv[2]), threads=set_threads(1), steps=12)\n"
-    )
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from flashlm_numba import train
+from flashlm_numba.config import RunConfig
+from flashlm_numba.threads import set_threads
+data, folder, settings, stop = sys.argv[1:]
+real = train.do_step
+def slow(session, phase, step, **options):
+    done = real(session, phase, step, **options)
+    time.sleep(60 if step == int(stop) else 0)  # at work when the signal comes
+    return done
+train.do_step = slow
+run = RunConfig.recipe_named("default").with_settings(settings.split(";"))
+train.start_run(run, data=data, out=Path(folder), threads=set_threads(1), steps=12)
+"""
+
+
+@pytest.mark.parametrize("head", ["dense", "tree"])
+def test_a_killed_run_resumes_from_its_last_checkpoint(corpus, tmp_path, head):
+    """SIGKILL in the middle of a step; then a torn log line; then the run as if nothing had happened.
+
+    Every part in a process of its own, as a user would: compiled and loaded kernels must give the same bits.
+    """
     from conftest import TINY
 
-    settings = ";".join([*TINY, "head.name=dense"])
+    settings = ";".join([*TINY, f"head.name={head}"])
+
+    def begin(folder, stop):
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(corpus), str(folder), settings, str(stop)])
+
+    assert begin(tmp_path / "whole", 0).wait() == 0
     folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", code, str(corpus), str(folder), settings])
+    process = begin(folder, 7)
     deadline = time.monotonic() + 240
     while not (folder / "metrics.jsonl").exists() or len(_lines(folder)) < 6:
         assert process.poll() is None
@@ -156,7 +168,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tiny_run, corpus, tmp_pat
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     assert checkpoint.find(folder).name == "step-4"
-    assert _resume(folder) == 0
+    resumed = subprocess.run([sys.executable, "-m", "flashlm_numba", "train", "--resume", str(folder)], check=False)
+    assert resumed.returncode == 0
     assert _losses(folder) == _losses(tmp_path / "whole")
     assert _bits(folder) == _bits(tmp_path / "whole")
 

@@ -30,6 +30,7 @@ from flashlm_numba import assemble, train
 from flashlm_numba.config import Phase, RunConfig
 from flashlm_numba.data import TokenData, default_corpus, open_tokens
 from flashlm_numba.embeddings import cached_start
+from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead, Head, TreeHead
 from flashlm_numba.kernels import reference, reference_tree
 from flashlm_numba.optim import Optimizer
@@ -77,7 +78,8 @@ def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) ->
     rng = np.random.default_rng(seed)
     ids = data.train.windows(np.array([0]), min(rows + 1, data.train.n_tokens))[0]
     targets = np.resize(ids[1:], rows).astype(np.int32) % vocab
-    counts = np.bincount(np.arange(data.manifest.vocab_size) % vocab, data.train.counts(data.manifest.vocab_size))
+    folded = np.arange(data.manifest.vocab_size) % vocab
+    counts = np.bincount(folded, data.train.counts(data.manifest.vocab_size), minlength=vocab)
     h = rng.standard_normal((rows, dim), np.float32)
     if vocab == data.manifest.vocab_size:
         weight = cached_start(data, dim, vocab_size=vocab)
@@ -113,7 +115,7 @@ def run_reference(head: Head, problem: Problem, dtype: type) -> tuple[np.ndarray
         loss, _, dh = reference_tree.tree_head_forward_backward(
             h, weight, nodes, head.tree.spans, rows, weights, dweight, dnodes
         )
-        return loss, {"dh": dh, "dweight": dweight, "nodes.weight": dnodes}
+        return loss, {"dh": dh, "dweight": dweight, **({"nodes.weight": dnodes} if dnodes.size else {})}
     loss, _, _ = reference.dense_head_forward(h, weight, problem.targets)
     dh, dweight = reference.dense_head_backward(weights, h, weight, problem.targets)
     return loss, {"dh": dh, "dweight": dweight}
@@ -267,8 +269,11 @@ def main(
 ) -> None:
     """See the module's docstring."""
     rows, repeats = rows or (1024 if quick else 4096), repeats or (2 if quick else 7)
-    threads = set_threads(threads)
-    tokens = open_tokens(data or default_corpus())
+    try:
+        threads = set_threads(threads)
+        tokens = open_tokens(data or default_corpus())
+    except (UserError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
     problem = make_problem(tokens, rows, dim, vocab, seed=0)
     click.echo(f"{timing.cpu_name()}, {threads} threads; N = {rows:,} positions, V = {vocab:,}, C = {dim}")
     gemm = timing.gemm_rate(threads, rows=min(rows, 4096), dim=dim, vocab_size=vocab, repeats=min(repeats, 5))

@@ -1,0 +1,66 @@
+"""Compile every kernel of training, scoring and generating, once, in a process of its own.
+
+Code that a process has just compiled and the same code loaded from the cache can differ in the last bit, since a helper
+that is already in memory is taken in place of the copy optimised within its caller. A process that trains therefore
+never compiles: it loads what this module has put into the cache, today, tomorrow and when it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from flashlm_numba.kernels import _jit
+
+
+def ensure_compiled(note: Callable[[str], None]) -> None:
+    """Fill the cache of compiled kernels if that was not done yet; note gets a sentence before it takes a minute."""
+    if numba.config.DISABLE_JIT or not _jit.cache_is_cold():
+        return
+    from flashlm_numba.assemble import run_apart
+
+    note("Compiling the kernels (once; about a minute) ...")
+    # the folder of this process, which may be a temporary one where the user's cache cannot be written
+    run_apart(["-m", "flashlm_numba.compile"], NUMBA_CACHE_DIR=str(_jit.CACHE_FOLDER.parent))
+
+
+def main() -> None:
+    """Call every kernel on a narrow model: compiled code is the same for any width."""
+    from flashlm_numba.config import ModelConfig
+    from flashlm_numba.heads import DenseHead, TreeHead
+    from flashlm_numba.model import Model, initial_parameters
+    from flashlm_numba.optim import PRESETS, Optimizer
+    from flashlm_numba.threads import set_threads
+    from flashlm_numba.tree import build_tree
+
+    set_threads(None)
+    config = ModelConfig(vocab_size=5_000, dim=16, inner=8, groups=1)  # an embedding beyond the serial optimiser's size
+    tree = build_tree("default", np.arange(config.vocab_size))
+    prior = np.full(config.vocab_size, -8.5, np.float32)
+
+    def make_dense(weight: np.ndarray, dweight: np.ndarray) -> Any:
+        return DenseHead(weight, dweight, log_prior=prior)
+
+    def make_tree(weight: np.ndarray, dweight: np.ndarray) -> Any:
+        return TreeHead(tree, weight, dweight, log_prior=prior)
+
+    ids = np.arange(64, dtype=np.int32).reshape(2, 32)
+    for make_head in (make_tree, make_dense):
+        model = Model(config, initial_parameters(config, 0), make_head)
+        for preset in PRESETS.values():
+            model.zero_grad()
+            model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32))
+            Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)
+        h = model.forward(ids)
+        model.head.log_prob(h, ids.reshape(-1))
+        model.head.distribution(h[:1])
+        model.head.sample(h[:1], np.random.default_rng(0))
+        model.head.sample(h[:1], np.random.default_rng(0), temperature=0.8, top_k=4)
+    (_jit.CACHE_FOLDER / _jit.COMPLETE).touch()
+
+
+if __name__ == "__main__":
+    main()
