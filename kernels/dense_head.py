@@ -198,10 +198,21 @@ def _chunk_backward(
             dh[n, c] = value
 
 
+def _scratch_for(where: str, weight: np.ndarray, scratch: DenseScratch | None) -> DenseScratch:
+    if scratch is None:
+        return DenseScratch(*weight.shape)
+    if scratch.shape != weight.shape:
+        raise ValueError(
+            f"{where}: scratch was made for another vocabulary or width, {scratch.shape}, but weight is {weight.shape}"
+        )
+    return scratch
+
+
 class DenseScratch:
     """Bounded scratch for a vocabulary of V and rows of C channels; about SCRATCH_BYTES whatever the batch."""
 
     def __init__(self, vocab: int, dim: int) -> None:
+        self.shape = (vocab, dim)
         self.threads = numba.get_num_threads()
         tiles = -(-vocab // TILE_COLUMNS)
         buffers = max(tiles, self.threads)
@@ -251,7 +262,7 @@ def dense_head_forward(
     1.3863
     """
     prior = _check_head("dense_head_forward", h, weight, targets, log_prior)
-    s = scratch or DenseScratch(*weight.shape)
+    s = _scratch_for("dense_head_forward", weight, scratch)
     loss, nll = np.empty(h.shape[0], np.float32), np.empty(h.shape[0], np.float32)
     for start in range(0, h.shape[0], s.chunk):
         rows = slice(start, min(start + s.chunk, h.shape[0]))
@@ -287,7 +298,7 @@ def dense_head_forward_backward(
     prior = _check_head(where, h, weight, targets, log_prior)
     _check.array(where, "weights", weights, (h.shape[0],))
     _check.array(where, "dweight", dweight, weight.shape)
-    s = scratch or DenseScratch(*weight.shape)
+    s = _scratch_for(where, weight, scratch)
     smoothing, z, cap = np.float32(label_smoothing), np.float32(z_loss), np.float32(soft_cap or 0)
     loss, nll, dh = np.empty(h.shape[0], np.float32), np.empty(h.shape[0], np.float32), np.empty_like(h)
     for start in range(0, h.shape[0], s.chunk):

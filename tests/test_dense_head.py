@@ -107,3 +107,25 @@ def test_dense_head_rejects_target_out_of_range():
     h, weight = np.zeros((2, 3), np.float32), np.zeros((5, 3), np.float32)
     with pytest.raises(ValueError, match=r"targets must be in \[0, 5\), got 5 at index 1; check the tokenizer"):
         dense_head.dense_head_forward(h, weight, np.array([0, 5], np.int32))
+
+
+def test_a_token_that_the_prior_rules_out_has_probability_zero():
+    h, weight, targets, weights, _ = problem(7, 5, 700, 8, 1.0, False)
+    prior = np.zeros(700, np.float32)
+    prior[:600] = -np.inf  # a whole tile and a part of the next
+    targets = targets % 100 + 600
+    dweight = np.zeros_like(weight)
+    loss, nll, dh = dense_head.dense_head_forward_backward(h, weight, targets, weights, dweight, log_prior=prior)
+    want, _, want_dh = dense_head.dense_head_forward_backward(
+        h, weight[600:].copy(), targets - 600, weights, np.zeros_like(weight[600:])
+    )
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_array_equal(nll, loss)
+    np.testing.assert_allclose(dh, want_dh, rtol=1e-4, atol=1e-6)
+    assert not dweight[:600].any()
+
+
+def test_dense_head_rejects_scratch_of_another_vocabulary():
+    h, weight = np.zeros((2, 8), np.float32), np.zeros((1200, 8), np.float32)
+    with pytest.raises(ValueError, match="scratch was made for another vocabulary or width"):
+        dense_head.dense_head_forward(h, weight, np.zeros(2, np.int32), scratch=dense_head.DenseScratch(600, 8))

@@ -148,3 +148,38 @@ def test_an_id_outside_the_vocabulary_is_refused():
 
 def test_empty_batch_gives_no_hidden_states():
     assert small_model().forward(np.zeros((0, 5), np.int32)).shape == (0, 24)
+
+
+def test_weights_of_another_size_are_refused():
+    ids, targets = batch(7, 2, 10)
+    with pytest.raises(ValueError, match=r"weights must have shape \(20\), got \(7,\)"):
+        small_model().loss_and_grad(ids, targets, np.ones(7, np.float32))
+
+
+def test_a_thread_with_several_tiles_loses_no_gradient():
+    """16 x 128 tokens are two tiles a thread: the same gradients as sequence by sequence."""
+    model = small_model()
+    ids, targets = batch(8, 16, 128)
+    weights = np.full(ids.size, 1 / ids.size, np.float32)
+    model.loss_and_grad(ids, targets, weights)
+    whole = {name: value.copy() for name, value in model.gradients.items()}
+    model.zero_grad()
+    for row in range(16):
+        model.loss_and_grad(ids[row : row + 1], targets[row : row + 1], weights[:128])
+    for name, value in whole.items():
+        scale = np.abs(value).max() or 1.0
+        assert np.abs(model.gradients[name] - value).max() <= 1e-4 * scale, name
+
+
+def test_initial_parameters_have_the_recipes_spread():
+    config = ModelConfig(vocab_size=500)
+    parameters = initial_parameters(config, 3)
+    expected = {
+        "mixer.out.weight": 0.01,
+        "glu.down.weight": 0.01,
+        "glu.gate.weight": 256**-0.5,
+        "glu.up.weight": 256**-0.5,
+    }
+    expected |= {"embedding.weight": 0.02, "mixer.gates.0.weight": 64**-0.5, "mixer.values.2.weight": 64**-0.5}
+    for name, std in expected.items():
+        assert parameters[name].std() == pytest.approx(std, rel=0.03), name

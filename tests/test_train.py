@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(corpus, tmp_path, head):
     def begin(folder, stop):
         return subprocess.Popen([sys.executable, "-c", PROGRAM, str(corpus), str(folder), settings, str(stop)])
 
-    assert begin(tmp_path / "whole", 0).wait() == 0
+    assert begin(tmp_path / "whole", -1).wait() == 0
     folder = tmp_path / "killed"
     process = begin(folder, 7)
     deadline = time.monotonic() + 240
@@ -289,7 +290,8 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
 ):
     rows = np.random.default_rng(0).standard_normal((50_257, 16), np.float32)
     monkeypatch.setattr("flashlm_numba.embeddings.from_gpt2", lambda *arguments: (rows, 0.7))
-    start = "embeddings=some.safetensors" if given else "embeddings=random"
+    (tmp_path / "some.safetensors").touch()
+    start = f"embeddings={tmp_path / 'some.safetensors'}" if given else "embeddings=random"
     run = tiny_run.with_settings(["head.name=dense", "phases=3:2x8:frozen,2x16", start, "checkpoint_every=1"])
     _start(run, corpus, tmp_path, steps=4)
     tables = [
@@ -300,6 +302,21 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     assert not np.array_equal(tables[1], tables[2])
     if given:
         assert np.array_equal(tables[1], rows)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("phases=2x100000", "a sequence of 100000 needs 100,001; use more text, or shorter sequences"),
+        ("tree=oak", "There is no tree shape 'oak'; choose one of"),
+        ("embeddings=missing.safetensors", "There is no file missing.safetensors"),
+        ("vocab_size=60000", "leave that setting out"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_made(tiny_run, corpus, tmp_path, setting, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        _start(tiny_run.with_settings([setting]), corpus, tmp_path / "run", steps=2)
+    assert not (tmp_path / "run").exists()
 
 
 def _session(run, corpus, folder):
