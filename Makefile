@@ -6,7 +6,7 @@ test:
 
 # Numba's bounds checks do not reach inside parallel loops; plain Python's do. Slow, so only the kernels' own tests.
 test-nojit:
-	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q -p no:doctest tests/test_kernels.py tests/test_dense_head.py \
+	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q tests/test_kernels.py tests/test_dense_head.py \
 		tests/test_tree_head.py tests/test_optimizers_kernels.py tests/test_model.py
 
 lint:
