@@ -1,8 +1,8 @@
 """Compile every kernel of training, scoring and generating, once, in a process of its own.
 
-Code that a process has just compiled and the same code loaded from the cache were seen to differ in the last bit. (Why is
-not established; perhaps a helper already in memory is taken in place of the copy inside its caller.) A process that trains therefore
-never compiles: it loads what this module has put into the cache, today, tomorrow and when it resumes.
+Code that a process has just compiled and the same code loaded from the cache were seen to differ in the last bit. (Why
+is not established; perhaps a helper already in memory is taken in place of the copy inside its caller.) A process that
+trains therefore never compiles: it loads what this module has put into the cache, today, tomorrow and when it resumes.
 """
 
 from __future__ import annotations
