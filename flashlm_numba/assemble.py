@@ -19,7 +19,7 @@ from flashlm_numba import checkpoint
 from flashlm_numba.config import HeadConfig, RunConfig
 from flashlm_numba.data import MANIFEST, TokenData, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
-from flashlm_numba.heads import DenseHead
+from flashlm_numba.heads import DenseHead, SampledHead
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.tree import SHAPES, Tree, build_tree
 from flashlm_numba.tree_head import TreeHead
@@ -187,12 +187,17 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
     return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts))
 
 
-def model_from(run: RunConfig, tensors: dict[str, np.ndarray]) -> Model:
-    """A model from the tensors of model.safetensors; UserError if they are not of these settings."""
+def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
+    """A model from the tensors of model.safetensors; UserError if they are not of these settings.
+
+    counts (V,): of the training text, needed to train on; without them the sampled head is a dense one.
+    """
     try:
         tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None
         nodes = tensors.get("head.nodes.weight")
-        return Model(run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), nodes=nodes))
+        return Model(
+            run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), counts=counts, nodes=nodes)
+        )
     except (ValueError, KeyError) as error:
         raise UserError(f"The checkpoint does not fit the run's config.json ({error}); restore the file.") from None
 
@@ -218,7 +223,8 @@ def _head_maker(
 ) -> Callable[[np.ndarray, np.ndarray], Any]:
     """The function that builds the head on the live embedding and its gradient, both in the head's row order.
 
-    counts (V,) weigh the rows below a node in its start, where there are no node rows yet.
+    counts (V,) of the training text: the sampled head draws by them, and they weigh the rows below a node in its start,
+    where there are no node rows yet.
     """
     options: dict[str, Any] = {
         "label_smoothing": head.label_smoothing,
@@ -226,6 +232,9 @@ def _head_maker(
         "soft_cap": head.soft_cap,
         "log_prior": log_prior,
     }
+    if head.name == "sampled" and counts is not None:
+        options |= {"counts": counts, "candidates": head.candidates}
+        return lambda weight, dweight: SampledHead(weight, dweight, **options)
     if tree is None:
         return lambda weight, dweight: DenseHead(weight, dweight, **options)
     return lambda weight, dweight: TreeHead(tree, weight, dweight, counts=counts, nodes=nodes, **options)

@@ -155,8 +155,9 @@ def prepare(
 @click.argument("data", required=False)
 @click.option(
     "--head",
-    type=click.Choice(["dense", "tree"]),
-    help="Output layer: a softmax over all tokens (dense), or over the nodes of a tree (much faster). "
+    type=click.Choice(["dense", "sampled", "tree"]),
+    help="Output layer: a softmax over all tokens (dense), over the nodes of a tree (much faster), or, in training "
+    "only, over some drawn tokens (sampled: its training loss reads low, since the other tokens are only estimated). "
     "Default: the recipe's, tree for default, dense for v3.",
 )
 @click.option(
@@ -255,7 +256,7 @@ def train(
         raise SystemExit(status)
     if checkpoint is not None:
         raise click.UsageError("--checkpoint says where --resume goes on; give --resume RUN too.")
-    if tree is not None and head == "dense":
+    if tree is not None and head not in (None, "tree"):
         raise click.UsageError("--tree shapes the tree head; leave it out, or give --head tree.")
     changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
     changes += [f"head.tree={tree}"] if tree else []

@@ -62,7 +62,9 @@ class ModelConfig:
 class HeadConfig:
     """The output layer and what the training loss is."""
 
-    name: str = _one_of("tree", "dense", "tree")  # the command line's --head
+    name: str = _one_of("tree", "dense", "sampled", "tree")  # the command line's --head
+    candidates: int = _in(4_096, 1)  # sampled: tokens in a micro-batch's softmax, its targets included
+    full_share: float = _in(0.05, 0, 1)  # sampled: last share of the steps, with the softmax over all tokens
     tree: str = "default"  # shape of the tree, --tree; ignored by the dense head
     tree_groups: str = _one_of("meaning", "frequency", "meaning")  # what tokens in a node have in common
     tree_root_tokens: int | None = _in(None, 0)  # adaptive: tokens in the root; none: from V
@@ -236,6 +238,10 @@ class RunConfig:
             tokens += max(0, end - start) * phase.tokens
             start = max(start, end)
         return tokens
+
+    def full_at(self, step: int) -> bool:
+        """Whether the sampled head takes the softmax over all tokens in a step; steps count from 1."""
+        return step > self.plan.layout_steps * (1 - self.head.full_share)
 
     @property
     def embeddings_given(self) -> bool:

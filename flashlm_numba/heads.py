@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from flashlm_numba.kernels import dense_head
-from flashlm_numba.sampling import sample_rows
+from flashlm_numba.dense_head import DenseHead
+from flashlm_numba.sampled_head import SampledHead
 from flashlm_numba.tree_head import TreeHead
 
-__all__ = ["DenseHead", "Head", "TreeHead"]
+__all__ = ["DenseHead", "Head", "SampledHead", "TreeHead"]
 
 
 class Head(Protocol):
@@ -27,6 +26,10 @@ class Head(Protocol):
     parameters: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
     row_of_token: np.ndarray | None
+
+    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
+        """Before a micro-batch of training: whatever its loss draws comes from rng; full: draw nothing."""
+        ...
 
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
@@ -52,104 +55,3 @@ class Head(Protocol):
     ) -> np.ndarray:
         """One token id per row, (N,) int32; temperature, then top-k, then top-p, on the token distribution."""
         ...
-
-
-@dataclass
-class HeadOptions:
-    """Options of the training loss, the same for every head."""
-
-    label_smoothing: float = 0.0  # share of the target's probability spread evenly
-    z_loss: float = 0.0  # weight of log(Z)**2
-    soft_cap: float | None = None  # logits become cap * tanh(logit / cap)
-
-
-class DenseHead:
-    """softmax(h @ weight.T): exact, every token's logit for every position, in bounded scratch.
-
-    weight (V, C) float32 may be shared with the embedding; its gradient is added to dweight (V, C) (made here if not
-    given). log_prior (V,) float32: a fixed log-frequency added to the logits, so that training starts at the unigram.
-    Raises ValueError if a shape or dtype is wrong.
-
-    >>> head = DenseHead(np.zeros((5, 2), np.float32))
-    >>> head.distribution(np.ones((1, 2), np.float32)).round(2).tolist()
-    [[0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]]
-    """
-
-    name = "dense"
-    row_of_token = None
-
-    def __init__(
-        self,
-        weight: np.ndarray,
-        dweight: np.ndarray | None = None,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        soft_cap: float | None = None,
-        log_prior: np.ndarray | None = None,
-    ) -> None:
-        self.weight = weight
-        self.dweight = np.zeros_like(weight) if dweight is None else dweight
-        self.options = HeadOptions(label_smoothing, z_loss, soft_cap)
-        self.log_prior = log_prior
-        self.vocab_size = weight.shape[0]
-        self.parameters: dict[str, np.ndarray] = {}
-        self.gradients: dict[str, np.ndarray] = {}
-        self._scratch: dense_head.DenseScratch | None = None
-
-    def _buffers(self) -> dense_head.DenseScratch:
-        import numba
-
-        if self._scratch is None or self._scratch.threads != numba.get_num_threads():
-            self._scratch = dense_head.DenseScratch(*self.weight.shape)
-        return self._scratch
-
-    def forward_backward(
-        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C); adds the gradient of sum(weights * loss) to dweight."""
-        return dense_head.dense_head_forward_backward(
-            h,
-            self.weight,
-            targets,
-            weights,
-            self.dweight,
-            log_prior=self.log_prior,
-            scratch=self._buffers(),
-            label_smoothing=self.options.label_smoothing,
-            z_loss=self.options.z_loss,
-            soft_cap=self.options.soft_cap,
-        )
-
-    def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """log p(target), (N,) float32."""
-        _, nll = dense_head.dense_head_forward(
-            h,
-            self.weight,
-            targets,
-            log_prior=self.log_prior,
-            soft_cap=self.options.soft_cap,
-            scratch=self._buffers(),
-        )
-        return -nll
-
-    def distribution(self, h: np.ndarray) -> np.ndarray:
-        """Probabilities (N, V) float32."""
-        logits = h @ self.weight.T
-        if self.options.soft_cap is not None:
-            logits = self.options.soft_cap * np.tanh(logits / np.float32(self.options.soft_cap))
-        if self.log_prior is not None:
-            logits = logits + self.log_prior
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        return p / p.sum(1, keepdims=True)
-
-    def sample(
-        self,
-        h: np.ndarray,
-        rng: np.random.Generator,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> np.ndarray:
-        """One token id per row, (N,) int32."""
-        return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)

@@ -47,7 +47,7 @@ CHANGEABLE = {
     "optimizer": ("normuon_lr", "adamw_lr", "clip"),
 }
 EMBEDDING = "embedding.weight"
-_POSITIONS = 1  # the random stream of the positions, beside the batches' own
+_POSITIONS, _CANDIDATES = 1, 2  # the random streams of the positions and of the head, beside the batches' own
 _CHUNK = 1 << 18  # elements, for updates of large arrays without a temporary of their size
 
 
@@ -117,8 +117,10 @@ def position_weights(seed: int, step: int, micro: int, positions: int, share: fl
     return weights
 
 
-def do_step(session: Session, phase: Phase, step: int, *, lr: float) -> Step:
+def do_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool = False) -> Step:
     """One optimiser step on the batches of `step`; lr is the schedule's factor (0 changes no parameter).
+
+    full : the sampled head takes the softmax over all tokens.
 
     Raises UserError, before any parameter is changed, where the loss or a gradient is not finite.
     """
@@ -131,6 +133,7 @@ def do_step(session: Session, phase: Phase, step: int, *, lr: float) -> Step:
     for micro in range(phase.micro_batches):
         ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.rows, phase.length)
         weights = position_weights(run.seed, step, micro, targets.size, run.head.positions, phase.micro_batches)
+        model.head.begin(np.random.default_rng((run.seed, step, micro, _CANDIDATES)), full=full)
         losses, nlls, seconds = model.loss_and_grad(ids, targets, weights)
         share = 1 / (len(losses) * phase.micro_batches)  # the same for every position that counts
         loss += float(losses.sum(dtype=np.float64)) * share
@@ -301,7 +304,8 @@ def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path,
     ensure_compiled(display.note)
     display.note(f"Reading {path}.")
     state = checkpoint.load_state(path)
-    model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"))
+    counts = data.train.counts(run.model.vocab_size)
+    model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"), counts)
     ema = checkpoint.read_safetensors(path / "ema.safetensors") if run.training.ema else {}
     session = _session(run, folder, data, model, ema)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
@@ -352,10 +356,10 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
         if end <= at:
             rates.append(0.0)  # over before this plan begins
             continue
-        times: list[float] = []
-        while len(times) < 3 or (sum(times) < budget and len(times) < 50):
-            times.append(do_step(session, phase, len(times) + 1, lr=0.0).seconds)
-        rates.append(statistics.median(times[1:]))
+        rate = _step_seconds(session, phase, budget)
+        if run.head.name == "sampled":  # its last steps are dense ones
+            rate += run.head.full_share * (_step_seconds(session, phase, budget, full=True) - rate)
+        rates.append(rate)
         if len(rates) == 1 or steps == at:
             validations = 1 + left / rates[-1] / (run.training.validate_every or math.inf)
             left -= min(0.02 * left, time.perf_counter() - began + validations * validation)
@@ -369,6 +373,14 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     reached = ", ".join(f"{rate:.3g} s a step" for rate in rates if rate)
     display.note(f"{minutes:g} minutes are {steps - at:,} steps ({reached}).")
     return replace(run, plan=plan)
+
+
+def _step_seconds(session: Session, phase: Phase, budget: float, *, full: bool = False) -> float:
+    """Seconds that a step of this phase takes, from steps at lr 0 for about `budget` seconds."""
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 50):
+        times.append(do_step(session, phase, len(times) + 1, lr=0.0, full=full).seconds)
+    return statistics.median(times[1:])
 
 
 # --- the loop ---
@@ -395,7 +407,7 @@ def _loop(session: Session, display: Display) -> int:
                 decay=run.optimizer.decay_share * plan.layout_steps,
             )
             try:
-                done = do_step(session, phase, step, lr=scale)
+                done = do_step(session, phase, step, lr=scale, full=run.full_at(step))
             except UserError as error:
                 raise UserError(f"Stopped at step {step}: {error} {_last_good(session.folder)}") from None
             spent = done.seconds + _update_ema(session)
@@ -579,7 +591,7 @@ def _describe(session: Session, display: Display) -> None:
     """Say what is about to be trained."""
     run = session.run
     size = sum(value.size for value in session.model.parameters.values())
-    head = run.head.name if run.head.name == "dense" else f"tree ({run.head.tree})"
+    head = f"tree ({run.head.tree})" if run.head.name == "tree" else run.head.name
     display.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} threads, in {session.folder}"

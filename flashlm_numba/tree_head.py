@@ -134,6 +134,9 @@ class TreeHead:
         kernels._check.indices("TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
         return self.row_of_token[targets]
 
+    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
+        """Nothing: this loss draws nothing."""
+
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

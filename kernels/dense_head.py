@@ -198,21 +198,11 @@ def _chunk_backward(
             dh[n, c] = value
 
 
-def _scratch_for(where: str, weight: np.ndarray, scratch: DenseScratch | None) -> DenseScratch:
-    if scratch is None:
-        return DenseScratch(*weight.shape)
-    if scratch.shape != weight.shape:
-        raise ValueError(
-            f"{where}: scratch was made for another vocabulary or width, {scratch.shape}, but weight is {weight.shape}"
-        )
-    return scratch
-
-
 class DenseScratch:
-    """Bounded scratch for a vocabulary of V and rows of C channels; about SCRATCH_BYTES whatever the batch."""
+    """Bounded scratch for a vocabulary of at most V and rows of C channels; about SCRATCH_BYTES whatever the batch."""
 
     def __init__(self, vocab: int, dim: int) -> None:
-        self.shape = (vocab, dim)
+        self.vocab, self.dim = vocab, dim
         self.threads = numba.get_num_threads()
         tiles = -(-vocab // TILE_COLUMNS)
         buffers = max(tiles, self.threads)
@@ -224,6 +214,36 @@ class DenseScratch:
         self.target_logit = np.empty(self.chunk, np.float32)
         self.lse = np.empty(self.chunk, np.float32)
         self.partial = np.empty((self.threads, self.chunk, dim), np.float32)
+
+    def fits(self, vocab: int, dim: int) -> bool:
+        """Whether it serves a weight (vocab, dim) at the number of threads in use."""
+        return vocab <= self.vocab and dim == self.dim and self.threads == numba.get_num_threads()
+
+    def statistics(self, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+        """top, total (Q, J) for the Q tiles of a vocabulary."""
+        tiles = -(-vocab // TILE_COLUMNS)
+        return self.top[:tiles], self.total[:tiles]
+
+
+def scratch_for(scratch: DenseScratch | None, vocab: int, dim: int) -> DenseScratch:
+    """scratch if it was made for just this at the number of threads in use, else a new one.
+
+    Not a larger one: chunks, and with them the last bits, must not depend on what was computed before.
+    """
+    if scratch is not None and scratch.vocab == vocab and scratch.fits(vocab, dim):
+        return scratch
+    return DenseScratch(vocab, dim)
+
+
+def _checked_scratch(where: str, weight: np.ndarray, scratch: DenseScratch | None) -> DenseScratch:
+    if scratch is None:
+        return DenseScratch(*weight.shape)
+    if not scratch.fits(*weight.shape):
+        raise ValueError(
+            f"{where}: scratch was made for another vocabulary, width or number of threads, {scratch.vocab} x "
+            f"{scratch.dim} on {scratch.threads}, but weight is {weight.shape} on {numba.get_num_threads()}"
+        )
+    return scratch
 
 
 def _check_head(
@@ -262,12 +282,13 @@ def dense_head_forward(
     1.3863
     """
     prior = _check_head("dense_head_forward", h, weight, targets, log_prior)
-    s = _scratch_for("dense_head_forward", weight, scratch)
+    s = _checked_scratch("dense_head_forward", weight, scratch)
+    top, total = s.statistics(weight.shape[0])
     loss, nll = np.empty(h.shape[0], np.float32), np.empty(h.shape[0], np.float32)
     for start in range(0, h.shape[0], s.chunk):
         rows = slice(start, min(start + s.chunk, h.shape[0]))
         _chunk_forward(
-            loss[rows], nll[rows], s.lse, s.tiles, s.top, s.total, s.mean, s.target_logit,
+            loss[rows], nll[rows], s.lse, s.tiles, top, total, s.mean, s.target_logit,
             h[rows], weight, targets[rows], prior, np.float32(label_smoothing), np.float32(z_loss),
             np.float32(soft_cap or 0), False, sgemm_address(), TILE_COLUMNS, s.threads,
         )  # fmt: skip
@@ -298,17 +319,18 @@ def dense_head_forward_backward(
     prior = _check_head(where, h, weight, targets, log_prior)
     _check.array(where, "weights", weights, (h.shape[0],))
     _check.array(where, "dweight", dweight, weight.shape)
-    s = _scratch_for(where, weight, scratch)
+    s = _checked_scratch(where, weight, scratch)
     smoothing, z, cap = np.float32(label_smoothing), np.float32(z_loss), np.float32(soft_cap or 0)
+    top, total = s.statistics(weight.shape[0])
     loss, nll, dh = np.empty(h.shape[0], np.float32), np.empty(h.shape[0], np.float32), np.empty_like(h)
     for start in range(0, h.shape[0], s.chunk):
         rows = slice(start, min(start + s.chunk, h.shape[0]))
         _chunk_forward(
-            loss[rows], nll[rows], s.lse, s.tiles, s.top, s.total, s.mean, s.target_logit,
+            loss[rows], nll[rows], s.lse, s.tiles, top, total, s.mean, s.target_logit,
             h[rows], weight, targets[rows], prior, smoothing, z, cap, True, sgemm_address(), TILE_COLUMNS, s.threads,
         )  # fmt: skip
         _chunk_backward(
-            dh[rows], dweight, s.tiles, s.partial, s.top, s.lse,
+            dh[rows], dweight, s.tiles, s.partial, top, s.lse,
             h[rows], weight, targets[rows], weights[rows], prior, smoothing, z, cap, sgemm_address(), TILE_COLUMNS,
             s.threads,
         )  # fmt: skip

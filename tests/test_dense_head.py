@@ -127,5 +127,7 @@ def test_a_token_that_the_prior_rules_out_has_probability_zero():
 
 def test_dense_head_rejects_scratch_of_another_vocabulary():
     h, weight = np.zeros((2, 8), np.float32), np.zeros((1200, 8), np.float32)
-    with pytest.raises(ValueError, match="scratch was made for another vocabulary or width"):
+    with pytest.raises(
+        ValueError, match=r"scratch was made for another vocabulary, width or number of threads, 600 x 8"
+    ):
         dense_head.dense_head_forward(h, weight, np.zeros(2, np.int32), scratch=dense_head.DenseScratch(600, 8))

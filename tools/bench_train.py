@@ -1,0 +1,257 @@
+"""What does training buy? Runs heads and settings, ours and PyTorch's, on the same data and budget, and compares NLL.
+
+    python tools/bench_train.py DATA results/NAME.json --tokens 300000 dense tree    equal tokens
+    python tools/bench_train.py DATA results/NAME.json --minutes 10 dense tree       equal time of training
+    python tools/bench_train.py DATA results/NAME.json --tokens 300000 --set adamw_lr=1e-3,2e-3,4e-3 dense tree
+    python tools/bench_train.py --table results/NAME.json                             the rows as a Markdown table
+
+DATA is a folder that `flashlm-numba prepare` made. Every run is a process of its own, scored on all validation
+documents by the rule of `flashlm-numba eval`. A row is written as soon as its run has ended, and a run whose row is in
+the file already is left out: after an interruption, or on another day, the same command goes on. Runs on equal tokens
+may share the machine with other work (their times then mean nothing); runs on equal time need it alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+if __package__ in (None, ""):  # run as a file, the checkout is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import timing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TOKENS_PER_STEP = 16 * 128  # of every candidate's default batch
+WARMUP, DECAY_SHARE = 100, 0.4  # of the default recipe; the torch peers get the same schedule
+# what our default recipe does, in the peer's words: the same batches, start of E, loss, rules and schedule
+TORCH = {
+    "batch": "16x128",
+    "start": "corpus",
+    "positions": "1",
+    "label-smoothing": "0",
+    "z-loss": "0",
+    "normuon": "published",
+    "adamw-lr": "2e-3",
+    "weight-decay": "0",
+    "warmup": str(WARMUP),
+}
+# the name of a setting of ours in the peer's command line
+TORCH_OPTION = {"adamw_lr": "adamw-lr", "normuon_lr": "normuon-lr", "phases": "batch", "warmup_steps": "warmup"}
+OURS: dict[str, tuple[str, ...]] = {
+    "dense": ("--head", "dense"),
+    "dense@0.25": ("--head", "dense", "--set", "positions=0.25"),
+    "sampled": ("--head", "sampled"),
+    "tree": ("--head", "tree"),
+    "tree:frequency": ("--head", "tree", "--set", "tree_groups=frequency"),
+    "tree:two-level": ("--tree", "two-level"),
+    "tree:balanced": ("--tree", "balanced"),
+    "tree:clustered": ("--tree", "clustered"),
+    "tree:huffman": ("--tree", "huffman"),
+}
+PEERS: dict[str, dict[str, str]] = {
+    "torch:dense": {"head": "dense"},
+    "torch:adaptive": {"head": "adaptive", "div-value": "1"},
+    "torch:adaptive-div4": {"head": "adaptive", "div-value": "4"},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is trained, with which settings, for how long."""
+
+    name: str
+    settings: tuple[str, ...]  # key=value, beside the candidate's own
+    seed: int
+    tokens: int | None
+    minutes: float | None
+    threads: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What makes a row this job's: everything but the number of threads when the budget is in tokens."""
+        budget = {"tokens_asked": self.tokens} if self.tokens is not None else {"minutes_asked": self.minutes}
+        threads = {} if self.tokens is not None else {"threads": self.threads}
+        return {"name": self.name, "settings": list(self.settings), "seed": self.seed, **budget, **threads}
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments that train it, without the data and the run's folder."""
+        if self.name in OURS:
+            sets = itertools.chain.from_iterable(("--set", setting) for setting in self.settings)
+            budget = ["--tokens", str(self.tokens)] if self.tokens is not None else ["--minutes", f"{self.minutes:g}"]
+            return ["train", *OURS[self.name], *sets, *budget, "--seed", str(self.seed), "--threads", str(self.threads)]
+        options = {**TORCH, **PEERS[self.name]}
+        for setting in self.settings:
+            name, _, value = setting.partition("=")
+            if name not in TORCH_OPTION:
+                raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(TORCH_OPTION)}.")
+            options[TORCH_OPTION[name]] = value
+        if self.tokens is not None:
+            steps = -(-self.tokens // TOKENS_PER_STEP)
+            options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
+        else:
+            options |= {"minutes": f"{self.minutes:g}"}
+        options |= {"seed": str(self.seed), "threads": str(self.threads)}
+        return ["train", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
+
+
+def run_process(arguments: list[str]) -> tuple[str, float]:
+    """Standard output of this Python with arguments, and its peak memory in MB; standard error is shown."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        text = out.read()
+    if process.returncode:
+        raise click.ClickException(f"`{' '.join(arguments)}` ended with status {process.returncode}.")
+    return text, usage.ru_maxrss * 1024e-6
+
+
+def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
+    """Train and score one of our candidates."""
+    run = folder / "run"
+    quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0"]
+    _, peak = run_process(["-m", "flashlm_numba", *job.command, str(data), *quiet, "--out", str(run)])
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    score = json.loads(
+        run_process(["-m", "flashlm_numba", "eval", str(run), "--threads", str(job.threads), "--json"])[0]
+    )
+    info = json.loads(run_process(["-m", "flashlm_numba", "info", str(run), "--json"])[0])
+    return {
+        "nll": score["nll"],
+        "bits_per_byte": score["bits_per_byte"],
+        "scored_tokens": score["tokens"],
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "parameters": info["parameters"],
+        "peak_rss_mb": peak,
+    }
+
+
+def run_peer(job: Job, data: Path) -> dict[str, Any]:
+    """Train and score one of the PyTorch peers."""
+    text, peak = run_process(["tools/peer_torch.py", *job.command, str(data), "--validate-every", "1e9"])
+    lines = [json.loads(line) for line in text.splitlines()]
+    last = lines[-1]
+    return {
+        "nll": last["val_nll"],
+        "bits_per_byte": last["val_bits_per_byte"],
+        "scored_tokens": last["val_tokens"],
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "parameters": next(line["parameters"] for line in lines if "parameters" in line),
+        "peak_rss_mb": peak,
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none if it is not there yet."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, by budget, then NLL."""
+    lines = [
+        "| head | settings | seed | budget | NLL, nats | bits/byte | tokens | tokens/s | parameters | peak MB |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def budget(row: dict[str, Any]) -> str:
+        return f"{row['tokens_asked']:,} tokens" if "tokens_asked" in row else f"{row['minutes_asked']:g} minutes"
+
+    for row in sorted(rows, key=lambda row: (budget(row), row["nll"])):
+        lines.append(
+            f"| {row['name']} | {' '.join(row['settings']) or '-'} | {row['seed']} | {budget(row)} | {row['nll']:.3f} "
+            f"| {row['bits_per_byte']:.4f} | {row['tokens']:,} | {row['tokens'] / row['seconds']:,.0f} "
+            f"| {row['parameters']:,} | {row['peak_rss_mb']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def expand(settings: Iterable[str]) -> list[tuple[str, ...]]:
+    """Every combination of `key=a,b` lists, as tuples of `key=value`.
+
+    >>> expand(["adamw_lr=1e-3,2e-3", "clip=1"])
+    [('adamw_lr=1e-3', 'clip=1'), ('adamw_lr=2e-3', 'clip=1')]
+    """
+    lists = []
+    for text in settings:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set takes key=value or key=value,value, got '{text}'.")
+        lists.append([f"{name}={value}" for value in values.split(",")])
+    return list(itertools.product(*lists))
+
+
+@click.command(help=__doc__)
+@click.argument("data_and_results", nargs=-1, metavar="[DATA RESULTS.json NAME...]")
+@click.option("--tokens", type=click.IntRange(min=1), help="Budget of every run in tokens.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget in minutes of training.")
+@click.option("--seed", "seeds", type=int, multiple=True, default=(1,), show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="KEY=A,B", help="A setting, or several to try in turn.")
+@click.option("--threads", type=click.IntRange(min=1), default=timing.available_cores(), show_default=True)
+@click.option("--table", "table_path", type=click.Path(path_type=Path, exists=True), help="Print this file's rows.")
+def main(
+    data_and_results: tuple[str, ...],
+    tokens: int | None,
+    minutes: float | None,
+    seeds: tuple[int, ...],
+    settings: tuple[str, ...],
+    threads: int,
+    table_path: Path | None,
+) -> None:
+    if table_path is not None:
+        click.echo(table(read_rows(table_path)))
+        return
+    if len(data_and_results) < 3 or (tokens is None) == (minutes is None):
+        raise click.UsageError("Give DATA, RESULTS.json, one name or more, and either --tokens or --minutes.")
+    data, path, names = Path(data_and_results[0]).resolve(), Path(data_and_results[1]), data_and_results[2:]
+    if unknown := [name for name in names if name not in OURS and name not in PEERS]:
+        raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *PEERS])}.")
+    jobs = [
+        Job(name, combination, seed, tokens, minutes, threads)
+        for combination in expand(settings)
+        for seed in seeds
+        for name in names
+    ]
+    for number, job in enumerate(jobs, 1):
+        rows = read_rows(path)
+        if any(job.key.items() <= row.items() for row in rows):
+            continue
+        click.echo(f"[{number}/{len(jobs)}] {' '.join(job.command)}", err=True)
+        began = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_ours(job, data, Path(folder)) if job.name in OURS else run_peer(job, data)
+        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+        row = {
+            **job.key,
+            "command": job.command,
+            **result,
+            "data": {name: part["text_tokens"] for name, part in manifest["splits"].items()},
+            "machine": timing.environment(threads),
+            "date": time.strftime("%Y-%m-%d", time.localtime(began)),
+        }
+        rows = [*read_rows(path), row]  # read again: another process may have added its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        timing.write_json(path, {"rows": rows})
+        click.echo(table([row]).splitlines()[-1], err=True)
+
+
+if __name__ == "__main__":
+    main()
