@@ -165,6 +165,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the file as it is now: another process may have added its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    timing.write_json(path, {"rows": [*read_rows(path), row]})
+
+
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as a Markdown table, by budget, then NLL."""
     lines = [
@@ -224,9 +230,12 @@ def main(
     data, path, names = Path(data_and_results[0]).resolve(), Path(data_and_results[1]), data_and_results[2:]
     if unknown := [name for name in names if name not in OURS and name not in PEERS]:
         raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *PEERS])}.")
+    combinations = expand(settings)
+    if not (data / "manifest.json").exists():
+        raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
     jobs = [
         Job(name, combination, seed, tokens, minutes, threads)
-        for combination in expand(settings)
+        for combination in combinations
         for seed in seeds
         for name in names
     ]
@@ -247,9 +256,7 @@ def main(
             "machine": timing.environment(threads),
             "date": time.strftime("%Y-%m-%d", time.localtime(began)),
         }
-        rows = [*read_rows(path), row]  # read again: another process may have added its own
-        path.parent.mkdir(parents=True, exist_ok=True)
-        timing.write_json(path, {"rows": rows})
+        add_row(path, row)
         click.echo(table([row]).splitlines()[-1], err=True)
 
 

@@ -1,0 +1,77 @@
+"""tools/bench_train.py: one row a run, scored by eval's rule, and none run twice."""
+
+import contextlib
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from flashlm_numba.evaluate import evaluate_run
+from tools import bench_train
+
+SMALL = ("dim=16", "inner=24", "groups=4", "dilations=[1]", "phases=2x16", "embeddings=random", "warmup_steps=2")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(bench_train.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def rows(corpus, tmp_path, monkeypatch):
+    """Rows of two runs of 4 steps; the runs' folders are kept."""
+    monkeypatch.setattr(
+        bench_train.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(tmp_path / "kept"))
+    )
+    (tmp_path / "kept").mkdir()
+    sets = [word for setting in SMALL for word in ("--set", setting)]
+    path = tmp_path / "rows.json"
+    done = invoke(corpus, path, "tree", "--tokens", 128, "--threads", 1, *sets)
+    assert done.exit_code == 0, done.output
+    return path, sets
+
+
+def test_a_run_is_scored_by_evals_rule_and_not_run_again(rows, corpus, tmp_path, monkeypatch):
+    path, sets = rows
+    (row,) = bench_train.read_rows(path)
+    assert row["steps"] == 4
+    assert row["tokens"] == 128
+    assert row["nll"] == evaluate_run(tmp_path / "kept" / "run", None)["nll"]
+    assert row["command"][:3] == ["train", "--head", "tree"]
+    monkeypatch.setattr(bench_train, "run_ours", None)  # a second run would fail
+    again = invoke(corpus, path, "tree", "--tokens", 128, "--threads", 2, *sets)
+    assert again.exit_code == 0, again.output
+    assert bench_train.read_rows(path) == [row]
+    shown = invoke("--table", path)
+    assert f"| {row['nll']:.3f} |" in shown.output
+
+
+def test_a_peer_gets_the_default_recipe_in_its_own_words():
+    job = bench_train.Job("torch:adaptive", ("adamw_lr=1e-3",), 3, 300_000, None, 2)
+    words = job.command
+    assert words[words.index("--adamw-lr") + 1] == "1e-3"
+    assert words[words.index("--steps") + 1] == "147"  # of 2,048 tokens
+    assert words[words.index("--decay") + 1] == "59"  # 40 %
+    assert words[words.index("--div-value") + 1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["d", "r.json", "tree"], "either --tokens or --minutes"),
+        (["d", "r.json", "tree", "--tokens", "1", "--minutes", "1"], "either --tokens or --minutes"),
+        (["d", "r.json", "oak", "--tokens", "1"], "There is no oak; there are dense"),
+        (["d", "r.json", "tree", "--tokens", "1", "--set", "clip"], "--set takes key=value"),
+        (["d", "r.json", "tree", "--tokens", "1"], "no manifest.json"),
+    ],
+)
+def test_usage_errors_say_what_to_do(arguments, sentence):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert sentence in done.output
+
+
+def test_rows_of_several_sessions_are_merged(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"rows": [{"name": "dense"}]}))
+    bench_train.add_row(path, {"name": "tree"})
+    assert [row["name"] for row in bench_train.read_rows(path)] == ["dense", "tree"]
