@@ -131,3 +131,35 @@ def test_dense_head_rejects_scratch_of_another_vocabulary():
         ValueError, match=r"scratch was made for another vocabulary, width or number of threads, 600 x 8"
     ):
         dense_head.dense_head_forward(h, weight, np.zeros(2, np.int32), scratch=dense_head.DenseScratch(600, 8))
+
+
+def test_probabilities_in_the_compiled_head_are_exact_to_a_few_units():
+    """exp as the fused kernel compiles it: logits 0 and x < 0 give p = e**x / (1 + e**x), which dh hands out.
+
+    (Above 0 the rounding of the float32 log-sum-exp, half a unit of x, would be all there is to see.)
+    """
+    x = np.concatenate([np.linspace(-86, 0, 1500), -np.geomspace(1e-6, 80, 500)]).astype(np.float32)
+    h, weight = x[:, None].copy(), np.array([[0.0], [1.0]], np.float32)
+    ones, dweight = np.ones(len(x), np.float32), np.zeros_like(weight)
+    zeros = np.zeros(len(x), np.int32)
+    _, _, dh = dense_head.dense_head_forward_backward(h, weight, zeros, ones, dweight)
+    true = 1 / (1 + np.exp(-x.astype(np.float64)))
+    units = np.abs(dh[:, 0] - true) / np.spacing(true.astype(np.float32))
+    assert units.max() <= 6, (units.max(), x[units.argmax()])  # two exponentials and a few roundings
+
+
+@pytest.mark.parametrize("rows", [1, 513, 16_384])
+def test_many_rows_are_those_of_one_chunk_after_another(rows):
+    h, weight, targets, weights, _ = problem(8, rows, 53, 8, 1.0, False)
+    dweight = np.zeros_like(weight)
+    loss, nll, dh = dense_head.dense_head_forward_backward(h, weight, targets, weights, dweight)
+    want = run_reference(np.float64, h, weight, targets, weights, None, {})
+    for got, right in zip((loss, nll, dh, dweight), want, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(right).max()))
+
+
+@pytest.mark.parametrize("value", [0.0, 88.0, -500.0, 3e4])
+def test_equal_logits_give_the_uniform_distribution(value):
+    h, weight = np.full((2, 1), value, np.float32), np.ones((700, 1), np.float32)
+    nll = dense_head.dense_head_forward(h, weight, np.array([0, 699], np.int32))[1]
+    np.testing.assert_allclose(nll, np.log(700), rtol=1e-3 if value == 3e4 else 1e-4)
