@@ -10,9 +10,10 @@ import pytest
 from helpers import assert_as_accurate
 
 from flashlm_numba.config import ModelConfig
-from flashlm_numba.heads import DenseHead
+from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.optim import PRESETS, Optimizer, lr_scale
+from flashlm_numba.tree import build_tree
 
 if "CI" in os.environ:
     import torch  # CI must not skip
@@ -83,6 +84,80 @@ def test_loss_and_every_gradient_agree_with_autograd(config, loss):
     loss64, nll64, grads64 = peer_gradients(config, parameters, torch.float64, ids, targets, weights, options)
     assert_as_accurate(got_loss, loss32[kept], loss64[kept], 8, "loss")
     assert_as_accurate(got_nll, nll32[kept], nll64[kept], 8, "nll")
+    assert grads64.keys() == model.gradients.keys()
+    for name, truth in grads64.items():
+        if name.startswith("router"):
+            assert not model.gradients[name].any()
+        else:
+            assert np.abs(truth).max() > 0, name
+            assert_as_accurate(model.gradients[name], grads32[name], truth, 8, name)
+
+
+def tree_loss(h, weight, nodes, tree, targets, *, label_smoothing=0.0, z_loss=0.0, soft_cap=None, log_prior=None):
+    """loss, nll (N,) of token ids (N,) under a tree, position by position and node by node (docs/tree.md).
+
+    h (N, C), weight (V, C) in leaf order, nodes (M, C); log_prior (V,) by token id.
+    """
+    losses, nlls = [], []
+    prior = None if log_prior is None else torch.as_tensor(log_prior[tree.token_of_row]).to(h.dtype)
+    for x, token in zip(h, targets.tolist(), strict=True):
+        row, node, loss, nll = int(tree.row_of_token[token]), 0, 0.0, 0.0
+        while node is not None:
+            tokens = range(tree.token_start[node], tree.token_end[node])
+            kids = range(tree.child_start[node], tree.child_end[node])
+            rows = [weight[r] for r in tokens] + [nodes[m - 1] for m in kids]
+            logits = torch.stack(rows) @ x
+            if soft_cap is not None:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            if prior is not None:
+                below = [prior[tree.token_start[m] : tree.leaf_end[m]].logsumexp(0) for m in kids]
+                logits = logits + torch.stack([*(prior[r] for r in tokens), *below])
+            holds = [r == row for r in tokens] + [tree.token_start[m] <= row < tree.leaf_end[m] for m in kids]
+            choice, lse = holds.index(True), logits.logsumexp(0)
+            if len(rows) > 1:
+                nll = nll + lse - logits[choice]
+                smooth = label_smoothing * logits.mean() + (1 - label_smoothing) * logits[choice]
+                loss = loss + lse - smooth + z_loss * lse**2
+            node = None if choice < len(tokens) else kids[choice - len(tokens)]
+        losses.append(loss)
+        nlls.append(nll)
+    return torch.stack(losses), torch.stack(nlls).detach()
+
+
+def peer_tree_gradients(config, parameters, dtype, tree, ids, targets, weights, options):
+    model = peer(config, {name: value for name, value in parameters.items() if not name.startswith("head.")}, dtype)
+    nodes = torch.from_numpy(parameters["head.nodes.weight"].copy()).to(dtype).requires_grad_()
+    kept = weights > 0
+    h = model.hidden(torch.as_tensor(tree.row_of_token[ids], dtype=torch.int64))[torch.as_tensor(kept)]
+    loss, nll = tree_loss(h, model.embedding.weight, nodes, tree, targets.reshape(-1)[kept], **options)
+    (loss * torch.as_tensor(weights[kept]).to(dtype)).sum().backward()
+    grads = model.grads_to_numpy() | {"head.nodes.weight": nodes.grad.numpy()}
+    return loss.detach().numpy(), nll.numpy(), grads
+
+
+@pytest.mark.parametrize(
+    ("shape", "loss"), [("adaptive", "plain"), ("two-level", "v3"), ("huffman", "capped"), ("balanced", "prior")]
+)
+def test_loss_and_every_gradient_of_the_tree_agree_with_autograd(shape, loss):
+    config, rng = CONFIGS["small"], np.random.default_rng(3)
+    counts = (rng.pareto(0.8, config.vocab_size) * 20).astype(np.int64)
+    tree = build_tree(shape, counts)
+    prior = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)
+    options = {"soft_cap": 8.0, "log_prior": prior} if loss == "prior" else LOSSES[loss]
+    parameters = weights_away_from_the_threshold(config)
+    parameters["head.nodes.weight"] = rng.standard_normal((tree.n_nodes - 1, config.dim)).astype(np.float32)
+    ids, targets = batch(config, 1, 2, 40)
+    weights = rng.uniform(0, 0.01, ids.size).astype(np.float32)
+    weights[::3] = 0
+
+    own = {name: value.copy() for name, value in parameters.items()}
+    model = Model(config, own, lambda w, dw: TreeHead(tree, w, dw, nodes=own["head.nodes.weight"], **options))
+    got_loss, got_nll, _ = model.loss_and_grad(ids, targets, weights)
+    given = config, parameters
+    loss32, nll32, grads32 = peer_tree_gradients(*given, torch.float32, tree, ids, targets, weights, options)
+    loss64, nll64, grads64 = peer_tree_gradients(*given, torch.float64, tree, ids, targets, weights, options)
+    assert_as_accurate(got_loss, loss32, loss64, 8, "loss")
+    assert_as_accurate(got_nll, nll32, nll64, 8, "nll")
     assert grads64.keys() == model.gradients.keys()
     for name, truth in grads64.items():
         if name.startswith("router"):

@@ -283,6 +283,77 @@ def test_tree_head_learns_a_token_never_seen_when_built():
     assert head.forward_backward(h, target, one)[1] < first
 
 
+def test_tree_head_sorts_more_leaves_than_16_bits_count():
+    # sorted as 16-bit numbers, leaf row 65,536 would come before row 5
+    vocab, dim = (1 << 16) + 1, 2
+    rng = np.random.default_rng(7)
+    width, starts = 512, range(0, vocab, 512)
+    tree = tree_from_lists(
+        [[], *(list(range(start, min(start + width, vocab))) for start in starts)],
+        [list(range(1, len(starts) + 1)), *([] for _ in starts)],
+    )
+    weight = rng.standard_normal((vocab, dim)).astype(np.float32)
+    head = TreeHead(tree, weight, nodes=rng.standard_normal((tree.n_nodes - 1, dim)).astype(np.float32))
+    x = rng.standard_normal(dim).astype(np.float32)
+    rows = np.array([vocab - 1, 5, 0, vocab - 1, 40_000, vocab - 2, 300], np.int32)
+    targets = tree.token_of_row[rows]
+    h = np.ascontiguousarray(np.broadcast_to(x, (len(rows), dim)))
+    _, nll, dh = head.forward_backward(h, targets, np.ones(len(rows), np.float32))
+    want = reference_tree.tree_head_log_distribution(x[None], weight, head.nodes, tree.spans)[0]
+    np.testing.assert_allclose(-nll, want[rows], rtol=1e-5, atol=1e-4)
+    for a, b in ((1, 0), (3, 0)):  # the same h and target: the same gradient; another target: another
+        assert np.array_equal(dh[a], dh[b]) == (rows[a] == rows[b])
+
+
+@pytest.mark.parametrize("threads", range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1))
+def test_tree_head_splits_a_node_of_several_chunks(threads, monkeypatch):
+    """A thread takes its share of a split node's positions CHUNK at a time; here 2 or 3 times."""
+    rng = np.random.default_rng(9)
+    below = [list(range(start, start + 5)) for start in (40, 45, 50)]
+    tree = tree_from_lists([list(range(40)), *below], [[1, 2, 3], [], [], []])
+    weight, nodes = (rng.standard_normal((rows, 8)).astype(np.float32) for rows in (55, 3))
+    head = TreeHead(tree, weight, nodes=nodes, **ALL)
+    # a root wider than a thread's own buffer is split on one thread too
+    monkeypatch.setattr(tree_head, "OWN_FLOATS", 20 * threads)
+    arrays = problem(9, head, 2 * tree_head.CHUNK + 200)
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        got = run(head, *arrays)
+    finally:
+        numba.set_num_threads(before)
+    ref32, ref64 = (run_reference(dtype, head, *arrays) for dtype in (np.float32, np.float64))
+    for name, a, r32, r64 in zip(("loss", "nll", "dh", "dweight", "dnodes"), got, ref32, ref64, strict=True):
+        assert_as_accurate(a, r32, r64, 8, name)
+
+
+def test_tree_head_functions_all_apply_the_cap_and_the_prior():
+    """log_prob, distribution, the nodes' search and descent, each against float64 with cap and prior."""
+    head = make_head(11, "adaptive", 60, 8, scale=1.5, prior=True, soft_cap=2.0)
+    h, targets, weights = problem(11, head, 50)
+    arrays = [a.astype(np.float64) for a in (h, head.weight, head.nodes)]
+    both = reference_settings(head, np.float64)
+
+    def log_p(**settings):
+        by_row = reference_tree.tree_head_log_distribution(*arrays, head.tree.spans, **settings)
+        return by_row[:, head.row_of_token]
+
+    want = log_p(**both)
+    for without in (log_p(soft_cap=head.soft_cap), log_p(**both | {"soft_cap": None})):
+        assert np.abs(want - without).max() > 0.5  # the case can tell
+        assert np.abs(want - without)[np.arange(50), targets].max() > 0.5
+    np.testing.assert_allclose(head.log_prob(h, targets), want[np.arange(50), targets], atol=1e-4)
+    np.testing.assert_allclose(head.forward_backward(h, targets, weights)[1], -want[np.arange(50), targets], atol=1e-4)
+    np.testing.assert_allclose(head.log_distribution(h), want, atol=1e-4)
+    np.testing.assert_allclose(head.distribution(h), np.exp(want), atol=1e-5)
+    found = dict(head.most_likely(h[0]))
+    np.testing.assert_allclose([found[token] for token in range(60)], want[0], atol=1e-4)
+    draws = 20_000
+    drawn = head.sample(np.ascontiguousarray(np.broadcast_to(h[0], (draws, 8))), np.random.default_rng(0))
+    share = np.bincount(drawn, minlength=60) / draws
+    assert np.abs(share - np.exp(want[0])).max() < 0.02 < np.abs(share - np.exp(log_p()[0])).max()
+
+
 def test_tree_head_says_what_is_wrong():
     head = make_head(0, "adaptive", 50, 8)
     h = np.zeros((2, 8), np.float32)
