@@ -194,8 +194,8 @@ def set_aside_after(run: Path, step: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; raises UserError if another one trains in it.
+def lock(run: Path, remedy: str = "wait for it, or stop it") -> Iterator[None]:
+    """Hold a run's folder for this process; raises UserError, ending with a remedy, if another one trains in it.
 
     The operating system drops the lock when the process ends, however it ends.
     """
@@ -204,9 +204,7 @@ def lock(run: Path) -> Iterator[None]:
         try:
             _lock_file(file)
         except OSError:
-            raise UserError(
-                f"Another process is training in {run}; wait for it, stop it, or choose another --out."
-            ) from None
+            raise UserError(f"Another process is training in {run}; {remedy}.") from None
         yield
 
 

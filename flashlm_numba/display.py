@@ -34,8 +34,8 @@ def duration(seconds: float) -> str:
 
 
 def _print(line: str) -> None:
-    """A line on standard error; whoever read it may have gone (`2>&1 | head`), which must not end the work."""
-    with contextlib.suppress(BrokenPipeError):
+    """A line on standard error; whoever read it may have gone (a closed terminal, `| head`): the work goes on."""
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
@@ -61,7 +61,8 @@ class Display:
     def note(self, text: str) -> None:
         """Print a line."""
         if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             _print(text)
 
@@ -129,5 +130,6 @@ class Display:
 
     def _stop(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):
+                self._progress.stop()
             self._progress = None

@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 
 
+def available_threads() -> int:
+    """Threads to use when nobody says how many: every core of this process, as far as Numba was started with them."""
+    import numba
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, numba.config.NUMBA_NUM_THREADS)
+
+
 def set_threads(threads: int | None = None) -> int:
-    """Use this many threads in Numba and in NumPy's BLAS (default: every core of this process); returns the number.
+    """Use this many threads in Numba and in NumPy's BLAS (default: available_threads); returns the number.
 
     SciPy's BLAS is pinned to one thread: Numba's threads call it side by side (kernels/_blas.py).
     Raises ValueError if threads is below 1 or above what Numba was started with.
@@ -17,8 +25,7 @@ def set_threads(threads: int | None = None) -> int:
     from flashlm_numba.kernels import _blas
 
     if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(cores, numba.config.NUMBA_NUM_THREADS)
+        threads = available_threads()
     if not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
         raise ValueError(
             f"threads must be between 1 and {numba.config.NUMBA_NUM_THREADS} on this machine, got {threads}"

@@ -33,6 +33,7 @@ from flashlm_numba.errors import UserError
 from flashlm_numba.evaluate import score, validation_subset
 from flashlm_numba.generate import generate_text
 from flashlm_numba.optim import PRESETS, Optimizer, OptimizerSettings, lr_scale
+from flashlm_numba.threads import available_threads
 from flashlm_numba.tokenizer import EOT, Tokenizer
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def start_run(
     minutes: float | None = None,
     threads: int,
 ) -> int:
-    """Train a new run; returns the exit status (0, or 130/143 after Ctrl-C/SIGTERM).
+    """Train a new run; returns the exit status (0, or 128 plus the signal's number: 130 after Ctrl-C).
 
     run : settings without plan;  data : a prepared folder, None for the built-in text;  out : its folder
     steps, tokens, minutes : the length, one of them or none (the recipe's own, or 20 minutes)
@@ -207,7 +208,8 @@ def start_run(
         elif minutes is None and run.fixed_layout is not None:
             run = plan_for(run, steps=run.fixed_layout)
             fixed_length = True
-        with _writing_to(folder), checkpoint.lock(folder):
+        another = "choose another --out"
+        with _writing_to(folder, another), checkpoint.lock(folder, f"wait for it, stop it, or {another}"):
             session = _new_session(run, folder, token_data, display)
             with _rehearsal(session):
                 _warm_up(session, display)
@@ -233,18 +235,22 @@ def resume_run(
     """Go on with a run from its newest checkpoint, or the one named; returns the exit status as start_run.
 
     steps, tokens : a new length, counted from the run's first step;  minutes : so much more training
-    threads : default the run's own number;  settings : key=value of CHANGEABLE.  Raises UserError.
+    threads : default the run's own number, or all that this machine has where those are fewer
+    settings : key=value of CHANGEABLE.  Raises UserError.
     """
     began = time.perf_counter()
     run = assemble.read_config(folder)
-    with Display() as display, _writing_to(folder), checkpoint.lock(folder):
+    elsewhere = "make it writable, or copy the run to where you may write and resume the copy"
+    with Display() as display, _writing_to(folder, elsewhere), checkpoint.lock(folder, "wait for it, or stop it"):
         path = None
         if checkpoint_name is not None or checkpoint.any_in(folder):
             path = checkpoint.find(folder, checkpoint_name)
-        wanted = run.threads if threads is None else threads
-        using = set_threads(wanted)
+        using = set_threads(min(run.threads, available_threads()) if threads is None else threads)
         if using != run.threads:
-            display.note(f"The run used {run.threads} threads, now {using}: results will differ in the last digits.")
+            why = "" if threads is not None else ", all that there are here"
+            display.note(
+                f"The run used {run.threads} threads, now {using}{why}: last digits of the results will differ."
+            )
         run = replace(_changed(run, settings), threads=using)
         token_data = open_tokens(Path(run.data))
         if token_data.hash != run.data_hash:
@@ -555,7 +561,10 @@ def _last_good(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the step is finished; a second one ends at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list, so that the step is finished; a second one ends at once.
+
+    SIGHUP comes when the terminal is closed; where it is ignored, as under nohup, it stays so.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # Python lets only the main thread handle signals
@@ -566,9 +575,13 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
         # not print: it may be what the signal interrupted, and it is not reentrant
-        os.write(2, b"\nFinishing the step and saving; once more to stop without saving.\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nFinishing the step and saving; once more to stop without saving.\n")
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield caught
     finally:
@@ -577,13 +590,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    """Turn the file system's refusals into a sentence."""
+def _writing_to(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn the file system's refusals into a sentence that ends with a remedy."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder} cannot be written: {error.strerror or error}; choose another --out."
+            f"{error.filename or folder} cannot be written: {error.strerror or error}; {remedy}."
         ) from error
 
 

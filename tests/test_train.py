@@ -18,7 +18,7 @@ from flashlm_numba import checkpoint, train
 from flashlm_numba.config import Phase, RunConfig, plan_for
 from flashlm_numba.data import open_tokens
 from flashlm_numba.errors import UserError
-from flashlm_numba.threads import set_threads
+from flashlm_numba.threads import available_threads, set_threads
 
 # what is awkward together: micro-batches, a change of shape, a share of positions, an average, loss options
 AWKWARD = (
@@ -289,8 +289,46 @@ def test_two_runs_in_one_folder_are_refused(tiny_run, corpus, tmp_path):
     _start(run, corpus, tmp_path / "run", steps=1)
     with pytest.raises(UserError, match=r"already holds a run; go on with --resume"):
         _start(run, corpus, tmp_path / "run", steps=1)
-    with checkpoint.lock(tmp_path / "run"), pytest.raises(UserError, match="Another process is training"):
+    with checkpoint.lock(tmp_path / "run"), pytest.raises(UserError, match=r"Another process is .*it, or stop it\.$"):
         _resume(tmp_path / "run")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence_with_a_remedy_that_fits(tiny_run, corpus, tmp_path):
+    run = tiny_run.with_settings(["head.name=dense"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be written: Not a directory; choose another --out\."):
+        _start(run, corpus, tmp_path / "file" / "run", steps=1)
+    _start(run, corpus, tmp_path / "run", steps=1)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: .*; make it writable, or copy the run"):
+        _resume(tmp_path / "run", steps=2)
+
+
+def test_a_run_resumes_with_the_threads_that_there_are(tiny_run, corpus, tmp_path, capsys):
+    _start(tiny_run.with_settings(["head.name=dense"]), corpus, tmp_path, steps=1)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(re.sub(r'"threads": \d+', '"threads": 1000', config))
+    with pytest.raises(ValueError, match="threads must be between 1 and"):
+        _resume(tmp_path, steps=2, threads=1000)  # asked for, so not a matter of course
+    assert _resume(tmp_path, steps=2) == 0
+    here = available_threads()
+    assert f"The run used 1000 threads, now {here}, all that there are here" in capsys.readouterr().err
+    assert RunConfig.from_json((tmp_path / "config.json").read_text()).threads == here
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_saves_unless_hang_ups_are_ignored(tiny_run, corpus, tmp_path, stop_at):
+    run = tiny_run.with_settings(["head.name=dense"])
+    again = stop_at(2, signal.SIGHUP)
+    assert _start(run, corpus, tmp_path / "run", steps=3) == 129
+    assert checkpoint.find(tmp_path / "run").name == "step-2"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert _start(run, corpus, tmp_path / "nohup", steps=3) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    again()
 
 
 def test_changed_data_is_refused(tiny_run, corpus, tmp_path):
