@@ -286,6 +286,11 @@ class TokenData:
                     )
 
 
+def is_prepared(folder: Path | str) -> bool:
+    """Whether prepare() has worked in this folder, to the end or not: open_tokens is then the one to ask."""
+    return any((Path(folder) / name).exists() for name in (MANIFEST, JOURNAL))
+
+
 def open_tokens(folder: Path | str) -> TokenData:
     """Open a prepared corpus after cheap checks: the manifest is sane, every shard is there in its full size.
 

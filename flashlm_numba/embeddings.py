@@ -25,6 +25,7 @@ import numpy as np
 from scipy import sparse
 
 from flashlm_numba.errors import UserError
+from flashlm_numba.sources import HUB_TIMEOUT
 
 if TYPE_CHECKING:
     from flashlm_numba.data import Split, TokenData
@@ -429,12 +430,18 @@ def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _download(source: str) -> Path:
-    """model.safetensors of `hf:NAME`, from the Hugging Face cache or the hub."""
-    from huggingface_hub import hf_hub_download
+    """model.safetensors of `hf:NAME`, from the Hugging Face cache (as it is, without asking the hub) or the hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = source.removeprefix("hf:")
     try:
-        return Path(hf_hub_download(name, "model.safetensors"))
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors", local_files_only=True))
+        except LocalEntryNotFoundError:
+            # one request first, since the download repeats a failing one for half a minute
+            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors"))
     except Exception as error:  # dozens of kinds: no network, no such repository, gated, full disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

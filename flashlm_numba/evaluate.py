@@ -173,14 +173,14 @@ def evaluate_run(
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
     from flashlm_numba.assemble import load_model
-    from flashlm_numba.data import MANIFEST, open_tokens
+    from flashlm_numba.data import is_prepared, open_tokens
     from flashlm_numba.display import Display
     from flashlm_numba.tokenizer import EOT
 
     loaded = load_model(run, checkpoint_name, ema=ema)
     sizes = {"documents": 0, "bytes": 0}
     total = None
-    if data is None or (Path(data) / MANIFEST).exists():
+    if data is None or is_prepared(data):
         where = loaded.run.data if data is None else data
         split = open_tokens(Path(where)).validation
         sizes = {"documents": split.n_documents, "bytes": split.n_bytes}

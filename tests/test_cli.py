@@ -137,6 +137,15 @@ def test_eval_prints_one_json_object_and_agrees_with_itself(run, corpus, corpus_
     assert first["nll"] != own["nll"]
 
 
+def test_eval_of_an_unfinished_folder_says_what_to_do(run, corpus, tmp_path):
+    unfinished = tmp_path / "tokens"
+    shutil.copytree(corpus, unfinished)
+    (unfinished / "manifest.json").rename(unfinished / "progress.json")
+    done = _run("eval", run, unfinished)
+    assert done.exit_code == 1
+    assert "is not finished: run the `flashlm-numba prepare` command that began it once more" in done.stderr
+
+
 def test_eval_in_words(run):
     done = _run("eval", run)
     assert done.exit_code == 0

@@ -229,23 +229,35 @@ def test_from_gpt2_refuses_what_is_no_gpt2_checkpoint(tmp_path):
 
 def test_from_gpt2_takes_a_hub_name_and_says_when_it_cannot_be_had(tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     path = tmp_path / "model.safetensors"
     save_file({"wte.weight": wte(500, 16)}, path)
-    asked = []
+    asked, cached, online = [], False, True
 
-    def download(*name):
-        asked.append(name)
+    def download(*name, local_files_only=False):
+        asked.append((*name, "cache" if local_files_only else "hub"))
+        if local_files_only and not cached:
+            raise LocalEntryNotFoundError("not there")
         return str(path)
 
+    def model_info(self, name, timeout):
+        asked.append(("info", name))
+        assert timeout <= 10
+        if not online:
+            raise ConnectionError("no network\nand much more")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    rows, _ = from_gpt2("hf:openai-community/gpt2", 8, vocab_size=500)
-    assert rows.shape == (500, 8)
-    assert asked == [("openai-community/gpt2", "model.safetensors")]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    gpt2, file = "openai-community/gpt2", "model.safetensors"
+    assert from_gpt2(f"hf:{gpt2}", 8, vocab_size=500)[0].shape == (500, 8)
+    assert asked == [(gpt2, file, "cache"), ("info", gpt2), (gpt2, file, "hub")]
 
-    def offline(*name):
-        raise ConnectionError("no network\nand much more")
+    asked, online = [], False  # the request that tells so comes before the download, which would try for long
+    with pytest.raises(UserError, match=r"openai-community/gpt2 from the Hugging Face hub \(no network\); check"):
+        from_gpt2(f"hf:{gpt2}", 8)
+    assert asked == [(gpt2, file, "cache"), ("info", gpt2)]
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(UserError, match=r"openai-community/gpt2 from the Hugging Face hub \(no network\)"):
-        from_gpt2("hf:openai-community/gpt2", 8)
+    asked, cached = [], True
+    assert from_gpt2(f"hf:{gpt2}", 8, vocab_size=500)[0].shape == (500, 8)
+    assert asked == [(gpt2, file, "cache")]
