@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from flashlm_numba import checkpoint
+from flashlm_numba.cache import cache_roots, writable_cache
 from flashlm_numba.config import HeadConfig, RunConfig
 from flashlm_numba.data import MANIFEST, TokenData, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
@@ -133,7 +133,7 @@ def check(run: RunConfig, data: TokenData) -> None:
 
 
 def training_data(source: str | None, note: Note) -> Path:
-    """The prepared folder to train on: the one named, or the built-in text's in the user's cache.
+    """The prepared folder to train on: the one named, or the built-in text's in the cache.
 
     Preparing runs in a process of its own, so that training does not keep the memory it took.
     """
@@ -147,8 +147,11 @@ def training_data(source: str | None, note: Note) -> Path:
                 "then train on DIR."
             )
         return folder
-    cache = user_cache_path("flashlm-numba", appauthor=False)
-    if not any(cache.glob(f"corpus-*/{MANIFEST}")):
+    roots = cache_roots()
+    if not any(found for root in roots for found in root.glob(f"corpus-*/{MANIFEST}")):
+        place = writable_cache()
+        if place != roots[0]:
+            note(f"The cache folder {roots[0]} cannot be written, so {place} is used, which may be gone tomorrow.")
         note("Preparing the built-in text, this first time ...")
         run_apart(["-m", "flashlm_numba", "prepare"])
     return default_corpus()

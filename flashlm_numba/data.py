@@ -1079,21 +1079,29 @@ def _summary(manifest: Manifest) -> str:
 
 
 def default_corpus(progress: bool = True) -> Path:
-    """Folder of the built-in text's token shards in the user's cache, prepared when it is first asked for.
+    """Folder of the built-in text's token shards in the cache (see cache.py), prepared when it is first asked for.
 
     The folder is named by a hash of the text and the vocabulary. Takes a few seconds once, then milliseconds.
     """
-    from platformdirs import user_cache_dir
+    from flashlm_numba.cache import from_cache, writable_cache
 
     source = sources.resolve(None)
     key = hashlib.sha256(f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()).hexdigest()
-    out = Path(user_cache_dir("flashlm-numba", appauthor=False)) / f"corpus-{key[:16]}"
-    try:
-        open_tokens(out)
-    except UserError:
+    name = f"corpus-{key[:16]}"
+    out = from_cache(name, _if_open)
+    if out is None:
+        out = writable_cache(name)
         _discard_if_damaged(out)
         prepare(None, out, progress=progress, wait=True)
     return out
+
+
+def _if_open(folder: Path) -> Path | None:
+    """The folder, if it can be opened."""
+    try:
+        return open_tokens(folder).folder
+    except UserError:
+        return None
 
 
 def _discard_if_damaged(out: Path) -> None:

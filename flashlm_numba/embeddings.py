@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from flashlm_numba.cache import from_cache, writable_cache
 from flashlm_numba.errors import UserError
 from flashlm_numba.sources import HUB_TIMEOUT
 
@@ -39,6 +39,7 @@ DISCOUNT = 1.0  # a pair counted n times weighs n / (n + DISCOUNT): single sight
 LENGTH_POWER = 0.5  # lengths of rows are raised to this power: frequent tokens keep longer ones, but less so
 RMS = 0.02  # root mean square of the rows of the tokens that occur
 UNSEEN_RMS = 0.1  # of random rows for tokens that do not occur, times RMS
+CACHE = "embeddings"  # folder in the cache
 _CHUNK = 1 << 20  # tokens counted at a time
 
 Report = Callable[[str], None]
@@ -240,40 +241,30 @@ def cached_start(
     threads: int | None = None,
     report: Report | None = None,
 ) -> np.ndarray:
-    """from_corpus of data.train, from the user's cache folder or made there by a process of its own.
+    """from_corpus of data.train, from the cache (see cache.py) or made there by a process of its own.
 
     Returns (vocab_size, dim) float32. `report` gets a sentence when work begins and after each stage. A
-    damaged cache file is made anew; a cache folder that cannot be written costs the time again at the next
-    run.
+    damaged cache file is made anew. Raises UserError if no folder can be written.
     """
-    path = cache_path(data.hash, dim, seed, vocab_size)
-    rows = _load(path, (vocab_size, dim))
+    name = cache_name(data.hash, dim, seed, vocab_size)
+    rows = from_cache(f"{CACHE}/{name}", lambda path: _load(path, (vocab_size, dim)))
     if rows is not None:
         return rows
+    folder = writable_cache(CACHE)
     if report:
-        report(f"making the start of the embedding from {data.folder} (once, then kept in {path.parent})")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        _run_apart(data.folder, path, dim, seed, vocab_size, threads, report)
-        rows = _load(path, (vocab_size, dim))
-    except OSError:  # read-only home
-        with tempfile.TemporaryDirectory(prefix="flashlm-numba-") as folder:
-            _run_apart(data.folder, Path(folder) / path.name, dim, seed, vocab_size, threads, report)
-            rows = _load(Path(folder) / path.name, (vocab_size, dim))
+        report(f"making the start of the embedding from {data.folder} (once, then kept in {folder})")
+    _run_apart(data.folder, folder / name, dim, seed, vocab_size, threads, report)
+    rows = _load(folder / name, (vocab_size, dim))
     if rows is None:
-        raise RuntimeError(f"the embedding process left no usable {path.name}")
+        raise RuntimeError(f"the embedding process left no usable {name}")
     return rows
 
 
-def cache_path(data_hash: str, dim: int, seed: int, vocab_size: int) -> Path:
-    """Where cached_start keeps its result: named by data, shape, seed and the settings of this module."""
-    import platformdirs
-
+def cache_name(data_hash: str, dim: int, seed: int, vocab_size: int) -> str:
+    """The file that cached_start keeps in CACHE: named by data, shape, seed and the settings of this module."""
     settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, EOT)
     key = hashlib.sha256(f"{data_hash} {vocab_size} {dim} {seed} {settings}".encode()).hexdigest()
-    return Path(platformdirs.user_cache_dir("flashlm-numba")) / "embeddings" / f"corpus-{key[:24]}.npy"
+    return f"corpus-{key[:24]}.npy"
 
 
 def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from scipy import sparse
 
 from flashlm_numba import embeddings
+from flashlm_numba.cache import writable_cache
 from flashlm_numba.embeddings import count_pairs, from_corpus, from_gpt2, ppmi, truncated_svd
 from flashlm_numba.errors import UserError
 
@@ -135,7 +136,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     assert any("singular vectors" in sentence for sentence in said)
     np.testing.assert_array_equal(start, from_corpus(data.train, 50_257, 16, 5))
 
-    path = embeddings.cache_path(data.hash, 16, 5, 50_257)
+    path = writable_cache("embeddings") / embeddings.cache_name(data.hash, 16, 5, 50_257)
     assert path.is_file()
     assert path.is_relative_to(tmp_path)
     monkeypatch.setattr(embeddings, "_run_apart", lambda *_: pytest.fail("made again although cached"))
