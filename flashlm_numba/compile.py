@@ -22,7 +22,8 @@ def ensure_compiled(note: Callable[[str], None]) -> None:
         return
     from flashlm_numba.assemble import run_apart
 
-    note("Compiling the kernels (once; about a minute) ...")
+    often = f"each time, since {_jit.cache_root()} cannot be written" if _jit.CACHE_IS_TEMPORARY else "once"
+    note(f"Compiling the kernels ({often}; about a minute) ...")
     # the folder of this process, which may be a temporary one where the user's cache cannot be written
     run_apart(["-m", "flashlm_numba.compile"], NUMBA_CACHE_DIR=str(_jit.CACHE_FOLDER.parent))
 
@@ -31,6 +32,7 @@ def main() -> None:
     """Call every kernel on a narrow model: compiled code is the same for any width."""
     from flashlm_numba.config import ModelConfig
     from flashlm_numba.heads import DenseHead, TreeHead
+    from flashlm_numba.kernels.optimizers import ema_update
     from flashlm_numba.model import Model, initial_parameters
     from flashlm_numba.optim import PRESETS, Optimizer
     from flashlm_numba.threads import set_threads
@@ -54,6 +56,8 @@ def main() -> None:
             model.zero_grad()
             model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32))
             Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)
+            for value in model.parameters.values():
+                ema_update(value.copy(), value, 0.999)
         h = model.forward(ids)
         model.head.log_prob(h, ids.reshape(-1))
         model.head.distribution(h[:1])

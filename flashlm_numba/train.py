@@ -32,6 +32,7 @@ from flashlm_numba.display import Display
 from flashlm_numba.errors import UserError
 from flashlm_numba.evaluate import score, validation_subset
 from flashlm_numba.generate import generate_text
+from flashlm_numba.kernels.optimizers import ema_update
 from flashlm_numba.optim import PRESETS, Optimizer, OptimizerSettings, lr_scale
 from flashlm_numba.threads import available_threads
 from flashlm_numba.tokenizer import EOT, Tokenizer
@@ -49,7 +50,7 @@ CHANGEABLE = {
 }
 EMBEDDING = "embedding.weight"
 _POSITIONS, _CANDIDATES = 1, 2  # the random streams of the positions and of the head, beside the batches' own
-_CHUNK = 1 << 18  # elements, for updates of large arrays without a temporary of their size
+_CHUNK = 1 << 18  # elements exchanged at a time, without a temporary of the array's size
 
 
 @dataclass
@@ -499,13 +500,8 @@ def _exchange(session: Session) -> None:
 def _update_ema(session: Session) -> float:
     """Move the average towards the parameters by 1 - decay; returns the seconds it took."""
     start = time.perf_counter()
-    rate = np.float32(1 - session.run.training.ema)
     for name, average in session.ema.items():
-        a, p = average.reshape(-1), session.model.parameters[name].reshape(-1)
-        for i in range(0, len(a), _CHUNK):
-            step = p[i : i + _CHUNK] - a[i : i + _CHUNK]
-            step *= rate
-            a[i : i + _CHUNK] += step
+        ema_update(average, session.model.parameters[name], session.run.training.ema)
     return time.perf_counter() - start
 
 

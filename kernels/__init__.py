@@ -1,1 +1,34 @@
-"""Numba kernels: one operation per file, forward above backward; reference.py holds their NumPy twins."""
+"""Numba kernels: one operation per file, forward above backward; imported as flashlm_numba.kernels, never as kernels.
+
+    embedding       rows gathered, scattered without races, cleared
+    rmsnorm, glu    rows of the trunk
+    conv            causal dilated grouped convolution with a sigmoid gate
+    ternary         ternary values of a weight, 2-bit packing, packed matrix times vector
+    trunk           all passes of the block, one parallel region each way
+    dense_head      softmax over all tokens, fused with cross-entropy and its gradients
+    tree_head       softmax at every node on the way to a token, loss and gradients
+    optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
+    reference, reference_tree, reference_optim
+                    NumPy twin of every public kernel: the executable specification
+
+    _jit            the decorators, their compiler flags, the cache of compiled code
+    _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers
+    _math, _check   exp as a polynomial; checks of arguments
+
+Nothing is imported here: a program loads the kernels that it uses, and Numba with the first of them.
+"""
+
+__all__ = [
+    "conv",
+    "dense_head",
+    "embedding",
+    "glu",
+    "optimizers",
+    "reference",
+    "reference_optim",
+    "reference_tree",
+    "rmsnorm",
+    "ternary",
+    "tree_head",
+    "trunk",
+]

@@ -47,24 +47,29 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+def cache_root() -> Path:
+    """Where the cache of compiled kernels belongs: NUMBA_CACHE_DIR, or the user's cache folder."""
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir("flashlm-numba", appauthor=False))
+
+
 def cache_folder() -> Path:
     """Folder of the compiled kernels, keyed by their sources.
 
     Numba notices a change of the cached function's own file only, not of a helper in another file or of a flag
-    here; a folder per source hash makes a stale kernel impossible. NUMBA_CACHE_DIR is respected as the parent.
-    Where the user's cache folder cannot be written, a folder for this process only is used.
+    here; a folder per source hash makes a stale kernel impossible. Where cache_root cannot be written, a folder
+    for this process only is used.
     """
-    root = os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir("flashlm-numba", appauthor=False)
-    name = f"kernels-{source_hash()}"
-    if _writable(Path(root) / name):
-        return Path(root) / name
+    folder = cache_root() / f"kernels-{source_hash()}"
+    if _writable(folder):
+        return folder
     temporary = Path(tempfile.mkdtemp(prefix="flashlm-numba-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    (temporary / name).mkdir(mode=0o700)
-    return temporary / name
+    (temporary / folder.name).mkdir(mode=0o700)
+    return temporary / folder.name
 
 
 CACHE_FOLDER = cache_folder()
+CACHE_IS_TEMPORARY = CACHE_FOLDER.parent != cache_root()  # everything is compiled again in the next process
 
 
 def cache_is_cold() -> bool:

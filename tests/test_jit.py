@@ -71,6 +71,7 @@ def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path, monkeypatch):
     folder = _jit.cache_folder()
     assert folder.is_dir()
     assert blocked not in folder.parents
+    assert folder.parent != _jit.cache_root() == blocked
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")

@@ -1,5 +1,6 @@
 """What gets installed."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,21 @@ def test_the_kernels_are_one_folder_under_two_names():
     link = ROOT / "flashlm_numba" / "kernels"
     assert link.is_symlink()
     assert link.resolve() == ROOT / "kernels"
+
+
+def test_the_kernels_table_of_contents_is_complete():
+    from flashlm_numba import kernels
+
+    names = {path.stem for path in ROOT.glob("kernels/*.py")} - {"__init__"}
+    assert names <= set(re.findall(r"\w+", kernels.__doc__))
+    assert set(kernels.__all__) == {name for name in names if not name.startswith("_")}
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert [name for name in names if f"`{name}.py`" not in page and not name.startswith(("reference", "_check"))] == []
+
+
+def test_settings_and_the_kernels_package_load_without_numba():
+    code = "import sys, flashlm_numba.config, flashlm_numba.kernels; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_file_of_the_package_imports_the_top_level_kernels():
