@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from flashlm_numba.errors import UserError
+from flashlm_numba.files import sync_folder
 
 KEEP = 3  # checkpoints kept in a run
 
@@ -77,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         _sync(file)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: dict[str, Any]) -> Path:
@@ -99,11 +100,11 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
             hashes[f"{name}.safetensors"] = write_safetensors(temporary / f"{name}.safetensors", tensors)
         content = {"step": step, **state, "files": hashes}
         write_text(temporary / "state.json", json.dumps({**content, "sha256": _hash(content)}, indent=1) + "\n")
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if final.exists():  # the same step again, after resuming from it
             os.replace(final, parent / f".tmp-old-step-{step}")
         os.replace(temporary, final)
-        _sync_folder(parent)
+        sync_folder(parent)
         for left_over in parent.glob(".tmp-*"):
             shutil.rmtree(left_over)
         for old in _steps(run)[:-KEEP]:
@@ -237,12 +238,3 @@ def _bytes(array: np.ndarray) -> Any:
 def _sync(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows cannot open a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -124,7 +124,7 @@ def prepare(
     stopped goes on when the same command is given again.
     """
     from flashlm_numba.data import default_corpus, open_tokens
-    from flashlm_numba.data import prepare as prepare_tokens
+    from flashlm_numba.prepare import prepare as prepare_tokens
 
     if out is None:
         if (source, validation, subset, max_tokens, max_docs) != (None,) * 5 or lines or split != "auto":

@@ -7,7 +7,7 @@ import pytest
 
 from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import RunConfig
-from flashlm_numba.data import prepare
+from flashlm_numba.prepare import prepare
 
 TINY = (
     "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",

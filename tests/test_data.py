@@ -22,9 +22,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba import data, sources
-from flashlm_numba.data import Manifest, Split, open_tokens, prepare, sample_batch
+from flashlm_numba import prepare as preparing
+from flashlm_numba import sources, splitting
+from flashlm_numba.data import Manifest, Split, default_corpus, open_tokens, sample_batch
 from flashlm_numba.errors import UserError
+from flashlm_numba.prepare import prepare
 from flashlm_numba.tokenizer import EOT, VOCAB_SIZE, Tokenizer
 
 WORDS = ["the", "river", "Ångström", "runs", "<|endoftext|>", "42", "\n\n", "中文", "slowly,", "and", "."]
@@ -90,14 +92,14 @@ def test_prepare_writes_documents_in_order_each_closed_by_eot(tmp_path):
 def test_prepare_gives_the_same_bytes_for_any_number_of_workers(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(150))
     quiet(source, tmp_path / "one", workers=1)
-    monkeypatch.setattr(data, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 100)
     quiet(source, tmp_path / "three", workers=3)
     assert content(tmp_path / "one") == content(tmp_path / "three")
 
 
 @pytest.mark.parametrize("small", [1_000, 50])
 def test_split_keeps_every_validation_document_out_of_training(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(data, "SMALL", small)  # 50: the rule of large sources
+    monkeypatch.setattr(splitting, "SMALL", small)  # 50: the rule of large sources
     texts = make_texts(400)
     texts += texts[:200:2] + texts[:100]  # copies must fall on the side of their originals
     quiet(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out")
@@ -210,17 +212,17 @@ def test_long_document_is_encoded_in_pieces_without_a_change(tmp_path):
 
 
 def test_reading_stays_a_few_batches_ahead_of_writing(monkeypatch):
-    monkeypatch.setattr(data, "BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 10)
     read = 0
 
     def documents():
         nonlocal read
         for _ in range(1_000):
             read += 1
-            yield data._Document("train", "ten chars.", True, data._Tally())
+            yield splitting.Document("train", "ten chars.", True, splitting.Tally())
 
     written = 0
-    for _ in data._encoded(Tokenizer(), documents(), workers=2):
+    for _ in preparing._encoded(Tokenizer(), documents(), workers=2):
         written += 1
         assert read - written <= 8
     assert written == 1_000
@@ -236,7 +238,7 @@ def test_stopped_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch, stop
     source = write_jsonl(tmp_path / "a.jsonl", ["", *make_texts(150)])
     options = {"shard_tokens": 500, "max_tokens": 4_000}
     quiet(source, tmp_path / "whole", **options)
-    append = data._ShardWriter.append
+    append = preparing._ShardWriter.append
     calls = 0
 
     def failing(self, ids):
@@ -251,13 +253,13 @@ def test_stopped_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch, stop
     for journal_seconds in (0.0, 3600.0):
         out = tmp_path / f"out-{journal_seconds}"
         calls = 0
-        monkeypatch.setattr(data, "JOURNAL_SECONDS", journal_seconds)
-        monkeypatch.setattr(data._ShardWriter, "append", failing)
+        monkeypatch.setattr(preparing, "JOURNAL_SECONDS", journal_seconds)
+        monkeypatch.setattr(preparing._ShardWriter, "append", failing)
         with pytest.raises(UserError, match="run the same command again to continue"):
             quiet(source, out, **options)
         with pytest.raises(UserError, match="is not finished"):
             open_tokens(out)
-        monkeypatch.setattr(data._ShardWriter, "append", append)
+        monkeypatch.setattr(preparing._ShardWriter, "append", append)
         if stop_after > 1 and journal_seconds == 0.0:
             with pytest.raises(UserError, match="holds an unfinished corpus of another source"):
                 quiet(source, out, shard_tokens=500)
@@ -270,9 +272,9 @@ def test_killed_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch):
     quiet(source, tmp_path / "whole")
     out = tmp_path / "out"
     code = (
-        "import sys, time; from flashlm_numba import data\n"
-        "data.JOURNAL_SECONDS = 0.0; data.BATCH_CHARACTERS = 5_000\n"
-        "data.prepare(sys.argv[1], sys.argv[2], progress=False)"
+        "import sys; from flashlm_numba import prepare as preparing\n"
+        "preparing.JOURNAL_SECONDS = 0.0; preparing.BATCH_CHARACTERS = 5_000\n"
+        "preparing.prepare(sys.argv[1], sys.argv[2], progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, source, str(out)])
     deadline = time.monotonic() + 60
@@ -287,8 +289,8 @@ def test_killed_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch):
     assert process.returncode == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
     encoded = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda *args: encoded.extend(args[1]) or encode(*args))
+    encode = preparing._encode
+    monkeypatch.setattr(preparing, "_encode", lambda *args: encoded.extend(args[1]) or encode(*args))
     quiet(source, out)
     assert 0 < len(encoded) < 3_000  # what was done is not done again
     assert content(out) == content(tmp_path / "whole")
@@ -317,12 +319,12 @@ def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp
             yield text
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(data.sources, "resolve", lambda *args, **kwargs: source)
-    monkeypatch.setattr(data, "SMALL", 2)
-    monkeypatch.setattr(data, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(preparing.sources, "resolve", lambda *args, **kwargs: source)
+    monkeypatch.setattr(splitting, "SMALL", 2)
+    monkeypatch.setattr(preparing, "JOURNAL_SECONDS", 0.0)
     manifest = quiet("some/dataset", tmp_path / "whole", max_docs=85)
     assert (manifest.skipped_empty, sum(s.documents for s in manifest.splits.values())) == (5, 85)
-    append = data._ShardWriter.append
+    append = preparing._ShardWriter.append
     calls = 0
 
     def failing(self, ids):
@@ -332,10 +334,10 @@ def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp
             raise KeyboardInterrupt
         append(self, ids)
 
-    monkeypatch.setattr(data._ShardWriter, "append", failing)
+    monkeypatch.setattr(preparing._ShardWriter, "append", failing)
     with pytest.raises(UserError, match="Stopped"):
         quiet("some/dataset", tmp_path / "out", max_docs=85)
-    monkeypatch.setattr(data._ShardWriter, "append", append)
+    monkeypatch.setattr(preparing._ShardWriter, "append", append)
     monkeypatch.setattr(sources, "_texts", counted)
     quiet("some/dataset", tmp_path / "out", max_docs=85)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -346,8 +348,8 @@ def test_damaged_unfinished_shards_are_made_anew(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(100))
     quiet(source, tmp_path / "whole", shard_tokens=500)
     out = tmp_path / "out"
-    monkeypatch.setattr(data, "JOURNAL_SECONDS", 0.0)
-    monkeypatch.setattr(data, "_check_splits", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(preparing, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(preparing, "_check_splits", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(UserError, match="Stopped"):
         quiet(source, out, shard_tokens=500)
     monkeypatch.undo()
@@ -512,15 +514,15 @@ def test_counts_are_kept_beside_the_shards_and_checked(prepared):
 
 def test_default_corpus_is_the_whole_built_in_text_and_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **kwargs: str(tmp_path))
-    folder = data.default_corpus(progress=False)
+    folder = default_corpus(progress=False)
     assert folder.parent == tmp_path
     tokens = open_tokens(folder)
     assert tokens.train.n_text_tokens + tokens.validation.n_text_tokens == 2_388_908
     assert (tokens.train.n_documents, tokens.validation.n_documents) == (237, 12)
     assert not set(texts_of(tokens.train)) & set(texts_of(tokens.validation))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "prepare", None)
-        assert data.default_corpus(progress=False) == folder
+        patch.setattr(preparing, "prepare", None)
+        assert default_corpus(progress=False) == folder
     assert sources.resolve(None).content_hash == tokens.manifest.source["sha256"]
 
 
@@ -530,10 +532,10 @@ def test_default_corpus_is_made_anew_where_it_is_damaged(tmp_path, monkeypatch):
         (tmp_path / "speeches" / f"{i:02}.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sources, "built_in_folder", lambda: tmp_path / "speeches")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **kwargs: str(tmp_path / "cache"))
-    folder = data.default_corpus(progress=False)
+    folder = default_corpus(progress=False)
     before = content(folder)
     (folder / "train-00000.bin").unlink()
-    assert data.default_corpus(progress=False) == folder
+    assert default_corpus(progress=False) == folder
     assert content(folder) == before
     (tmp_path / "speeches" / "30.txt").write_text("one more")
-    assert data.default_corpus(progress=False) != folder
+    assert default_corpus(progress=False) != folder

@@ -123,7 +123,8 @@ def test_from_corpus_copes_with_a_corpus_smaller_than_the_model():
 
 
 def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkeypatch):
-    from flashlm_numba.data import open_tokens, prepare
+    from flashlm_numba.data import open_tokens
+    from flashlm_numba.prepare import prepare
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = tmp_path / "text.txt"

@@ -281,6 +281,6 @@ def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
 
 def test_import_is_light():
     heavy = "{'datasets', 'huggingface_hub', 'pyarrow', 'numba'}"
-    code = f"import sys, flashlm_numba.data; print({heavy} & set(sys.modules) or 'light')"
+    code = f"import sys, flashlm_numba.data, flashlm_numba.prepare; print({heavy} & set(sys.modules) or 'light')"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "light"
