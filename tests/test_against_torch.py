@@ -22,6 +22,16 @@ else:
 
 from tools import peer_torch
 
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Small shapes: torch's threads would only wait for one another, and for Numba's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CONFIGS = {
     "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
     "odd": ModelConfig(vocab_size=100, dim=36, inner=41, groups=3, taps=3, dilations=(2, 5), recursions=3),
