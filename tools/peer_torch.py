@@ -245,46 +245,58 @@ def frequency_ranks(counts: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def head_candidates(
-    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, ranks: np.ndarray, *, compiled: bool = False
-) -> dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
-    """Benchmarks of a head: name -> call that does forward and backward of the mean loss.
+def dense_head(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, *, compiled: bool = False
+) -> Callable[[], tuple[Tensor, ...]]:
+    """cross_entropy(linear(h, weight)): a call gives the mean loss and the gradients dh and dweight of it.
 
-    h (N, C), weight (V, C), targets (N,), ranks (V,). Each call returns the loss and the gradients of h and
-    of the weights (for the adaptive heads, of the root's rows).
+    h (N, C), weight (V, C), targets (N,). compiled: through torch.compile, which needs a C++ compiler.
     """
-    x = torch.tensor(h, requires_grad=True)
-    w = torch.tensor(weight, requires_grad=True)
+    x, w = torch.tensor(h, requires_grad=True), torch.tensor(weight, requires_grad=True)
     y = torch.as_tensor(targets, dtype=torch.int64)
-    ranked = torch.as_tensor(ranks, dtype=torch.int64)[y]
 
     def linear_cross_entropy(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), y)
 
-    def dense(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            loss = loss_of(x, w)
-            dx, dw = torch.autograd.grad(loss, [x, w])
-            return loss.detach(), dx, dw
+    loss_of = torch.compile(linear_cross_entropy) if compiled else linear_cross_entropy
 
-        return run
+    def run() -> tuple[Tensor, ...]:
+        loss = loss_of(x, w)
+        return loss.detach(), *torch.autograd.grad(loss, [x, w])
 
-    def adaptive(div_value: float) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        head = adaptive_head(weight.shape[1], weight.shape[0], div_value)
-        parameters = list(head.parameters())
+    return run
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            loss = head(x, ranked).loss
-            dx, droot, *_ = torch.autograd.grad(loss, [x, *parameters], materialize_grads=True)
-            return loss.detach(), dx, droot
 
-        return run
+def adaptive_loss(
+    h: np.ndarray, head: nn.AdaptiveLogSoftmaxWithLoss, ranks: np.ndarray
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The adaptive head on h (N, C) and targets given as frequency ranks (N,).
 
-    candidates = {"torch:eager": dense(linear_cross_entropy)}
+    A call gives the mean loss and the gradients of h and of head.parameters().
+    """
+    x, y = torch.tensor(h, requires_grad=True), torch.as_tensor(ranks, dtype=torch.int64)
+    parameters = list(head.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        loss = head(x, y).loss
+        return loss.detach(), *torch.autograd.grad(loss, [x, *parameters], materialize_grads=True)
+
+    return run
+
+
+def head_candidates(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, ranks: np.ndarray, *, compiled: bool = False
+) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Benchmarks of a head: name -> call that gives the mean loss and its gradients, that of h first.
+
+    h (N, C), weight (V, C), targets (N,), ranks (V,).
+    """
+    vocab_size, dim = weight.shape
+    candidates = {"torch:eager": dense_head(h, weight, targets)}
     if compiled:
-        candidates["torch:compile"] = dense(torch.compile(linear_cross_entropy))
-    candidates["torch:adaptive"] = adaptive(1.0)
-    candidates["torch:adaptive-div4"] = adaptive(4.0)
+        candidates["torch:compile"] = dense_head(h, weight, targets, compiled=True)
+    for name, div_value in (("torch:adaptive", 1.0), ("torch:adaptive-div4", 4.0)):
+        candidates[name] = adaptive_loss(h, adaptive_head(dim, vocab_size, div_value), ranks[targets])
     return candidates
 
 
