@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from flashlm_numba.kernels import reference
 from tools import bench_head, head_candidates, head_report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +122,17 @@ def test_a_rare_tokens_wrong_gradient_cannot_hide_behind_a_frequent_ones():
     assert head_candidates.relative_error(wrong, truth) == np.inf
     with pytest.raises(head_candidates.WrongResultError, match="x: dweight errs"):
         head_candidates.compare("x", {"dweight": wrong}, {"dweight": truth.astype(np.float32)}, {"dweight": truth})
+
+
+def test_the_dense_reference_is_that_of_the_kernels(monkeypatch):
+    monkeypatch.setattr(head_candidates, "CHUNK", 7)
+    problem = head_candidates.zipf_problem(20, 5, 30)
+    found = head_candidates.dense_reference(problem, np.float64)
+    h, weight, weights = (a.astype(np.float64) for a in (problem.h, problem.weight, problem.weights))
+    loss, _, _ = reference.dense_head_forward(h, weight, problem.targets)
+    dh, dweight = reference.dense_head_backward(weights, h, weight, problem.targets)
+    for name, truth in {"loss": loss, "dh": dh, "dweight": dweight}.items():
+        np.testing.assert_allclose(found[name], truth, rtol=1e-9, atol=1e-15)
 
 
 def test_the_readme_has_the_table_of_the_results():

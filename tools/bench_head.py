@@ -71,6 +71,7 @@ def prepare(names: Sequence[str], problem: Problem) -> tuple[dict[str, Candidate
             missing[name] = str(error)
             continue
         errors[name] = head_candidates.check(name, candidates[name])
+    head_candidates.forget_references()
     return candidates, errors, missing
 
 

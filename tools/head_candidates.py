@@ -1,8 +1,8 @@
 """The heads that tools/bench_head.py compares: how each is made, run, and checked against float64.
 
 A candidate is one head on one batch. Its `run` is what is timed, and the very same call is checked first: loss and
-all gradients, of all positions and all rows, against plain NumPy in float64 (kernels/reference.py in chunks,
-kernels/reference_tree.py position by position; the adaptive heads against their definition by autograd, whose float32
+all gradients, of all positions and all rows, against plain NumPy in float64 (the dense head in chunks; trees by
+kernels/reference_tree.py, position by position; the adaptive heads against their definition by autograd, whose float32
 is their yardstick).
 To add a head: a line in CANDIDATES, and a function that makes its Candidate.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from flashlm_numba.data import TokenData
 from flashlm_numba.embeddings import cached_start
 from flashlm_numba.heads import DenseHead, Head, TreeHead
-from flashlm_numba.kernels import reference, reference_tree
+from flashlm_numba.kernels import reference_tree
 from flashlm_numba.tree import SHAPES, Tree, build_tree
 
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does
@@ -120,15 +120,32 @@ def scratch_mb(head: Head) -> float | None:
 
 @functools.lru_cache(maxsize=2)
 def dense_reference(problem: Problem, dtype: type) -> Found:
-    """The dense head by plain NumPy, CHUNK positions at a time."""
+    """The dense head by plain NumPy, CHUNK positions at a time.
+
+    The formulas of kernels/reference.py (a test compares the two), in place and with exp evaluated once.
+    """
     h, weight, weights = (array.astype(dtype) for array in (problem.h, problem.weight, problem.weights))
     loss, dh, dweight = np.empty(len(h), dtype), np.empty_like(h), np.zeros_like(weight)
     for start in range(0, len(h), CHUNK):
         here = slice(start, start + CHUNK)
-        loss[here], _, _ = reference.dense_head_forward(h[here], weight, problem.targets[here])
-        dh[here], part = reference.dense_head_backward(weights[here], h[here], weight, problem.targets[here])
-        dweight += part
+        targets = np.arange(len(h[here])), problem.targets[here]
+        logits = h[here] @ weight.T
+        logits -= logits.max(1, keepdims=True)
+        loss[here] = -logits[targets]
+        p = np.exp(logits, out=logits)
+        z = p.sum(1, keepdims=True)
+        loss[here] += np.log(z[:, 0])
+        p *= weights[here, None] / z
+        p[targets] -= weights[here]
+        dh[here] = p @ weight
+        dweight += p.T @ h[here]
     return {"loss": loss, "dh": dh, "dweight": dweight}
+
+
+def forget_references() -> None:
+    """Free what the references remember: hundreds of MB at GPT-2's vocabulary."""
+    dense_reference.cache_clear()
+    tree_reference.cache_clear()
 
 
 def dense_cost(problem: Problem) -> tuple[float, float]:

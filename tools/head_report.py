@@ -24,7 +24,7 @@ BARS = {
     "torch:adaptive": "PyTorch, adaptive softmax",
     "tree": "ours, tree",
 }
-COLORS = {"head": "#d1495b", "trunk": "#30638e", "optimizer": "#edae49", "embedding": "#66a182", "rest": "#dddddd"}
+COLORS = {"head": "#d1495b", "trunk": "#6fa8dc", "optimizer": "#edae49", "embedding": "#66a182", "rest": "#dddddd"}
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -143,7 +143,7 @@ def _draw_shares(result: Mapping[str, Any]) -> Any:
     share_axes.set_yticks(range(len(names)), [BARS[name] for name in names])
     share_axes.invert_yaxis()
     share_axes.set(xlabel="share of a training step, %", xlim=(0, 100))
-    time_axes.set(xlabel="time of a token, microseconds", xlim=(0, time_axes.get_xlim()[1] * 1.2))
+    time_axes.set(xlabel="time of a token, microseconds", xlim=(0, time_axes.get_xlim()[1] * 1.25))
     handles, labels = share_axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(COLORS), frameon=False)
     return figure
