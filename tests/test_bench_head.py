@@ -65,6 +65,7 @@ def test_dense_heads_are_measured_at_half_the_batch_too(corpus, tmp_path, monkey
         ("dense", "loss"),
         ("dense", "dh"),
         ("dense", "dweight"),
+        ("sampled", "dweight"),
         ("tree:two-level", "dh"),
         ("tree:two-level", "dweight"),
         ("tree:two-level", "nodes.weight"),

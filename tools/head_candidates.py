@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.config import HeadConfig
 from flashlm_numba.data import TokenData
 from flashlm_numba.embeddings import cached_start
-from flashlm_numba.heads import DenseHead, Head, TreeHead
-from flashlm_numba.kernels import reference_tree
+from flashlm_numba.heads import DenseHead, Head, SampledHead, TreeHead
+from flashlm_numba.kernels import dense_head, reference_tree, tree_head
 from flashlm_numba.tree import SHAPES, Tree, build_tree
 
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does
@@ -69,7 +70,7 @@ class Candidate:
     reference: Callable[[type], Found]  # the same by plain code, in float64 (the truth) or float32 (the yardstick)
     flop: float  # of a call's matrix products
     nbytes: float  # least memory traffic of a call: h, rows read, dh and all gradients, each once
-    scratch_mb: Callable[[], float | None] = lambda: None  # held by the head after a call, MB (1e6 bytes)
+    scratch_mb: Callable[[], float | None] = lambda: None  # held by the head after a call, MB (1e6 bytes); not torch's
 
 
 def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) -> Problem:
@@ -109,37 +110,46 @@ def run_head(head: Head, problem: Problem) -> Found:
     return {"loss": loss, "dh": dh, **gradients}
 
 
-def scratch_mb(head: Head) -> float | None:
-    """Scratch arrays that one of our heads holds, MB; None before its first call."""
-    scratch = head._scratch
-    if scratch is None:
-        return None
-    arrays = {**vars(scratch), **getattr(scratch, "buffers", {})}
-    return sum(array.nbytes for array in arrays.values() if isinstance(array, np.ndarray)) * 1e-6
+def scratch_mb(head: Head) -> float:
+    """Scratch arrays that one of our heads holds, MB; none before its first call."""
+    total = 0
+    for owner in vars(head).values():
+        if isinstance(owner, dense_head.DenseScratch | tree_head.TreeScratch):
+            arrays = {**vars(owner), **getattr(owner, "buffers", {})}
+            total += sum(array.nbytes for array in arrays.values() if isinstance(array, np.ndarray))
+    return total * 1e-6
 
 
-@functools.lru_cache(maxsize=2)
-def dense_reference(problem: Problem, dtype: type) -> Found:
-    """The dense head by plain NumPy, CHUNK positions at a time.
+def dense_by_chunks(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, weights: np.ndarray, prior: np.ndarray | float = 0.0
+) -> Found:
+    """Softmax of h @ weight.T + prior by plain NumPy, CHUNK positions at a time, in the dtype of h.
 
     The formulas of kernels/reference.py (a test compares the two), in place and with exp evaluated once.
     """
-    h, weight, weights = (array.astype(dtype) for array in (problem.h, problem.weight, problem.weights))
-    loss, dh, dweight = np.empty(len(h), dtype), np.empty_like(h), np.zeros_like(weight)
+    loss, dh, dweight = np.empty_like(weights), np.empty_like(h), np.zeros_like(weight)
     for start in range(0, len(h), CHUNK):
         here = slice(start, start + CHUNK)
-        targets = np.arange(len(h[here])), problem.targets[here]
+        chosen = np.arange(len(h[here])), targets[here]
         logits = h[here] @ weight.T
+        logits += prior
         logits -= logits.max(1, keepdims=True)
-        loss[here] = -logits[targets]
+        loss[here] = -logits[chosen]
         p = np.exp(logits, out=logits)
         z = p.sum(1, keepdims=True)
         loss[here] += np.log(z[:, 0])
         p *= weights[here, None] / z
-        p[targets] -= weights[here]
+        p[chosen] -= weights[here]
         dh[here] = p @ weight
         dweight += p.T @ h[here]
     return {"loss": loss, "dh": dh, "dweight": dweight}
+
+
+@functools.lru_cache(maxsize=2)
+def dense_reference(problem: Problem, dtype: type) -> Found:
+    """The dense head's loss and gradients by plain NumPy."""
+    h, weight, weights = (array.astype(dtype) for array in (problem.h, problem.weight, problem.weights))
+    return dense_by_chunks(h, weight, problem.targets, weights)
 
 
 def forget_references() -> None:
@@ -159,6 +169,27 @@ def dense_candidate(problem: Problem) -> Candidate:
     head = DenseHead(problem.weight)
     truth = functools.partial(dense_reference, problem)
     return Candidate(lambda: run_head(head, problem), truth, *dense_cost(problem), lambda: scratch_mb(head))
+
+
+def sampled_candidate(problem: Problem) -> Candidate:
+    """SampledHead in training, with the recipes' number of candidates; the same ones are drawn at every call."""
+    (n, dim), vocab = problem.h.shape, len(problem.weight)
+    head = SampledHead(problem.weight, counts=problem.counts, candidates=HeadConfig().candidates)
+    head.begin(np.random.default_rng(0), full=False)
+    ids, p = head.choose(problem.targets, float(np.random.default_rng(0).random()))  # as begin has drawn
+
+    def truth(dtype: type) -> Found:
+        """The dense reference over the candidates; what is drawn is taken from the head."""
+        h, rows, weights, prior = (
+            a.astype(dtype) for a in (problem.h, problem.weight[ids], problem.weights, -np.log(p))
+        )
+        found = dense_by_chunks(h, rows, np.searchsorted(ids, problem.targets), weights, prior)
+        dweight = np.zeros(problem.weight.shape, dtype)
+        dweight[ids] = found["dweight"]
+        return {**found, "dweight": dweight}
+
+    nbytes = 4.0 * dim * (2 * n + len(ids) + vocab)
+    return Candidate(lambda: run_head(head, problem), truth, 6.0 * n * dim * len(ids), nbytes, lambda: scratch_mb(head))
 
 
 @functools.lru_cache(maxsize=1)
@@ -298,7 +329,7 @@ def torch_adaptive_candidate(problem: Problem, div_value: float) -> Candidate:
 
 CANDIDATES: dict[str, Callable[[Problem], Candidate]] = {
     "dense": dense_candidate,
-    # "sampled": sampled_candidate,  when heads.SampledHead is there: make it like dense_candidate
+    "sampled": sampled_candidate,
     **{f"tree:{shape}": functools.partial(tree_candidate, shape=shape) for shape in SHAPES if shape != "default"},
     "tree:default": functools.partial(tree_candidate, shape="default"),
     "torch:tree": torch_tree_candidate,  # beside tree:default: they share the tree and the reference
