@@ -8,8 +8,11 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import assert_as_accurate
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.kernels.reference_tree import tree_head_forward_backward
+from flashlm_numba.tree import SHAPES, build_tree, tree_from_lists
 from tools import timing
 
 SMALL = ModelConfig(vocab_size=50_257, dim=8, inner=12, groups=2, taps=3, dilations=(1, 3))  # field 17
@@ -87,6 +90,42 @@ def test_adaptive_head_scores_the_frequency_rank_of_a_token(peer, torch):
     np.testing.assert_allclose(nll, expected.detach(), rtol=1e-5)
     with pytest.raises(ValueError, match="the adaptive head knows no"):
         model.losses(h, targets, label_smoothing=0.1)
+
+
+def some_tree(shape, vocab):
+    counts = 10_000 // np.arange(1, vocab + 1)
+    if shape == "uneven":  # tokens at every level, and a node with a single child
+        return tree_from_lists([[0], [1, 2], [], [3, 4, 5], [6]], [[1, 2], [3], [4], [], []])
+    rows = np.random.default_rng(1).standard_normal((vocab, 4)) if shape == "clustered" else None
+    return build_tree(shape, counts, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "vocab"), [(s, 300) for s in SHAPES] + [("uneven", 7), ("balanced", 5), ("huffman", 2)]
+)
+@pytest.mark.parametrize("n", [1, 40])
+def test_tree_head_by_hand_agrees_with_the_reference(peer, shape, vocab, n):
+    tree = some_tree(shape, vocab)
+    rng = np.random.default_rng(0)
+    h, weight, nodes = (rng.standard_normal((rows, 6)) for rows in (n, vocab, tree.n_nodes - 1))
+    rows = tree.row_of_token[rng.integers(0, vocab, n)]
+    expected = {}
+    for dtype in (np.float32, np.float64):
+        x, w, m = (array.astype(dtype) for array in (h, weight, nodes))
+        dw, dm = np.zeros_like(w), np.zeros_like(m)
+        weights = np.full(n, 1 / n, dtype)
+        loss, _, dx = tree_head_forward_backward(x, w, m, tree.spans, rows, weights, dw, dm)
+        expected[dtype] = (loss.mean(), dx, dw, dm)
+        call = peer.tree_head(x, w, m, tree.spans, rows)
+        for _ in range(2):  # the second call starts from a clean gradient too
+            got = [tensor.numpy() for tensor in call()]
+        if dtype is np.float64:
+            for found, truth in zip(got, expected[dtype], strict=True):
+                np.testing.assert_allclose(found, truth, rtol=1e-9, atol=1e-12)
+        else:
+            got32 = got
+    for name, found, ref32, ref64 in zip(("loss", "dh", "dw", "dnodes"), got32, *expected.values(), strict=True):
+        assert_as_accurate(found, ref32, ref64, name=name)
 
 
 @pytest.mark.parametrize("variant", ["v3", "published"])

@@ -245,47 +245,141 @@ def frequency_ranks(counts: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def head_candidates(
-    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, ranks: np.ndarray, *, compiled: bool = False
-) -> dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
-    """Benchmarks of a head: name -> call that does forward and backward of the mean loss.
+def dense_head(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, *, compiled: bool = False
+) -> Callable[[], tuple[Tensor, ...]]:
+    """cross_entropy(linear(h, weight)): a call gives the mean loss and the gradients dh and dweight of it.
 
-    h (N, C), weight (V, C), targets (N,), ranks (V,). Each call returns the loss and the gradients of h and
-    of the weights (for the adaptive heads, of the root's rows).
+    h (N, C), weight (V, C), targets (N,). compiled: through torch.compile, which needs a C++ compiler.
     """
-    x = torch.tensor(h, requires_grad=True)
-    w = torch.tensor(weight, requires_grad=True)
+    x, w = torch.tensor(h, requires_grad=True), torch.tensor(weight, requires_grad=True)
     y = torch.as_tensor(targets, dtype=torch.int64)
-    ranked = torch.as_tensor(ranks, dtype=torch.int64)[y]
 
     def linear_cross_entropy(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), y)
 
-    def dense(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            loss = loss_of(x, w)
-            dx, dw = torch.autograd.grad(loss, [x, w])
-            return loss.detach(), dx, dw
+    loss_of = torch.compile(linear_cross_entropy) if compiled else linear_cross_entropy
 
-        return run
+    def run() -> tuple[Tensor, ...]:
+        loss = loss_of(x, w)
+        return loss.detach(), *torch.autograd.grad(loss, [x, w])
 
-    def adaptive(div_value: float) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        head = adaptive_head(weight.shape[1], weight.shape[0], div_value)
-        parameters = list(head.parameters())
+    return run
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            loss = head(x, ranked).loss
-            dx, droot, *_ = torch.autograd.grad(loss, [x, *parameters], materialize_grads=True)
-            return loss.detach(), dx, droot
 
-        return run
+def adaptive_loss(
+    h: np.ndarray, head: nn.AdaptiveLogSoftmaxWithLoss, ranks: np.ndarray
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The adaptive head on h (N, C) and targets given as frequency ranks (N,).
 
-    candidates = {"torch:eager": dense(linear_cross_entropy)}
+    A call gives the mean loss and the gradients of h and of head.parameters().
+    """
+    x, y = torch.tensor(h, requires_grad=True), torch.as_tensor(ranks, dtype=torch.int64)
+    parameters = list(head.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        loss = head(x, y).loss
+        return loss.detach(), *torch.autograd.grad(loss, [x, *parameters], materialize_grads=True)
+
+    return run
+
+
+def head_candidates(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, ranks: np.ndarray, *, compiled: bool = False
+) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Benchmarks of a head: name -> call that gives the mean loss and its gradients, that of h first.
+
+    h (N, C), weight (V, C), targets (N,), ranks (V,).
+    """
+    vocab_size, dim = weight.shape
+    candidates = {"torch:eager": dense_head(h, weight, targets)}
     if compiled:
-        candidates["torch:compile"] = dense(torch.compile(linear_cross_entropy))
-    candidates["torch:adaptive"] = adaptive(1.0)
-    candidates["torch:adaptive-div4"] = adaptive(4.0)
+        candidates["torch:compile"] = dense_head(h, weight, targets, compiled=True)
+    for name, div_value in (("torch:adaptive", 1.0), ("torch:adaptive-div4", 4.0)):
+        candidates[name] = adaptive_loss(h, adaptive_head(dim, vocab_size, div_value), ranks[targets])
     return candidates
+
+
+def tree_plan(spans: np.ndarray, rows: Tensor) -> list[tuple[int, int, Tensor]]:
+    """Which positions meet at which node: (node, first position, choices (n, 1)) for every visited node.
+
+    spans (M + 1, 5): token_start, token_end, child_start, child_end, leaf_end of every node, numbered breadth first;
+    rows (N,) int64: the targets' leaf rows, sorted, so that the n positions of a node follow one another. A choice is
+    a child's number, tokens before child nodes. Level by level, each with a handful of torch calls.
+    """
+    token_start, token_end, child_start, child_end, _ = torch.as_tensor(spans.astype(np.int64)).T.contiguous()
+    first, last = 0, 1  # nodes of this level
+    node, position = torch.zeros_like(rows), torch.arange(len(rows))
+    plan: list[tuple[int, int, Tensor]] = []
+    while len(rows):
+        ids, counts = torch.unique_consecutive(node, return_counts=True)
+        first, last = last, int(child_end[last - 1])  # nodes of the level below, in order of their leaf rows
+        choice, leaf = rows - token_start[node], rows < token_end[node]
+        if last > first:
+            child = first + torch.searchsorted(token_start[first:last], rows, right=True) - 1
+            below = token_end[node] - token_start[node] + child - child_start[node]
+            choice = torch.where(leaf, choice, below)
+        starts = position[torch.cumsum(counts, 0) - counts].tolist()
+        plan += zip(ids.tolist(), starts, torch.split(choice[:, None], counts.tolist()), strict=True)
+        if last == first:
+            break
+        inner = ~leaf
+        rows, node, position = rows[inner], child[inner], position[inner]
+    return plan
+
+
+def tree_head(
+    h: np.ndarray, weight: np.ndarray, nodes: np.ndarray, spans: np.ndarray, rows: np.ndarray
+) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Our tree head by hand in PyTorch: a call gives the mean loss and the gradients dh, dweight and dnodes of it.
+
+    h (N, C); weight (V, C) in leaf order; nodes (M, C); spans (M + 1, 5) int; rows (N,): the targets' leaf rows. Any
+    floating dtype. dweight and dnodes are the same tensors at every call, cleared first.
+
+    Positions are sorted by leaf row, so each node is one product of a slice; its loss and gradients are written out,
+    since a node's gradient can then go straight into its slice of dweight. Tried on the default and the two-level tree
+    at N = 4,096, 2 threads of a busy machine (best of seven calls), and dropped: autograd with `weight[a:b]` at each
+    node, which makes a zero-filled (V, C) gradient per slice (50 to 100 times slower); autograd with all slices taken
+    at once by torch.split (3 to 4 times slower); nodes with few positions gathered into padded batches for torch.bmm,
+    which copies their rows (1.2 to 1.6 times slower). Two products into one buffer, instead of concatenating the rows
+    of a node that has both tokens and child nodes, took the same time.
+    """
+    x_all, w, w_nodes = (torch.tensor(array) for array in (h, weight, nodes))
+    targets = torch.as_tensor(rows, dtype=torch.int64)
+    dw, dw_nodes = torch.zeros_like(w), torch.zeros_like(w_nodes)
+    ranges = spans.tolist()
+    n_all = len(x_all)
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sorted_rows, order = torch.sort(targets)
+        sorted_x = x_all[order]
+        sorted_dx, loss = torch.zeros_like(sorted_x), x_all.new_zeros(n_all)
+        minus_one = x_all.new_full((n_all, 1), -1.0)
+        dw.zero_()
+        dw_nodes.zero_()
+        for node, first, choice in tree_plan(spans, sorted_rows):
+            a, b, c, d, _ = ranges[node]
+            tokens, kids = slice(a, b), slice(c - 1, d - 1)
+            k = b - a
+            if k + d - c == 1:  # a single child has probability one
+                continue
+            here = slice(first, first + len(choice))
+            x = sorted_x[here]
+            matrix = w[tokens] if c == d else w_nodes[kids] if not k else torch.cat([w[tokens], w_nodes[kids]])
+            log_p = torch.log_softmax(x @ matrix.T, 1)
+            loss[here] -= log_p.gather(1, choice)[:, 0]
+            dlogits = log_p.exp_().scatter_add_(1, choice, minus_one[: len(choice)])
+            sorted_dx[here].addmm_(dlogits, matrix, alpha=1 / n_all)
+            if k:
+                dw[tokens].addmm_(dlogits[:, :k].T, x, beta=0, alpha=1 / n_all)
+            if d > c:
+                dw_nodes[kids].addmm_(dlogits[:, k:].T, x, beta=0, alpha=1 / n_all)
+        dx = torch.empty_like(sorted_x)
+        dx[order] = sorted_dx
+        return loss.mean(), dx, dw, dw_nodes
+
+    return run
 
 
 # -------------------------------------------------------------------------------------- the optimisers

@@ -1,0 +1,171 @@
+"""What tools/bench_head.py measured, as Markdown tables and as charts. Takes the object that its --json writes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# of the summary: label, candidate among the heads, candidate among the steps
+SUMMARY = (
+    ("PyTorch {torch}, dense head, v3's loss", "torch:eager", "torch"),
+    ("**ours, dense head, v3's loss**", "dense", "dense"),
+    ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 1", "torch:adaptive", "torch:adaptive"),
+    ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 4", "torch:adaptive-div4", "torch:adaptive-div4"),
+    ("PyTorch, our tree by hand", "torch:tree", None),
+    ("**ours, tree head (default)**", "tree:default", "tree"),
+)
+BARS = {
+    "torch": "PyTorch, dense",
+    "dense": "ours, dense",
+    "torch@0.25": "PyTorch, dense, 25 % of positions",
+    "dense@0.25": "ours, dense, 25 % of positions",
+    "torch:adaptive": "PyTorch, adaptive softmax",
+    "tree": "ours, tree",
+}
+COLORS = {"head": "#d1495b", "trunk": "#6fa8dc", "optimizer": "#edae49", "embedding": "#66a182", "rest": "#dddddd"}
+
+
+def _cell(value: float | None, form: str) -> str:
+    """A number of a table, a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def summary_table(result: Mapping[str, Any]) -> str:
+    """The README's table in Markdown: head alone, whole training step, the head's share of it.
+
+    >>> entry = {"positions_per_s": {"median": 2000.4}}
+    >>> print(summary_table({"heads": {"dense": entry}, "steps": {}, "shares": {}}).splitlines()[-1])
+    | **ours, dense head, v3's loss** | 2,000 | - | - |
+    """
+    version = (result.get("machine", {}).get("versions", {}).get("torch") or "").split("+")[0]
+    lines = [
+        "| | head alone, positions/s | training, tokens/s | head's share of a step |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for label, head, step in SUMMARY:
+        entry, whole = result["heads"].get(head), result["steps"].get(step)
+        if not entry and not whole:
+            continue
+        alone = entry["positions_per_s"]["median"] if entry else None
+        rate = whole["tokens_per_s"]["median"] if whole else None
+        share = result["shares"].get(step, {}).get("head")
+        name = label.format(torch=version.removesuffix(".0"))
+        lines.append(
+            f"| {name} | {_cell(alone, ',.0f')} | {_cell(rate, ',.0f')} | {_cell(share, '.0%').replace('%', ' %')} |"
+        )
+    return "\n".join(lines)
+
+
+def heads_table(result: Mapping[str, Any]) -> str:
+    """Every head in Markdown: positions/s with quantiles, GFLOP/s, share of the GEMM rate, GB/s, scratch, error."""
+    lines = [
+        f"| N = {result['rows']:,}, V = {result['vocab_size']:,}, C = {result['dim']} | positions/s | 20 % to 80 % "
+        "| GFLOP/s | of the GEMM rate | GB/s | scratch, MB | largest error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def line(name: str, head: Mapping[str, Any]) -> str:
+        rate = head["positions_per_s"]
+        cells = (
+            name,
+            f"{rate['median']:,.0f}",
+            f"{rate['p20']:,.0f} to {rate['p80']:,.0f}",
+            _cell(head.get("gflops"), ",.1f"),
+            _cell(head.get("share_of_gemm"), ".0%").replace("%", " %"),
+            _cell(head.get("gbytes_per_s"), ",.1f"),
+            _cell(head.get("peak_scratch_mb"), ",.0f"),
+            _cell(head.get("max_grad_error"), ".1e"),
+        )
+        return "| " + " | ".join(cells) + " |"
+
+    for name, head in result["heads"].items():
+        if head is None:
+            continue
+        lines.append(line(f"`{name}`", head))
+        lines += [line(f"`{name}`, N = {int(n):,}", entry) for n, entry in head.get("by_rows", {}).items()]
+    return "\n".join(lines)
+
+
+# --- charts ---
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(result: Mapping[str, Any], path: Path) -> list[Path]:
+    """Write the shares of a step to path and, if measured, the scaling to a second file; returns the paths written.
+
+    shares.png gets shares-scaling.png beside it.
+    """
+    written = []
+    if result["shares"]:
+        _draw_shares(result).savefig(path, dpi=120)
+        written.append(path)
+    if result.get("scaling"):
+        beside = path.with_name(f"{path.stem}-scaling{path.suffix}")
+        _draw_scaling(result["scaling"]).savefig(beside, dpi=120)
+        written.append(beside)
+    return written
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure drawn without a display, and without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_shares(result: Mapping[str, Any]) -> Any:
+    """A bar for each training step, as long as the step takes; the same bars to 100 % beside them."""
+    names = [name for name in BARS if name in result["shares"]]
+    figure = _figure(11, 1.4 + 0.45 * len(names))
+    share_axes, time_axes = figure.subplots(1, 2, sharey=True)
+    for y, name in enumerate(names):
+        shares = dict(result["shares"][name])
+        shares["rest"] = max(0.0, 1 - sum(shares.values()))
+        rate = result["steps"][name]["tokens_per_s"]["median"]
+        for axes, whole in ((share_axes, 100.0), (time_axes, 1e6 / rate)):
+            left = 0.0
+            for part, color in COLORS.items():
+                width = whole * shares.get(part, 0.0)
+                axes.barh(y, width, left=left, color=color, label=part if y == 0 else None)
+                if axes is share_axes and shares.get(part, 0.0) >= 0.06:
+                    axes.text(left + width / 2, y, f"{shares[part]:.0%}", ha="center", va="center", fontsize=9)
+                left += width
+        time_axes.text(1e6 / rate, y, f" {rate:,.0f} tokens/s", va="center", fontsize=9)
+    share_axes.set_yticks(range(len(names)), [BARS[name] for name in names])
+    share_axes.invert_yaxis()
+    share_axes.set(xlabel="share of a training step, %", xlim=(0, 100))
+    time_axes.set(xlabel="time of a token, microseconds", xlim=(0, time_axes.get_xlim()[1] * 1.25))
+    handles, labels = share_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(COLORS), frameon=False)
+    return figure
+
+
+def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
+    """Microseconds a position against V and against N, both axes logarithmic."""
+    figure = _figure(11, 4.5)
+    panels = (
+        ("vocab", f"tokens in the vocabulary, V (N = {scaling['vocab_at_rows']:,})"),
+        ("rows", f"positions in a batch, N (V = {scaling['rows_at_vocab']:,})"),
+    )
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name, rates in scaling[key].items():
+            sizes = [int(size) for size in rates]
+            cost = [1e6 / rate["median"] for rate in rates.values()]
+            low = [1e6 / rate["p80"] for rate in rates.values()]
+            high = [1e6 / rate["p20"] for rate in rates.values()]
+            (line,) = axes.plot(sizes, cost, marker="o", label=name)
+            axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.2)
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds a position, forward and backward")
+        axes.grid(alpha=0.3)
+        if scaling[key]:
+            axes.legend(frameon=False)
+    return figure
