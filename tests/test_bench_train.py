@@ -35,7 +35,7 @@ def test_a_run_is_scored_by_evals_rule_and_not_run_again(rows, corpus, tmp_path,
     (row,) = bench_train.read_rows(path)
     assert row["steps"] == 4
     assert row["tokens"] == 128
-    assert row["nll"] == evaluate_run(tmp_path / "kept" / "run", None)["nll"]
+    assert row["nll"] == pytest.approx(evaluate_run(tmp_path / "kept" / "run", None)["nll"], rel=1e-5)  # other threads
     assert row["command"][:3] == ["train", "--head", "tree"]
     monkeypatch.setattr(bench_train, "run_ours", None)  # a second run would fail
     again = invoke(corpus, path, "tree", "--tokens", 128, "--threads", 2, *sets)
