@@ -95,8 +95,8 @@ def test_a_wrong_gradient_of_the_torch_tree_ends_with_status_1(corpus, monkeypat
 
     right = peer_torch.tree_head
 
-    def planted(*arguments):
-        call = right(*arguments)
+    def planted(*arguments, **options):
+        call = right(*arguments, **options)
 
         def run():
             loss, dh, dweight, dnodes = call()

@@ -279,12 +279,12 @@ def torch_dense_candidate(problem: Problem, *, compiled: bool = False) -> Candid
     return Candidate(run, mean_loss(functools.partial(dense_reference, problem)), *dense_cost(problem))
 
 
-def torch_tree_candidate(problem: Problem) -> Candidate:
-    """The default tree by hand in PyTorch."""
+def torch_tree_candidate(problem: Problem, threads: int | None = None) -> Candidate:
+    """The default tree by hand in PyTorch, on torch's threads or on fewer."""
     peer_torch = peer()
     head = make_tree_head(problem, "default")
     rows = head.row_of_token[problem.targets]
-    call = peer_torch.tree_head(problem.h, head.weight, head.nodes, head.tree.spans, rows)
+    call = peer_torch.tree_head(problem.h, head.weight, head.nodes, head.tree.spans, rows, threads=threads)
     truth = mean_loss(functools.partial(tree_reference, problem, head))
     return Candidate(named(call, ("loss", "dh", "dweight", "nodes.weight")), truth, *tree_cost(problem, head.tree))
 
@@ -333,6 +333,7 @@ CANDIDATES: dict[str, Callable[[Problem], Candidate]] = {
     **{f"tree:{shape}": functools.partial(tree_candidate, shape=shape) for shape in SHAPES if shape != "default"},
     "tree:default": functools.partial(tree_candidate, shape="default"),
     "torch:tree": torch_tree_candidate,  # beside tree:default: they share the tree and the reference
+    "torch:tree-1thread": functools.partial(torch_tree_candidate, threads=1),
     "torch:eager": torch_dense_candidate,
     "torch:compile": functools.partial(torch_dense_candidate, compiled=True),
     "torch:adaptive": functools.partial(torch_adaptive_candidate, div_value=1.0),

@@ -46,6 +46,9 @@ def summary_table(result: Mapping[str, Any]) -> str:
     ]
     for label, head, step in SUMMARY:
         entry, whole = result["heads"].get(head), result["steps"].get(step)
+        if head == "torch:tree":  # the faster of the two
+            found = [result["heads"].get(name) for name in (head, "torch:tree-1thread")]
+            entry = max(filter(None, found), key=lambda e: e["positions_per_s"]["median"], default=None)
         if not entry and not whole:
             continue
         alone = entry["positions_per_s"]["median"] if entry else None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 NORM_EPS = 1e-8
 ADAPTIVE_CUTOFFS = (1_024, 4_096, 16_384)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic x -> a x + b x^3 + c x^5, Jordan et al. 2024 (Muon)
+SHARED_FLOP = 5e7  # of a tree's node, in its three products, from which on all threads share it
 EOT = 50_256  # GPT-2's <|endoftext|>
 
 
@@ -329,12 +330,18 @@ def tree_plan(spans: np.ndarray, rows: Tensor) -> list[tuple[int, int, Tensor]]:
 
 
 def tree_head(
-    h: np.ndarray, weight: np.ndarray, nodes: np.ndarray, spans: np.ndarray, rows: np.ndarray
+    h: np.ndarray,
+    weight: np.ndarray,
+    nodes: np.ndarray,
+    spans: np.ndarray,
+    rows: np.ndarray,
+    *,
+    threads: int | None = None,
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Our tree head by hand in PyTorch: a call gives the mean loss and the gradients dh, dweight and dnodes of it.
 
     h (N, C); weight (V, C) in leaf order; nodes (M, C); spans (M + 1, 5) int; rows (N,): the targets' leaf rows. Any
-    floating dtype. dweight and dnodes are the same tensors at every call, cleared first.
+    floating dtype. dweight and dnodes are the same tensors at every call, cleared first. threads: default torch's.
 
     Positions are sorted by leaf row, so each node is one product of a slice; its loss and gradients are written out,
     since a node's gradient can then go straight into its slice of dweight. Tried on the default and the two-level tree
@@ -342,23 +349,25 @@ def tree_head(
     node, which makes a zero-filled (V, C) gradient per slice (50 to 100 times slower); autograd with all slices taken
     at once by torch.split (3 to 4 times slower); nodes with few positions gathered into padded batches for torch.bmm,
     which copies their rows (1.2 to 1.6 times slower). Two products into one buffer, instead of concatenating the rows
-    of a node that has both tokens and child nodes, took the same time.
+    of a node that has both tokens and child nodes, took the same time. Nodes below SHARED_FLOP run on one thread: there
+    torch's threads mostly wait for one another. Whether large nodes gain from more than one depends on how quiet the
+    machine is: on a loaded one, one thread throughout was several times faster, so the benchmark measures both.
     """
     x_all, w, w_nodes = (torch.tensor(array) for array in (h, weight, nodes))
     targets = torch.as_tensor(rows, dtype=torch.int64)
     dw, dw_nodes = torch.zeros_like(w), torch.zeros_like(w_nodes)
     ranges = spans.tolist()
     n_all = len(x_all)
+    minus_one = x_all.new_full((n_all, 1), -1.0)
 
-    @torch.no_grad()
-    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sorted_rows, order = torch.sort(targets)
-        sorted_x = x_all[order]
-        sorted_dx, loss = torch.zeros_like(sorted_x), x_all.new_zeros(n_all)
-        minus_one = x_all.new_full((n_all, 1), -1.0)
-        dw.zero_()
-        dw_nodes.zero_()
-        for node, first, choice in tree_plan(spans, sorted_rows):
+    def work(visit: tuple[int, int, Tensor]) -> float:
+        """flop of a node's three products."""
+        a, b, c, d, _ = ranges[visit[0]]
+        return 6.0 * len(visit[2]) * (b - a + d - c) * x_all.shape[1]
+
+    def visit_all(plan: list[tuple[int, int, Tensor]], sorted_x: Tensor, sorted_dx: Tensor, loss: Tensor) -> None:
+        """Loss and gradients of these nodes, added to loss and sorted_dx and put into dw and dw_nodes."""
+        for node, first, choice in plan:
             a, b, c, d, _ = ranges[node]
             tokens, kids = slice(a, b), slice(c - 1, d - 1)
             k = b - a
@@ -375,8 +384,26 @@ def tree_head(
                 dw[tokens].addmm_(dlogits[:, :k].T, x, beta=0, alpha=1 / n_all)
             if d > c:
                 dw_nodes[kids].addmm_(dlogits[:, k:].T, x, beta=0, alpha=1 / n_all)
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        sorted_rows, order = torch.sort(targets)
+        sorted_x = x_all[order]
+        sorted_dx, loss = torch.zeros_like(sorted_x), x_all.new_zeros(n_all)
+        dw.zero_()
+        dw_nodes.zero_()
+        plan = tree_plan(spans, sorted_rows)
+        large = [visit for visit in plan if work(visit) >= SHARED_FLOP]
+        small = [visit for visit in plan if work(visit) < SHARED_FLOP]
+        visit_all(large, sorted_x, sorted_dx, loss)
+        torch.set_num_threads(1)
+        visit_all(small, sorted_x, sorted_dx, loss)
+        torch.set_num_threads(threads or before)
         dx = torch.empty_like(sorted_x)
         dx[order] = sorted_dx
+        torch.set_num_threads(before)
         return loss.mean(), dx, dw, dw_nodes
 
     return run
