@@ -93,19 +93,19 @@ class Job:
             sets = itertools.chain.from_iterable(("--set", setting) for setting in self.settings)
             budget = ["--tokens", str(self.tokens)] if self.tokens is not None else ["--minutes", f"{self.minutes:g}"]
             return ["train", *OURS[self.name], *sets, *budget, "--seed", str(self.seed), "--threads", str(self.threads)]
+        return ["train", *self.peer_options(-(-(self.tokens or 0) // TOKENS_PER_STEP))]
+
+    def peer_options(self, steps: int) -> list[str]:
+        """The torch peer's options for so many steps."""
         options = {**TORCH, **PEERS[self.name]}
         for setting in self.settings:
             name, _, value = setting.partition("=")
             if name not in TORCH_OPTION:
                 raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(TORCH_OPTION)}.")
             options[TORCH_OPTION[name]] = value
-        if self.tokens is not None:
-            steps = -(-self.tokens // TOKENS_PER_STEP)
-            options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
-        else:
-            options |= {"minutes": f"{self.minutes:g}"}
+        options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
         options |= {"seed": str(self.seed), "threads": str(self.threads)}
-        return ["train", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
+        return ["--fused", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
 
 
 def run_process(arguments: list[str]) -> tuple[str, float]:
@@ -144,8 +144,15 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
 
 
 def run_peer(job: Job, data: Path) -> dict[str, Any]:
-    """Train and score one of the PyTorch peers."""
-    text, peak = run_process(["tools/peer_torch.py", *job.command, str(data), "--validate-every", "1e9"])
+    """Train and score one of the PyTorch peers; minutes become steps by its speed, measured first, as ours do."""
+    command = job.command
+    if job.minutes is not None:
+        words = itertools.chain.from_iterable((f"--{name}", value) for name, value in PEERS[job.name].items())
+        speed = ["step", *words, "--positions", "1", "--normuon", "published", "--fused", "--threads", str(job.threads)]
+        text, _ = run_process(["tools/peer_torch.py", *speed, "--repeats", "15", "--data", str(data)])
+        rate = json.loads(text.splitlines()[-1])["tokens_per_s"]["median"]
+        command = ["train", *job.peer_options(max(1, int(60 * job.minutes * rate / TOKENS_PER_STEP)))]
+    text, peak = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
     lines = [json.loads(line) for line in text.splitlines()]
     last = lines[-1]
     return {
@@ -157,6 +164,7 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
         "seconds": last["seconds"],
         "parameters": next(line["parameters"] for line in lines if "parameters" in line),
         "peak_rss_mb": peak,
+        "command": command,
     }
 
 
