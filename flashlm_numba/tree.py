@@ -322,6 +322,9 @@ def tree_from_groups(
     return tree_from_lists([top, *nodes], [list(range(1, len(nodes) + 1)), *([[]] * len(nodes))], shape)
 
 
+FREQUENT_SHARE = 0.75  # of the weight, in the first half of the groups by meaning
+
+
 # --- builders: counts (V,) by token id, plus one, in; a tree out ---
 
 
@@ -471,12 +474,21 @@ def _at_least(name: str, value: int, least: int) -> int:
 
 
 def _groups(weight: np.ndarray, ids: np.ndarray, rows: np.ndarray | None, count: int) -> list[np.ndarray]:
-    """ids in about `count` groups: by meaning if there are rows, else runs of about equal weight."""
+    """ids, most frequent first, in about `count` groups: by meaning if there are rows, else runs of about equal weight.
+
+    By meaning, half of the groups share the frequent tokens that hold FREQUENT_SHARE of the weight: these groups are
+    small, and most positions go through them.
+    """
     count = min(count, len(ids))
     if not count:
         return []
     if rows is not None:
-        return _clusters(rows, ids, count)
+        total = np.cumsum(weight[ids])
+        cut = int(np.searchsorted(total, FREQUENT_SHARE * total[-1]))
+        few = count // 2
+        if not few <= cut <= len(ids) - (count - few) or few == 0:  # too few tokens in a band for its groups
+            return _clusters(rows, ids, count)
+        return _clusters(rows, ids[:cut], few) + _clusters(rows, ids[cut:], count - few)
     cap = max(1, round(2.23 * len(weight) ** 0.5))  # 500 for GPT-2: no node so wide that it is slow
     return [ids[run] for run in _runs(weight[ids], count, cap)]
 
@@ -500,12 +512,12 @@ def _adaptive(
 ) -> Tree:
     """The most frequent tokens in the root beside nodes of the others: clusters of rows, or runs.
 
-    Defaults: 8/7 and 5/7 of sqrt(V), 256 and 160 for GPT-2's vocabulary, chosen for speed. Source: the
-    shortlist in the root is that of Grave et al. 2016, arXiv:1609.04309, section 4.
+    Defaults: 2/7 and 10/7 of sqrt(V), 64 and 320 for GPT-2's vocabulary, the best of those tried (docs/experiments.md).
+    Source: the shortlist in the root is that of Grave et al. 2016, arXiv:1609.04309, section 4.
     """
     vocab = len(weight)
-    top = _at_least("root_tokens", round(vocab**0.5 * 8 / 7) if root_tokens is None else root_tokens, 0)
-    count = _at_least("clusters", max(1, round(vocab**0.5 * 5 / 7)) if clusters is None else clusters, 1)
+    top = _at_least("root_tokens", round(vocab**0.5 * 2 / 7) if root_tokens is None else root_tokens, 0)
+    count = _at_least("clusters", max(1, round(vocab**0.5 * 10 / 7)) if clusters is None else clusters, 1)
     ids = _by_frequency(weight)
     return tree_from_groups(ids[:top], _groups(weight, ids[top:], rows, count), "adaptive")
 

@@ -174,3 +174,27 @@ def test_tree_page_shows_what_its_example_prints(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("adaptive tree of 50,257 tokens")
     assert textwrap.indent(printed, "    ") in after
+
+
+@pytest.mark.parametrize("shape", ["two-level", "adaptive"])
+def test_groups_by_meaning_keep_the_frequent_tokens_in_small_nodes(shape):
+    vocab = 3_000
+    counts = (1e6 / np.arange(1, vocab + 1)).astype(np.int64)
+    rows = np.random.default_rng(0).standard_normal((vocab, 8)).astype(np.float32)
+    tree = build_tree(shape, counts, rows=rows)
+    leaves = range(1, tree.n_nodes)
+    mean_rank = np.array([np.mean(tree.token_of_row[tree.token_start[n] : tree.token_end[n]]) for n in leaves])
+    size = tree.arity[leaves]
+    frequent = mean_rank < np.median(mean_rank)
+    assert size[frequent].max() < size[~frequent].min()
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 5, 17])
+@pytest.mark.parametrize("flat", [True, False])
+def test_groups_by_meaning_of_small_vocabularies(vocab, flat):
+    counts = np.zeros(vocab, int) if flat else 10 ** np.arange(vocab)[::-1] % (1 << 40)
+    rows = np.random.default_rng(0).standard_normal((vocab, 3)).astype(np.float32)
+    for shape, option in (("two-level", "classes"), ("adaptive", "clusters")):
+        for count in range(1, vocab + 2):
+            tree = build_tree(shape, counts, rows=rows, **{option: count})
+            assert sorted(tree.token_of_row.tolist()) == list(range(vocab))
