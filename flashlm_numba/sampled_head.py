@@ -56,7 +56,11 @@ def draw(probabilities: np.ndarray, uniform: float) -> np.ndarray:
     """
     until = np.cumsum(probabilities)
     count = round(until[-1]) if len(until) else 0
-    return np.searchsorted(until, np.arange(count) + uniform, side="right").clip(max=len(until) - 1)
+    number = np.arange(count)
+    points = number + np.floor(uniform * 2**30) / 2**30  # exact sums: no point rounds up into the next
+    found = np.searchsorted(until, points, side="right")
+    # the running sum is rounded too: where that puts two points into one item, the second takes the next
+    return np.minimum(np.maximum.accumulate(found - number) + number, len(until) - count + number)
 
 
 class SampledHead(DenseHead):

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from flashlm_numba.kernels._jit import exact_helper, serial_kernel
+from flashlm_numba.kernels._jit import exact_helper, helper, serial_kernel
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts (Cody & Waite 1980, ch. 6): n * _LN2_HIGH is exact for |n| < 2**9
@@ -31,7 +31,33 @@ def _float_from_bits(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
+def _flip(builder, bits):
+    """bits ^ ((bits >> 31) & 0x7fffffff): floats in order become integers in order, and back again."""
+    sign = builder.ashr(bits, ir.Constant(ir.IntType(32), 31))
+    return builder.xor(bits, builder.and_(sign, ir.Constant(ir.IntType(32), 0x7FFFFFFF)))
+
+
+@intrinsic
+def _rank_from_float(typingctx, x):
+    def codegen(context, builder, sig, args):
+        return _flip(builder, builder.bitcast(args[0], ir.IntType(32)))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def _float_from_rank(typingctx, rank):
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(_flip(builder, args[0]), ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
 if numba.config.DISABLE_JIT:
+
+    def row_max(row):
+        """Largest element of row (n,) float32 (the plain twin)."""
+        return np.float32(np.max(row))
 
     def exp32(x):
         """e**x, float32 (the plain twin)."""
@@ -40,6 +66,18 @@ if numba.config.DISABLE_JIT:
         return np.float32(np.exp(np.float64(min(x, _HIGH))))  # NumPy's float32 exp errs by more than 2 ulp
 
 else:
+
+    @helper
+    def row_max(row):
+        """Largest element of row (n,) float32, n >= 1; NaN if there is one (but for NaN with the sign bit set).
+
+        Compared as integers: the compiler does not vectorise a maximum of floats, which must mind NaN, and it took
+        longer than the exponentials.
+        """
+        best = np.int32(-(2**31))
+        for i in range(row.shape[0]):
+            best = max(best, _rank_from_float(row[i]))
+        return _float_from_rank(best)
 
     @exact_helper
     def exp32(x):
@@ -68,3 +106,9 @@ def exp(out, x):
     """Write e**x to out; both (N,) float32. The vector form of exp32, for tests and benchmarks."""
     for i in range(x.shape[0]):
         out[i] = exp32(x[i])
+
+
+@serial_kernel
+def largest(out, row):
+    """Write the largest element of row (n,) float32, n >= 1, to out (1,). row_max as a kernel, for tests."""
+    out[0] = row_max(row)

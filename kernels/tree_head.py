@@ -34,7 +34,7 @@ from numba import prange
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
-from flashlm_numba.kernels._math import exp32
+from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._tile import tile_product_16
 
 TOKEN_START, TOKEN_END, CHILD_START, CHILD_END, LEAF_END = range(5)  # columns of spans
@@ -181,21 +181,6 @@ def _finish_logits(row, slope, token_prior, kid_prior, soft_cap):
 
 
 @helper
-def _max(row):
-    """Largest element; four at a time, since the compiler does not vectorise a maximum that must mind NaN."""
-    a, b, c, d = row[0], row[0], row[0], row[0]
-    whole = row.shape[0] // 4
-    for k in range(whole):
-        a = max(a, row[4 * k])
-        b = max(b, row[4 * k + 1])
-        c = max(c, row[4 * k + 2])
-        d = max(d, row[4 * k + 3])
-    for k in range(4 * whole, row.shape[0]):
-        a = max(a, row[k])
-    return max(max(a, b), max(c, d))
-
-
-@helper
 def _softmax_loss(
     logits, slope, loss, nll, rows, weights, token_start, token_end, kid_ends, token_prior, kid_prior,
     smoothing, z_loss, soft_cap, backward,
@@ -222,7 +207,7 @@ def _softmax_loss(
         if smoothing > 0:
             for k in range(width):
                 linear += row[k]
-        top = _max(row)
+        top = row_max(row)
         total = _ZERO
         for k in range(width):
             e = exp32(row[k] - top)
@@ -601,7 +586,7 @@ def _log_distribution(
         for j in range(x.shape[0]):
             row = here[j]
             _finish_logits(row, spare, token_prior, kid_prior, soft_cap)
-            top = _max(row)
+            top = row_max(row)
             total = _ZERO
             for k in range(width):
                 total += exp32(row[k] - top)
@@ -652,7 +637,7 @@ def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log
             token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
             kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
             _finish_logits(row, slope, token_prior, kid_prior, soft_cap)
-            top = _max(row)
+            top = row_max(row)
             total = 0.0  # float64: the rest of a long sum must not be lost
             for k in range(width):
                 row[k] = exp32(row[k] - top)

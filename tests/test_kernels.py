@@ -200,3 +200,20 @@ def test_gated_conv_sees_nothing_of_the_future():
     after, _ = conv.gated_conv_forward(x, gate, value, 3, 4)
     np.testing.assert_array_equal(before[0, :11], after[0, :11])
     assert (before[0, 11] != after[0, 11]).any()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.sampled_from([1e-30, 1.0, 1e30]))
+def test_row_max_is_the_largest(seed, n, scale):
+    row = (np.random.default_rng(seed).standard_normal(n) * scale).astype(np.float32)
+    if seed % 3 == 0:
+        row[seed % n] = (-np.inf, np.inf, -0.0)[seed % 9 // 3]
+    out = np.empty(1, np.float32)
+    _math.largest(out, row)
+    assert out[0] == row.max()
+
+
+def test_row_max_of_infinities_and_nan():
+    for row in ([-np.inf, -np.inf], [-np.inf, np.inf], [1.0, np.nan, 2.0]):
+        out, row = np.empty(1, np.float32), np.array(row, np.float32)
+        _math.largest(out, row)
+        np.testing.assert_array_equal(out[0], row.max())

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers import numeric_gradient
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashlm_numba.heads import DenseHead, SampledHead
@@ -55,6 +55,8 @@ def test_inclusion_probabilities_are_proportional_up_to_one_and_sum_to_count(see
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1), st.floats(0, 1, exclude_max=True))
+@example(0, 4, 1.0, 1 - 2**-53)
+@example(0, 40, 0.9, 1 - 2**-53)
 def test_draw_is_without_replacement_and_of_the_asked_size(seed, n, share, uniform):
     count = int(share * n)
     p = inclusion_probabilities(np.random.default_rng(seed).pareto(1.0, n) + 0.01, count)

@@ -26,6 +26,7 @@ from flashlm_numba.data import TokenData
 from flashlm_numba.embeddings import cached_start
 from flashlm_numba.heads import DenseHead, Head, SampledHead, TreeHead
 from flashlm_numba.kernels import dense_head, reference_tree, tree_head
+from flashlm_numba.kernels.embedding import zero
 from flashlm_numba.tree import SHAPES, Tree, build_tree
 
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does
@@ -105,7 +106,7 @@ def run_head(head: Head, problem: Problem) -> Found:
     """loss (N,) and the gradients of the mean loss by name, those of the parameters freshly cleared."""
     gradients = {"dweight": head.dweight, **head.gradients}
     for gradient in gradients.values():
-        gradient[...] = 0
+        zero(gradient)  # as training does
     loss, _, dh = head.forward_backward(problem.h, problem.targets, problem.weights)
     return {"loss": loss, "dh": dh, **gradients}
 
