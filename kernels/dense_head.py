@@ -156,21 +156,22 @@ def _chunk_forward(
             _finish_logits(tile, prior, soft_cap)
             _pick_targets(target_logit, tile, targets, first, prior, soft_cap)
             _tile_statistics(tile, top[q], total[q], mean[thread], prior, smoothing, soft_cap)
-    for n in range(rows):
-        m = np.float32(-np.inf)
-        for q in range(count):
-            m = max(m, top[q, n])
-        s, linear = 0.0, 0.0  # float64: few terms, and the loss is read to many digits
-        for q in range(count):
-            s += total[q, n] * math.exp(np.float64(top[q, n] - m))
-        for thread in range(threads):
-            linear += mean[thread, n]
-        value = m + math.log(s)
-        lse[n] = value
-        nll[n] = value - target_logit[n]
-        loss[n] = value - target_logit[n] + z_loss * value * value
-        if smoothing > 0:  # otherwise a token that the prior rules out (-inf) would make it NaN
-            loss[n] += smoothing * (target_logit[n] - linear / vocab)
+    for thread in prange(threads):
+        for n in range(thread * rows // threads, (thread + 1) * rows // threads):
+            m = np.float32(-np.inf)
+            for q in range(count):
+                m = max(m, top[q, n])
+            s, linear = 0.0, 0.0  # float64: few terms, and the loss is read to many digits
+            for q in range(count):
+                s += total[q, n] * math.exp(np.float64(top[q, n] - m))
+            for other in range(threads):
+                linear += mean[other, n]
+            value = m + math.log(s)
+            lse[n] = value
+            nll[n] = value - target_logit[n]
+            loss[n] = value - target_logit[n] + z_loss * value * value
+            if smoothing > 0:  # otherwise a token that the prior rules out (-inf) would make it NaN
+                loss[n] += smoothing * (target_logit[n] - linear / vocab)
 
 
 @kernel

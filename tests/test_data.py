@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -514,6 +515,7 @@ def test_counts_are_kept_beside_the_shards_and_checked(prepared):
 
 def test_default_corpus_is_the_whole_built_in_text_and_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **kwargs: str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a cache that cannot be written goes
     folder = default_corpus(progress=False)
     assert folder.parent == tmp_path
     tokens = open_tokens(folder)
@@ -532,6 +534,7 @@ def test_default_corpus_is_made_anew_where_it_is_damaged(tmp_path, monkeypatch):
         (tmp_path / "speeches" / f"{i:02}.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sources, "built_in_folder", lambda: tmp_path / "speeches")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **kwargs: str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a cache that cannot be written goes
     folder = default_corpus(progress=False)
     before = content(folder)
     (folder / "train-00000.bin").unlink()

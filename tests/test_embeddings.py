@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -127,6 +128,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     from flashlm_numba.prepare import prepare
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a cache that cannot be written goes
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The {w} is a {w} and no other {w} is {w}." for w in "abcdefghijklmnopqrstuvw"))
     prepare(str(text), tmp_path / "tokens", lines=True, progress=False)
@@ -144,6 +146,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5), start)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a cache that cannot be written goes
     path.write_bytes(path.read_bytes()[:-1000])
     np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5), start)
     assert len(list(path.parent.iterdir())) == 1  # no half-written files
