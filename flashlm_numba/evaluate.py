@@ -182,7 +182,13 @@ def evaluate_run(
     total = None
     if data is None or is_prepared(data):
         where = loaded.run.data if data is None else data
-        split = open_tokens(Path(where)).validation
+        tokens = open_tokens(Path(where))
+        if data is None and tokens.hash != loaded.run.data_hash:
+            raise UserError(
+                f"The tokens in {where} are not those that {run} was trained on; prepare the same data there, or name "
+                "the data to score."
+            )
+        split = tokens.validation
         sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
         documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
     else:

@@ -1,16 +1,20 @@
 """The rule of eval: every token once, contexts of one document, no influence of windows and batches."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashlm_numba import train
 from flashlm_numba.config import ModelConfig
-from flashlm_numba.evaluate import score, validation_subset, windows
+from flashlm_numba.errors import UserError
+from flashlm_numba.evaluate import evaluate_run, score, validation_subset, windows
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.model import Model, initial_parameters
+from flashlm_numba.prepare import prepare
 
 EOT = 0
 CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
@@ -111,3 +115,16 @@ def test_validation_subset_is_fixed_and_fills_its_size(sizes):
     assert all(len(part) for part in first)
     if len(sizes) == 9:
         assert len(first) == 8  # an eighth each
+
+
+def test_a_run_is_not_scored_on_data_that_took_the_place_of_its_own(tiny_run, corpus, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    train.start_run(tiny_run, data=str(data), out=run, threads=1, steps=1)
+    assert evaluate_run(run)["documents"] == 5
+    shutil.rmtree(data)
+    (tmp_path / "other.txt").write_text("one two three four five\n" * 40)
+    prepare(str(tmp_path / "other.txt"), data, progress=False)
+    with pytest.raises(UserError, match=r"are not those that .* was trained on"):
+        evaluate_run(run)
+    assert evaluate_run(run, str(data))["documents"] == 1  # asked for by name
