@@ -53,8 +53,7 @@ def main() -> None:
     for make_head in (make_tree, make_dense):
         model = Model(config, initial_parameters(config, 0), make_head)
         for preset in PRESETS.values():
-            model.zero_grad()
-            model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32))
+            model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32), accumulate=False)
             Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)
             for value in model.parameters.values():
                 ema_update(value.copy(), value, 0.999)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.kernels import dense_head as kernels
+from flashlm_numba.kernels.embedding import zero
 from flashlm_numba.sampling import sample_rows
 
 __all__ = ["DenseHead"]
@@ -54,9 +55,11 @@ class DenseHead:
         """Nothing: this loss draws nothing."""
 
     def forward_backward(
-        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C); adds the gradient of sum(weights * loss) to dweight."""
+        """loss (N,), nll (N,), dh (N, C); adds the gradient of sum(weights * loss) to dweight, or puts it there."""
+        if not accumulate:
+            zero(self.dweight)
         return kernels.dense_head_forward_backward(
             h,
             self.weight,

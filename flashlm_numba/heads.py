@@ -32,9 +32,12 @@ class Head(Protocol):
         ...
 
     def forward_backward(
-        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C), float32; adds the gradients of sum(weights * loss) to the parameters'."""
+        """loss (N,), nll (N,), dh (N, C), float32; adds the gradients of sum(weights * loss) to the parameters'.
+
+        accumulate=False: the gradients take the place of whatever was there, those of the shared rows too.
+        """
         ...
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:

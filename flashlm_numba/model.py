@@ -151,12 +151,13 @@ class Model:
         g["glu.down.weight"] += found["w_down"]
 
     def loss_and_grad(
-        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray
+        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """One micro-batch: forward, head, backward; gradients are added to `gradients`.
+        """One micro-batch: forward, head, backward; gradients are added to `gradients`, or take their place.
 
         ids, targets (B, T) int32; weights (B*T,) float32, each position's share of the step's loss (they sum to 1 over
-        a whole step); positions of weight 0 cost the head nothing.
+        a whole step); positions of weight 0 cost the head nothing. accumulate=False is for a step's first micro-batch:
+        as zero_grad before, but the head, which has most of the gradients, clears only what it does not write.
         Returns loss and nll of the positions of non-zero weight, in order, nats, (n,) float32, and the seconds spent
         in `embedding`, `trunk` and `head`.
         """
@@ -167,15 +168,19 @@ class Model:
         after_forward = time.perf_counter()
         flat = targets.reshape(-1)
         if weights.all():
-            loss, nll, dh = self.head.forward_backward(h, flat, weights)
+            loss, nll, dh = self.head.forward_backward(h, flat, weights, accumulate=accumulate)
         else:
             kept = np.flatnonzero(weights)
             loss, nll, dh_kept = self.head.forward_backward(
-                np.ascontiguousarray(h[kept]), np.ascontiguousarray(flat[kept]), weights[kept]
+                np.ascontiguousarray(h[kept]), np.ascontiguousarray(flat[kept]), weights[kept], accumulate=accumulate
             )
             dh = np.zeros_like(h)
             dh[kept] = dh_kept
         after_head = time.perf_counter()
+        if not accumulate:
+            for name, gradient in self.gradients.items():
+                if name != "embedding.weight" and not name.startswith("head."):
+                    zero(gradient)
         self._trunk_backward(dh)
         after_trunk = time.perf_counter()
         assert self._buffers is not None

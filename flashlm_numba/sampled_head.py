@@ -19,7 +19,7 @@ import numpy as np
 from flashlm_numba.dense_head import DenseHead
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels import dense_head as kernels
-from flashlm_numba.kernels.embedding import embedding_backward, embedding_forward
+from flashlm_numba.kernels.embedding import embedding_backward, embedding_forward, zero
 
 __all__ = ["SampledHead", "draw", "inclusion_probabilities"]
 
@@ -118,14 +118,17 @@ class SampledHead(DenseHead):
         return ids[order].astype(np.int32), np.concatenate([np.ones(len(distinct)), p[drawn]])[order]
 
     def forward_backward(
-        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C) of the softmax over candidates; adds its gradient to dweight.
+        """loss (N,), nll (N,), dh (N, C) of the softmax over candidates; adds its gradient to dweight, or puts it
+        there.
 
         h (N, C), weights (N,) float32, targets (N,) int32. loss and nll read low: the sum over all is larger.
         """
         if self._uniform is None:
-            return super().forward_backward(h, targets, weights)
+            return super().forward_backward(h, targets, weights, accumulate=accumulate)
+        if not accumulate:
+            zero(self.dweight)
         _check.indices("SampledHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
         ids, p = self.choose(targets, self._uniform)
         correction = -np.log(p).astype(np.float32)

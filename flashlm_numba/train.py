@@ -129,14 +129,13 @@ def do_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool 
     run, model = session.run, session.model
     start = time.perf_counter()
     model.prepare()
-    model.zero_grad()
     loss = nll = 0.0
     shares = {"embedding": 0.0, "trunk": 0.0, "head": 0.0, "optimizer": 0.0}
     for micro in range(phase.micro_batches):
         ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.rows, phase.length)
         weights = position_weights(run.seed, step, micro, targets.size, run.head.positions, phase.micro_batches)
         model.head.begin(np.random.default_rng((run.seed, step, micro, _CANDIDATES)), full=full)
-        losses, nlls, seconds = model.loss_and_grad(ids, targets, weights)
+        losses, nlls, seconds = model.loss_and_grad(ids, targets, weights, accumulate=micro > 0)
         share = 1 / (len(losses) * phase.micro_batches)  # the same for every position that counts
         loss += float(losses.sum(dtype=np.float64)) * share
         nll += float(nlls.sum(dtype=np.float64)) * share

@@ -138,9 +138,10 @@ class TreeHead:
         """Nothing: this loss draws nothing."""
 
     def forward_backward(
-        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes.
+        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes, or puts
+        them there: less work than clearing them, since only the rows on the targets' paths get any.
 
         h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the
         options.
@@ -148,7 +149,7 @@ class TreeHead:
         return kernels.tree_head_forward_backward(
             h, self.weight, self.nodes, self._spans, self._rows(targets), weights, self.dweight, self.dnodes,
             label_smoothing=self.label_smoothing, z_loss=self.z_loss, soft_cap=self.soft_cap,
-            scratch=self._scratch, **self._prior,
+            accumulate=accumulate, scratch=self._scratch, **self._prior,
         )  # fmt: skip
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -4,13 +4,14 @@
 
 with any strides for a, so that the taps of a convolution are one product, and w contiguous. The width of a tile is
 fixed when it is made (whole vector registers); rows go by blocks. 2 x 32 and 6 x 16 floats keep the sixteen
-registers of AVX2 busy without spilling; wider tiles were slower.
+registers of AVX2 busy without spilling; wider tiles were slower. AVX-512 has twice the registers, twice as wide.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -110,6 +111,118 @@ def _make_tile(rows: int, width: int) -> Any:
     return helper(call)
 
 
+def _make_dots(rows: int, lanes: int) -> Any:
+    """An intrinsic for the products of `rows` rows of x with four of w: out[j, k] = x[j] . w[k], k < 4.
+
+    depth is a multiple of lanes (and so of four); addresses as integers, strides and depth in elements. Four sums
+    come together in three shuffles and additions, where four separate reductions would take as long as
+    the products of 256 channels.
+    """
+    vector, four_floats = (ir.VectorType(ir.FloatType(), width) for width in (lanes, 4))
+    int64 = ir.IntType(64)
+
+    @intrinsic
+    def dots(typingctx, w, w_stride, x, x_stride, depth, out, out_stride):
+        signature = types.void(*[types.intp] * 7)
+
+        def codegen(context, builder, sig, args):
+            w, w_stride, x, x_stride, depth, out, out_stride = args
+            four = ir.Constant(int64, 4)
+            w_stride, x_stride, out_stride, end = (
+                builder.mul(v, four) for v in (w_stride, x_stride, out_stride, depth)
+            )
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f32"
+            )
+
+            def row(base, stride, r):
+                return builder.add(base, builder.mul(stride, ir.Constant(int64, r)))
+
+            def load(base, at):
+                value = builder.load(builder.inttoptr(builder.add(base, at), vector.as_pointer()))
+                value.align = 4
+                return value
+
+            def pick(a, b, first, second):  # in every four lanes, two of a in turn with two of b
+                chosen = [q + i for q in range(0, lanes, 4) for i in (first, lanes + first, second, lanes + second)]
+                return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
+
+            def pick_pairs(a, b, first):
+                chosen = [
+                    q + i for q in range(0, lanes, 4) for i in (first, first + 1, lanes + first, lanes + first + 1)
+                ]
+                return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
+
+            w_rows = [row(w, w_stride, r) for r in range(4)]
+            x_rows = [row(x, x_stride, r) for r in range(rows)]
+            entry = builder.block
+            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            at = builder.phi(int64)
+            at.add_incoming(ir.Constant(int64, 0), entry)
+            sums = [builder.phi(vector) for _ in range(4 * rows)]
+            w_values = [load(base, at) for base in w_rows]
+            new = []
+            for r in range(rows):
+                value = load(x_rows[r], at)
+                new += [builder.call(fma, [w_values[k], value, sums[4 * r + k]]) for k in range(4)]
+            following = builder.add(at, ir.Constant(int64, 4 * lanes))
+            at.add_incoming(following, loop)
+            for phi, value in zip(sums, new, strict=True):
+                phi.add_incoming(ir.Constant(vector, [0.0] * lanes), entry)
+                phi.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
+
+            builder.position_at_end(done)
+            for r in range(rows):
+                a, b, c, d = new[4 * r : 4 * r + 4]
+                ab = builder.fadd(pick(a, b, 0, 1), pick(a, b, 2, 3))  # in every four lanes: a, b, a, b
+                cd = builder.fadd(pick(c, d, 0, 1), pick(c, d, 2, 3))
+                found, width = builder.fadd(pick_pairs(ab, cd, 0), pick_pairs(ab, cd, 2)), lanes  # a, b, c, d
+                while width > 4:
+                    width //= 2
+                    low, high = (
+                        builder.shuffle_vector(
+                            found,
+                            found,
+                            ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(start, start + width))),
+                        )
+                        for start in (0, width)
+                    )
+                    found = builder.fadd(low, high)
+                address = builder.inttoptr(row(out, out_stride, r), four_floats.as_pointer())
+                builder.store(found, address).align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    def call(w, w_stride, x, x_stride, depth, out, out_stride):
+        dots(w, w_stride, x, x_stride, depth, out, out_stride)
+
+    call.__name__ = call.__qualname__ = f"_dots_{rows}_{lanes}"  # see _make_tile
+    return helper(call)
+
+
+def _make_prefetch(write: int) -> Any:
+    """An intrinsic that asks for the cache line at an address, to read it or to write it; any address is allowed."""
+    byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+
+    @intrinsic
+    def prefetch(typingctx, address):
+        def codegen(context, builder, sig, args):
+            kind = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            flags = [ir.Constant(int32, flag) for flag in (write, 3, 1)]  # keep in every cache; data
+            builder.call(function, [builder.inttoptr(args[0], byte_pointer), *flags])
+            return context.get_dummy_value()
+
+        return types.void(types.intp), codegen
+
+    return prefetch
+
+
 if numba.config.DISABLE_JIT:
 
     def _plain(width):
@@ -128,7 +241,17 @@ if numba.config.DISABLE_JIT:
     tile_product_16 = _plain(16)
     tile_product_32 = _plain(32)
 
+    def dot_products(out, x, w):
+        out[...] = x @ w.T
+
+    def short_product(out, a, b, beta):
+        out[...] = a @ b if beta == 0 else out * np.float32(beta) + a @ b
+
+    dot_products_8 = dot_products_16 = dot_products
+    short_product_32 = short_product_64 = short_product
+
 else:
+    _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
     _tile_1_16, _tile_4_16, _tile_6_16 = (_make_tile(rows, 16) for rows in (1, 4, 6))
     _tile_1_32, _tile_2_32 = (_make_tile(rows, 32) for rows in (1, 2))
 
@@ -160,3 +283,84 @@ else:
             m += 2
         if m < rows:
             _tile_1_32(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+
+    def _make_dot_products(lanes, most):
+        """For registers of `lanes` floats; most: rows of x at a time, so that the sums stay in registers."""
+        one, two, many = (_make_dots(rows, lanes) for rows in (1, 2, most))
+
+        def dot_products(out, x, w):
+            rows, width, dim = x.shape[0], w.shape[0], x.shape[1]
+            whole = dim - dim % lanes if dim >= lanes else 0
+            aligned = width - width % 4 if whole > 0 else 0
+            pw, px, po = w.ctypes.data, x.ctypes.data, out.ctypes.data
+            sw, sx, so = w.strides[0] // 4, x.strides[0] // 4, out.strides[0] // 4
+            for k in range(0, aligned, 4):
+                for row in range(k + 8, k + 12):  # the processor's own prefetching stops at the end of a page
+                    for line in range(0, 4 * whole, 64):
+                        _prefetch_read(pw + 4 * row * sw + line)
+                j = 0
+                while j + most <= rows:
+                    many(pw + 4 * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
+                    j += most
+                if j + 2 <= rows:
+                    two(pw + 4 * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
+                    j += 2
+                if j < rows:
+                    one(pw + 4 * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
+            for j in range(rows):
+                for k in range(aligned if whole == dim else 0, width):
+                    total = out[j, k] if k < aligned else np.float32(0)
+                    for c in range(whole if k < aligned else 0, dim):
+                        total += x[j, c] * w[k, c]
+                    out[j, k] = total
+
+        dot_products.__name__ = dot_products.__qualname__ = f"_dot_products_{lanes}"
+        return helper(dot_products)
+
+    def _make_short_product(tile_rows, width):
+        """For tiles of tile_rows (2 or 4) x width floats."""
+        one, two, many = (_make_tile(rows, width) for rows in (1, 2, tile_rows))
+
+        def short_product(out, a, b, beta):
+            rows, dim, depth = out.shape[0], out.shape[1], a.shape[1]
+            pa, pb, po = a.ctypes.data, b.ctypes.data, out.ctypes.data
+            am, ak, sb, so = a.strides[0] // 4, a.strides[1] // 4, b.strides[0] // 4, out.strides[0] // 4
+            add = np.int64(beta != 0)
+            whole = dim - dim % width if depth > 0 else 0
+            m = 0
+            while m < rows:
+                count = tile_rows if m + tile_rows <= rows else 2 if m + 2 <= rows else 1
+                for c in range(0, whole, width):
+                    if add == 0:  # nothing has read these lines before, so nothing has fetched them
+                        for row in range(m + tile_rows, m + 2 * tile_rows):
+                            for line in range(0, 4 * width, 64):
+                                _prefetch_write(po + 4 * (row * so + c) + line)
+                    at, to = pa + 4 * m * am, po + 4 * (m * so + c)
+                    if count == tile_rows:
+                        many(at, am, ak, 0, pb + 4 * c, sb, 0, depth, 1, to, so, add)
+                    elif count == 2:
+                        two(at, am, ak, 0, pb + 4 * c, sb, 0, depth, 1, to, so, add)
+                    else:
+                        one(at, am, ak, 0, pb + 4 * c, sb, 0, depth, 1, to, so, add)
+                m += count
+            for m in range(rows if whole < dim else 0):
+                for c in range(whole, dim):
+                    if add == 0:
+                        out[m, c] = np.float32(0)
+                for k in range(depth):
+                    for c in range(whole, dim):
+                        out[m, c] += a[m, k] * b[k, c]
+
+        short_product.__name__ = short_product.__qualname__ = f"_short_product_{tile_rows}_{width}"
+        return helper(short_product)
+
+    dot_products_8, dot_products_16 = _make_dot_products(8, 2), _make_dot_products(16, 4)
+    short_product_32, short_product_64 = _make_short_product(2, 32), _make_short_product(4, 64)
+    # Products with few rows or little depth, where BLAS spends its time packing:
+    # dot_products(out, x, w): out (J, K) = x (J, C) @ w (K, C).T
+    # short_product(out, a, b, beta): out (M, W) = a (M, K) @ b (K, W) + beta * out, beta 0 or 1; any strides for a
+    # Float32; the last axis of the others is contiguous, the rows of out too (unchecked).
+    if llvmlite.binding.get_host_cpu_features().get("avx512f"):
+        dot_products, short_product = dot_products_16, short_product_64
+    else:
+        dot_products, short_product = dot_products_8, short_product_32

@@ -35,7 +35,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
-from flashlm_numba.kernels._tile import tile_product_16
+from flashlm_numba.kernels._tile import dot_products, short_product
 
 TOKEN_START, TOKEN_END, CHILD_START, CHILD_END, LEAF_END = range(5)  # columns of spans
 
@@ -44,10 +44,9 @@ OWN_FLOATS = 1 << 22  # logits of a chunk, all threads together: 16 MB
 CHUNK = 512  # positions of a node at a time: their logits stay in the second cache
 SMALL = 48  # products of a node below which a call of BLAS costs more than the loops
 NARROW = 4  # children up to which loops beat BLAS at any number of positions
-# Positions up to which a register tile finds the logits faster than BLAS, which packs the rows for each node
-# (two-level 9 % faster in all). Tried for the gradients too: dh no faster, the rows' gradient slower.
+# Positions of a node up to which register tiles beat BLAS, which packs the rows for each node: such nodes, nine of ten
+# that a batch visits, take half the time.
 THIN = 32
-THIN_WIDEST = 4096  # children up to which the tile is used; bounds its scratch
 SHARES = 8  # a subtree of more than 1/(SHARES * P) of the work is split
 
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
@@ -92,27 +91,7 @@ def _add_scaled(out, factor, x):
 
 
 @helper
-def _thin_products(out, x, tokens, kids, spare):
-    """The same as _products: rows as broadcast operand, 16 positions at a time side by side in registers."""
-    positions, width = out.shape
-    dim, n_tokens = x.shape[1], tokens.shape[0]
-    turned, found = spare[: 16 * dim], spare[16 * dim :]
-    a, b = tokens.reshape(-1), kids.reshape(-1)
-    for begin in range(0, positions, 16):
-        count = min(16, positions - begin)
-        for c in range(dim):
-            for j in range(16):
-                turned[16 * c + j] = x[begin + j, c] if j < count else _ZERO
-        tile_product_16(found, 0, 16, a, 0, dim, 1, 0, turned, 0, 16, 0, n_tokens, dim, 1, False)
-        n_kids = width - n_tokens
-        tile_product_16(found, 16 * n_tokens, 16, b, 0, dim, 1, 0, turned, 0, 16, 0, n_kids, dim, 1, False)
-        for j in range(count):
-            for k in range(width):
-                out[begin + j, k] = found[16 * k + j]
-
-
-@helper
-def _products(out, x, tokens, kids, spare, blas):
+def _products(out, x, tokens, kids, blas):
     """out (J, K) = x (J, C) times the rows of tokens, then of kids (together K)."""
     positions, width = out.shape
     n_tokens = tokens.shape[0]
@@ -122,20 +101,29 @@ def _products(out, x, tokens, kids, spare, blas):
                 out[j, k] = _dot(x[j], tokens[k])
             for k in range(width - n_tokens):
                 out[j, n_tokens + k] = _dot(x[j], kids[k])
-        return
-    if positions <= THIN and width <= THIN_WIDEST:
-        _thin_products(out, x, tokens, kids, spare)
-        return
-    gemm_nt(blas, out[:, :n_tokens], x, tokens, _ZERO)
-    gemm_nt(blas, out[:, n_tokens:], x, kids, _ZERO)
+    elif positions <= THIN:
+        dot_products(out[:, :n_tokens], x, tokens)
+        dot_products(out[:, n_tokens:], x, kids)
+    else:
+        gemm_nt(blas, out[:, :n_tokens], x, tokens, _ZERO)
+        gemm_nt(blas, out[:, n_tokens:], x, kids, _ZERO)
 
 
 @helper
-def _add_dx(dx, dlogits, tokens, kids, blas):
-    """dx (J, C) += dlogits (J, K) @ rows.   forward: logits = x @ rows.T"""
+def _clear(out):
+    for i in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            out[i, c] = _ZERO
+
+
+@helper
+def _find_dx(dx, dlogits, tokens, kids, beta, blas):
+    """dx (J, C) = dlogits (J, K) @ rows + beta * dx, beta 0 or 1.   forward: logits = x @ rows.T"""
     positions, width = dlogits.shape
     n_tokens = tokens.shape[0]
     if _is_small(positions, width):
+        if beta == 0:
+            _clear(dx)
         for j in range(positions):
             for k in range(n_tokens):
                 _add_scaled(dx[j], dlogits[j, k], tokens[k])
@@ -143,26 +131,39 @@ def _add_dx(dx, dlogits, tokens, kids, blas):
                 _add_scaled(dx[j], dlogits[j, n_tokens + k], kids[k])
         return
     if n_tokens > 0:
-        gemm_nn(blas, dx, dlogits[:, :n_tokens], tokens, _ONE)
+        if positions <= THIN:
+            short_product(dx, dlogits[:, :n_tokens], tokens, beta)
+        else:
+            gemm_nn(blas, dx, dlogits[:, :n_tokens], tokens, beta)
+        beta = _ONE
     if n_tokens < width:
-        gemm_nn(blas, dx, dlogits[:, n_tokens:], kids, _ONE)
+        if positions <= THIN:
+            short_product(dx, dlogits[:, n_tokens:], kids, beta)
+        else:
+            gemm_nn(blas, dx, dlogits[:, n_tokens:], kids, beta)
 
 
 @helper
-def _add_drows(dtokens, dkids, dlogits, x, blas):
-    """dtokens, dkids += dlogits (J, K).T @ x (J, C).   forward: logits = x @ rows.T"""
+def _find_drows(dtokens, dkids, dlogits, x, beta, blas):
+    """dtokens, dkids = dlogits (J, K).T @ x (J, C) + beta times themselves.   forward: logits = x @ rows.T"""
     positions, width = dlogits.shape
     n_tokens = dtokens.shape[0]
     if _is_small(positions, width):
+        if beta == 0:
+            _clear(dtokens)
+            _clear(dkids)
         for k in range(n_tokens):
             for j in range(positions):
                 _add_scaled(dtokens[k], dlogits[j, k], x[j])
         for k in range(width - n_tokens):
             for j in range(positions):
                 _add_scaled(dkids[k], dlogits[j, n_tokens + k], x[j])
-        return
-    gemm_tn(blas, dtokens, dlogits[:, :n_tokens], x, _ONE)
-    gemm_tn(blas, dkids, dlogits[:, n_tokens:], x, _ONE)
+    elif positions <= THIN:
+        short_product(dtokens, dlogits[:, :n_tokens].T, x, beta)
+        short_product(dkids, dlogits[:, n_tokens:].T, x, beta)
+    else:
+        gemm_tn(blas, dtokens, dlogits[:, :n_tokens], x, beta)
+        gemm_tn(blas, dkids, dlogits[:, n_tokens:], x, beta)
 
 
 @helper
@@ -233,20 +234,23 @@ def _softmax_loss(
 @helper
 def _node_positions(
     logits, spare, loss, nll, dhs, lo, hi, span, hs, rows, weights, weight, nodes, leaf_ends, log_prior,
-    node_log_prior, smoothing, z_loss, soft_cap, backward, blas,
+    node_log_prior, smoothing, z_loss, soft_cap, backward, beta, blas,
 ):  # fmt: skip
-    """Sorted positions lo..hi at one node: loss, the gradient of the products (left in logits) and of h."""
+    """Sorted positions lo..hi at one node: loss, the gradient of the products (left in logits) and of h.
+
+    beta: 0 where dhs holds nothing yet, 1 where the node's share is added to it.
+    """
     token_start, token_end, kid_start, kid_end = span[0], span[1], span[2] - 1, span[3] - 1
     tokens, kids = weight[token_start:token_end], nodes[kid_start:kid_end]
     token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
     kid_prior = node_log_prior[kid_start:kid_end] if node_log_prior.shape[0] > 0 else node_log_prior
-    _products(logits, hs[lo:hi], tokens, kids, spare, blas)
+    _products(logits, hs[lo:hi], tokens, kids, blas)
     _softmax_loss(
         logits, spare, loss[lo:hi], nll[lo:hi], rows[lo:hi], weights[lo:hi], token_start, token_end,
         leaf_ends[kid_start + 1 : kid_end + 1], token_prior, kid_prior, smoothing, z_loss, soft_cap, backward,
     )  # fmt: skip
     if backward:
-        _add_dx(dhs[lo:hi], logits, tokens, kids, blas)
+        _find_dx(dhs[lo:hi], logits, tokens, kids, beta, blas)
 
 
 @helper
@@ -353,7 +357,7 @@ def _deal(owner, load, by_cost, task_cost):
 class _Plan:
     """What `_walk` found, arranged for the kernel; all arrays int64."""
 
-    pieces: np.ndarray  # (S, 4): node, positions begin and end, offset in the kept logits
+    pieces: np.ndarray  # (S, 5): node, positions begin and end, offset in the kept logits, 1 for a node's first piece
     piece_first: np.ndarray  # (R + 1,): pieces of each round
     bounds: np.ndarray  # (R, P + 1): positions of each thread in each round
     kept: int  # floats of kept logits
@@ -362,13 +366,22 @@ class _Plan:
     task_first: np.ndarray  # (T + 1,): visits of each task
     tasks: np.ndarray  # (T,): tasks by thread, longest first
     thread_first: np.ndarray  # (P + 1,): tasks of each thread
+    idle_tokens: np.ndarray  # (any, 2): first and last + 1 of the leaf rows without a gradient
+    idle_nodes: np.ndarray  # (any, 2): the same of the nodes' rows
 
 
-def _bounds(pieces: list[tuple[int, int, int, int]], width: np.ndarray, n: int, threads: int) -> np.ndarray:
+def _gaps(start: np.ndarray, end: np.ndarray, size: int) -> np.ndarray:
+    """What of [0, size) lies outside the disjoint ranges [start, end), some of them empty: (G, 2) int64."""
+    order = np.argsort(start + end)  # an empty range at the start of another comes before it
+    low, high = np.concatenate([[0], end[order]]), np.concatenate([start[order], [size]])
+    return np.stack([low, high], axis=1)[low < high].astype(np.int64)
+
+
+def _bounds(pieces: list[tuple[int, int, int, int, bool]], width: np.ndarray, n: int, threads: int) -> np.ndarray:
     """Positions (P + 1,) that give the threads equal shares of the pieces; every position costs a little."""
     change = np.zeros(n + 1)
     change[0] = 20
-    for node, begin, end, _ in pieces:
+    for node, begin, end, *_ in pieces:
         change[begin] += width[node]
         change[end] -= width[node]
     total = np.concatenate([[0], np.cumsum(np.cumsum(change[:-1]))])
@@ -388,7 +401,7 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
         rows, spans, leaf_ends, share, OWN_FLOATS // threads,
     )  # fmt: skip
     width = spans[:, TOKEN_END] - spans[:, TOKEN_START] + spans[:, CHILD_END] - spans[:, CHILD_START]
-    pieces: list[tuple[int, int, int, int]] = []
+    pieces: list[tuple[int, int, int, int, bool]] = []
     piece_first, bounds, used, kept = [0], [], 0, 0
     for v in np.flatnonzero(split[:visits]):
         m, at = int(node[v]), int(begin[v])
@@ -402,7 +415,7 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
                 used = 0
                 continue
             last = min(int(end[v]), at + max(1, room))
-            pieces.append((m, at, last, used))
+            pieces.append((m, at, last, used, at == begin[v]))
             used += (last - at) * int(width[m])
             kept, at = max(kept, used), last
     bounds.append(_bounds(pieces[piece_first[-1] :], width, n, threads))
@@ -412,8 +425,9 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
     _deal(owner, np.zeros(threads), by_cost, task_cost)
     dealt = owner[by_cost]
     chosen = order[: task_first[tasks]]
+    busy = spans[node[:visits][width[node[:visits]] > 1]]
     return _Plan(
-        pieces=np.array(pieces, np.int64).reshape(-1, 4),
+        pieces=np.array(pieces, np.int64).reshape(-1, 5),
         piece_first=np.array(piece_first, np.int64),
         bounds=np.stack(bounds).astype(np.int64),
         kept=kept,
@@ -422,6 +436,8 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
         task_first=task_first[: tasks + 1],
         tasks=by_cost[np.argsort(dealt, kind="stable")],
         thread_first=np.concatenate([[0], np.cumsum(np.bincount(dealt, minlength=threads))]).astype(np.int64),
+        idle_tokens=_gaps(busy[:, TOKEN_START], busy[:, TOKEN_END], int(spans[0, LEAF_END])),
+        idle_nodes=_gaps(busy[:, CHILD_START] - 1, busy[:, CHILD_END] - 1, len(spans) - 1),
     )
 
 
@@ -429,16 +445,30 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
 
 
 @helper
-def _gather(hs, dhs, sorted_loss, begin, end, h, order):
+def _gather(hs, dhs, sorted_loss, begin, end, h, order, clear):
     for i in range(end - begin):
         source, target = h[order[begin + i]], hs[begin + i]
         for c in range(h.shape[1]):
             target[c] = source[c]
         sorted_loss[0, begin + i] = _ZERO
         sorted_loss[1, begin + i] = _ZERO
-    for i in range(min(end, dhs.shape[0]) - begin):
-        for c in range(h.shape[1]):
-            dhs[begin + i, c] = _ZERO
+    if clear:
+        _clear(dhs[begin:end])
+
+
+@helper
+def _clear_rows(out, ranges, thread, threads):
+    """A thread's share of the rows in the ranges (G, 2) becomes zero."""
+    total = np.int64(0)
+    for i in range(ranges.shape[0]):
+        total += ranges[i, 1] - ranges[i, 0]
+    mine, ends = thread * total // threads, (thread + 1) * total // threads
+    before = np.int64(0)
+    for i in range(ranges.shape[0]):
+        low, count = ranges[i, 0], ranges[i, 1] - ranges[i, 0]
+        first, last = min(max(mine - before, 0), count), min(max(ends - before, 0), count)
+        _clear(out[low + first : low + last])
+        before += count
 
 
 @helper
@@ -453,7 +483,7 @@ def _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward):
 
 
 @helper
-def _split_drows(dweight, dnodes, kept, pieces, hs, spans, thread, threads, blas):
+def _split_drows(dweight, dnodes, kept, pieces, hs, spans, accumulate, thread, threads, blas):
     """A thread's part of the gradients of the split nodes' rows: whole rows, an equal share of the work."""
     total = np.int64(0)
     for p in range(pieces.shape[0]):
@@ -472,21 +502,22 @@ def _split_drows(dweight, dnodes, kept, pieces, hs, spans, thread, threads, blas
             continue
         dlogits = kept[offset : offset + positions * width].reshape(positions, width)
         n_tokens = np.int64(span[1] - span[0])
+        beta = _ONE if accumulate or pieces[p, 4] == 0 else _ZERO
         if first < n_tokens:
             until = min(last, n_tokens)
-            gemm_tn(blas, dweight[span[0] + first : span[0] + until], dlogits[:, first:until], hs[begin:end], _ONE)
+            gemm_tn(blas, dweight[span[0] + first : span[0] + until], dlogits[:, first:until], hs[begin:end], beta)
         if last > n_tokens:
             since = max(first, n_tokens)
             kid = span[2] - 1 - n_tokens
-            gemm_tn(blas, dnodes[kid + since : kid + last], dlogits[:, since:last], hs[begin:end], _ONE)
+            gemm_tn(blas, dnodes[kid + since : kid + last], dlogits[:, since:last], hs[begin:end], beta)
 
 
 @helper
 def _visit(
     dweight, dnodes, hs, dhs, sorted_loss, buffer, spare, items, mine, ends, keep, rows, weights, weight,
-    nodes, spans, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, blas,
+    nodes, spans, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, accumulate, blas,
 ):  # fmt: skip
-    """Positions mine..ends of the nodes in items (I, 4), parents first: losses, dhs and the nodes' gradients.
+    """Positions mine..ends of the nodes in items (I, 4 or more), parents first: losses, dhs and the nodes' gradients.
 
     With keep, the gradients of the products stay in buffer at the items' offsets, for `_split_drows`; else
     they are used up at once.
@@ -502,26 +533,28 @@ def _visit(
             last = min(at + step, end)
             offset = items[i, 3] + (at - items[i, 1]) * width if keep else 0
             logits = buffer[offset : offset + (last - at) * width].reshape(last - at, width)
+            beta = _ZERO if items[i, 0] == 0 else _ONE  # every position comes by the root, first of all
             _node_positions(
                 logits, spare, sorted_loss[0], sorted_loss[1], dhs, at, last, span, hs, rows, weights, weight,
-                nodes, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, blas,
+                nodes, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, beta, blas,
             )  # fmt: skip
             if backward and not keep:
                 dtokens, dkids = dweight[span[0] : span[1]], dnodes[span[2] - 1 : span[3] - 1]
-                _add_drows(dtokens, dkids, logits, hs[at:last], blas)
+                beta = _ONE if accumulate or at > items[i, 1] else _ZERO
+                _find_drows(dtokens, dkids, logits, hs[at:last], beta, blas)
             at = last
 
 
 @kernel
 def _tree_head(
     dh, loss, nll, dweight, dnodes, hs, dhs, sorted_loss, kept, own, spares,
-    pieces, piece_first, bounds, visits, task_positions, task_first, tasks, thread_first,
+    pieces, piece_first, bounds, visits, task_positions, task_first, tasks, thread_first, idle_tokens, idle_nodes,
     h, order, rows, weights, weight, nodes, spans, leaf_ends, log_prior, node_log_prior,
-    smoothing, z_loss, soft_cap, backward, blas, threads,
+    smoothing, z_loss, soft_cap, backward, accumulate, blas, threads,
 ):  # fmt: skip
-    """loss, nll (N,) = and, if backward, dh (N, C) =, dweight (V, C), dnodes (M, C) +=.
+    """loss, nll (N,) = and, if backward, dh (N, C) =, dweight (V, C), dnodes (M, C) =, or += with accumulate.
 
-    Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), spares (P, see _spare).
+    Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), spares (P, widest).
     order (N,) sorts the positions; rows and weights (N,) are sorted by it. The rest: see _Plan. Each round is
     two regions, of one body so that it is compiled once: in the first, thread p owns the positions from
     bounds[r, p] to bounds[r, p + 1] of the split nodes, in the second a share of their rows and, in the last
@@ -536,10 +569,13 @@ def _tree_head(
             begin, end = bounds[r, thread], bounds[r, thread + 1]
             lists, items, buffer = 1, split, kept
             if region == 0:
-                _gather(hs, dhs, sorted_loss, begin, end, h, order)
+                _gather(hs, dhs, sorted_loss, begin, end, h, order, backward and _width(spans[0]) < 2)
+                if backward and not accumulate:
+                    _clear_rows(dweight, idle_tokens, thread, threads)
+                    _clear_rows(dnodes, idle_nodes, thread, threads)
             if not first_half:
                 if backward:
-                    _split_drows(dweight, dnodes, kept, split, hs, spans, thread, threads, blas)
+                    _split_drows(dweight, dnodes, kept, split, hs, spans, accumulate, thread, threads, blas)
                 lists = thread_first[thread + 1] - thread_first[thread] if r == rounds - 1 else 0
                 buffer = own[thread]
             for i in range(lists):
@@ -550,7 +586,7 @@ def _tree_head(
                 _visit(
                     dweight, dnodes, hs, dhs, sorted_loss, buffer, spares[thread], items, begin, end,
                     first_half, rows, weights, weight, nodes, spans, leaf_ends, log_prior, node_log_prior,
-                    smoothing, z_loss, soft_cap, backward, blas,
+                    smoothing, z_loss, soft_cap, backward, accumulate, blas,
                 )  # fmt: skip
                 if not first_half:
                     _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward)
@@ -582,7 +618,7 @@ def _log_distribution(
         token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
         kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
         here = logits[: x.shape[0] * width].reshape(x.shape[0], width)
-        _products(here, x, weight[token_start:token_end], nodes[kid - 1 : kid_end - 1], spare, blas)
+        _products(here, x, weight[token_start:token_end], nodes[kid - 1 : kid_end - 1], blas)
         for j in range(x.shape[0]):
             row = here[j]
             _finish_logits(row, spare, token_prior, kid_prior, soft_cap)
@@ -707,14 +743,9 @@ def _widest(spans: np.ndarray) -> int:
     return int((spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]).max())
 
 
-def _spare(dim: int, widest: int) -> int:
-    """Floats of a thread's spare buffer: the panels of _thin_products, then the slopes of a row of logits."""
-    return max(widest, 16 * (dim + min(widest, THIN_WIDEST)))
-
-
 def _run(
     where, h, weight, nodes, spans, targets, weights, dweight, dnodes, log_prior, node_log_prior,
-    label_smoothing, z_loss, soft_cap, scratch, backward,
+    label_smoothing, z_loss, soft_cap, scratch, backward, accumulate,
 ):  # fmt: skip
     log_prior, node_log_prior = _check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
     n, dim = h.shape
@@ -723,6 +754,8 @@ def _run(
     loss, nll = np.empty(n, np.float32), np.empty(n, np.float32)
     dh = np.empty((n, dim) if backward else (0, dim), np.float32)
     if n == 0:
+        if not accumulate:
+            dweight[...], dnodes[...] = 0, 0
         return loss, nll, dh
     s = scratch or TreeScratch()
     threads = numba.get_num_threads()
@@ -733,7 +766,7 @@ def _run(
     leaf_ends = np.ascontiguousarray(spans[:, LEAF_END])
     plan = _make_plan(rows, spans, leaf_ends, tree_depth(spans), threads)
     widest = _widest(spans)
-    own, spare = min(max(OWN_FLOATS // threads, 1), CHUNK * widest), _spare(dim, widest)
+    own = min(max(OWN_FLOATS // threads, 1), CHUNK * widest)
     _tree_head(
         dh, loss, nll, dweight, dnodes,
         s.take("hs", n * dim).reshape(n, dim),
@@ -741,12 +774,12 @@ def _run(
         s.take("loss", 2 * n).reshape(2, n),
         s.take("kept", plan.kept),
         s.take("own", threads * own).reshape(threads, own),
-        s.take("spares", threads * spare).reshape(threads, spare),
+        s.take("spares", threads * widest).reshape(threads, widest),
         plan.pieces, plan.piece_first, plan.bounds, plan.visits, plan.task_positions, plan.task_first,
-        plan.tasks, plan.thread_first,
+        plan.tasks, plan.thread_first, plan.idle_tokens, plan.idle_nodes,
         h, order, rows, weights[order] if backward else loss, weight, nodes, spans, leaf_ends,
         log_prior, node_log_prior, np.float32(label_smoothing), np.float32(z_loss), np.float32(soft_cap or 0),
-        backward, sgemm_address(), threads,
+        backward, accumulate, sgemm_address(), threads,
     )  # fmt: skip
     return loss, nll, dh
 
@@ -780,7 +813,7 @@ def tree_head_forward(
     """
     loss, nll, _ = _run(
         "tree_head_forward", h, weight, nodes, spans, targets, h, weight, nodes, log_prior, node_log_prior,
-        label_smoothing, z_loss, soft_cap, scratch, False,
+        label_smoothing, z_loss, soft_cap, scratch, False, True,
     )  # fmt: skip
     return loss, nll
 
@@ -800,15 +833,16 @@ def tree_head_forward_backward(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
+    accumulate: bool = True,
     scratch: TreeScratch | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss, plain NLL and the gradients of sum(weights * loss): the forward and backward pass in one.
 
-    As tree_head_forward, and weights (N,), dweight (V, C), dnodes (M, C) float32: gradients are added to
-    these. The smoothing of a node is uniform over its children, z-loss is z * log(Z)**2 at every node of the
-    path, the cap acts on each logit; a node with a single child costs nothing. Returns loss (N,), nll (N,),
-    dh (N, C). Cost 6*C flop per position and child of a node on its path. The same bits for the same number
-    of threads.
+    As tree_head_forward, and weights (N,), dweight (V, C), dnodes (M, C) float32: gradients are added to these, or,
+    without accumulate, take the place of what was there, which is faster than clearing and adding. The smoothing of a
+    node is uniform over its children, z-loss is z * log(Z)**2 at every node of the path, the cap acts on each logit; a
+    node with a single child costs nothing. Returns loss (N,), nll (N,), dh (N, C). Cost 6*C flop per position and child
+    of a node on its path. The same bits for the same number of threads.
     """
     where = "tree_head_forward_backward"
     _check.array(where, "weights", weights, (len(h),))
@@ -816,7 +850,7 @@ def tree_head_forward_backward(
     _check.array(where, "dnodes", dnodes, nodes.shape)
     return _run(
         where, h, weight, nodes, spans, targets, weights, dweight, dnodes, log_prior, node_log_prior,
-        label_smoothing, z_loss, soft_cap, scratch, True,
+        label_smoothing, z_loss, soft_cap, scratch, True, accumulate,
     )  # fmt: skip
 
 
@@ -843,7 +877,7 @@ def tree_head_log_distribution(
     chunk = 16  # positions at a time; enough that the rows are not read for each
     out = np.empty((len(h), len(weight)), np.float32)
     above = np.empty((threads, chunk, len(spans)), np.float32)
-    logits, spares = (np.empty((threads, size), np.float32) for size in (chunk * widest, _spare(h.shape[1], widest)))
+    logits, spares = (np.empty((threads, size), np.float32) for size in (chunk * widest, widest))
     _tree_head_log_distribution(
         out, above, logits, spares, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior,
         np.float32(soft_cap or 0), sgemm_address(), threads,

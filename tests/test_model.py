@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flashlm_numba.config import ModelConfig
-from flashlm_numba.heads import DenseHead, TreeHead
+from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
 from flashlm_numba.kernels import ternary
 from flashlm_numba.model import Model, initial_parameters, parameter_shapes
 from flashlm_numba.tree import build_tree
@@ -115,6 +115,29 @@ def test_gradients_add_up_over_micro_batches():
         model.loss_and_grad(ids[half], np.ascontiguousarray(targets[half]), weights[:22])
     for name, value in whole.items():
         np.testing.assert_allclose(model.gradients[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def tree_head(weight, dweight):
+    return TreeHead(build_tree("two-level", np.arange(SMALL.vocab_size)), weight, dweight)
+
+
+def sampled_head(weight, dweight):
+    return SampledHead(weight, dweight, counts=np.arange(SMALL.vocab_size), candidates=20)
+
+
+@pytest.mark.parametrize("make_head", [DenseHead, tree_head, sampled_head])
+def test_the_first_micro_batch_can_take_the_place_of_what_was_there(make_head):
+    model = Model(SMALL, initial_parameters(SMALL, 0), make_head)
+    ids, targets = batch(5, 4, 11)
+    for weights in (np.full(44, 1 / 44, np.float32), np.zeros(44, np.float32)):  # the second: no position counts
+        model.zero_grad()
+        model.loss_and_grad(ids, targets, weights)
+        want = {name: value.copy() for name, value in model.gradients.items()}
+        for value in model.gradients.values():
+            value[...] = np.nan
+        model.loss_and_grad(ids, targets, weights, accumulate=False)
+        for name, value in want.items():
+            np.testing.assert_allclose(model.gradients[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
 def test_the_same_step_gives_the_same_bits():

@@ -233,8 +233,8 @@ def test_not_finite_gradient_names_the_tensor(tiny_run, corpus, tmp_path, monkey
         if step == 3 and options["lr"] > 0:
             forward = session.model.loss_and_grad
 
-            def loss_and_grad(*arguments):
-                result = forward(*arguments)
+            def loss_and_grad(*arguments, **options):
+                result = forward(*arguments, **options)
                 session.model.gradients["glu.up.weight"][0, 0] = np.inf
                 return result
 

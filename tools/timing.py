@@ -95,12 +95,18 @@ def rate(seconds: Mapping[str, Any], amount: float) -> dict[str, float]:
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1, pause: float = 0.02
+    candidates: Mapping[str, Callable[[], Any]],
+    repeats: int = 5,
+    warmup: int = 1,
+    pause: float = 0.05,
+    burst: float = 0.1,
 ) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn, round after round, so that a drift of the machine meets all alike.
 
-    Returns name -> summary of seconds per call. `pause` (seconds) before every call lets the idle threads of
-    the candidate before, which spin for a moment, fall asleep. Raises ValueError for fewer than one repeat.
+    Returns name -> summary of seconds per call, one value a round. `pause` (seconds) before every turn lets the idle
+    threads of the candidate before, which spin for a moment, fall asleep. A call shorter than `burst` seconds is made
+    again until they have passed, and the turn's value is the median without the first call, which wakes threads and
+    fills caches: a head is called over and over by training. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"measure: repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
@@ -108,11 +114,15 @@ def measure(
     for turn in range(warmup + repeats):
         for name, run in candidates.items():
             time.sleep(pause)
-            start = time.perf_counter()
-            run()
-            elapsed = time.perf_counter() - start
+            calls: list[float] = []
+            before = began = time.perf_counter()
+            while not calls or before - began < burst:
+                run()
+                now = time.perf_counter()
+                calls.append(now - before)
+                before = now
             if turn >= warmup:
-                seconds[name].append(elapsed)
+                seconds[name].append(float(np.median(calls[1:] or calls)))
     return {name: summary(values) for name, values in seconds.items()}
 
 
