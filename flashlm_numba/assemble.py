@@ -191,10 +191,16 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
 
 
 def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
-    """A model from the tensors of model.safetensors; UserError if they are not of these settings.
+    """A model from the tensors of model.safetensors; UserError if they are not of these settings, or not finite.
 
     counts (V,): of the training text, needed to train on; without them the sampled head is a dense one.
     """
+    for name, value in tensors.items():
+        if value.dtype.kind == "f" and name != "log_prior" and not np.isfinite(value).all():
+            raise UserError(
+                f"The checkpoint's weights {name} are not all finite, so nothing can be computed with them; "
+                "use an earlier one with --checkpoint."
+            )
     try:
         tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None
         nodes = tensors.get("head.nodes.weight")

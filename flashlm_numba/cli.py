@@ -304,10 +304,10 @@ def evaluate(
     _use_threads(threads)
     result = evaluate_run(run, data, smoothed=smoothed, ema=ema, checkpoint_name=checkpoint)
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(result, allow_nan=False))
         return
     click.echo(f"NLL            {result['nll']:.4f} nats per token")
-    click.echo(f"perplexity     {result['perplexity']:.2f}")
+    click.echo(f"perplexity     {math.inf if result['perplexity'] is None else result['perplexity']:.2f}")
     click.echo(f"bits per byte  {result['bits_per_byte']:.4f}")
     if result["smoothed_loss"] is not None:
         click.echo(f"smoothed loss  {result['smoothed_loss']:.4f} nats per token (label smoothing 0.1)")
@@ -370,10 +370,11 @@ def generate(
     model = load_model(run, checkpoint, ema=ema).model
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+    tokenizer = Tokenizer()  # a damaged vocabulary is told of before the prompt is shown
     click.echo(prompt, nl=False)
     pieces = generate_text(
         model,
-        Tokenizer(),
+        tokenizer,
         prompt,
         max_tokens=max_tokens,
         seed=secrets.randbits(32) if seed is None else seed,
@@ -398,7 +399,7 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
 
     description = describe_run(run, checkpoint)
     if as_json:
-        click.echo(json.dumps(description))
+        click.echo(json.dumps(description, allow_nan=False))
         return
     for key, value in description.items():
         if isinstance(value, dict):

@@ -20,6 +20,7 @@ import numpy as np
 
 from flashlm_numba import files, sources
 from flashlm_numba.cache import from_cache, writable_cache
+from flashlm_numba.display import Display
 from flashlm_numba.errors import UserError
 from flashlm_numba.tokenizer import EOT, Tokenizer
 
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 JOURNAL = "progress.json"
 SPLITS = ("train", "validation", "test")
 SHARD_TOKENS = 50_000_000  # ids in a shard: 100 MB
+SHOWN_TOKENS = 200_000_000  # a check of so many takes about two seconds or more, and shows a bar
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.bin")
 
 
@@ -262,15 +264,37 @@ class TokenData:
         self.validation = self.splits["validation"]
         self.test = self.splits.get("test")
 
-    def verify(self) -> None:
-        """Compare the SHA-256 of every shard with the manifest's; UserError naming the first damaged one."""
-        for split in self.manifest.splits.values():
-            for shard in split.shards:
-                if files.sha256(self.folder / shard.name).hexdigest() != shard.sha256:
+    def verify(self, *names: str) -> None:
+        """Compare the SHA-256 of every shard of these splits (default: all) with the manifest's.
+
+        Reads everything once, with a bar over the tokens where that takes seconds. Raises UserError naming the first
+        damaged shard: one of the right size with other bytes in it trains without a word.
+        """
+        shards = [shard for name in names or self.splits for shard in self.manifest.splits[name].shards]
+        total = sum(shard.tokens for shard in shards)
+        with contextlib.ExitStack() as stack:
+            bar = None
+            if total >= SHOWN_TOKENS:
+                display = stack.enter_context(Display())
+                bar = stack.enter_context(display.tokens("checking", total))
+            for shard in shards:
+                if self._sha256(shard, bar) != shard.sha256:
                     raise UserError(
                         f"{self.folder / shard.name} is damaged: its SHA-256 is not the manifest's; "
                         "delete the folder and prepare the corpus again."
                     )
+
+    def _sha256(self, shard: Shard, bar: Display | None) -> str:
+        path, digest = self.folder / shard.name, hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    if bar is not None:
+                        bar.advance(len(block) // 2)
+        except OSError as error:
+            raise UserError(f"Cannot read {path} ({error.strerror or error}): prepare the corpus again.") from error
+        return digest.hexdigest()
 
 
 def is_prepared(folder: Path | str) -> bool:
@@ -285,7 +309,9 @@ def open_tokens(folder: Path | str) -> TokenData:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: make a corpus with `flashlm-numba prepare --out {folder}`.")
+        raise UserError(
+            f"There is no folder {folder}: make a corpus with `flashlm-numba prepare SOURCE --out {folder}`."
+        )
     if not (folder / MANIFEST).exists() and (folder / JOURNAL).exists():
         raise UserError(
             f"{folder} is not finished: run the `flashlm-numba prepare` command that began it once more, "
@@ -338,7 +364,7 @@ def default_corpus(progress: bool = True) -> Path:
     source = sources.resolve(None)
     key = hashlib.sha256(f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()).hexdigest()
     name = f"corpus-{key[:16]}"
-    out = from_cache(name, _if_open)
+    out = from_cache(name, _if_sound)
     if out is None:
         out = writable_cache(name)
         discard_if_damaged(out)
@@ -346,9 +372,11 @@ def default_corpus(progress: bool = True) -> Path:
     return out
 
 
-def _if_open(folder: Path) -> Path | None:
-    """The folder, if it can be opened."""
+def _if_sound(folder: Path) -> Path | None:
+    """The folder, if it can be opened and its tokens are as they were made."""
     try:
-        return open_tokens(folder).folder
+        data = open_tokens(folder)
+        data.verify()
     except UserError:
         return None
+    return folder

@@ -188,6 +188,7 @@ def evaluate_run(
                 f"The tokens in {where} are not those that {run} was trained on; prepare the same data there, or name "
                 "the data to score."
             )
+        tokens.verify("validation")
         split = tokens.validation
         sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
         documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
@@ -199,9 +200,13 @@ def evaluate_run(
         )
     if not found.tokens:
         raise UserError(f"{name} holds no text to score.")
+    if not math.isfinite(found.nll):
+        raise UserError(
+            f"The NLL of {name} is {found.nll}: the model's weights are too large; use an earlier checkpoint."
+        )
     return {
         "nll": found.mean_nll,
-        "perplexity": found.perplexity,
+        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,  # JSON has no infinity
         "bits_per_byte": found.bits_per_byte(sizes["bytes"]),
         "smoothed_loss": found.smoothed_loss,
         "tokens": found.tokens,

@@ -578,11 +578,11 @@ def _summary(manifest: Manifest) -> str:
 
 
 def discard_if_damaged(out: Path) -> None:
-    """Delete a finished corpus that cannot be opened; an unfinished one is continued instead."""
+    """Delete a finished corpus that is not as it was made; an unfinished one is continued instead."""
     if not (out / MANIFEST).exists():
         return
     with _locked(out, wait=True):
         try:
-            open_tokens(out)
+            open_tokens(out).verify()
         except UserError:
             _discard(out)

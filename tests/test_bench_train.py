@@ -70,6 +70,19 @@ def test_usage_errors_say_what_to_do(arguments, sentence):
     assert sentence in done.output
 
 
+def test_what_cannot_work_is_said_before_the_work(corpus, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "rows.json", tmp_path):
+        done = invoke(corpus, path, "tree", "--tokens", 128)
+        assert done.exit_code == 2
+        assert "cannot be written" in done.output
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    done = invoke(corpus, tmp_path / "rows.json", "tree", "torch:eager", "--tokens", 128)
+    assert done.exit_code == 2
+    assert "torch:eager needs torch" in done.output
+    assert not (tmp_path / "rows.json").exists()
+
+
 def test_rows_of_several_sessions_are_merged(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"rows": [{"name": "dense"}]}))

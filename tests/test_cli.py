@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from conftest import TINY
+from flashlm_numba import checkpoint
 from flashlm_numba.cli import main
+from flashlm_numba.errors import UserError
 
 
 def _run(*arguments):
@@ -206,6 +209,48 @@ def test_every_command_refuses_a_damaged_newest_checkpoint(run, tmp_path):
         assert "step-3 is damaged" in done.stderr
         assert "--checkpoint step-2" in done.stderr
     assert _run("info", damaged, "--checkpoint", "step-2").exit_code == 0
+
+
+def test_every_command_refuses_weights_that_are_not_finite(run, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    path = damaged / "checkpoints" / "step-3"
+    state = checkpoint.load_state(path)
+    files = {name.split(".")[0]: checkpoint.read_safetensors(path / name) for name in state["files"]}
+    files["model"]["glu.up.weight"][1, 1] = np.nan
+    checkpoint.save(damaged, 3, files, {key: value for key, value in state.items() if key not in ("files", "sha256")})
+    for command in (["eval", damaged, "--json"], ["generate", damaged], ["info", damaged], ["train", "--resume", damaged]):
+        done = _run(*command, *(["--steps", 4] if "--resume" in command else []))
+        assert done.exit_code == 1
+        assert done.stdout == ""
+        assert "glu.up.weight are not all finite" in done.stderr
+
+
+def test_tokens_with_other_bytes_in_a_shard_are_refused(run, corpus, tmp_path):
+    data, trained = tmp_path / "data", tmp_path / "trained"
+    shutil.copytree(corpus, data)
+    arguments = [data, "--steps", 1, "--threads", 1, *_settings()]
+    assert _run("train", *arguments, "--out", trained).exit_code == 0
+    for split in ("train", "validation"):
+        path = data / f"{split}-00000.bin"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-4] + whole[-2:] + whole[-2:])
+        commands = [["train", *arguments, "--out", tmp_path / "new"], ["train", "--resume", trained, "--steps", 2]]
+        for command in [*commands, *([["eval", trained]] if split == "validation" else [])]:
+            done = _run(*command)
+            assert done.exit_code == 1, command
+            assert f"{split}-00000.bin is damaged" in done.stderr
+        path.write_bytes(whole)
+    assert not (tmp_path / "new").exists()
+    assert _run("train", "--resume", trained, "--steps", 2).exit_code == 0
+
+
+def test_a_damaged_vocabulary_is_told_of_before_the_prompt(run, monkeypatch):
+    monkeypatch.setattr("flashlm_numba.tokenizer._encoding", lambda: (_ for _ in ()).throw(UserError("It is damaged.")))
+    done = _run("generate", run, "--prompt", "The people")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert "It is damaged." in done.stderr
 
 
 def test_resume_from_the_command_line(run, tmp_path):

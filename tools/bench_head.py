@@ -237,6 +237,9 @@ def main(
         )
     if plot_path is not None and not head_report.can_plot():
         raise click.ClickException("--plot needs matplotlib: pip install -e '.[dev]', or pip install matplotlib")
+    for path in (json_path, plot_path):
+        if path is not None:
+            timing.check_writable(path)
     rows, repeats = rows or (1024 if quick else 4096), repeats or (2 if quick else 7)
     try:
         threads = set_threads(threads)

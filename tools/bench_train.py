@@ -1,5 +1,6 @@
 """What does training buy? Runs heads and settings, ours and PyTorch's, on the same data and budget, and compares NLL.
 
+\b
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 dense tree    equal tokens
     python tools/bench_train.py DATA results/NAME.json --minutes 10 dense tree       equal time of training
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 --set adamw_lr=1e-3,2e-3,4e-3 dense tree
@@ -13,6 +14,7 @@ may share the machine with other work (their times then mean nothing); runs on e
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -62,7 +64,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "tree:huffman": ("--tree", "huffman"),
 }
 PEERS: dict[str, dict[str, str]] = {
-    "torch:dense": {"head": "dense"},
+    "torch:eager": {"head": "dense"},
     "torch:adaptive": {"head": "adaptive", "div-value": "1"},
     "torch:adaptive-div4": {"head": "adaptive", "div-value": "4"},
 }
@@ -238,6 +240,9 @@ def main(
     data, path, names = Path(data_and_results[0]).resolve(), Path(data_and_results[1]), data_and_results[2:]
     if unknown := [name for name in names if name not in OURS and name not in PEERS]:
         raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *PEERS])}.")
+    if importlib.util.find_spec("torch") is None and (peers := [name for name in names if name in PEERS]):
+        raise click.UsageError(f"{peers[0]} needs torch, which is not installed: pip install -e '.[peer]'")
+    timing.check_writable(path)
     combinations = expand(settings)
     if not (data / "manifest.json").exists():
         raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
@@ -264,7 +269,11 @@ def main(
             "machine": timing.environment(threads),
             "date": time.strftime("%Y-%m-%d", time.localtime(began)),
         }
-        add_row(path, row)
+        try:
+            add_row(path, row)
+        except OSError as error:  # hours of work: the row is not lost
+            click.echo(json.dumps(row))
+            raise click.ClickException(f"{path} cannot be written ({error.strerror}); the row is above.") from None
         click.echo(table([row]).splitlines()[-1], err=True)
 
 

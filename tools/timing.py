@@ -11,11 +11,13 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -164,6 +166,21 @@ def peak_rss_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1e-6 if sys.platform == "darwin" else 1024e-6)
+
+
+def check_writable(path: Path) -> None:
+    """click.BadParameter unless a file can be written at path: said before hours of work, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        if path.exists():
+            with path.open("ab"):
+                pass
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
