@@ -341,6 +341,7 @@ def evaluate(
     help="Sample among the likeliest tokens that make up this probability. Default: all.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time.")
+@click.option("--stats", is_flag=True, help="Say afterwards how fast it was, and the memory it took.")
 @_ema
 @_checkpoint
 @_threads
@@ -352,6 +353,7 @@ def generate(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
+    stats: bool,
     ema: bool,
     checkpoint: str | None,
     threads: int | None,
@@ -361,6 +363,7 @@ def generate(
     The options act in the order temperature, top-k, top-p.
     """
     import secrets
+    import time
 
     from flashlm_numba.assemble import load_model
     from flashlm_numba.generate import generate_text
@@ -372,6 +375,7 @@ def generate(
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     tokenizer = Tokenizer()  # a damaged vocabulary is told of before the prompt is shown
     click.echo(prompt, nl=False)
+    drawn: list[float] = []  # when each token was
     pieces = generate_text(
         model,
         tokenizer,
@@ -382,11 +386,25 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         eot=EOT,
+        on_token=lambda: drawn.append(time.perf_counter()),
     )
     for piece in pieces:
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
+    if stats:
+        rate = f"{(len(drawn) - 1) / (drawn[-1] - drawn[0]):,.0f} tokens/s" if len(drawn) > 1 else "too few for a rate"
+        click.echo(f"{len(drawn):,} tokens, {rate} after the first; {_peak_memory()}", err=True)
+
+
+def _peak_memory() -> str:
+    """Largest memory of this process so far, in words."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "peak memory unknown on this system"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1024e-6)
+    return f"peak memory {peak:,.0f} MB"
 
 
 @main.command()

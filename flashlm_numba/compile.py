@@ -62,6 +62,8 @@ def main() -> None:
         model.head.distribution(h[:1])
         model.head.sample(h[:1], np.random.default_rng(0))
         model.head.sample(h[:1], np.random.default_rng(0), temperature=0.8, top_k=4)
+        state, _ = model.prefill(ids[0])
+        model.decode_step(state, 0)
     (_jit.CACHE_FOLDER / _jit.COMPLETE).touch()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,24 +26,16 @@ def generate_ids(
 
     context : the ids to start from, at least one (<|endoftext|> starts a document);
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the top token.
-    Each token costs a forward pass over the receptive field at most: what lies further back cannot matter.
+    The context is read in one pass, each token then costs the same whatever is before it.
     """
     if not context:
         raise ValueError("generate_ids: context must hold at least one id")
-    field = model.config.receptive_field
-    if temperature == 0:
-        temperature, top_k, top_p = 1.0, 1, None
     model.prepare()
-    ids = list(context[-field:])
+    state, h = model.prefill(np.array(context, np.int32))
     while True:
-        # Padded at the right end, where causality makes it harmless, so that few shapes occur
-        length = min(field, max(16, 1 << (len(ids) - 1).bit_length()))
-        padded = np.zeros((1, length), np.int32)
-        padded[0, : len(ids)] = ids
-        h = model.forward(padded)[len(ids) - 1 : len(ids)]  # (1, C)
         token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
         yield token
-        ids = [*ids, token][-field:]
+        h = model.decode_step(state, token)
 
 
 class Utf8Stream:
@@ -77,16 +69,19 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     eot: int,
+    on_token: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
     """Continue a prompt; yields pieces of text, without the prompt, as soon as they are whole characters.
 
     prompt : any text; empty starts a new document. Ends after max_tokens tokens or at <|endoftext|> (id eot).
+    on_token : called when a token has been drawn.
     """
     context = [eot, *tokenizer.encode(prompt)]
     rng = np.random.default_rng(seed)
     stream = Utf8Stream()
     tokens = generate_ids(model, context, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
     for _, token in zip(range(max_tokens), tokens, strict=False):
+        on_token()
         if token == eot:
             break
         piece = stream.feed(tokenizer.decode_bytes([token]))

@@ -12,7 +12,8 @@ import numpy as np
 
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.heads import Head
-from flashlm_numba.kernels import _check
+from flashlm_numba.kernels import _check, decode
+from flashlm_numba.kernels.decode import DecodeState
 from flashlm_numba.kernels.embedding import embedding_backward, zero
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, buffers_for, trunk_backward, trunk_forward
@@ -126,6 +127,22 @@ class Model:
         self._rows = np.ascontiguousarray(rows, np.int32)
         self._buffers = buffers_for(self._buffers, self._weights, self.config.recursions, *ids.shape)
         return trunk_forward(self._buffers, self._weights, self.parameters["embedding.weight"], self._rows)
+
+    def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
+        """Read a text, ids (T,) int32, T >= 1, in one pass: the state to go on from, and its last hidden state (1, C).
+
+        Only the last receptive_field tokens matter, and are read. Call prepare before, if parameters have changed.
+        """
+        h = self.forward(ids[None, -self.config.receptive_field :])
+        assert self._buffers is not None
+        return decode.prefill(self._weights, self._buffers), h[-1:].copy()
+
+    def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
+        """Feed one token id to a state that prefill made: its hidden state (1, C), valid until the next call."""
+        if not 0 <= token < self.config.vocab_size:
+            raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
+        row = token if self.head.row_of_token is None else int(self.head.row_of_token[token])
+        return decode.decode_step(state, self._weights, self.parameters["embedding.weight"], row)
 
     def backward(self, dh: np.ndarray) -> None:
         """Add the gradients for dh (B*T, C) float32 of the last forward call to `gradients`, the embedding's too."""

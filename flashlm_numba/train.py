@@ -605,7 +605,7 @@ def _describe(session: Session, display: Display) -> None:
     head = f"tree ({run.head.tree})" if run.head.name == "tree" else run.head.name
     display.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
-        f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} {'thread' if run.threads == 1 else 'threads'}, "
+        f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "
         f"in {session.folder}"
     )
     for line in session.optimizer.summary().splitlines():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -176,50 +174,15 @@ class TreeHead:
         """Probabilities of every token, (N, V) float32, columns by token id; visits the whole tree."""
         return np.exp(self.log_distribution(h))
 
-    def _node_log_prob(self, x: np.ndarray, node: int) -> np.ndarray:
-        """log-softmax of a node, (K,) float64, for one x (C,)."""
-        first, last, child, child_end, _ = self._spans[node]
-        product = np.concatenate([self.weight[first:last] @ x, self.nodes[child - 1 : child_end - 1] @ x])
-        logits = product.astype(np.float64)
-        if self.soft_cap is not None:
-            logits = self.soft_cap * np.tanh(logits / self.soft_cap)
-        if self._prior:
-            logits[: last - first] += self._prior["log_prior"][first:last]
-            logits[last - first :] += self._prior["node_log_prior"][child - 1 : child_end - 1]
-        logits -= logits.max()
-        return logits - np.log(np.exp(logits).sum())
+    def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The count likeliest tokens for one h (C,), ids (k,) int32, most likely first, and their log p (k,) float64.
 
-    def most_likely(self, x: np.ndarray) -> Iterator[tuple[int, float]]:
-        """(token, log p) of one h (C,), most likely first, exactly: best-first search over the nodes.
-
-        A node's own probability bounds that of every token below it, so a token can be handed out as soon as
-        nothing left in the queue has a larger bound. Only the nodes that can matter are visited.
+        Exact, by best-first search over the nodes; k is count, at most V.
         """
-        spans = self._spans
-        # (-log p, node opened, rank): its children enter one by one, likeliest first, when the last has left
-        queue: list[tuple[float, int, int]] = []
-        opened: list[tuple[int, np.ndarray, np.ndarray]] = []
-
-        def advance(source: int, rank: int) -> None:
-            _, order, minus = opened[source]
-            if rank < len(order):
-                heapq.heappush(queue, (float(minus[order[rank]]), source, rank))
-
-        def open_node(node: int, above: float) -> None:
-            minus = above - self._node_log_prob(x, node)
-            opened.append((node, np.argsort(minus, kind="stable"), minus))
-            advance(len(opened) - 1, 0)
-
-        open_node(0, 0.0)
-        while queue:
-            minus, source, rank = heapq.heappop(queue)
-            advance(source, rank + 1)
-            node, order, _ = opened[source]
-            choice, n_tokens = int(order[rank]), int(spans[node, 1] - spans[node, 0])
-            if choice < n_tokens:
-                yield int(self.tree.token_of_row[spans[node, 0] + choice]), -minus
-            else:
-                open_node(int(spans[node, 2]) + choice - n_tokens, minus)
+        rows, log_p = kernels.tree_head_top(
+            x[None], self.weight, self.nodes, self._spans, count, soft_cap=self.soft_cap, **self._prior
+        )
+        return self.tree.token_of_row[rows], log_p
 
     def sample(
         self,
@@ -240,13 +203,10 @@ class TreeHead:
                 h, self.weight, self.nodes, self._spans, uniforms, soft_cap=self.soft_cap, **self._prior
             )
             return self.tree.token_of_row[rows]
-        if temperature == 0:
-            return np.array([next(self.most_likely(x))[0] for x in h], np.int32)
-        if top_k is None or top_k < 1:
+        if temperature != 0 and (top_k is None or top_k < 1):
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
         out = np.empty(len(h), np.int32)
         for n, x in enumerate(h):
-            best = [pair for _, pair in zip(range(top_k), self.most_likely(x), strict=False)]
-            p = np.exp([[log_p for _, log_p in best]])
-            out[n] = best[int(sample_rows(p, rng, temperature, top_k, top_p)[0])][0]
+            ids, log_p = self.top(x, 1 if temperature == 0 else top_k or 1)
+            out[n] = ids[sample_rows(np.exp(log_p)[None], rng, temperature, top_k, top_p)[0]]
         return out

@@ -5,6 +5,7 @@
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing, packed matrix times vector
     trunk           all passes of the block, one parallel region each way
+    decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     tree_head       softmax at every node on the way to a token, loss and gradients
     optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
@@ -20,6 +21,7 @@ Nothing is imported here: a program loads the kernels that it uses, and Numba wi
 
 __all__ = [
     "conv",
+    "decode",
     "dense_head",
     "embedding",
     "glu",

@@ -4,7 +4,8 @@
 
 with any strides for a, so that the taps of a convolution are one product, and w contiguous. The width of a tile is
 fixed when it is made (whole vector registers); rows go by blocks. 2 x 32 and 6 x 16 floats keep the sixteen
-registers of AVX2 busy without spilling; wider tiles were slower. AVX-512 has twice the registers, twice as wide.
+registers of AVX2 busy without spilling; wider tiles were slower. AVX-512 has twice the registers, twice as wide, so
+its tiles are higher: with few sums at a time, each multiplication waits for the one before.
 """
 
 from __future__ import annotations
@@ -238,8 +239,11 @@ if numba.config.DISABLE_JIT:
 
         return product
 
-    tile_product_16 = _plain(16)
-    tile_product_32 = _plain(32)
+    tile_product_16, tile_product_32 = _plain(16), _plain(32)
+    tile_products_16, tile_products_32 = (
+        {6: tile_product_16, 12: tile_product_16},
+        {2: tile_product_32, 8: tile_product_32},
+    )
 
     def dot_products(out, x, w):
         out[...] = x @ w.T
@@ -252,37 +256,38 @@ if numba.config.DISABLE_JIT:
 
 else:
     _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
-    _tile_1_16, _tile_4_16, _tile_6_16 = (_make_tile(rows, 16) for rows in (1, 4, 6))
-    _tile_1_32, _tile_2_32 = (_make_tile(rows, 32) for rows in (1, 2))
+    HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
-    @helper
-    def tile_product_16(out, o0, om, a, a0, am, ak, at, b, b0, bk, bt, rows, depth, taps, accumulate):
-        """out[o0 + m*om + w] (+)= sum over t, k of a[a0 + t*at + m*am + k*ak] * b[b0 + t*bt + k*bk + w], w < 16.
+    def _make_tile_product(width, many, some):
+        """For tiles of `many` rows, then of `some`, then of one."""
+        tile_many, tile_some, tile_one = (_make_tile(rows, width) for rows in (many, some, 1))
 
-        out, a, b: 1-D contiguous float32 (views of whole buffers); rows >= 0, depth >= 1, taps >= 1; unchecked.
-        """
-        pout, pa, pb = out.ctypes.data + 4 * o0, a.ctypes.data + 4 * a0, b.ctypes.data + 4 * b0
-        m = 0
-        while m + 6 <= rows:
-            _tile_6_16(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
-            m += 6
-        if m + 4 <= rows:
-            _tile_4_16(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
-            m += 4
-        while m < rows:
-            _tile_1_16(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
-            m += 1
+        def tile_product(out, o0, om, a, a0, am, ak, at, b, b0, bk, bt, rows, depth, taps, accumulate):
+            pout, pa, pb = out.ctypes.data + 4 * o0, a.ctypes.data + 4 * a0, b.ctypes.data + 4 * b0
+            m = 0
+            while m + many <= rows:
+                tile_many(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+                m += many
+            while m + some <= rows:
+                tile_some(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+                m += some
+            while m < rows:
+                tile_one(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+                m += 1
 
-    @helper
-    def tile_product_32(out, o0, om, a, a0, am, ak, at, b, b0, bk, bt, rows, depth, taps, accumulate):
-        """The same for w < 32."""
-        pout, pa, pb = out.ctypes.data + 4 * o0, a.ctypes.data + 4 * a0, b.ctypes.data + 4 * b0
-        m = 0
-        while m + 2 <= rows:
-            _tile_2_32(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
-            m += 2
-        if m < rows:
-            _tile_1_32(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+        tile_product.__name__ = tile_product.__qualname__ = f"_tile_product_{width}_{many}"  # see _make_tile
+        return helper(tile_product)
+
+    # out[o0 + m*om + w] (+)= sum over t < taps, k < depth of a[a0 + t*at + m*am + k*ak] * b[b0 + t*bt + k*bk + w],
+    # w < 16 or 32, m < rows. out, a, b: 1-D contiguous float32 (views of whole buffers); rows >= 0, depth >= 1,
+    # taps >= 1; unchecked. The same bits whatever the height of the tiles.
+    tile_products_16 = {6: _make_tile_product(16, 6, 4), 12: _make_tile_product(16, 12, 4)}
+    tile_products_32 = {2: _make_tile_product(32, 2, 1), 8: _make_tile_product(32, 8, 2)}
+    tile_product_16, tile_product_32 = (
+        tile_products_16[12 if HAS_AVX512 else 6],
+        tile_products_32[8 if HAS_AVX512 else 2],
+    )
+    _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
 
     def _make_dot_products(lanes, most):
         """For registers of `lanes` floats; most: rows of x at a time, so that the sums stay in registers."""
@@ -360,7 +365,7 @@ else:
     # dot_products(out, x, w): out (J, K) = x (J, C) @ w (K, C).T
     # short_product(out, a, b, beta): out (M, W) = a (M, K) @ b (K, W) + beta * out, beta 0 or 1; any strides for a
     # Float32; the last axis of the others is contiguous, the rows of out too (unchecked).
-    if llvmlite.binding.get_host_cpu_features().get("avx512f"):
+    if HAS_AVX512:
         dot_products, short_product = dot_products_16, short_product_64
     else:
         dot_products, short_product = dot_products_8, short_product_32

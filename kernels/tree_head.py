@@ -691,6 +691,75 @@ def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log
         out[n] = leaf
 
 
+@helper
+def _sift_down(keys, codes, count):
+    """Restore the heap (largest key first) of which only the first entry may be out of place."""
+    i, key, code = 0, keys[0], codes[0]
+    while True:
+        child = 2 * i + 1
+        if child >= count:
+            break
+        if child + 1 < count and keys[child + 1] > keys[child]:
+            child += 1
+        if keys[child] <= key:
+            break
+        keys[i], codes[i] = keys[child], codes[child]
+        i = child
+    keys[i], codes[i] = key, code
+
+
+@helper
+def _sift_up(keys, codes, i, key, code):
+    """Put a new entry into the heap, whose end is i."""
+    while i > 0 and keys[(i - 1) // 2] < key:
+        keys[i], codes[i] = keys[(i - 1) // 2], codes[(i - 1) // 2]
+        i = (i - 1) // 2
+    keys[i], codes[i] = key, code
+
+
+@serial_kernel
+def _tree_head_top(
+    out, log_p, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
+):  # fmt: skip
+    """out (k,) int32: the likeliest leaf rows for x (1, C), most likely first, and log_p (k,) float64; k <= V.
+
+    Best-first search: a node's own log p bounds that of every leaf below it. Scratch: keys (V + M,) float64 and codes
+    (V + M,) int64, a heap of leaves (code row) and nodes (code -node); logits (1, widest), slope (widest,).
+    """
+    found, size, m, above = 0, 0, np.int64(0), 0.0
+    while True:
+        token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
+        kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
+        n_tokens, width = token_end - token_start, _width(spans[m])
+        dot_products(logits[:, :n_tokens], x, weight[token_start:token_end])
+        dot_products(logits[:, n_tokens:width], x, nodes[kid - 1 : kid_end - 1])
+        row = logits[0, :width]
+        token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
+        kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
+        _finish_logits(row, slope, token_prior, kid_prior, soft_cap)
+        top = row_max(row)
+        total = _ZERO
+        for k in range(width):
+            total += exp32(row[k] - top)
+        shift = above - np.float64(top) - math.log(np.float64(total))
+        for k in range(width):
+            code = token_start + k if k < n_tokens else -(kid + k - n_tokens)
+            _sift_up(keys, codes, size, np.float64(row[k]) + shift, code)
+            size += 1
+        while size > 0:
+            above, code = keys[0], codes[0]
+            size -= 1
+            keys[0], codes[0] = keys[size], codes[size]
+            _sift_down(keys, codes, size)
+            if code < 0:
+                m = -code
+                break
+            out[found], log_p[found] = code, above
+            found += 1
+            if found == out.shape[0]:
+                return
+
+
 # --- public functions ---
 
 
@@ -920,3 +989,32 @@ def tree_head_sample(
         np.float32(soft_cap or 0),
     )
     return out
+
+
+def tree_head_top(
+    x: np.ndarray,
+    weight: np.ndarray,
+    nodes: np.ndarray,
+    spans: np.ndarray,
+    count: int,
+    *,
+    log_prior: np.ndarray | None = None,
+    node_log_prior: np.ndarray | None = None,
+    soft_cap: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The count likeliest leaf rows for x (1, C), (k,) int32, most likely first, and their log p (k,) float64; exact.
+
+    Arguments as for tree_head_forward; k is count, at most V. Only the nodes that can matter are visited: what a node
+    has itself bounds every leaf below it. One thread. Raises ValueError if a shape, a dtype or count is wrong.
+    """
+    where = "tree_head_top"
+    log_prior, node_log_prior = _check_tree(where, x, weight, nodes, spans, log_prior, node_log_prior)
+    if len(x) != 1 or count < 1:
+        raise ValueError(f"{where}: expected one row and a count of at least 1, got {len(x)} rows and {count}")
+    count, widest, most = min(count, len(weight)), _widest(spans), len(weight) + len(nodes)
+    out, log_p = np.empty(count, np.int32), np.empty(count)
+    _tree_head_top(
+        out, log_p, np.empty(most), np.empty(most, np.int64), np.empty((1, widest), np.float32),
+        np.empty(widest, np.float32), x, weight, nodes, spans, log_prior, node_log_prior, np.float32(soft_cap or 0),
+    )  # fmt: skip
+    return out, log_p

@@ -1,6 +1,7 @@
 """The command line: what each command prints, error sentences, exit codes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,13 @@ def test_generate_repeats_itself_with_a_seed(run):
     assert _run("generate", run, "--max-tokens", 3, "--temperature", 0).exit_code == 0
 
 
+def test_generate_says_how_fast_it_was(run):
+    done = _run("generate", run, "--max-tokens", 3, "--seed", 1, "--stats")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^3 tokens, [\d,]+ tokens/s after the first; peak memory [\d,]+ MB$", done.stderr, re.M)
+    assert "tokens/s" not in done.stdout
+
+
 def test_every_command_refuses_a_damaged_newest_checkpoint(run, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
@@ -219,7 +227,12 @@ def test_every_command_refuses_weights_that_are_not_finite(run, tmp_path):
     files = {name.split(".")[0]: checkpoint.read_safetensors(path / name) for name in state["files"]}
     files["model"]["glu.up.weight"][1, 1] = np.nan
     checkpoint.save(damaged, 3, files, {key: value for key, value in state.items() if key not in ("files", "sha256")})
-    for command in (["eval", damaged, "--json"], ["generate", damaged], ["info", damaged], ["train", "--resume", damaged]):
+    for command in (
+        ["eval", damaged, "--json"],
+        ["generate", damaged],
+        ["info", damaged],
+        ["train", "--resume", damaged],
+    ):
         done = _run(*command, *(["--steps", 4] if "--resume" in command else []))
         assert done.exit_code == 1
         assert done.stdout == ""

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.generate import Utf8Stream, generate_ids, generate_text
-from flashlm_numba.heads import DenseHead
+from flashlm_numba.heads import DenseHead, TreeHead
+from flashlm_numba.kernels import decode
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.tokenizer import EOT, Tokenizer
+from flashlm_numba.tree import build_tree
 
 CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
 
@@ -48,6 +50,38 @@ def test_greedy_ids_are_those_of_the_whole_context(model):
         context.append(token)
 
 
+SHAPES = [(32, 4, 3, (1, 2)), (24, 3, 2, (3,)), (20, 1, 4, (1, 5))]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(SHAPES), st.integers(1, 3))
+def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recursions):
+    """Hidden states token by token after a prompt of any length, far beyond the receptive field."""
+    dim, groups, taps, dilations = shape
+    config = ModelConfig(
+        vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=recursions
+    )
+    tree = build_tree("two-level", np.arange(61))
+    model = Model(
+        config, initial_parameters(config, seed % 100, embedding_std=1.0), lambda w, dw: TreeHead(tree, w, dw)
+    )
+    ids = np.random.default_rng(seed).integers(0, 61, prompt + 30).astype(np.int32)
+    want = model.forward(ids[None]).copy()
+    state, h = model.prefill(ids[:prompt])
+    np.testing.assert_allclose(h[0], want[prompt - 1], atol=2e-5)
+    for t in range(prompt, len(ids)):
+        np.testing.assert_allclose(model.decode_step(state, int(ids[t]))[0], want[t], atol=2e-5, err_msg=str(t))
+
+
+def test_decoding_refuses_what_is_no_token(model):
+    state, _ = model.prefill(np.array([3], np.int32))
+    for token in (-1, CONFIG.vocab_size):
+        with pytest.raises(ValueError, match=r"token must be in \[0, 61\)"):
+            model.decode_step(state, token)
+    model.forward(np.zeros((2, 4), np.int32))
+    with pytest.raises(ValueError, match="one sequence"):
+        decode.prefill(model._weights, model._buffers)
+
+
 def test_same_seed_same_ids_and_top_k_one_is_greedy(model):
     def first(count=20, seed=0, **options):
         ids = generate_ids(model, [3, 4], rng=np.random.default_rng(seed), **options)
@@ -69,9 +103,12 @@ class _Parrot:
     def prepare(self):
         pass
 
-    def forward(self, ids):
-        self.read.append(ids[0].tolist())
-        return np.zeros((ids.size, 2), np.float32)
+    def prefill(self, ids):
+        self.read.append(ids.tolist())
+        return None, np.zeros((1, 2), np.float32)
+
+    def decode_step(self, state, token):
+        return np.zeros((1, 2), np.float32)
 
     def sample(self, h, rng, **options):
         return np.array([next(self.tokens)], np.int32)
@@ -98,5 +135,5 @@ def test_text_streams_in_whole_characters_and_ends_at_end_of_text():
 def test_any_prompt_starts_from_end_of_text(prompt):
     ids = [EOT, *Tokenizer().encode(prompt)]
     _, parrot = _say([EOT], prompt)
-    assert parrot.read[0][: len(ids)] == ids[-CONFIG.receptive_field :]
+    assert parrot.read == [ids]
     assert ids.count(EOT) == 1

@@ -89,6 +89,31 @@ def test_adamw_step_of_zero_gradient_only_decays():
     np.testing.assert_array_equal(weight, 1.5)
 
 
+@pytest.mark.parametrize("size", [40, *LARGE[:1]])
+def test_adamw_moments_fade_to_zero_and_are_never_denormal(size):
+    """A denormal number takes a hundred times as long: a run would slow down as the moments of rare rows fade."""
+    weight, first, second = (np.full(size, value, np.float32) for value in (0.5, 1e-3, 1e-6))
+    grad = np.logspace(-44, 0, size).astype(np.float32)
+    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.0}
+    smallest = np.finfo(np.float32).tiny
+    for step in range(1, 1_500 if size == 40 else 3):
+        optimizers.adamw_step(weight, first, second, grad if step == 1 else np.zeros_like(grad), step=step, **settings)
+        for moment in (first, second):
+            assert not ((moment != 0) & (np.abs(moment) < smallest)).any()
+    if size == 40:
+        assert not first.any()
+        assert not second[:10].any()
+
+
+def test_adamw_hides_no_nan():
+    weight, first, second = (np.ones(3, np.float32) for _ in range(3))
+    grad = np.array([np.nan, np.inf, 0], np.float32)
+    with np.errstate(invalid="ignore"):
+        optimizers.adamw_step(weight, first, second, grad, step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, decay=0.0)
+    assert np.isnan(weight).tolist() == [True, True, False]
+    assert np.isnan(first).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("size", [0, 1, 1_025, *LARGE])
 def test_ema_update_matches_reference(size):
     average, value = arrays(np.random.default_rng(size), [size] * 2)

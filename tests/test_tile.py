@@ -51,11 +51,39 @@ def test_short_product_matches_numpy(name, seed, rows, depth, dim, turned, beta)
     assert_untouched(out, whole)
 
 
-def call(name, made={}):  # noqa: B006 (compiled once)
-    """A helper of _tile.py as a function that Python can call."""
+@pytest.mark.parametrize(("width", "height"), [(16, 6), (16, 12), (32, 2), (32, 8)])
+@given(
+    seed=seeds, rows=st.integers(0, 27), depth=st.integers(1, 5), taps=st.integers(1, 3), accumulate=st.booleans(),
+)  # fmt: skip
+def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, depth, taps, accumulate):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal(n).astype(np.float32) for n in (taps * rows * depth + 3, taps * depth * width + 5))
+    before = rng.standard_normal((rows, width)).astype(np.float32)
+
+    def found(height):
+        out = np.full((rows + 1) * (width + 2), np.nan, np.float32)
+        inside = out[1 : 1 + rows * (width + 2)].reshape(rows, width + 2)[:, :width]
+        inside[...] = before
+        # a (taps, rows, depth) from 3 on, its rows one after another; b (taps, depth, width) from 5 on
+        call(f"tile_products_{width}", height)(
+            out, 1, width + 2, a, 3, depth, 1, rows * depth, b, 5, width, depth * width, rows, depth, taps, accumulate
+        )
+        result = inside.copy()
+        inside[...] = np.nan
+        assert np.isnan(out).all()  # nothing beside it was written
+        return result
+
+    want = np.einsum("tmk,tkw->mw", a[3:].reshape(taps, rows, depth).astype(float), b[5:].reshape(taps, depth, width))
+    got = found(height)
+    np.testing.assert_allclose(got, want + before * accumulate, atol=1e-5)
+    np.testing.assert_array_equal(got, found({16: 6, 32: 2}[width]))
+
+
+def call(name, key=None, made={}):  # noqa: B006 (compiled once)
+    """A helper of _tile.py, or the one of this key in a table, as a function that Python can call."""
+    helper = getattr(_tile, name) if key is None else getattr(_tile, name)[key]
     if numba.config.DISABLE_JIT:
-        return getattr(_tile, name)
-    if name not in made:
-        helper = getattr(_tile, name)
-        made[name] = numba.njit(lambda *arguments: helper(*arguments))
-    return made[name]
+        return helper
+    if (name, key) not in made:
+        made[name, key] = numba.njit(lambda *arguments: helper(*arguments))
+    return made[name, key]

@@ -257,14 +257,15 @@ def test_tree_head_sampling_agrees_with_the_distribution(shape, prior):
 
 
 @given(st.integers(0, 1000), shapes, st.sampled_from([1, 2, 50]))
-def test_tree_head_most_likely_is_exact(seed, shape, vocab):
+def test_tree_head_top_is_exact(seed, shape, vocab):
     head = make_head(seed, shape, vocab, 8, 0.5, prior=seed % 2 == 0, soft_cap=3.0 if seed % 3 == 0 else None)
     h = problem(seed, head, 1)[0]
     log_p = head.log_distribution(h)[0]
-    found = list(head.most_likely(h[0]))
-    assert sorted(token for token, _ in found) == list(range(vocab))
-    np.testing.assert_allclose([value for _, value in found], np.sort(log_p)[::-1], atol=1e-5)
-    np.testing.assert_allclose([value for _, value in found], log_p[[token for token, _ in found]], atol=1e-5)
+    for count in (1, 7, vocab + 1):
+        ids, found = head.top(h[0], count)
+        assert len(set(ids.tolist())) == min(count, vocab)
+        np.testing.assert_allclose(found, np.sort(log_p)[::-1][:count], atol=1e-5)
+        np.testing.assert_allclose(found, log_p[ids], atol=1e-5)
 
 
 def test_tree_head_sampling_options_agree_with_the_dense_rule():
@@ -358,7 +359,7 @@ def test_tree_head_functions_all_apply_the_cap_and_the_prior():
     np.testing.assert_allclose(head.forward_backward(h, targets, weights)[1], -want[np.arange(50), targets], atol=1e-4)
     np.testing.assert_allclose(head.log_distribution(h), want, atol=1e-4)
     np.testing.assert_allclose(head.distribution(h), np.exp(want), atol=1e-5)
-    found = dict(head.most_likely(h[0]))
+    found = dict(zip(*head.top(h[0], 60), strict=True))
     np.testing.assert_allclose([found[token] for token in range(60)], want[0], atol=1e-4)
     draws = 20_000
     drawn = head.sample(np.ascontiguousarray(np.broadcast_to(h[0], (draws, 8))), np.random.default_rng(0))

@@ -171,6 +171,8 @@ def peak_rss_mb() -> float | None:
 def check_writable(path: Path) -> None:
     """click.BadParameter unless a file can be written at path: said before hours of work, not after."""
     try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(20, "Not a directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -1,0 +1,157 @@
+"""Decoding: one token through the trunk, with a state whose size does not depend on the length of the text.
+
+The arithmetic is that of kernels/trunk.py for a single row. Of the past only the convolutions still need something: the
+last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. They stand in rings of 2 L rows
+that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
+convolution are one product with even strides. Rows before the text are zero, as in training.
+Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._tile import dot_products, tile_product_32
+from flashlm_numba.kernels.conv import gate_sequence, to_groups
+from flashlm_numba.kernels.glu import glu_rows
+from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
+from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
+
+
+@helper
+def _put(rings, start, length, position, row, groups, width):
+    """Write row (1, C) as the input of this position into its ring, in both places."""
+    stride = groups.shape[0] * groups.shape[2]
+    to_groups(groups, row, width)
+    flat = groups.reshape(-1)
+    for place in (position % length, position % length + length):
+        for i in range(stride):
+            rings[start + place * stride + i] = flat[i]
+
+
+@helper
+def _add(x, delta):
+    for c in range(x.shape[1]):
+        x[0, c] += delta[0, c]
+
+
+@serial_kernel
+def _decode_step(
+    out, rings, starts, lengths, position, x, m, normed, delta, groups, gv, gate_up, hidden, rstd,
+    embedding, row, norms, conv, dilations, w_out, w_gate_up, w_down,
+):  # fmt: skip
+    """out (1, C): hidden state of the token with this row of the embedding, the position-th of its text."""
+    passes, count = starts.shape
+    group_count, size = groups.shape[0], groups.shape[2]
+    width, taps = x.shape[1] // group_count, conv.shape[2]
+    stride = group_count * size
+    flat_gv = gv.reshape(-1)
+    for c in range(x.shape[1]):
+        x[0, c] = embedding[row, c]
+    for r in range(passes):
+        rmsnorm_rows(m, rstd, x, norms[0])
+        for d in range(count):
+            rmsnorm_rows(normed, rstd, m, norms[3 + d])
+            length = lengths[d]
+            _put(rings, starts[r, d], length, position, normed, groups, width)
+            oldest = starts[r, d] + (position % length + 1) * stride
+            flat_w = conv[d].reshape(-1)
+            for g in range(group_count):
+                for w in range(0, 2 * size, 32):
+                    tile_product_32(
+                        flat_gv, g * 2 * size + w, 2 * size,
+                        rings, oldest + g * size, stride, 1, dilations[d] * stride,
+                        flat_w, g * taps * size * 2 * size + w, 2 * size, 2 * size * size,
+                        1, size, taps, 0,
+                    )  # fmt: skip
+            gate_sequence(m, gv, m, width)
+        dot_products(delta, m, w_out)
+        _add(x, delta)
+        rmsnorm_rows(normed, rstd, x, norms[1])
+        dot_products(gate_up, normed, w_gate_up)
+        glu_rows(hidden, gate_up)
+        dot_products(delta, hidden, w_down)
+        _add(x, delta)
+    rmsnorm_rows(out, rstd, x, norms[2])
+
+
+@serial_kernel
+def _fill_rings(rings, starts, lengths, normed, groups, xm, rstd_m, norms):
+    """The rings after a text of T tokens, from what its forward pass saved: xm (R, D + 1, T, C), rstd_m (R, D, T)."""
+    passes, count = starts.shape
+    time, width = xm.shape[2], xm.shape[3] // groups.shape[0]
+    for r in range(passes):
+        for d in range(count):
+            for t in range(max(0, time - lengths[d]), time):
+                rmsnorm_rows_again(normed, xm[r, d, t : t + 1], norms[3 + d], rstd_m[r, d, t : t + 1])
+                _put(rings, starts[r, d], lengths[d], t, normed, groups, width)
+
+
+@dataclass
+class DecodeState:
+    """Where a text stands: the rings, the number of tokens so far, and scratch; 0.9 MB for v3's shape."""
+
+    rings: np.ndarray  # (any,)
+    starts: np.ndarray  # (R, D) int64: where a ring begins
+    lengths: np.ndarray  # (D,) int64
+    scratch: tuple[np.ndarray, ...]
+    out: np.ndarray  # (1, C)
+    position: int = 0
+
+
+def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
+    """The state before the first token of a text, for the trunk's weights and number of passes."""
+    count, groups, taps, size, _ = weights.conv.shape
+    dim, inner = weights.w_down.shape
+    lengths = (taps - 1) * weights.dilations + 1
+    floats = 2 * lengths * groups * size
+    starts = np.concatenate([[0], np.cumsum(np.tile(floats, passes))])
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.float32)
+
+    scratch = (
+        zeros(1, dim), zeros(1, dim), zeros(1, dim), zeros(1, dim),  # x, m, normed, delta
+        zeros(groups, 1, size), zeros(groups, 1, 2 * size), zeros(1, 2 * inner), zeros(1, inner), zeros(1),
+    )  # fmt: skip
+    return DecodeState(
+        zeros(int(starts[-1])), starts[:-1].reshape(passes, count).astype(np.int64), lengths, scratch, zeros(1, dim)
+    )
+
+
+def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
+    """Feed one token; returns its hidden state (1, C) float32, a view that the next call overwrites.
+
+    row: the token's row of embedding (V, C). One thread, and the same cost at every position: 2*R*(2*C*C*K*D/G + C*C
+    + 3*C*I) flop. Equal to the last row of trunk_forward over the whole text but for float32 rounding.
+    Raises ValueError if the row is not in [0, V), or a shape or dtype is wrong.
+    """
+    _check.array("decode_step", "embedding", embedding, (None, weights.w_out.shape[0]))
+    if not 0 <= row < len(embedding):
+        raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
+    _decode_step(
+        state.out, state.rings, state.starts, state.lengths, state.position, *state.scratch,
+        embedding, row, weights.norms, weights.conv, weights.dilations,
+        weights.w_out, weights.w_gate_up, weights.w_down,
+    )  # fmt: skip
+    state.position += 1
+    return state.out
+
+
+def prefill(weights: TrunkWeights, buffers: TrunkBuffers) -> DecodeState:
+    """The state after a text that trunk_forward has just read into buffers, a batch of one sequence.
+
+    Raises ValueError if the batch holds more. A text cut to the receptive field serves as well as the whole.
+    """
+    batch, time, _ = buffers.shape
+    if batch != 1:
+        raise ValueError(f"prefill: the batch must hold one sequence, got {batch}")
+    state = new_state(weights, buffers.x1.shape[0])
+    normed, groups = state.scratch[2], state.scratch[4]
+    _fill_rings(state.rings, state.starts, state.lengths, normed, groups, buffers.xm, buffers.rstd_m, weights.norms)
+    state.position = time
+    return state

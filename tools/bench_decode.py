@@ -1,0 +1,159 @@
+"""How fast does the model write? Tokens a second of one stream, ours and PyTorch re-reading the window.
+
+    python tools/bench_decode.py                     every candidate
+    python tools/bench_decode.py --json out.json     write what was measured
+
+A model of v3's shape with the rows that training starts with writes on after a text as long as its receptive field.
+First the decoder's hidden states are checked against a forward pass over the whole text, token by token; an error above
+float32 rounding ends the program with status 1. Then the candidates take turns; medians, with the 20 % and 80 %
+quantiles. The decoder uses one thread; whoever reads the window again at every token uses all. Use a quiet machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+if __package__ in (None, ""):  # run as a file, the checkout is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flashlm_numba import assemble
+from flashlm_numba.config import RunConfig
+from flashlm_numba.data import TokenData, default_corpus, open_tokens
+from flashlm_numba.errors import UserError
+from flashlm_numba.generate import generate_ids
+from flashlm_numba.model import Model
+from flashlm_numba.threads import set_threads
+from tools import timing
+
+CHECKED = 64  # tokens that are decoded and compared with the whole forward pass
+FEW = 4  # tokens of a call that reads the window again for each
+SAMPLING: dict[str, dict[str, Any]] = {
+    "temperature 1": {},
+    "temperature 0.8, top-k 40": {"temperature": 0.8, "top_k": 40},
+}
+
+
+def make_model(data: TokenData, head: str) -> Model:
+    """v3's shape with this head, as before its first step."""
+    run = RunConfig.recipe_named("default").with_settings([f"head.name={head}", "log_prior=true"])
+    return assemble.new_model(run, data, lambda line: None)
+
+
+def largest_error(model: Model, text: np.ndarray) -> float:
+    """Largest difference of decoded hidden states from those of one pass over text (T,), relative to their size."""
+    model.prepare()
+    want = model.forward(text[None]).copy()
+    state, h = model.prefill(text[:-CHECKED])
+    found = [h[0]]
+    for token in text[-CHECKED:-1]:
+        found.append(model.decode_step(state, int(token))[0].copy())
+    want = want[-CHECKED - 1 : -1]
+    return float(np.abs(np.array(found) - want).max() / np.abs(want).max())
+
+
+def decoding(model: Model, context: list[int], options: dict[str, Any]) -> Callable[[int], None]:
+    """A call writes so many tokens with one stream that never ends."""
+    ids = generate_ids(model, context, rng=np.random.default_rng(0), **options)
+
+    def run(count: int) -> None:
+        for _ in itertools.islice(ids, count):
+            pass
+
+    return run
+
+
+def trunk_alone(model: Model, context: list[int]) -> Callable[[int], None]:
+    """A call feeds so many tokens, without a head."""
+    state, _ = model.prefill(np.array(context, np.int32))
+
+    def run(count: int) -> None:
+        for token in range(count):
+            model.decode_step(state, token)
+
+    return run
+
+
+def reading_again(model: Model, context: list[int]) -> Callable[[int], None]:
+    """A call samples so many tokens, each after a forward pass over the whole window."""
+    window, rng = list(context), np.random.default_rng(0)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            h = model.forward(np.array([window], np.int32))[-1:]
+            window.append(int(model.head.sample(h, rng)[0]))
+            del window[0]
+
+    return run
+
+
+def torch_reading_again(context: list[int]) -> Callable[[int], None]:
+    """The same in PyTorch, with its dense head."""
+    import torch
+
+    from tools import peer_torch
+
+    model, window = peer_torch.PeerModel(), torch.tensor(context)
+
+    @torch.no_grad()
+    def run(count: int) -> None:
+        nonlocal window
+        for _ in range(count):
+            logits = model.hidden(window[None])[-1] @ model.embedding.weight.T
+            window = torch.cat([window[1:], torch.multinomial(torch.softmax(logits, 0), 1)])
+
+    return run
+
+
+@click.command(help=__doc__.replace("\n\n    python", "\n\n\b\n    python"))
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed turns of each.")
+@click.option("--tokens", type=click.IntRange(min=1), default=200, show_default=True, help="Written in a call.")
+@click.option("--data", type=click.Path(path_type=Path), help="Prepared tokens. Default: the built-in text.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+def main(repeats: int, tokens: int, data: Path | None, json_path: Path | None) -> None:
+    """See the module's docstring."""
+    if json_path is not None:
+        timing.check_writable(json_path)
+    try:
+        threads = set_threads(None)
+        corpus = open_tokens(data or default_corpus())
+    except (UserError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    tree, dense = make_model(corpus, "tree"), make_model(corpus, "dense")
+    field = tree.config.receptive_field
+    text = corpus.train.windows(np.array([0]), field + CHECKED)[0].astype(np.int32)
+    for name, model in (("tree", tree), ("dense", dense)):
+        error = largest_error(model, text)
+        if not error < 1e-4:
+            click.echo(f"{name}: decoded hidden states err by {error:.2g} of the largest; expected rounding.", err=True)
+            sys.exit(1)
+    context = text[:field].tolist()
+    calls: dict[str, tuple[int, Callable[[int], None]]] = {"trunk alone": (tokens, trunk_alone(tree, context))}
+    for how, options in SAMPLING.items():
+        calls[f"tree, {how}"] = (tokens, decoding(tree, context, options))
+    calls["dense, temperature 1"] = (FEW, decoding(dense, context, {}))
+    calls["tree, window again"] = (FEW, reading_again(tree, context))
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+        calls["torch, dense, window again"] = (FEW, torch_reading_again(context))
+    seconds = timing.measure({name: functools.partial(run, n) for name, (n, run) in calls.items()}, repeats)
+    rates = {name: timing.rate(seconds[name], n) for name, (n, _) in calls.items()}
+    for name, rate in rates.items():
+        click.echo(f"  {name:<32} {rate['median']:>9,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})")
+    if json_path is not None:
+        result = {"machine": timing.environment(threads), "context": field, "tokens_per_s": rates}
+        timing.write_json(json_path, result)
+
+
+if __name__ == "__main__":
+    main()
