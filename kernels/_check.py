@@ -25,10 +25,8 @@ def array(where: str, name: str, value: Any, shape: tuple[int | None, ...], dtyp
 
 def indices(where: str, name: str, value: np.ndarray, size: int, remedy: str = "") -> None:
     """Raise ValueError unless every element of value is in [0, size)."""
-    if value.size == 0:
+    if value.size == 0 or (value.min() >= 0 and value.max() < size):
         return
-    bad = (value < 0) | (value >= size)
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        message = f"{where}: {name} must be in [0, {size}), got {int(value.flat[at])} at index {at}"
-        raise ValueError(message + (f"; {remedy}" if remedy else ""))
+    at = int(np.flatnonzero((value < 0) | (value >= size))[0])
+    message = f"{where}: {name} must be in [0, {size}), got {int(value.flat[at])} at index {at}"
+    raise ValueError(message + (f"; {remedy}" if remedy else ""))

@@ -112,10 +112,11 @@ def _make_tile(rows: int, width: int) -> Any:
     return helper(call)
 
 
-def _make_dots(rows: int, lanes: int) -> Any:
+def _make_dots(rows: int, lanes: int, size: int) -> Any:
     """An intrinsic for the products of `rows` rows of x with four of w: out[j, k] = x[j] . w[k], k < 4.
 
-    depth is a multiple of lanes (and so of four); addresses as integers, strides and depth in elements. Four sums
+    size: bytes of an element of w, 4 for float32, 1 for int8, which becomes float32 on the way. depth is a multiple of
+    lanes (and so of four); addresses as integers, strides and depth in elements. Four sums
     come together in three shuffles and additions, where four separate reductions would take as long as
     the products of 256 channels.
     """
@@ -129,9 +130,8 @@ def _make_dots(rows: int, lanes: int) -> Any:
         def codegen(context, builder, sig, args):
             w, w_stride, x, x_stride, depth, out, out_stride = args
             four = ir.Constant(int64, 4)
-            w_stride, x_stride, out_stride, end = (
-                builder.mul(v, four) for v in (w_stride, x_stride, out_stride, depth)
-            )
+            x_stride, out_stride, end = (builder.mul(v, four) for v in (x_stride, out_stride, depth))
+            w_stride = builder.mul(w_stride, ir.Constant(int64, size))
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f32"
             )
@@ -143,6 +143,15 @@ def _make_dots(rows: int, lanes: int) -> Any:
                 value = builder.load(builder.inttoptr(builder.add(base, at), vector.as_pointer()))
                 value.align = 4
                 return value
+
+            def load_weights(base, at):  # at counts the bytes of floats
+                if size == 4:
+                    return load(base, at)
+                whole = ir.VectorType(ir.IntType(8), lanes)
+                place = builder.add(base, builder.lshr(at, ir.Constant(int64, 2)))
+                value = builder.load(builder.inttoptr(place, whole.as_pointer()))
+                value.align = 1
+                return builder.sitofp(builder.sext(value, ir.VectorType(ir.IntType(32), lanes)), vector)
 
             def pick(a, b, first, second):  # in every four lanes, two of a in turn with two of b
                 chosen = [q + i for q in range(0, lanes, 4) for i in (first, lanes + first, second, lanes + second)]
@@ -164,7 +173,7 @@ def _make_dots(rows: int, lanes: int) -> Any:
             at = builder.phi(int64)
             at.add_incoming(ir.Constant(int64, 0), entry)
             sums = [builder.phi(vector) for _ in range(4 * rows)]
-            w_values = [load(base, at) for base in w_rows]
+            w_values = [load_weights(base, at) for base in w_rows]
             new = []
             for r in range(rows):
                 value = load(x_rows[r], at)
@@ -202,7 +211,7 @@ def _make_dots(rows: int, lanes: int) -> Any:
     def call(w, w_stride, x, x_stride, depth, out, out_stride):
         dots(w, w_stride, x, x_stride, depth, out, out_stride)
 
-    call.__name__ = call.__qualname__ = f"_dots_{rows}_{lanes}"  # see _make_tile
+    call.__name__ = call.__qualname__ = f"_dots_{rows}_{lanes}_{size}"  # see _make_tile
     return helper(call)
 
 
@@ -246,12 +255,13 @@ if numba.config.DISABLE_JIT:
     )
 
     def dot_products(out, x, w):
-        out[...] = x @ w.T
+        out[...] = x @ w.T.astype(np.float32)
 
     def short_product(out, a, b, beta):
         out[...] = a @ b if beta == 0 else out * np.float32(beta) + a @ b
 
-    dot_products_8 = dot_products_16 = dot_products
+    dot_products_int8 = dot_products
+    all_dot_products = {(lanes, size): dot_products for lanes in (8, 16) for size in (4, 1)}
     short_product_32 = short_product_64 = short_product
 
 else:
@@ -289,37 +299,37 @@ else:
     )
     _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
 
-    def _make_dot_products(lanes, most):
-        """For registers of `lanes` floats; most: rows of x at a time, so that the sums stay in registers."""
-        one, two, many = (_make_dots(rows, lanes) for rows in (1, 2, most))
+    def _make_dot_products(lanes, most, size):
+        """For registers of `lanes` floats; most: rows of x at a time, as many as keep the sums in registers."""
+        one, two, many = (_make_dots(rows, lanes, size) for rows in (1, 2, most))
 
         def dot_products(out, x, w):
             rows, width, dim = x.shape[0], w.shape[0], x.shape[1]
             whole = dim - dim % lanes if dim >= lanes else 0
             aligned = width - width % 4 if whole > 0 else 0
             pw, px, po = w.ctypes.data, x.ctypes.data, out.ctypes.data
-            sw, sx, so = w.strides[0] // 4, x.strides[0] // 4, out.strides[0] // 4
+            sw, sx, so = w.strides[0] // size, x.strides[0] // 4, out.strides[0] // 4
             for k in range(0, aligned, 4):
                 for row in range(k + 8, k + 12):  # the processor's own prefetching stops at the end of a page
-                    for line in range(0, 4 * whole, 64):
-                        _prefetch_read(pw + 4 * row * sw + line)
+                    for line in range(0, size * whole, 64):
+                        _prefetch_read(pw + size * row * sw + line)
                 j = 0
                 while j + most <= rows:
-                    many(pw + 4 * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
+                    many(pw + size * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
                     j += most
                 if j + 2 <= rows:
-                    two(pw + 4 * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
+                    two(pw + size * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
                     j += 2
                 if j < rows:
-                    one(pw + 4 * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
+                    one(pw + size * k * sw, sw, px + 4 * j * sx, sx, whole, po + 4 * (j * so + k), so)
             for j in range(rows):
                 for k in range(aligned if whole == dim else 0, width):
                     total = out[j, k] if k < aligned else np.float32(0)
                     for c in range(whole if k < aligned else 0, dim):
-                        total += x[j, c] * w[k, c]
+                        total += x[j, c] * np.float32(w[k, c])
                     out[j, k] = total
 
-        dot_products.__name__ = dot_products.__qualname__ = f"_dot_products_{lanes}"
+        dot_products.__name__ = dot_products.__qualname__ = f"_dot_products_{lanes}_{size}"
         return helper(dot_products)
 
     def _make_short_product(tile_rows, width):
@@ -359,13 +369,17 @@ else:
         short_product.__name__ = short_product.__qualname__ = f"_short_product_{tile_rows}_{width}"
         return helper(short_product)
 
-    dot_products_8, dot_products_16 = _make_dot_products(8, 2), _make_dot_products(16, 4)
+    # by lanes and bytes of an element of w
+    all_dot_products = {(8, 4): _make_dot_products(8, 2, 4), (16, 4): _make_dot_products(16, 4, 4)}
+    all_dot_products |= {(8, 1): _make_dot_products(8, 2, 1), (16, 1): _make_dot_products(16, 4, 1)}
     short_product_32, short_product_64 = _make_short_product(2, 32), _make_short_product(4, 64)
     # Products with few rows or little depth, where BLAS spends its time packing:
-    # dot_products(out, x, w): out (J, K) = x (J, C) @ w (K, C).T
+    # dot_products(out, x, w): out (J, K) = x (J, C) @ w (K, C).T; dot_products_int8: the same for w of int8
     # short_product(out, a, b, beta): out (M, W) = a (M, K) @ b (K, W) + beta * out, beta 0 or 1; any strides for a
     # Float32; the last axis of the others is contiguous, the rows of out too (unchecked).
     if HAS_AVX512:
-        dot_products, short_product = dot_products_16, short_product_64
+        dot_products, dot_products_int8 = all_dot_products[16, 4], all_dot_products[16, 1]
+        short_product = short_product_64
     else:
-        dot_products, short_product = dot_products_8, short_product_32
+        dot_products, dot_products_int8 = all_dot_products[8, 4], all_dot_products[8, 1]
+        short_product = short_product_32

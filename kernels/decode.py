@@ -3,7 +3,8 @@
 The arithmetic is that of kernels/trunk.py for a single row. Of the past only the convolutions still need something: the
 last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. They stand in rings of 2 L rows
 that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
-convolution are one product with even strides. Rows before the text are zero, as in training.
+convolution are one product with even strides. Rows before the text are zero, as in training. The ternary weights are
+read as int8: both passes take them from the second cache, where float32 would come from memory for every token.
 Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
-from flashlm_numba.kernels._tile import dot_products, tile_product_32
+from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
@@ -69,12 +70,12 @@ def _decode_step(
                         1, size, taps, 0,
                     )  # fmt: skip
             gate_sequence(m, gv, m, width)
-        dot_products(delta, m, w_out)
+        dot_products_int8(delta, m, w_out)
         _add(x, delta)
         rmsnorm_rows(normed, rstd, x, norms[1])
-        dot_products(gate_up, normed, w_gate_up)
+        dot_products_int8(gate_up, normed, w_gate_up)
         glu_rows(hidden, gate_up)
-        dot_products(delta, hidden, w_down)
+        dot_products_int8(delta, hidden, w_down)
         _add(x, delta)
     rmsnorm_rows(out, rstd, x, norms[2])
 
@@ -93,18 +94,29 @@ def _fill_rings(rings, starts, lengths, normed, groups, xm, rstd_m, norms):
 
 @dataclass
 class DecodeState:
-    """Where a text stands: the rings, the number of tokens so far, and scratch; 0.9 MB for v3's shape."""
+    """Where a text stands: the rings, the number of tokens so far; and weights and scratch. 1.5 MB for v3's shape."""
 
     rings: np.ndarray  # (any,)
     starts: np.ndarray  # (R, D) int64: where a ring begins
     lengths: np.ndarray  # (D,) int64
+    ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8
     scratch: tuple[np.ndarray, ...]
     out: np.ndarray  # (1, C)
     position: int = 0
 
 
+def _as_int8(weight: np.ndarray) -> np.ndarray:
+    packed = weight.astype(np.int8)
+    if not np.array_equal(packed, weight):
+        raise ValueError("decode: the weights must be ternary, found others")
+    return packed
+
+
 def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
-    """The state before the first token of a text, for the trunk's weights and number of passes."""
+    """The state before the first token of a text, for the trunk's weights as they are now and its number of passes.
+
+    Raises ValueError if a weight that should be ternary is not.
+    """
     count, groups, taps, size, _ = weights.conv.shape
     dim, inner = weights.w_down.shape
     lengths = (taps - 1) * weights.dilations + 1
@@ -118,9 +130,9 @@ def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
         zeros(1, dim), zeros(1, dim), zeros(1, dim), zeros(1, dim),  # x, m, normed, delta
         zeros(groups, 1, size), zeros(groups, 1, 2 * size), zeros(1, 2 * inner), zeros(1, inner), zeros(1),
     )  # fmt: skip
-    return DecodeState(
-        zeros(int(starts[-1])), starts[:-1].reshape(passes, count).astype(np.int64), lengths, scratch, zeros(1, dim)
-    )
+    ternary = tuple(_as_int8(weight) for weight in (weights.w_out, weights.w_gate_up, weights.w_down))
+    starts = starts[:-1].reshape(passes, count).astype(np.int64)
+    return DecodeState(zeros(int(starts[-1, -1] + floats[-1])), starts, lengths, ternary, scratch, zeros(1, dim))
 
 
 def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
@@ -135,8 +147,7 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
     _decode_step(
         state.out, state.rings, state.starts, state.lengths, state.position, *state.scratch,
-        embedding, row, weights.norms, weights.conv, weights.dilations,
-        weights.w_out, weights.w_gate_up, weights.w_down,
+        embedding, row, weights.norms, weights.conv, weights.dilations, *state.ternary,
     )  # fmt: skip
     state.position += 1
     return state.out

@@ -24,6 +24,7 @@ Grave et al. 2016, arXiv:1609.04309, section 4, for few large products; the arra
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ NARROW = 4  # children up to which loops beat BLAS at any number of positions
 # Positions of a node up to which register tiles beat BLAS, which packs the rows for each node: such nodes, nine of ten
 # that a batch visits, take half the time.
 THIN = 32
+JOINED = 1024  # rows of a root with tokens and nodes up to which each thread copies them together
 SHARES = 8  # a subtree of more than 1/(SHARES * P) of the work is split
 
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
@@ -233,7 +235,7 @@ def _softmax_loss(
 
 @helper
 def _node_positions(
-    logits, spare, loss, nll, dhs, lo, hi, span, hs, rows, weights, weight, nodes, leaf_ends, log_prior,
+    logits, spare, joined, loss, nll, dhs, lo, hi, span, hs, rows, weights, weight, nodes, leaf_ends, log_prior,
     node_log_prior, smoothing, z_loss, soft_cap, backward, beta, blas,
 ):  # fmt: skip
     """Sorted positions lo..hi at one node: loss, the gradient of the products (left in logits) and of h.
@@ -244,6 +246,8 @@ def _node_positions(
     tokens, kids = weight[token_start:token_end], nodes[kid_start:kid_end]
     token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
     kid_prior = node_log_prior[kid_start:kid_end] if node_log_prior.shape[0] > 0 else node_log_prior
+    if joined.shape[0] > 0:
+        tokens, kids = joined, nodes[kid_start:kid_start]
     _products(logits, hs[lo:hi], tokens, kids, blas)
     _softmax_loss(
         logits, spare, loss[lo:hi], nll[lo:hi], rows[lo:hi], weights[lo:hi], token_start, token_end,
@@ -379,13 +383,12 @@ def _gaps(start: np.ndarray, end: np.ndarray, size: int) -> np.ndarray:
 
 def _bounds(pieces: list[tuple[int, int, int, int, bool]], width: np.ndarray, n: int, threads: int) -> np.ndarray:
     """Positions (P + 1,) that give the threads equal shares of the pieces; every position costs a little."""
-    change = np.zeros(n + 1)
-    change[0] = 20
-    for node, begin, end, *_ in pieces:
-        change[begin] += width[node]
-        change[end] -= width[node]
-    total = np.concatenate([[0], np.cumsum(np.cumsum(change[:-1]))])
-    return np.searchsorted(total, total[-1] * np.arange(threads + 1) / threads)
+    edges = sorted({0, n, *(piece[1] for piece in pieces), *(piece[2] for piece in pieces)})
+    total = [0.0]  # cost of all positions before an edge
+    for low, high in itertools.pairwise(edges):
+        cost = 20 + sum(int(width[node]) for node, begin, end, *_ in pieces if begin <= low < end)
+        total.append(total[-1] + cost * (high - low))
+    return np.rint(np.interp(total[-1] * np.arange(threads + 1) / threads, total, edges)).astype(np.int64)
 
 
 def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth: int, threads: int) -> _Plan:
@@ -472,6 +475,15 @@ def _clear_rows(out, ranges, thread, threads):
 
 
 @helper
+def _join(out, tokens, kids):
+    """out (K, C) = rows of tokens, then of kids; nothing where out is empty."""
+    for k in range(out.shape[0]):
+        row = tokens[k] if k < tokens.shape[0] else kids[k - tokens.shape[0]]
+        for c in range(out.shape[1]):
+            out[k, c] = row[c]
+
+
+@helper
 def _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward):
     for i in range(end - begin):
         to = order[begin + i]
@@ -483,8 +495,11 @@ def _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward):
 
 
 @helper
-def _split_drows(dweight, dnodes, kept, pieces, hs, spans, accumulate, thread, threads, blas):
-    """A thread's part of the gradients of the split nodes' rows: whole rows, an equal share of the work."""
+def _split_drows(dweight, dnodes, root, kept, pieces, hs, spans, accumulate, thread, threads, blas):
+    """A thread's part of the gradients of the split nodes' rows: whole rows, an equal share of the work.
+
+    root: see _tree_head; it takes the root's part, which is one product as well.
+    """
     total = np.int64(0)
     for p in range(pieces.shape[0]):
         total += (pieces[p, 2] - pieces[p, 1]) * _width(spans[pieces[p, 0]])
@@ -503,6 +518,17 @@ def _split_drows(dweight, dnodes, kept, pieces, hs, spans, accumulate, thread, t
         dlogits = kept[offset : offset + positions * width].reshape(positions, width)
         n_tokens = np.int64(span[1] - span[0])
         beta = _ONE if accumulate or pieces[p, 4] == 0 else _ZERO
+        if pieces[p, 0] == 0 and root.shape[0] > 0:
+            found = root[: last - first]
+            gemm_tn(blas, found, dlogits[:, first:last], hs[begin:end], _ZERO)
+            for k in range(first, last):
+                row = dweight[span[0] + k] if k < n_tokens else dnodes[span[2] - 1 + k - n_tokens]
+                if beta == 0:
+                    for c in range(row.shape[0]):
+                        row[c] = found[k - first, c]
+                else:
+                    _add_scaled(row, _ONE, found[k - first])
+            continue
         if first < n_tokens:
             until = min(last, n_tokens)
             gemm_tn(blas, dweight[span[0] + first : span[0] + until], dlogits[:, first:until], hs[begin:end], beta)
@@ -514,7 +540,7 @@ def _split_drows(dweight, dnodes, kept, pieces, hs, spans, accumulate, thread, t
 
 @helper
 def _visit(
-    dweight, dnodes, hs, dhs, sorted_loss, buffer, spare, items, mine, ends, keep, rows, weights, weight,
+    dweight, dnodes, hs, dhs, sorted_loss, buffer, spare, root, items, mine, ends, keep, rows, weights, weight,
     nodes, spans, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, accumulate, blas,
 ):  # fmt: skip
     """Positions mine..ends of the nodes in items (I, 4 or more), parents first: losses, dhs and the nodes' gradients.
@@ -534,8 +560,9 @@ def _visit(
             offset = items[i, 3] + (at - items[i, 1]) * width if keep else 0
             logits = buffer[offset : offset + (last - at) * width].reshape(last - at, width)
             beta = _ZERO if items[i, 0] == 0 else _ONE  # every position comes by the root, first of all
+            joined = root if items[i, 0] == 0 else root[:0]
             _node_positions(
-                logits, spare, sorted_loss[0], sorted_loss[1], dhs, at, last, span, hs, rows, weights, weight,
+                logits, spare, joined, sorted_loss[0], sorted_loss[1], dhs, at, last, span, hs, rows, weights, weight,
                 nodes, leaf_ends, log_prior, node_log_prior, smoothing, z_loss, soft_cap, backward, beta, blas,
             )  # fmt: skip
             if backward and not keep:
@@ -547,14 +574,15 @@ def _visit(
 
 @kernel
 def _tree_head(
-    dh, loss, nll, dweight, dnodes, hs, dhs, sorted_loss, kept, own, spares,
+    dh, loss, nll, dweight, dnodes, hs, dhs, sorted_loss, kept, own, spares, roots,
     pieces, piece_first, bounds, visits, task_positions, task_first, tasks, thread_first, idle_tokens, idle_nodes,
     h, order, rows, weights, weight, nodes, spans, leaf_ends, log_prior, node_log_prior,
     smoothing, z_loss, soft_cap, backward, accumulate, blas, threads,
 ):  # fmt: skip
     """loss, nll (N,) = and, if backward, dh (N, C) =, dweight (V, C), dnodes (M, C) =, or += with accumulate.
 
-    Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), spares (P, widest).
+    Scratch: hs, dhs (N, C), sorted_loss (2, N), kept (any,), own (P, any), spares (P, widest),
+    roots (P, width of the root, C), or (P, 0, C) where its rows lie together as they are.
     order (N,) sorts the positions; rows and weights (N,) are sorted by it. The rest: see _Plan. Each round is
     two regions, of one body so that it is compiled once: in the first, thread p owns the positions from
     bounds[r, p] to bounds[r, p + 1] of the split nodes, in the second a share of their rows and, in the last
@@ -573,9 +601,13 @@ def _tree_head(
                 if backward and not accumulate:
                     _clear_rows(dweight, idle_tokens, thread, threads)
                     _clear_rows(dnodes, idle_nodes, thread, threads)
-            if not first_half:
+            if first_half:
+                _join(roots[thread], weight[spans[0, 0] : spans[0, 1]], nodes[spans[0, 2] - 1 : spans[0, 3] - 1])
+            else:
                 if backward:
-                    _split_drows(dweight, dnodes, kept, split, hs, spans, accumulate, thread, threads, blas)
+                    _split_drows(
+                        dweight, dnodes, roots[thread], kept, split, hs, spans, accumulate, thread, threads, blas
+                    )
                 lists = thread_first[thread + 1] - thread_first[thread] if r == rounds - 1 else 0
                 buffer = own[thread]
             for i in range(lists):
@@ -584,7 +616,7 @@ def _tree_head(
                     items = visits[task_first[t] : task_first[t + 1]]
                     begin, end = task_positions[t, 0], task_positions[t, 1]
                 _visit(
-                    dweight, dnodes, hs, dhs, sorted_loss, buffer, spares[thread], items, begin, end,
+                    dweight, dnodes, hs, dhs, sorted_loss, buffer, spares[thread], roots[thread], items, begin, end,
                     first_half, rows, weights, weight, nodes, spans, leaf_ends, log_prior, node_log_prior,
                     smoothing, z_loss, soft_cap, backward, accumulate, blas,
                 )  # fmt: skip
@@ -836,6 +868,12 @@ def _run(
     plan = _make_plan(rows, spans, leaf_ends, tree_depth(spans), threads)
     widest = _widest(spans)
     own = min(max(OWN_FLOATS // threads, 1), CHUNK * widest)
+    # the root, which every position visits, as one product instead of two
+    n_tokens, n_kids = (
+        int(spans[0, TOKEN_END] - spans[0, TOKEN_START]),
+        int(spans[0, CHILD_END] - spans[0, CHILD_START]),
+    )
+    joined = n_tokens + n_kids if n_tokens and n_kids and n_tokens + n_kids <= JOINED else 0
     _tree_head(
         dh, loss, nll, dweight, dnodes,
         s.take("hs", n * dim).reshape(n, dim),
@@ -844,6 +882,7 @@ def _run(
         s.take("kept", plan.kept),
         s.take("own", threads * own).reshape(threads, own),
         s.take("spares", threads * widest).reshape(threads, widest),
+        s.take("roots", threads * joined * dim).reshape(threads, joined, dim),
         plan.pieces, plan.piece_first, plan.bounds, plan.visits, plan.task_positions, plan.task_first,
         plan.tasks, plan.thread_first, plan.idle_tokens, plan.idle_nodes,
         h, order, rows, weights[order] if backward else loss, weight, nodes, spans, leaf_ends,

@@ -23,15 +23,18 @@ def assert_untouched(view, whole):
     assert np.isnan(whole).sum() == whole.size - view.size
 
 
-@pytest.mark.parametrize("name", ["dot_products_8", "dot_products_16"])
+@pytest.mark.parametrize("kind", [(8, 4), (16, 4), (8, 1), (16, 1)])
 @given(seed=seeds, rows=few, width=st.integers(0, 13), dim=dims)
 @example(seed=0, rows=7, width=11, dim=130)
-def test_dot_products_match_numpy(name, seed, rows, width, dim):
+def test_dot_products_match_numpy(kind, seed, rows, width, dim):
     rng = np.random.default_rng(seed)
     x, w = (rng.standard_normal((n, dim)).astype(np.float32) for n in (rows, width))
+    if kind[1] == 1:
+        w = rng.integers(-128, 128, (width, dim)).astype(np.int8)
     out, whole = guarded(rows, width)
-    call(name)(out, x, w)
-    np.testing.assert_allclose(out, x.astype(np.float64) @ w.T, atol=1e-5 * dim**0.5)
+    call("all_dot_products", kind)(out, x, w)
+    scale = 1 if kind[1] == 4 else 100
+    np.testing.assert_allclose(out, x.astype(np.float64) @ w.T, atol=1e-5 * scale * dim**0.5)
     assert_untouched(out, whole)
 
 

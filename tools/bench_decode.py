@@ -1,9 +1,11 @@
 """How fast does the model write? Tokens a second of one stream, ours and PyTorch re-reading the window.
 
     python tools/bench_decode.py                     every candidate
+    python tools/bench_decode.py --run runs/tree10   with a trained model
     python tools/bench_decode.py --json out.json     write what was measured
 
-A model of v3's shape with the rows that training starts with writes on after a text as long as its receptive field.
+A model of v3's shape with the rows that training starts with (or of a run with the tree head) writes on after a text as
+long as its receptive field. Top-k looks at fewer nodes of the tree the surer the model is, so a trained one is faster.
 First the decoder's hidden states are checked against a forward pass over the whole text, token by token; an error above
 float32 rounding ends the program with status 1. Then the candidates take turns; medians, with the 20 % and 80 %
 quantiles. The decoder uses one thread; whoever reads the window again at every token uses all. Use a quiet machine.
@@ -30,6 +32,7 @@ from flashlm_numba.config import RunConfig
 from flashlm_numba.data import TokenData, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
 from flashlm_numba.generate import generate_ids
+from flashlm_numba.heads import TreeHead
 from flashlm_numba.model import Model
 from flashlm_numba.threads import set_threads
 from tools import timing
@@ -117,17 +120,21 @@ def torch_reading_again(context: list[int]) -> Callable[[int], None]:
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed turns of each.")
 @click.option("--tokens", type=click.IntRange(min=1), default=200, show_default=True, help="Written in a call.")
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared tokens. Default: the built-in text.")
+@click.option("--run", "trained", type=click.Path(path_type=Path), help="A run with the tree head, trained.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
-def main(repeats: int, tokens: int, data: Path | None, json_path: Path | None) -> None:
+def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, json_path: Path | None) -> None:
     """See the module's docstring."""
     if json_path is not None:
         timing.check_writable(json_path)
     try:
         threads = set_threads(None)
         corpus = open_tokens(data or default_corpus())
+        tree = make_model(corpus, "tree") if trained is None else assemble.load_model(trained).model
+        if not isinstance(tree.head, TreeHead):
+            raise UserError(f"{trained} was trained with the {tree.head.name} head; give a run with the tree head.")
     except (UserError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    tree, dense = make_model(corpus, "tree"), make_model(corpus, "dense")
+    dense = make_model(corpus, "dense")
     field = tree.config.receptive_field
     text = corpus.train.windows(np.array([0]), field + CHECKED)[0].astype(np.int32)
     for name, model in (("tree", tree), ("dense", dense)):
@@ -151,7 +158,12 @@ def main(repeats: int, tokens: int, data: Path | None, json_path: Path | None) -
     for name, rate in rates.items():
         click.echo(f"  {name:<32} {rate['median']:>9,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})")
     if json_path is not None:
-        result = {"machine": timing.environment(threads), "context": field, "tokens_per_s": rates}
+        result = {
+            "machine": timing.environment(threads),
+            "trained": trained is not None,
+            "context": field,
+            "tokens_per_s": rates,
+        }
         timing.write_json(json_path, result)
 
 

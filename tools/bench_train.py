@@ -149,11 +149,13 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
     """Train and score one of the PyTorch peers; minutes become steps by its speed, measured first, as ours do."""
     command = job.command
     if job.minutes is not None:
-        words = itertools.chain.from_iterable((f"--{name}", value) for name, value in PEERS[job.name].items())
-        speed = ["step", *words, "--positions", "1", "--normuon", "published", "--fused", "--threads", str(job.threads)]
-        text, _ = run_process(["tools/peer_torch.py", *speed, "--repeats", "15", "--data", str(data)])
-        rate = json.loads(text.splitlines()[-1])["tokens_per_s"]["median"]
-        command = ["train", *job.peer_options(max(1, int(60 * job.minutes * rate / TOKENS_PER_STEP)))]
+        # by training for a while: steps measured apart came out 40 % slower than those of a run
+        rehearsal = ["--minutes", str(min(0.5, 0.1 * job.minutes)), "--no-final", "--validate-tokens", "1"]
+        words = ["train", *job.peer_options(1_000_000), *rehearsal, str(data), "--validate-every", "1e9"]
+        text, _ = run_process(["tools/peer_torch.py", *words])
+        last = json.loads(text.splitlines()[-1])
+        steps = int(60 * job.minutes * last["tokens"] / last["seconds"] / TOKENS_PER_STEP)
+        command = ["train", *job.peer_options(max(1, steps))]
     text, peak = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
     lines = [json.loads(line) for line in text.splitlines()]
     last = lines[-1]
