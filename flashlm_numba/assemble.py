@@ -17,7 +17,7 @@ import numpy as np
 from flashlm_numba import checkpoint
 from flashlm_numba.cache import cache_roots, writable_cache
 from flashlm_numba.config import HeadConfig, RunConfig
-from flashlm_numba.data import MANIFEST, TokenData, default_corpus, open_tokens
+from flashlm_numba.data import TokenData, cached_corpus, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead, SampledHead
 from flashlm_numba.model import Model, initial_parameters
@@ -60,7 +60,7 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
         if "ema.safetensors" not in state["files"]:
             raise UserError(f"{folder} keeps no running average of its weights; leave out --ema.")
         tensors |= checkpoint.read_safetensors(path / "ema.safetensors")
-    return Loaded(run, model_from(run, tensors), state)
+    return Loaded(run, model_from(run, tensors, path), state)
 
 
 def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, Any]:
@@ -147,11 +147,10 @@ def training_data(source: str | None, note: Note) -> Path:
                 "then train on DIR."
             )
         return folder
-    roots = cache_roots()
-    if not any(found for root in roots for found in root.glob(f"corpus-*/{MANIFEST}")):
-        place = writable_cache()
-        if place != roots[0]:
-            note(f"The cache folder {roots[0]} cannot be written, so {place} is used, which may be gone tomorrow.")
+    if cached_corpus() is None:
+        place, usual = writable_cache(), cache_roots()[0]
+        if place != usual:
+            note(f"The cache folder {usual} cannot be written, so {place} is used, which may be gone tomorrow.")
         note("Preparing the built-in text, this first time ...")
         run_apart(["-m", "flashlm_numba", "prepare"])
     return default_corpus()
@@ -190,16 +189,16 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
     return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts))
 
 
-def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
-    """A model from the tensors of model.safetensors; UserError if they are not of these settings, or not finite.
+def model_from(run: RunConfig, tensors: dict[str, np.ndarray], path: Path, counts: np.ndarray | None = None) -> Model:
+    """A model from the tensors of the checkpoint at path; UserError if they are not of these settings, or not finite.
 
     counts (V,): of the training text, needed to train on; without them the sampled head is a dense one.
     """
     for name, value in tensors.items():
         if value.dtype.kind == "f" and name != "log_prior" and not np.isfinite(value).all():
             raise UserError(
-                f"The checkpoint's weights {name} are not all finite, so nothing can be computed with them; "
-                "use an earlier one with --checkpoint."
+                f"The weights {name} in {path} are not all finite, so nothing can be computed with them; "
+                "use an earlier checkpoint of the run with --checkpoint."
             )
     try:
         tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None

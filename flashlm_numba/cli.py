@@ -176,7 +176,7 @@ def prepare(
 @click.option(
     "--minutes",
     type=Number(min=0, min_open=True),
-    help="Train for about this long: the speed is measured first, and the plan fixed in steps. "
+    help="Train for about this long, on the training clock: the speed is measured first, and the plan fixed in steps. "
     "Default when no length is given: 20 minutes; recipe v3: its 10,000 steps.",
 )
 @click.option(

@@ -31,7 +31,7 @@ def ensure_compiled(note: Callable[[str], None]) -> None:
 def main() -> None:
     """Call every kernel on a narrow model: compiled code is the same for any width."""
     from flashlm_numba.config import ModelConfig
-    from flashlm_numba.heads import DenseHead, TreeHead
+    from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
     from flashlm_numba.kernels.optimizers import ema_update
     from flashlm_numba.model import Model, initial_parameters
     from flashlm_numba.optim import PRESETS, Optimizer
@@ -49,10 +49,14 @@ def main() -> None:
     def make_tree(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return TreeHead(tree, weight, dweight, log_prior=prior)
 
+    def make_sampled(weight: np.ndarray, dweight: np.ndarray) -> Any:
+        return SampledHead(weight, dweight, counts=np.arange(config.vocab_size), candidates=100, log_prior=prior)
+
     ids = np.arange(64, dtype=np.int32).reshape(2, 32)
-    for make_head in (make_tree, make_dense):
+    for make_head in (make_tree, make_dense, make_sampled):
         model = Model(config, initial_parameters(config, 0), make_head)
         for preset in PRESETS.values():
+            model.head.begin(np.random.default_rng(0), full=False)
             model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32), accumulate=False)
             Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)
             for value in model.parameters.values():

@@ -361,15 +361,24 @@ def default_corpus(progress: bool = True) -> Path:
     """
     from flashlm_numba.prepare import discard_if_damaged, prepare  # which imports this module
 
-    source = sources.resolve(None)
-    key = hashlib.sha256(f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()).hexdigest()
-    name = f"corpus-{key[:16]}"
+    name = _corpus_name()
     out = from_cache(name, _if_sound)
     if out is None:
         out = writable_cache(name)
         discard_if_damaged(out)
         prepare(None, out, progress=progress, wait=True)
     return out
+
+
+def cached_corpus() -> Path | None:
+    """The folder of default_corpus where it is there and sound: then default_corpus prepares nothing."""
+    return from_cache(_corpus_name(), _if_sound)
+
+
+def _corpus_name() -> str:
+    source = sources.resolve(None)
+    key = hashlib.sha256(f"{FORMAT} {source.content_hash} {Tokenizer.hash} {SHARD_TOKENS}".encode()).hexdigest()
+    return f"corpus-{key[:16]}"
 
 
 def _if_sound(folder: Path) -> Path | None:

@@ -78,9 +78,10 @@ class Display:
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
         """Show a step from its line of metrics.jsonl and the time that is left."""
         shares = line["shares"]
-        nll = f"NLL {line['nll']:.3f}" if "nll" in line else f"NLL of candidates {line['nll_of_candidates']:.3f}"
+        label = "NLL of the sample" if "sampled" in line else "NLL"
         progress = (
-            f"loss {line['loss']:.3f}  {nll}  {line['tokens_per_s']:,.0f} tokens/s  {duration(seconds_left)} left"
+            f"loss {line['loss']:.3f}  {label} {line['nll']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"{duration(seconds_left)} left"
         )
         time_by_part = f"head {shares['head']:.0%} trunk {shares['trunk']:.0%} optimizer {shares['optimizer']:.0%}"
         narrow = self._progress is not None and self._progress.console.width < WIDE

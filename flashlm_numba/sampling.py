@@ -32,15 +32,20 @@ def sample_rows(
         if temperature == 0:
             out[i] = row.argmax()
             continue
-        with np.errstate(divide="ignore", over="ignore"):
-            logs = np.log(row.astype(np.float64))
-            p = np.exp((logs - logs.max()) / temperature)
+        p = row.astype(np.float64)
+        if temperature != 1:
+            with np.errstate(divide="ignore", over="ignore"):
+                logs = np.log(p)
+                p = np.exp((logs - logs.max()) / temperature)
         # most likely first; equal ones by token id, so that the choice does not depend on the sort
         keep = np.argsort(-p, kind="stable") if top_k is not None or top_p is not None else np.arange(p.size)
         keep = keep[:top_k]
-        p = p[keep] / p[keep].sum()
+        total = np.cumsum(p[keep])
+        if not 0 < total[-1] < np.inf:
+            raise ValueError(f"probabilities must be finite and not all zero, their sum is {total[-1]}")
         if top_p is not None:
-            enough = int(np.searchsorted(np.cumsum(p), top_p)) + 1
-            keep, p = keep[:enough], p[:enough] / p[:enough].sum()
-        out[i] = rng.choice(keep, p=p)
+            total = total[: int(np.searchsorted(total, top_p * total[-1])) + 1]
+        # the first whose running sum exceeds a share of the whole, drawn uniformly
+        chosen = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        out[i] = keep[min(chosen, len(total) - 1)]
     return out

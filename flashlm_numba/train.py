@@ -313,7 +313,7 @@ def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path,
     display.note(f"Reading {path}.")
     state = checkpoint.load_state(path)
     counts = data.train.counts(run.model.vocab_size)
-    model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"), counts)
+    model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"), path, counts)
     ema = checkpoint.read_safetensors(path / "ema.safetensors") if run.training.ema else {}
     session = _session(run, folder, data, model, ema)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
@@ -414,9 +414,9 @@ def _loop(session: Session, display: Display) -> int:
                 warmup=run.optimizer.warmup_steps,
                 decay=run.optimizer.decay_share * plan.layout_steps,
             )
-            estimated = run.head.name == "sampled" and not run.full_at(step)  # it reads low: not to be taken for an NLL
+            sampled = run.head.name == "sampled" and not run.full_at(step)  # its loss and NLL read low
             try:
-                done = do_step(session, phase, step, lr=scale, full=not estimated)
+                done = do_step(session, phase, step, lr=scale, full=not sampled)
             except UserError as error:
                 raise UserError(f"Stopped at step {step}: {error} {_last_good(session.folder)}") from None
             spent = done.seconds + _update_ema(session)
@@ -427,7 +427,8 @@ def _loop(session: Session, display: Display) -> int:
                 "tokens": clock.tokens,
                 "seconds": round(clock.seconds, 4),
                 "loss": done.loss,
-                "nll_of_candidates" if estimated else "nll": done.nll,
+                "nll": done.nll,
+                **({"sampled": True} if sampled else {}),
                 "lr": done.lr,
                 "tokens_per_s": round(phase.tokens / spent, 1),
                 "shares": done.shares,

@@ -10,7 +10,7 @@
     tree_head       softmax at every node on the way to a token, loss and gradients
     optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
     reference, reference_tree, reference_optim
-                    NumPy twin of every public kernel: the executable specification
+                    NumPy twins: the executable specification (trunk: by torch; decode: by trunk)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
     _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite
+import llvmlite.binding
 import numba
 from platformdirs import user_cache_dir
 
@@ -22,7 +24,14 @@ FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 EXACT = FASTMATH - {"reassoc"}
 
 
-COMPLETE = "complete"  # name of the file that marks a cache with every kernel in it
+def _complete() -> str:
+    """Name of the file that marks a cache with every kernel in it: for one compiler and one processor."""
+    processor = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
+    parts = " ".join([numba.__version__, llvmlite.__version__, *processor])
+    return f"complete-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+
+COMPLETE = _complete()
 
 
 def source_hash(folder: Path | None = None) -> str:

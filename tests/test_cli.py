@@ -236,7 +236,8 @@ def test_every_command_refuses_weights_that_are_not_finite(run, tmp_path):
         done = _run(*command, *(["--steps", 4] if "--resume" in command else []))
         assert done.exit_code == 1
         assert done.stdout == ""
-        assert "glu.up.weight are not all finite" in done.stderr
+        assert "The weights glu.up.weight in " in done.stderr
+        assert "step-3 are not all finite" in done.stderr
 
 
 def test_tokens_with_other_bytes_in_a_shard_are_refused(run, corpus, tmp_path):

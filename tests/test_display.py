@@ -38,10 +38,9 @@ def test_step_shows_what_a_trainer_wants_to_know(monkeypatch, capsys, terminal, 
 
 
 def test_the_loss_over_candidates_is_not_called_nll(capsys):
-    line = {"nll_of_candidates" if name == "nll" else name: value for name, value in LINE.items()}
     with Display() as shown, shown.steps(2, 0):
-        shown.step(line, seconds_left=75)
-    assert "NLL of candidates 6.125" in capsys.readouterr().err
+        shown.step({**LINE, "sampled": True}, seconds_left=75)
+    assert "NLL of the sample 6.125" in capsys.readouterr().err
 
 
 def test_plain_lines_are_few(monkeypatch, capsys):

@@ -172,14 +172,33 @@ def test_tree_head_extreme_logits_stay_finite():
     assert np.flatnonzero(np.isnan(nll)).tolist() == [7]
 
 
+def test_tree_head_holds_what_its_scratch_says():
+    """The default tree of GPT-2's vocabulary at N = 8,192: at most 128 MB, all buffers of a call."""
+    counts = np.floor(1e7 / np.arange(1, 50_258))
+    head = TreeHead(dim=64, counts=counts)
+    h, targets, weights = problem(0, head, 8192)
+    head.forward_backward(h, targets, weights)
+    used = head._scratch.nbytes
+    assert {"hs", "dhs", "kept", "own", "roots"} <= head._scratch.buffers.keys()
+    assert head._scratch.buffers["roots"].size > 0
+    # with 256 channels what belongs to positions and rows is four times as large, the logits are not
+    by_dim = sum(head._scratch.buffers[name].nbytes for name in ("hs", "dhs", "roots"))
+    assert used + 3 * by_dim <= 128 << 20
+
+
 @pytest.mark.parametrize("shape", ["huffman", "two-level", "adaptive", "balanced"])
 def test_tree_head_threads_rounds_and_bits(shape, monkeypatch):
     head = make_head(6, shape, 700, 24, prior=True, **ALL)
     arrays = problem(6, head, 333)
     before, threads = numba.get_num_threads(), min(2, numba.config.NUMBA_NUM_THREADS)
     results = []
-    # one thread; two; two with kept logits of a few positions, so that there are many rounds and small chunks
-    for count, split, own in ((1, 1 << 23, 1 << 22), (threads, 1 << 23, 1 << 22), (threads, 500, 3000)):
+    # one thread; two; two with kept logits of a few positions, so that there are many rounds and small chunks; and the
+    # rows of the root not copied together
+    usual = 1 << 23, 1 << 22, 1024
+    for count, split, own, joined in (
+        (1, *usual), (threads, *usual), (threads, 500, 3000, 1024), (threads, 500, 3000, 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(tree_head, "JOINED", joined)
         monkeypatch.setattr(tree_head, "SPLIT_FLOATS", split)
         monkeypatch.setattr(tree_head, "OWN_FLOATS", own)
         numba.set_num_threads(count)

@@ -143,7 +143,7 @@ def measure_steps(data: TokenData, threads: int, repeats: int) -> tuple[dict[str
         "torch:adaptive-div4": {"adaptive_div": 4.0},
     }
     for name, options in peers.items():
-        result = peer_torch.measure_step(batch, repeats=max(2, repeats // 2), data=data.folder, **options)
+        result = peer_torch.measure_step(batch, repeats=max(2, repeats), data=data.folder, fused=True, **options)
         rates[name], shares[name] = result["tokens_per_s"], result["shares"]
     return rates, shares
 

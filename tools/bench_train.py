@@ -186,8 +186,8 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as a Markdown table, by budget, then NLL."""
     lines = [
-        "| head | settings | seed | budget | NLL, nats | bits/byte | tokens | tokens/s | parameters | peak MB |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| head | settings | seed | budget | NLL | bits/byte | seconds | tokens | tokens/s | parameters | peak MB |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def budget(row: dict[str, Any]) -> str:
@@ -196,7 +196,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (budget(row), row["nll"])):
         lines.append(
             f"| {row['name']} | {' '.join(row['settings']) or '-'} | {row['seed']} | {budget(row)} | {row['nll']:.3f} "
-            f"| {row['bits_per_byte']:.4f} | {row['tokens']:,} | {row['tokens'] / row['seconds']:,.0f} "
+            f"| {row['bits_per_byte']:.4f} | {row['seconds']:.0f} | {row['tokens']:,} "
+            f"| {row['tokens'] / row['seconds']:,.0f} "
             f"| {row['parameters']:,} | {row['peak_rss_mb']:,.0f} |"
         )
     return "\n".join(lines)
