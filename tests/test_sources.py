@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from click.testing import CliRunner
 
 from flashlm_numba import sources
+from flashlm_numba.cli import main
+from flashlm_numba.data import open_tokens
 from flashlm_numba.errors import UserError
 from flashlm_numba.sources import resolve
 
@@ -258,6 +264,18 @@ def test_hub_dataset_streams_at_a_fixed_revision(hub):
     ]
     with pytest.raises(UserError, match="has no column body"):
         list(resolve("HuggingFaceFW/fineweb-edu", column="body").documents("all"))
+
+
+def test_the_readmes_hub_command_prepares_what_it_asks_for(hub, tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^flashlm-numba (prepare HuggingFaceFW.*)$", readme, re.M)
+    hub.splits = {"train": [f"{text} Number {n}." for n in range(40) for text in TEXTS]}
+    words = shlex.split(line)
+    words[words.index("--out") + 1] = str(tmp_path / "fineweb")
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^train +\d+ documents", done.stdout, re.M)
+    assert open_tokens(tmp_path / "fineweb").train.n_documents > 100
 
 
 def test_hub_dataset_keeps_its_splits(hub):
