@@ -224,3 +224,4 @@ def test_optimizer_steps_agree_with_torch(preset, frozen_first):
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=2e-4)
     np.testing.assert_allclose(losses[:, 2], losses[:, 3], rtol=2e-3)
     assert np.ptp(losses[:, 0]) > 0.01  # the steps did something
+    assert losses[:, 2].max() > PRESETS[preset].clip  # and the clip
