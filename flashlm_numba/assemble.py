@@ -55,12 +55,12 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
     run = read_config(folder)
     path = checkpoint.find(folder, checkpoint_name)
     state = checkpoint.load_state(path)
-    tensors = checkpoint.read_safetensors(path / "model.safetensors")
+    tensors = checkpoint.load(path, "model")
     if ema:
         if "ema.safetensors" not in state["files"]:
             raise UserError(f"{folder} keeps no running average of its weights; leave out --ema.")
-        tensors |= checkpoint.read_safetensors(path / "ema.safetensors")
-    return Loaded(run, model_from(run, tensors, path), state)
+        tensors |= checkpoint.load(path, "ema")
+    return Loaded(run, model_from(run, tensors), state)
 
 
 def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, Any]:
@@ -189,17 +189,11 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
     return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts))
 
 
-def model_from(run: RunConfig, tensors: dict[str, np.ndarray], path: Path, counts: np.ndarray | None = None) -> Model:
-    """A model from the tensors of the checkpoint at path; UserError if they are not of these settings, or not finite.
+def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
+    """A model from the tensors of model.safetensors; UserError if they are not of these settings.
 
     counts (V,): of the training text, needed to train on; without them the sampled head is a dense one.
     """
-    for name, value in tensors.items():
-        if value.dtype.kind == "f" and name != "log_prior" and not np.isfinite(value).all():
-            raise UserError(
-                f"The weights {name} in {path} are not all finite, so nothing can be computed with them; "
-                "use an earlier checkpoint of the run with --checkpoint."
-            )
     try:
         tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None
         nodes = tensors.get("head.nodes.weight")

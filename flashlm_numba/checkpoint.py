@@ -160,15 +160,18 @@ def find(run: Path, name: str | None = None) -> Path:
     reason = damage(checkpoint)
     if reason is None:
         return checkpoint
-    others = [other for other in reversed(steps) if other != step]
-    intact = next((other for other in others if damage(run / "checkpoints" / f"step-{other}") is None), None)
     which = "The newest checkpoint" if step == steps[-1] else "The checkpoint"
-    remedy = (
-        f"use the last intact one with --checkpoint step-{intact}"
-        if intact is not None
-        else "no other intact checkpoint is left, so start a new run"
-    )
-    raise UserError(f"{which} {checkpoint} is damaged ({reason}); {remedy}.")
+    raise UserError(f"{which} {checkpoint} is damaged ({reason}); {_remedy(checkpoint)}.")
+
+
+def _remedy(checkpoint: Path) -> str:
+    """What to do where a checkpoint cannot be used."""
+    parent, this = checkpoint.parent, int(checkpoint.name.removeprefix("step-"))
+    others = [step for step in reversed(_steps(parent.parent)) if step != this]
+    intact = next((step for step in others if damage(parent / f"step-{step}") is None), None)
+    if intact is None:
+        return "no other intact checkpoint is left, so start a new run"
+    return f"use the last intact one with --checkpoint step-{intact}"
 
 
 def any_in(run: Path) -> bool:
@@ -179,6 +182,21 @@ def any_in(run: Path) -> bool:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The values of a checkpoint's state.json."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint's file (model, optimizer or ema, without .safetensors), by name.
+
+    Raises UserError if a float is not finite: it would spread. A fixed log prior may be -inf.
+    """
+    tensors = read_safetensors(checkpoint / f"{name}.safetensors")
+    for key, value in tensors.items():
+        if value.dtype.kind == "f" and key != "log_prior" and not np.isfinite(value).all():
+            raise UserError(
+                f"{key} in {checkpoint / name}.safetensors is not finite everywhere, so nothing can be computed with "
+                f"this checkpoint; {_remedy(checkpoint)}."
+            )
+    return tensors
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:

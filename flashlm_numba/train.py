@@ -280,7 +280,7 @@ def resume_run(
             if minutes is not None:
                 session.run = _plan_minutes(session, minutes, began, display)
         if path is not None:
-            session.optimizer.load_state_dict(checkpoint.read_safetensors(path / "optimizer.safetensors"))
+            session.optimizer.load_state_dict(checkpoint.load(path, "optimizer"))
         for name in checkpoint.set_aside_after(folder, at):
             display.note(f"A later checkpoint was set aside as {folder / 'checkpoints' / name}.")
         _cut_back(session, path)
@@ -313,8 +313,8 @@ def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path,
     display.note(f"Reading {path}.")
     state = checkpoint.load_state(path)
     counts = data.train.counts(run.model.vocab_size)
-    model = assemble.model_from(run, checkpoint.read_safetensors(path / "model.safetensors"), path, counts)
-    ema = checkpoint.read_safetensors(path / "ema.safetensors") if run.training.ema else {}
+    model = assemble.model_from(run, checkpoint.load(path, "model"), counts)
+    ema = checkpoint.load(path, "ema") if run.training.ema else {}
     session = _session(run, folder, data, model, ema)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
     return session

@@ -224,9 +224,20 @@ def test_every_command_refuses_weights_that_are_not_finite(run, tmp_path):
     shutil.copytree(run, damaged)
     path = damaged / "checkpoints" / "step-3"
     state = checkpoint.load_state(path)
-    files = {name.split(".")[0]: checkpoint.read_safetensors(path / name) for name in state["files"]}
-    files["model"]["glu.up.weight"][1, 1] = np.nan
-    checkpoint.save(damaged, 3, files, {key: value for key, value in state.items() if key not in ("files", "sha256")})
+    rest = {key: value for key, value in state.items() if key not in ("files", "sha256")}
+    files = {name: checkpoint.load(path, name) for name in ("model", "optimizer", "ema")}
+
+    def spoil(file, tensor):
+        arrays = {name: {key: value.copy() for key, value in values.items()} for name, values in files.items()}
+        arrays[file][tensor].flat[7] = np.nan
+        checkpoint.save(damaged, 3, arrays, rest)
+
+    for file, tensor in (("optimizer", "first.embedding.weight"), ("ema", "glu.up.weight")):
+        spoil(file, tensor)
+        done = _run("train", "--resume", damaged, "--steps", 4)
+        assert done.exit_code == 1
+        assert f"{tensor} in {path / file}.safetensors is not finite everywhere" in done.stderr
+    spoil("model", "glu.up.weight")
     for command in (
         ["eval", damaged, "--json"],
         ["generate", damaged],
@@ -236,8 +247,8 @@ def test_every_command_refuses_weights_that_are_not_finite(run, tmp_path):
         done = _run(*command, *(["--steps", 4] if "--resume" in command else []))
         assert done.exit_code == 1
         assert done.stdout == ""
-        assert "The weights glu.up.weight in " in done.stderr
-        assert "step-3 are not all finite" in done.stderr
+        assert f"glu.up.weight in {path / 'model'}.safetensors is not finite everywhere" in done.stderr
+        assert "use the last intact one with --checkpoint step-2" in done.stderr
 
 
 def test_tokens_with_other_bytes_in_a_shard_are_refused(run, corpus, tmp_path):
