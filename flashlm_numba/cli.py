@@ -366,6 +366,7 @@ def generate(
     import time
 
     from flashlm_numba.assemble import load_model
+    from flashlm_numba.display import peak_rss_mb
     from flashlm_numba.generate import generate_text
     from flashlm_numba.tokenizer import EOT, Tokenizer
 
@@ -393,18 +394,10 @@ def generate(
         sys.stdout.flush()
     click.echo()
     if stats:
-        rate = f"{(len(drawn) - 1) / (drawn[-1] - drawn[0]):,.0f} tokens/s" if len(drawn) > 1 else "too few for a rate"
-        click.echo(f"{len(drawn):,} tokens, {rate} after the first; {_peak_memory()}", err=True)
-
-
-def _peak_memory() -> str:
-    """Largest memory of this process so far, in words."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "peak memory unknown on this system"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1024e-6)
-    return f"peak memory {peak:,.0f} MB"
+        rate = f"{(len(drawn) - 1) / (drawn[-1] - drawn[0]):,.0f} tokens/s" if len(drawn) > 1 else "no rate"
+        peak = peak_rss_mb()
+        memory = "unknown on this system" if peak is None else f"{peak:,.0f} MB"
+        click.echo(f"{len(drawn):,} tokens, {rate} after the first; peak memory {memory}", err=True)
 
 
 @main.command()

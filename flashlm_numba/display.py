@@ -39,6 +39,16 @@ def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def peak_rss_mb() -> float | None:
+    """Largest resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1e-6 if sys.platform == "darwin" else 1024e-6)
+
+
 class Display:
     """Notes and one progress bar at a time."""
 

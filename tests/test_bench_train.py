@@ -76,6 +76,14 @@ def test_what_cannot_work_is_said_before_the_work(corpus, tmp_path, monkeypatch)
         done = invoke(corpus, path, "tree", "--tokens", 128)
         assert done.exit_code == 2
         assert "cannot be written" in done.output
+    (tmp_path / "other.json").write_text('{"tree": 1}')
+    for path in (tmp_path / "other.json", tmp_path / "file", tmp_path):
+        done = invoke("--table", path)
+        assert done.exit_code == 2
+        assert "is no results file of this program" in done.output
+    done = invoke(corpus, tmp_path / "other.json", "tree", "--tokens", 128)
+    assert done.exit_code == 2
+    assert (tmp_path / "other.json").read_text() == '{"tree": 1}'
     monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
     done = invoke(corpus, tmp_path / "rows.json", "tree", "torch:eager", "--tokens", 128)
     assert done.exit_code == 2

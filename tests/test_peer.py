@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from helpers import assert_as_accurate
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.display import peak_rss_mb
 from flashlm_numba.kernels.reference_tree import tree_head_forward_backward
 from flashlm_numba.tree import SHAPES, build_tree, tree_from_lists
 from tools import timing
@@ -282,7 +283,7 @@ def test_gemm_rate_and_environment_describe_the_machine(tmp_path):
     assert described["cpu"]
     assert described["blas"]
     assert described["cores"] >= 1
-    assert timing.peak_rss_mb() is None or timing.peak_rss_mb() > 20
+    assert peak_rss_mb() is None or peak_rss_mb() > 20
     timing.write_json(tmp_path / "out.json", {"gemm": result, **described})
     assert json.loads((tmp_path / "out.json").read_text())["gemm"] == result
     with pytest.raises(ValueError, match="not JSON compliant"):

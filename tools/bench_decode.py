@@ -1,5 +1,6 @@
 """How fast does the model write? Tokens a second of one stream, ours and PyTorch re-reading the window.
 
+\b
     python tools/bench_decode.py                     every candidate
     python tools/bench_decode.py --run runs/tree10   with a trained model
     python tools/bench_decode.py --json out.json     write what was measured
@@ -116,7 +117,7 @@ def torch_reading_again(context: list[int]) -> Callable[[int], None]:
     return run
 
 
-@click.command(help=__doc__.replace("\n\n    python", "\n\n\b\n    python"))
+@click.command(help=__doc__)
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed turns of each.")
 @click.option("--tokens", type=click.IntRange(min=1), default=200, show_default=True, help="Written in a call.")
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared tokens. Default: the built-in text.")

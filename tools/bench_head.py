@@ -1,5 +1,6 @@
 """How fast are the heads, and what share of a training step is theirs?
 
+\b
     python tools/bench_head.py                      every candidate at 4,096 positions, then whole training steps
     python tools/bench_head.py --quick              the same in short form, under a minute once compiled
     python tools/bench_head.py --head dense --head tree:huffman --no-steps        only these
@@ -37,6 +38,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 from flashlm_numba import assemble, train
 from flashlm_numba.config import Phase, RunConfig
 from flashlm_numba.data import TokenData, default_corpus, open_tokens
+from flashlm_numba.display import peak_rss_mb
 from flashlm_numba.errors import UserError
 from flashlm_numba.optim import Optimizer
 from flashlm_numba.threads import set_threads
@@ -295,7 +297,7 @@ def main(
         "shares": shares,
         "steps": {name: {"tokens_per_s": rate} for name, rate in step_rates.items()},
         **({"scaling": curves} if curves else {}),
-        "peak_rss_mb": timing.peak_rss_mb(),
+        "peak_rss_mb": peak_rss_mb(),
     }
     click.echo(f"Peak memory of this process: {result['peak_rss_mb'] or float('nan'):,.0f} MB")
     if json_path is not None:

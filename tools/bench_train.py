@@ -173,8 +173,15 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none if it is not there yet."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    """The rows of a results file; none if it is not there yet. BadParameter if it holds something else."""
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.BadParameter(
+            f"{path} is no results file of this program ({type(error).__name__}); name another, or a new one."
+        ) from None
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
@@ -246,6 +253,7 @@ def main(
     if importlib.util.find_spec("torch") is None and (peers := [name for name in names if name in PEERS]):
         raise click.UsageError(f"{peers[0]} needs torch, which is not installed: pip install -e '.[peer]'")
     timing.check_writable(path)
+    read_rows(path)
     combinations = expand(settings)
     if not (data / "manifest.json").exists():
         raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")

@@ -30,6 +30,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.display import peak_rss_mb
 from tools import timing
 
 if TYPE_CHECKING:
@@ -996,7 +997,7 @@ def train(
                 **{f"val_{name}": value for name, value in validation.items()},
                 "tokens_per_s": seen / seconds if seconds else None,
                 "shares": {part: round(t / seconds, 4) for part, t in clock.items()},
-                "peak_rss_mb": timing.peak_rss_mb(),
+                "peak_rss_mb": peak_rss_mb(),
             }
             emit(**result)
             mark = seconds + validate_every

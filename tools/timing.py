@@ -158,16 +158,6 @@ def gemm_rate(
     return {"best": max(r["median"] for r in rates.values()), "threads": threads, **rates}
 
 
-def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1e-6 if sys.platform == "darwin" else 1024e-6)
-
-
 def check_writable(path: Path) -> None:
     """click.BadParameter unless a file can be written at path: said before hours of work, not after."""
     try:
