@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.kernels import tree_head as kernels
+from flashlm_numba.kernels import tree_inference
 from flashlm_numba.sampling import sample_rows
 from flashlm_numba.tree import Tree, build_tree
 
@@ -160,7 +161,7 @@ class TreeHead:
 
     def log_distribution(self, h: np.ndarray) -> np.ndarray:
         """log p of every token, (N, V) float32, columns by token id; visits the whole tree."""
-        return kernels.tree_head_log_distribution(
+        return tree_inference.tree_head_log_distribution(
             h,
             self.weight,
             self.nodes,
@@ -179,7 +180,7 @@ class TreeHead:
 
         Exact, by best-first search over the nodes; k is count, at most V.
         """
-        rows, log_p = kernels.tree_head_top(
+        rows, log_p = tree_inference.tree_head_top(
             x[None], self.weight, self.nodes, self._spans, count, soft_cap=self.soft_cap, **self._prior
         )
         return self.tree.token_of_row[rows], log_p
@@ -199,7 +200,7 @@ class TreeHead:
         """
         if temperature == 1 and top_k is None and top_p is None:
             uniforms = rng.random((len(h), self._depth))
-            rows = kernels.tree_head_sample(
+            rows = tree_inference.tree_head_sample(
                 h, self.weight, self.nodes, self._spans, uniforms, soft_cap=self.soft_cap, **self._prior
             )
             return self.tree.token_of_row[rows]

@@ -8,11 +8,13 @@
     decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     tree_head       softmax at every node on the way to a token, loss and gradients
+    tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
     optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
     reference, reference_tree, reference_optim
                     NumPy twins: the executable specification (trunk: by torch; decode: by trunk)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
+    _rows           rows cleared, copied, gathered
     _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers
     _math, _check   exp as a polynomial; checks of arguments
 
@@ -32,5 +34,6 @@ __all__ = [
     "rmsnorm",
     "ternary",
     "tree_head",
+    "tree_inference",
     "trunk",
 ]

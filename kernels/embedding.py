@@ -10,17 +10,8 @@ import numpy as np
 from numba import prange
 
 from flashlm_numba.kernels import _check
-from flashlm_numba.kernels._jit import helper, kernel
-
-
-@helper
-def gather_rows(out, weight, rows):
-    """out (N, C) = weight[rows] for rows (N,)."""
-    dim = weight.shape[1]
-    for n in range(rows.shape[0]):
-        row = rows[n]
-        for c in range(dim):
-            out[n, c] = weight[row, c]
+from flashlm_numba.kernels._jit import kernel
+from flashlm_numba.kernels._rows import gather_rows
 
 
 @kernel

@@ -36,6 +36,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
+from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
 from flashlm_numba.kernels._tile import dot_products, short_product
 
 TOKEN_START, TOKEN_END, CHILD_START, CHILD_END, LEAF_END = range(5)  # columns of spans
@@ -45,8 +46,8 @@ OWN_FLOATS = 1 << 22  # logits of a chunk, all threads together: 16 MB
 CHUNK = 512  # positions of a node at a time: their logits stay in the second cache
 SMALL = 48  # products of a node below which a call of BLAS costs more than the loops
 NARROW = 4  # children up to which loops beat BLAS at any number of positions
-# Positions of a node up to which register tiles beat BLAS, which packs the rows for each node: such nodes, nine of ten
-# that a batch visits, take half the time.
+# Positions of a node up to which register tiles beat BLAS, which packs the rows for each node: nine of ten that a batch
+# of 4,096 visits.
 THIN = 32
 JOINED = 1024  # rows of a root with tokens and nodes up to which each thread copies them together
 SHARES = 8  # a subtree of more than 1/(SHARES * P) of the work is split
@@ -79,7 +80,7 @@ def _is_small(positions, width):
 
 
 @helper
-def _dot(a, b):
+def dot(a, b):
     total = _ZERO
     for c in range(a.shape[0]):
         total += a[c] * b[c]
@@ -93,16 +94,16 @@ def _add_scaled(out, factor, x):
 
 
 @helper
-def _products(out, x, tokens, kids, blas):
+def node_products(out, x, tokens, kids, blas):
     """out (J, K) = x (J, C) times the rows of tokens, then of kids (together K)."""
     positions, width = out.shape
     n_tokens = tokens.shape[0]
     if _is_small(positions, width):
         for j in range(positions):
             for k in range(n_tokens):
-                out[j, k] = _dot(x[j], tokens[k])
+                out[j, k] = dot(x[j], tokens[k])
             for k in range(width - n_tokens):
-                out[j, n_tokens + k] = _dot(x[j], kids[k])
+                out[j, n_tokens + k] = dot(x[j], kids[k])
     elif positions <= THIN:
         dot_products(out[:, :n_tokens], x, tokens)
         dot_products(out[:, n_tokens:], x, kids)
@@ -112,20 +113,13 @@ def _products(out, x, tokens, kids, blas):
 
 
 @helper
-def _clear(out):
-    for i in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            out[i, c] = _ZERO
-
-
-@helper
 def _find_dx(dx, dlogits, tokens, kids, beta, blas):
     """dx (J, C) = dlogits (J, K) @ rows + beta * dx, beta 0 or 1.   forward: logits = x @ rows.T"""
     positions, width = dlogits.shape
     n_tokens = tokens.shape[0]
     if _is_small(positions, width):
         if beta == 0:
-            _clear(dx)
+            clear_rows(dx)
         for j in range(positions):
             for k in range(n_tokens):
                 _add_scaled(dx[j], dlogits[j, k], tokens[k])
@@ -152,8 +146,8 @@ def _find_drows(dtokens, dkids, dlogits, x, beta, blas):
     n_tokens = dtokens.shape[0]
     if _is_small(positions, width):
         if beta == 0:
-            _clear(dtokens)
-            _clear(dkids)
+            clear_rows(dtokens)
+            clear_rows(dkids)
         for k in range(n_tokens):
             for j in range(positions):
                 _add_scaled(dtokens[k], dlogits[j, k], x[j])
@@ -169,7 +163,7 @@ def _find_drows(dtokens, dkids, dlogits, x, beta, blas):
 
 
 @helper
-def _finish_logits(row, slope, token_prior, kid_prior, soft_cap):
+def finish_logits(row, slope, token_prior, kid_prior, soft_cap):
     """Apply the cap (0: none) and add the priors (empty: none) in place; slope (K,): the cap's derivative."""
     if soft_cap > 0:
         for k in range(row.shape[0]):
@@ -204,7 +198,7 @@ def _softmax_loss(
             while rows[j] >= kid_ends[kid]:
                 kid += 1
             choice = np.int64(n_tokens + kid)
-        _finish_logits(row, slope, token_prior, kid_prior, soft_cap)
+        finish_logits(row, slope, token_prior, kid_prior, soft_cap)
         chosen = row[choice]
         linear = _ZERO
         if smoothing > 0:
@@ -248,7 +242,7 @@ def _node_positions(
     kid_prior = node_log_prior[kid_start:kid_end] if node_log_prior.shape[0] > 0 else node_log_prior
     if joined.shape[0] > 0:
         tokens, kids = joined, nodes[kid_start:kid_start]
-    _products(logits, hs[lo:hi], tokens, kids, blas)
+    node_products(logits, hs[lo:hi], tokens, kids, blas)
     _softmax_loss(
         logits, spare, loss[lo:hi], nll[lo:hi], rows[lo:hi], weights[lo:hi], token_start, token_end,
         leaf_ends[kid_start + 1 : kid_end + 1], token_prior, kid_prior, smoothing, z_loss, soft_cap, backward,
@@ -258,7 +252,7 @@ def _node_positions(
 
 
 @helper
-def _width(span):
+def node_width(span):
     return np.int64(span[1] - span[0]) + np.int64(span[3] - span[2])
 
 
@@ -301,7 +295,7 @@ def _walk(node, begin, end, above, cost, split, task, task_begin, task_end, task
             at = last
         v += 1
     for v in range(visits):
-        width = _width(spans[node[v]])
+        width = node_width(spans[node[v]])
         # in products; reading the rows costs as much as ten positions, and a call something
         cost[v] = width * (end[v] - begin[v] + 10.0) + (10.0 if width <= NARROW else 100.0)
         split[v] = width > own_floats
@@ -448,19 +442,7 @@ def _make_plan(rows: np.ndarray, spans: np.ndarray, leaf_ends: np.ndarray, depth
 
 
 @helper
-def _gather(hs, dhs, sorted_loss, begin, end, h, order, clear):
-    for i in range(end - begin):
-        source, target = h[order[begin + i]], hs[begin + i]
-        for c in range(h.shape[1]):
-            target[c] = source[c]
-        sorted_loss[0, begin + i] = _ZERO
-        sorted_loss[1, begin + i] = _ZERO
-    if clear:
-        _clear(dhs[begin:end])
-
-
-@helper
-def _clear_rows(out, ranges, thread, threads):
+def _clear_ranges(out, ranges, thread, threads):
     """A thread's share of the rows in the ranges (G, 2) becomes zero."""
     total = np.int64(0)
     for i in range(ranges.shape[0]):
@@ -470,17 +452,16 @@ def _clear_rows(out, ranges, thread, threads):
     for i in range(ranges.shape[0]):
         low, count = ranges[i, 0], ranges[i, 1] - ranges[i, 0]
         first, last = min(max(mine - before, 0), count), min(max(ends - before, 0), count)
-        _clear(out[low + first : low + last])
+        clear_rows(out[low + first : low + last])
         before += count
 
 
 @helper
 def _join(out, tokens, kids):
     """out (K, C) = rows of tokens, then of kids; nothing where out is empty."""
-    for k in range(out.shape[0]):
-        row = tokens[k] if k < tokens.shape[0] else kids[k - tokens.shape[0]]
-        for c in range(out.shape[1]):
-            out[k, c] = row[c]
+    if out.shape[0] > 0:
+        copy_rows(out[: tokens.shape[0]], tokens)
+        copy_rows(out[tokens.shape[0] :], kids)
 
 
 @helper
@@ -502,13 +483,13 @@ def _split_drows(dweight, dnodes, root, kept, pieces, hs, spans, accumulate, thr
     """
     total = np.int64(0)
     for p in range(pieces.shape[0]):
-        total += (pieces[p, 2] - pieces[p, 1]) * _width(spans[pieces[p, 0]])
+        total += (pieces[p, 2] - pieces[p, 1]) * node_width(spans[pieces[p, 0]])
     mine, ends = thread * total // threads, (thread + 1) * total // threads
     before = np.int64(0)
     for p in range(pieces.shape[0]):
         begin, end, offset = pieces[p, 1], pieces[p, 2], pieces[p, 3]
         span = spans[pieces[p, 0]]
-        width, positions = _width(span), end - begin
+        width, positions = node_width(span), end - begin
         # row k is the work [before + k * positions, ...): it belongs to the thread in whose share that begins
         first = min(max((mine - before + positions - 1) // positions, 0), width)
         last = min(max((ends - before + positions - 1) // positions, 0), width)
@@ -550,7 +531,7 @@ def _visit(
     """
     for i in range(items.shape[0]):
         span = spans[items[i, 0]]
-        width = _width(span)
+        width = node_width(span)
         at, end = max(mine, items[i, 1]), min(ends, items[i, 2])
         if width < 2 or at >= end:  # a single child has probability one
             continue
@@ -597,10 +578,13 @@ def _tree_head(
             begin, end = bounds[r, thread], bounds[r, thread + 1]
             lists, items, buffer = 1, split, kept
             if region == 0:
-                _gather(hs, dhs, sorted_loss, begin, end, h, order, backward and _width(spans[0]) < 2)
+                gather_rows(hs[begin:end], h, order[begin:end])
+                clear_rows(sorted_loss[:, begin:end])
+                if backward and node_width(spans[0]) < 2:  # else the root's share is the first
+                    clear_rows(dhs[begin:end])
                 if backward and not accumulate:
-                    _clear_rows(dweight, idle_tokens, thread, threads)
-                    _clear_rows(dnodes, idle_nodes, thread, threads)
+                    _clear_ranges(dweight, idle_tokens, thread, threads)
+                    _clear_ranges(dnodes, idle_nodes, thread, threads)
             if first_half:
                 _join(roots[thread], weight[spans[0, 0] : spans[0, 1]], nodes[spans[0, 2] - 1 : spans[0, 3] - 1])
             else:
@@ -622,174 +606,6 @@ def _tree_head(
                 )  # fmt: skip
                 if not first_half:
                     _scatter(dh, loss, nll, begin, end, dhs, sorted_loss, order, backward)
-
-
-@helper
-def _log_distribution(
-    out,
-    above,
-    logits,
-    spare,
-    x,
-    weight,
-    nodes,
-    spans,
-    token_of_row,
-    log_prior,
-    node_log_prior,
-    soft_cap,
-    blas,
-):
-    """out (J, V) = log p for x (J, C); above (J, M + 1), logits (any,), spare (widest,): scratch."""
-    for j in range(x.shape[0]):
-        above[j, 0] = _ZERO
-    for m in range(spans.shape[0]):
-        token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-        kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-        n_tokens, width = token_end - token_start, _width(spans[m])
-        token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-        kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
-        here = logits[: x.shape[0] * width].reshape(x.shape[0], width)
-        _products(here, x, weight[token_start:token_end], nodes[kid - 1 : kid_end - 1], blas)
-        for j in range(x.shape[0]):
-            row = here[j]
-            _finish_logits(row, spare, token_prior, kid_prior, soft_cap)
-            top = row_max(row)
-            total = _ZERO
-            for k in range(width):
-                total += exp32(row[k] - top)
-            shift = above[j, m] - top - np.float32(math.log(total))
-            for k in range(n_tokens):
-                out[j, token_of_row[token_start + k]] = row[k] + shift
-            for k in range(width - n_tokens):
-                above[j, kid + k] = row[n_tokens + k] + shift
-
-
-@kernel
-def _tree_head_log_distribution(
-    out, above, logits, spares, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior, soft_cap,
-    blas, threads,
-):  # fmt: skip
-    """out (N, V) = log p, column v for token v. Scratch: above (P, J, M + 1), logits (P, any), spares."""
-    count = h.shape[0]
-    for index in prange(threads):
-        thread = np.int64(index)
-        at, end = thread * count // threads, (thread + 1) * count // threads
-        while at < end:
-            last = min(at + above.shape[1], end)
-            _log_distribution(
-                out[at:last], above[thread], logits[thread], spares[thread], h[at:last], weight, nodes, spans,
-                token_of_row, log_prior, node_log_prior, soft_cap, blas,
-            )  # fmt: skip
-            at = last
-
-
-@serial_kernel
-def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log_prior, node_log_prior, soft_cap):
-    """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slope
-    (widest,).
-
-    Serial: drawing one token must not wait for threads to wake.
-    """
-    for n in range(h.shape[0]):
-        m, depth, leaf = np.int64(0), 0, np.int64(-1)
-        while leaf < 0:
-            token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-            kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-            n_tokens, width = token_end - token_start, _width(spans[m])
-            row = logits[:width]
-            for k in range(n_tokens):
-                row[k] = _dot(h[n], weight[token_start + k])
-            for k in range(width - n_tokens):
-                row[n_tokens + k] = _dot(h[n], nodes[kid - 1 + k])
-            token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-            kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
-            _finish_logits(row, slope, token_prior, kid_prior, soft_cap)
-            top = row_max(row)
-            total = 0.0  # float64: the rest of a long sum must not be lost
-            for k in range(width):
-                row[k] = exp32(row[k] - top)
-                total += row[k]
-            bar = uniforms[n, depth] * total
-            choice, seen = 0, np.float64(row[0])
-            while seen <= bar and choice < width - 1:
-                choice += 1
-                seen += row[choice]
-            if choice < n_tokens:
-                leaf = token_start + choice
-            else:
-                m = kid + choice - n_tokens
-            depth += 1
-        out[n] = leaf
-
-
-@helper
-def _sift_down(keys, codes, count):
-    """Restore the heap (largest key first) of which only the first entry may be out of place."""
-    i, key, code = 0, keys[0], codes[0]
-    while True:
-        child = 2 * i + 1
-        if child >= count:
-            break
-        if child + 1 < count and keys[child + 1] > keys[child]:
-            child += 1
-        if keys[child] <= key:
-            break
-        keys[i], codes[i] = keys[child], codes[child]
-        i = child
-    keys[i], codes[i] = key, code
-
-
-@helper
-def _sift_up(keys, codes, i, key, code):
-    """Put a new entry into the heap, whose end is i."""
-    while i > 0 and keys[(i - 1) // 2] < key:
-        keys[i], codes[i] = keys[(i - 1) // 2], codes[(i - 1) // 2]
-        i = (i - 1) // 2
-    keys[i], codes[i] = key, code
-
-
-@serial_kernel
-def _tree_head_top(
-    out, log_p, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
-):  # fmt: skip
-    """out (k,) int32: the likeliest leaf rows for x (1, C), most likely first, and log_p (k,) float64; k <= V.
-
-    Best-first search: a node's own log p bounds that of every leaf below it. Scratch: keys (V + M,) float64 and codes
-    (V + M,) int64, a heap of leaves (code row) and nodes (code -node); logits (1, widest), slope (widest,).
-    """
-    found, size, m, above = 0, 0, np.int64(0), 0.0
-    while True:
-        token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-        kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-        n_tokens, width = token_end - token_start, _width(spans[m])
-        dot_products(logits[:, :n_tokens], x, weight[token_start:token_end])
-        dot_products(logits[:, n_tokens:width], x, nodes[kid - 1 : kid_end - 1])
-        row = logits[0, :width]
-        token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-        kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
-        _finish_logits(row, slope, token_prior, kid_prior, soft_cap)
-        top = row_max(row)
-        total = _ZERO
-        for k in range(width):
-            total += exp32(row[k] - top)
-        shift = above - np.float64(top) - math.log(np.float64(total))
-        for k in range(width):
-            code = token_start + k if k < n_tokens else -(kid + k - n_tokens)
-            _sift_up(keys, codes, size, np.float64(row[k]) + shift, code)
-            size += 1
-        while size > 0:
-            above, code = keys[0], codes[0]
-            size -= 1
-            keys[0], codes[0] = keys[size], codes[size]
-            _sift_down(keys, codes, size)
-            if code < 0:
-                m = -code
-                break
-            out[found], log_p[found] = code, above
-            found += 1
-            if found == out.shape[0]:
-                return
 
 
 # --- public functions ---
@@ -823,7 +639,7 @@ def tree_depth(spans: np.ndarray) -> int:
     return depth
 
 
-def _check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior):
+def check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior):
     _check.array(where, "weight", weight, (None, None))
     vocab, dim = weight.shape
     _check.array(where, "h", h, (None, dim))
@@ -840,7 +656,7 @@ def _check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior):
     return log_prior, node_log_prior
 
 
-def _widest(spans: np.ndarray) -> int:
+def widest_node(spans: np.ndarray) -> int:
     return int((spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]).max())
 
 
@@ -848,7 +664,7 @@ def _run(
     where, h, weight, nodes, spans, targets, weights, dweight, dnodes, log_prior, node_log_prior,
     label_smoothing, z_loss, soft_cap, scratch, backward, accumulate,
 ):  # fmt: skip
-    log_prior, node_log_prior = _check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
+    log_prior, node_log_prior = check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
     n, dim = h.shape
     _check.array(where, "targets", targets, (n,), np.int32)
     _check.indices(where, "targets", targets, len(weight), "check the tokenizer's vocabulary size")
@@ -866,7 +682,7 @@ def _run(
     rows = targets[order]
     leaf_ends = np.ascontiguousarray(spans[:, LEAF_END])
     plan = _make_plan(rows, spans, leaf_ends, tree_depth(spans), threads)
-    widest = _widest(spans)
+    widest = widest_node(spans)
     own = min(max(OWN_FLOATS // threads, 1), CHUNK * widest)
     # the root, which every position visits, as one product instead of two
     n_tokens, n_kids = (
@@ -960,100 +776,3 @@ def tree_head_forward_backward(
         where, h, weight, nodes, spans, targets, weights, dweight, dnodes, log_prior, node_log_prior,
         label_smoothing, z_loss, soft_cap, scratch, True, accumulate,
     )  # fmt: skip
-
-
-def tree_head_log_distribution(
-    h: np.ndarray,
-    weight: np.ndarray,
-    nodes: np.ndarray,
-    spans: np.ndarray,
-    token_of_row: np.ndarray,
-    *,
-    log_prior: np.ndarray | None = None,
-    node_log_prior: np.ndarray | None = None,
-    soft_cap: float | None = None,
-) -> np.ndarray:
-    """log p of every token, (N, V) float32, column v for token v; visits every node of the tree.
-
-    Arguments as for tree_head_forward; token_of_row (V,) int32, the token of each leaf row.
-    Raises ValueError if a shape or dtype is wrong.
-    """
-    where = "tree_head_log_distribution"
-    log_prior, node_log_prior = _check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
-    _check.array(where, "token_of_row", token_of_row, (len(weight),), np.int32)
-    threads, widest = numba.get_num_threads(), _widest(spans)
-    chunk = 16  # positions at a time; enough that the rows are not read for each
-    out = np.empty((len(h), len(weight)), np.float32)
-    above = np.empty((threads, chunk, len(spans)), np.float32)
-    logits, spares = (np.empty((threads, size), np.float32) for size in (chunk * widest, widest))
-    _tree_head_log_distribution(
-        out, above, logits, spares, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior,
-        np.float32(soft_cap or 0), sgemm_address(), threads,
-    )  # fmt: skip
-    return out
-
-
-def tree_head_sample(
-    h: np.ndarray,
-    weight: np.ndarray,
-    nodes: np.ndarray,
-    spans: np.ndarray,
-    uniforms: np.ndarray,
-    *,
-    log_prior: np.ndarray | None = None,
-    node_log_prior: np.ndarray | None = None,
-    soft_cap: float | None = None,
-) -> np.ndarray:
-    """A leaf row for each h, (N,) int32, drawn by descent: a softmax a level, no other branch is visited.
-
-    Arguments as for tree_head_forward; uniforms (N, depth) float64 in [0, 1), one per level.
-    Raises ValueError if a shape or dtype is wrong.
-    """
-    where = "tree_head_sample"
-    log_prior, node_log_prior = _check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
-    _check.array(where, "uniforms", uniforms, (len(h), tree_depth(spans)), np.float64)
-    out, widest = np.empty(len(h), np.int32), _widest(spans)
-    logits, slope = np.empty(widest, np.float32), np.empty(widest, np.float32)
-    _tree_head_sample(
-        out,
-        logits,
-        slope,
-        h,
-        uniforms,
-        weight,
-        nodes,
-        spans,
-        log_prior,
-        node_log_prior,
-        np.float32(soft_cap or 0),
-    )
-    return out
-
-
-def tree_head_top(
-    x: np.ndarray,
-    weight: np.ndarray,
-    nodes: np.ndarray,
-    spans: np.ndarray,
-    count: int,
-    *,
-    log_prior: np.ndarray | None = None,
-    node_log_prior: np.ndarray | None = None,
-    soft_cap: float | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The count likeliest leaf rows for x (1, C), (k,) int32, most likely first, and their log p (k,) float64; exact.
-
-    Arguments as for tree_head_forward; k is count, at most V. Only the nodes that can matter are visited: what a node
-    has itself bounds every leaf below it. One thread. Raises ValueError if a shape, a dtype or count is wrong.
-    """
-    where = "tree_head_top"
-    log_prior, node_log_prior = _check_tree(where, x, weight, nodes, spans, log_prior, node_log_prior)
-    if len(x) != 1 or count < 1:
-        raise ValueError(f"{where}: expected one row and a count of at least 1, got {len(x)} rows and {count}")
-    count, widest, most = min(count, len(weight)), _widest(spans), len(weight) + len(nodes)
-    out, log_p = np.empty(count, np.int32), np.empty(count)
-    _tree_head_top(
-        out, log_p, np.empty(most), np.empty(most, np.int64), np.empty((1, widest), np.float32),
-        np.empty(widest, np.float32), x, weight, nodes, spans, log_prior, node_log_prior, np.float32(soft_cap or 0),
-    )  # fmt: skip
-    return out, log_p

@@ -21,6 +21,7 @@ from numba import prange
 
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
+from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
 from flashlm_numba.kernels.conv import (
     conv_sequence,
     conv_sequence_dinput,
@@ -32,25 +33,10 @@ from flashlm_numba.kernels.conv import (
     to_groups,
     unpack_conv_gradient,
 )
-from flashlm_numba.kernels.embedding import gather_rows
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
 
 TILE_ROWS = 512
-
-
-@helper
-def _clear(rows):
-    for n in range(rows.shape[0]):
-        for c in range(rows.shape[1]):
-            rows[n, c] = np.float32(0)
-
-
-@helper
-def _copy(out, rows):
-    for n in range(rows.shape[0]):
-        for c in range(rows.shape[1]):
-            out[n, c] = rows[n, c]
 
 
 @helper
@@ -79,12 +65,12 @@ def _forward_rows(
                 to_groups(n, normed[:time], width)
                 conv_sequence(gv[r, d, b], n, conv[d], dilations[d])
                 gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
-        _copy(x1[r, low:high], x[r, low:high])
+        copy_rows(x1[r, low:high], x[r, low:high])
         gemm_nt(blas, x1[r, low:high], xm[r, dilations.shape[0], low:high], w_out, np.float32(1))
         rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
         gemm_nt(blas, gu[r, low:high], normed[:size], w_gate_up, np.float32(0))
         glu_rows(h[:size], gu[r, low:high])
-        _copy(x[r + 1, low:high], x1[r, low:high])
+        copy_rows(x[r + 1, low:high], x1[r, low:high])
         gemm_nt(blas, x[r + 1, low:high], h[:size], w_down, np.float32(1))
     rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
 
@@ -158,11 +144,11 @@ def _trunk_backward(
     batch = dx.shape[0] // time
     for thread in prange(threads):
         first, last = thread * batch // threads, (thread + 1) * batch // threads
-        _clear(dnorms[thread])
-        _clear(dconv[thread].reshape(-1, dconv.shape[-1]))
-        _clear(dw_out[thread])
-        _clear(dw_gate_up[thread])
-        _clear(dw_down[thread])
+        clear_rows(dnorms[thread])
+        clear_rows(dconv[thread].reshape(-1, dconv.shape[-1]))
+        clear_rows(dw_out[thread])
+        clear_rows(dw_gate_up[thread])
+        clear_rows(dw_down[thread])
         for start in range(first, last, tile):
             _backward_rows(
                 start * time, min(start + tile, last) * time, time, dx, dnorms[thread], dconv[thread],

@@ -7,7 +7,7 @@ from helpers import assert_as_accurate, numeric_gradient
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import reference_tree, tree_head
+from flashlm_numba.kernels import reference_tree, tree_head, tree_inference
 from flashlm_numba.sampling import sample_rows
 from flashlm_numba.tree import SHAPES, build_tree, tree_from_lists
 from flashlm_numba.tree_head import TreeHead, init_nodes
@@ -263,7 +263,7 @@ def test_tree_head_sampling_agrees_with_the_distribution(shape, prior):
     rng = np.random.default_rng(0)
     many = np.ascontiguousarray(np.broadcast_to(h[0], (draws, 8)))
     uniforms = rng.random((draws, head.tree.depth))
-    rows = tree_head.tree_head_sample(many, head.weight, head.nodes, head.tree.spans, uniforms, **head._prior)
+    rows = tree_inference.tree_head_sample(many, head.weight, head.nodes, head.tree.spans, uniforms, **head._prior)
     want = reference_tree.tree_head_sample(
         many[:200], head.weight, head.nodes, head.tree.spans, uniforms[:200], **head._prior
     )
