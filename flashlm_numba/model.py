@@ -132,13 +132,20 @@ class Model:
         """Read a text, ids (T,) int32, T >= 1, in one pass: the state to go on from, and its last hidden state (1, C).
 
         Only the last receptive_field tokens matter, and are read. Call prepare before, if parameters have changed.
+        Raises ValueError if there is no token, or one is not in [0, V).
         """
+        _check.array("Model.prefill", "ids", ids, (None,), np.int32)
+        if not len(ids):
+            raise ValueError("Model.prefill: ids must hold at least one token; a text begins with <|endoftext|>")
         h = self.forward(ids[None, -self.config.receptive_field :])
         assert self._buffers is not None
         return decode.prefill(self._weights, self._buffers), h[-1:].copy()
 
     def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
-        """Feed one token id to a state that prefill made: its hidden state (1, C), valid until the next call."""
+        """Feed one token id to a state that prefill made: its hidden state (1, C) float32, valid until the next call.
+
+        Raises ValueError if the token is not in [0, V).
+        """
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
         row = token if self.head.row_of_token is None else int(self.head.row_of_token[token])

@@ -4,7 +4,7 @@ The arithmetic is that of kernels/trunk.py for a single row. Of the past only th
 last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. They stand in rings of 2 L rows
 that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
 convolution are one product with even strides. Rows before the text are zero, as in training. The ternary weights are
-read as int8: both passes take them from the second cache, where float32 would come from memory for every token.
+read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would overflow.
 Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width.
 """
 
@@ -108,7 +108,7 @@ class DecodeState:
 def _as_int8(weight: np.ndarray) -> np.ndarray:
     packed = weight.astype(np.int8)
     if not np.array_equal(packed, weight):
-        raise ValueError("decode: the weights must be ternary, found others")
+        raise ValueError("decode: the weights must be -1, 0 or +1; call Model.prepare, which makes them so")
     return packed
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import TINY
+from flashlm_numba import assemble
 from flashlm_numba.cache import cache_roots, from_cache, writable_cache
 from flashlm_numba.errors import UserError
 
@@ -87,3 +88,16 @@ def test_training_without_a_writable_cache_says_so_once_and_works(blocked, tmp_p
     assert "making the start" not in said[1]
     (rows,) = (temporary / "embeddings").glob("*.npy")
     assert np.load(rows).shape == (50_257, 8)
+
+
+def test_the_built_in_text_is_prepared_apart_whatever_else_the_cache_holds(tmp_path, monkeypatch):
+    """Training keeps no memory of preparing: a corpus of another key, or a damaged one, does not count as there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef" / "manifest.json").write_text("{}")
+    apart, notes = [], []
+    monkeypatch.setattr(assemble, "run_apart", apart.append)
+    monkeypatch.setattr(assemble, "default_corpus", lambda: tmp_path)
+    assert assemble.training_data(None, notes.append) == tmp_path
+    assert apart == [["-m", "flashlm_numba", "prepare"]]
+    assert "Preparing the built-in text" in notes[-1]

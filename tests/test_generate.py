@@ -77,6 +77,8 @@ def test_decoding_refuses_what_is_no_token(model):
     for token in (-1, CONFIG.vocab_size):
         with pytest.raises(ValueError, match=r"token must be in \[0, 61\)"):
             model.decode_step(state, token)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.prefill(np.empty(0, np.int32))
     model.forward(np.zeros((2, 4), np.int32))
     with pytest.raises(ValueError, match="one sequence"):
         decode.prefill(model._weights, model._buffers)

@@ -82,3 +82,18 @@ def test_a_cache_folder_that_others_may_write_is_not_used(tmp_path, monkeypatch)
     open_to_all.chmod(0o777)
     folder = _jit.cache_folder()
     assert folder != open_to_all
+
+
+def test_a_cache_is_complete_for_one_compiler_and_processor(monkeypatch):
+    """Else a new Numba would compile in the training process, unannounced: see flashlm_numba/compile.py."""
+    assert _jit._complete() == _jit.COMPLETE
+    names = {_jit.COMPLETE}
+    for module, name, value in (
+        (_jit.numba, "__version__", "99.0"),
+        (_jit.llvmlite, "__version__", "99.0"),
+        (_jit.llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            names.add(_jit._complete())
+    assert len(names) == 4

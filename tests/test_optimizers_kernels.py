@@ -91,7 +91,7 @@ def test_adamw_step_of_zero_gradient_only_decays():
 
 @pytest.mark.parametrize("size", [40, *LARGE[:1]])
 def test_adamw_moments_fade_to_zero_and_are_never_denormal(size):
-    """A denormal number takes a hundred times as long: a run would slow down as the moments of rare rows fade."""
+    """Processors are slow with denormal numbers: a run would slow down as the moments of rare rows fade."""
     weight, first, second = (np.full(size, value, np.float32) for value in (0.5, 1e-3, 1e-6))
     grad = np.logspace(-44, 0, size).astype(np.float32)
     settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.0}

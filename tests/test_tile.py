@@ -1,5 +1,7 @@
 """The products of few rows in register tiles against NumPy, for both widths of vector registers."""
 
+import functools
+
 import numba
 import numpy as np
 import pytest
@@ -82,11 +84,8 @@ def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, dep
     np.testing.assert_array_equal(got, found({16: 6, 32: 2}[width]))
 
 
-def call(name, key=None, made={}):  # noqa: B006 (compiled once)
+@functools.cache
+def call(name, key=None):
     """A helper of _tile.py, or the one of this key in a table, as a function that Python can call."""
     helper = getattr(_tile, name) if key is None else getattr(_tile, name)[key]
-    if numba.config.DISABLE_JIT:
-        return helper
-    if (name, key) not in made:
-        made[name, key] = numba.njit(lambda *arguments: helper(*arguments))
-    return made[name, key]
+    return helper if numba.config.DISABLE_JIT else numba.njit(lambda *arguments: helper(*arguments))
