@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba import checkpoint
+from flashlm_numba import checkpoint, packed
 from flashlm_numba.cache import cache_roots, writable_cache
 from flashlm_numba.config import HeadConfig, RunConfig
 from flashlm_numba.data import TokenData, cached_corpus, default_corpus, open_tokens
+from flashlm_numba.display import peak_rss_mb
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead, SampledHead
+from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.tree import SHAPES, Tree, build_tree
 from flashlm_numba.tree_head import TreeHead
@@ -50,8 +53,11 @@ def read_config(folder: Path) -> RunConfig:
 def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = False) -> Loaded:
     """The model of a run's newest checkpoint, or the one named; with ema its running average of the weights.
 
-    Raises UserError if the checkpoint is damaged, or no average was kept.
+    folder : of a run, or a file that export_run wrote, which holds one model. Raises UserError if the checkpoint or the
+    file is damaged, or no average was kept.
     """
+    if folder.is_file():
+        return _load_exported(folder, checkpoint_name, ema)
     run = read_config(folder)
     path = checkpoint.find(folder, checkpoint_name)
     state = checkpoint.load_state(path)
@@ -63,6 +69,36 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
     return Loaded(run, model_from(run, tensors), state)
 
 
+def _load_exported(path: Path, checkpoint_name: str | None, ema: bool) -> Loaded:
+    if checkpoint_name is not None or ema:
+        raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
+    config, tensors, state = packed.read(path)
+    run = RunConfig.from_json(config, path)
+    try:
+        return Loaded(run, model_from(run, tensors), state)
+    except UserError:
+        raise UserError(f"{path} does not fit its own settings; export the run again.") from None
+
+
+def export_run(folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False) -> Path:
+    """Write a run's model to one file, with its ternary weights packed; eval, generate and info read it like a run.
+
+    The file tells nothing of this machine: of the training text it keeps the hash. Raises UserError if the run cannot
+    be read, out exists or cannot be written.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, exported already; give the folder of a run.")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another file, or remove it.")
+    loaded = load_model(folder, checkpoint_name, ema=ema)
+    tensors = tensors_of(loaded.model)
+    tensors |= {name: ternarize(tensors[name]) for name in packed.TERNARY}
+    run = dataclasses.replace(loaded.run, data="")
+    state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
+    packed.write(out, tensors, run.to_json(), state)
+    return out
+
+
 def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, Any]:
     """What `info` shows: parameters by group, sizes, the tree's shape, how far the run was trained."""
     loaded = load_model(folder, checkpoint_name)
@@ -72,10 +108,10 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
         group = name.split(".")[0]
         group = "norms" if group in ("norm1", "norm2", "final_norm") else group
         groups[group] = groups.get(group, 0) + value.size
-    ternary = sum(
-        parameters[name].size for name in ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
-    )
-    path = checkpoint.find(folder, checkpoint_name)
+    ternary = sum(parameters[name].size for name in packed.TERNARY)
+    path = folder if folder.is_file() else checkpoint.find(folder, checkpoint_name)
+    files = [path] if path.is_file() else list(path.iterdir())
+    peak = peak_rss_mb()
     return {
         "run": str(folder),
         "recipe": run.recipe,
@@ -86,8 +122,9 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
         "bytes": {
             "float32": 4 * sum(value.size for value in parameters.values()),
             "ternary_packed": -(-ternary // 4),  # 2 bits a weight
-            "checkpoint": sum(file.stat().st_size for file in path.iterdir()),
+            "exported" if path.is_file() else "checkpoint": sum(file.stat().st_size for file in files),
         },
+        "peak_memory_mb": None if peak is None else round(peak),  # of this process, with the model loaded
         "tree": _describe_tree(loaded),
         "receptive_field": run.model.receptive_field,
         "checkpoint": path.name,

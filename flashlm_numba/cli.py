@@ -48,6 +48,14 @@ _checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of
 _ema = click.option(
     "--ema", is_flag=True, help="Use the running average of the weights, where the run keeps one (recipe v3)."
 )
+_activations = click.option(
+    "--activations",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="Arithmetic of the ternary layers: float, as in training, or int8, which rounds what goes into them: faster "
+    "for text written a token at a time, and slightly off (docs/kernels.md).",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 _run = click.argument("run", type=click.Path(path_type=Path))
 
@@ -281,6 +289,7 @@ def train(
 @_run
 @click.argument("data", required=False)
 @click.option("--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow).")
+@_activations
 @_ema
 @_checkpoint
 @_threads
@@ -289,6 +298,7 @@ def evaluate(
     run: Path,
     data: str | None,
     smoothed: bool,
+    activations: str,
     ema: bool,
     checkpoint: str | None,
     threads: int | None,
@@ -297,12 +307,13 @@ def evaluate(
     """Score the text DATA with the model in RUN: NLL, perplexity, bits per byte.
 
     DATA is a prepared folder (its validation documents are scored) or any source that `prepare` takes (all
-    its documents are). Without DATA: the validation documents of the run's own data.
+    its documents are). Without DATA: the validation documents of the run's own data. RUN may also be a file that
+    `export` wrote.
     """
     from flashlm_numba.evaluate import evaluate_run
 
     _use_threads(threads)
-    result = evaluate_run(run, data, smoothed=smoothed, ema=ema, checkpoint_name=checkpoint)
+    result = evaluate_run(run, data, smoothed=smoothed, ema=ema, checkpoint_name=checkpoint, activations=activations)
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
         return
@@ -341,7 +352,13 @@ def evaluate(
     help="Sample among the likeliest tokens that make up this probability. Default: all.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time.")
+@click.option(
+    "--int8-head",
+    is_flag=True,
+    help="Read the dense head's rows as int8, the likeliest tokens in float32 all the same: faster.",
+)
 @click.option("--stats", is_flag=True, help="Say afterwards how fast it was, and the memory it took.")
+@_activations
 @_ema
 @_checkpoint
 @_threads
@@ -353,12 +370,14 @@ def generate(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
+    int8_head: bool,
     stats: bool,
+    activations: str,
     ema: bool,
     checkpoint: str | None,
     threads: int | None,
 ) -> None:
-    """Let the model in RUN continue a text, printed as it is written.
+    """Let the model in RUN continue a text, printed as it is written. RUN may also be a file that `export` wrote.
 
     The options act in the order temperature, top-k, top-p.
     """
@@ -368,10 +387,16 @@ def generate(
     from flashlm_numba.assemble import load_model
     from flashlm_numba.display import peak_rss_mb
     from flashlm_numba.generate import generate_text
+    from flashlm_numba.heads import DenseHead
     from flashlm_numba.tokenizer import EOT, Tokenizer
 
     _use_threads(threads)
     model = load_model(run, checkpoint, ema=ema).model
+    model.use_activations(activations)
+    if int8_head:
+        if not isinstance(model.head, DenseHead):
+            raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")
+        model.head.use_int8()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     tokenizer = Tokenizer()  # a damaged vocabulary is told of before the prompt is shown
@@ -402,10 +427,29 @@ def generate(
 
 @main.command()
 @_run
+@click.argument("file", type=click.Path(path_type=Path))
+@_ema
+@_checkpoint
+def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
+    """Write the model in RUN to one FILE (.safetensors), to keep or to pass on.
+
+    The ternary weights are packed, 1.6 bits each; all others are kept in full, so the model computes what it computed.
+    """
+    from flashlm_numba.assemble import export_run
+
+    size = export_run(run, file, checkpoint, ema=ema).stat().st_size
+    click.echo(f"{file}: {size / 1e6:,.1f} MB")
+
+
+@main.command()
+@_run
 @_checkpoint
 @_json
 def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
-    """Show what is in RUN: parameters, sizes, the tree's shape, how far it was trained."""
+    """Show what is in RUN: parameters, sizes, the tree's shape, how far it was trained.
+
+    RUN may also be a file that `export` wrote.
+    """
     from flashlm_numba.assemble import describe_run
 
     description = describe_run(run, checkpoint)

@@ -64,10 +64,13 @@ def main() -> None:
         h = model.forward(ids)
         model.head.log_prob(h, ids.reshape(-1))
         model.head.distribution(h[:1])
-        model.head.sample(h[:1], np.random.default_rng(0))
-        model.head.sample(h[:1], np.random.default_rng(0), temperature=0.8, top_k=4)
         state, _ = model.prefill(ids[0])
         model.decode_step(state, 0)
+        for temperature, top_k in ((1.0, None), (0.8, 4)):
+            model.head.sample(h[:1], np.random.default_rng(0), temperature=temperature, top_k=top_k)
+        if isinstance(model.head, DenseHead):
+            model.head.use_int8()
+            model.head.sample(h[:1], np.random.default_rng(0))
     (_jit.CACHE_FOLDER / _jit.COMPLETE).touch()
 
 

@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.kernels import dense_head as kernels
+from flashlm_numba.kernels import dense_inference, draw
 from flashlm_numba.kernels.embedding import zero
-from flashlm_numba.sampling import sample_rows
+from flashlm_numba.kernels.ternary_matmul import quantize_rows
+from flashlm_numba.sampling import check_settings, sample_rows
 
 __all__ = ["DenseHead"]
+
+RESCORED = 64  # of logits from int8 rows: the largest, which are drawn nearly always
 
 
 class DenseHead:
@@ -39,13 +43,14 @@ class DenseHead:
         log_prior: np.ndarray | None = None,
     ) -> None:
         self.weight = weight
-        self.dweight = np.zeros_like(weight) if dweight is None else dweight
+        self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
         self.settings: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "soft_cap": soft_cap}
         self.log_prior = log_prior
         self.vocab_size = weight.shape[0]
         self.parameters: dict[str, np.ndarray] = {}
         self.gradients: dict[str, np.ndarray] = {}
         self._scratch: kernels.DenseScratch | None = None
+        self._int8: tuple[np.ndarray, np.ndarray] | None = None  # rows and their scales
 
     def _buffers(self) -> kernels.DenseScratch:
         self._scratch = kernels.scratch_for(self._scratch, *self.weight.shape)
@@ -83,6 +88,47 @@ class DenseHead:
         )
         return -nll
 
+    def use_int8(self) -> None:
+        """From now on draw from rows rounded to int8, the likeliest candidates scored in float32 all the same.
+
+        For generating: a token reads a quarter of the bytes. Call it again when the weights have changed.
+        """
+        self._int8 = quantize_rows(self.weight)
+
+    def _finish(self, logits: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
+        """The cap and the prior of these tokens on logits (n,)."""
+        if (cap := self.settings["soft_cap"]) is not None:
+            logits = cap * np.tanh(logits / np.float32(cap))
+        return logits if self.log_prior is None else logits + self.log_prior[ids]
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits (V,) float32 of one position x (1, C); with int8 rows, exact for the RESCORED largest."""
+        if self._int8 is None:
+            return self._finish(dense_inference.dense_logits(x, self.weight)[0], slice(None))
+        logits = self._finish(dense_inference.dense_logits_int8(x, *self._int8)[0], slice(None))
+        ids, _ = draw.largest(logits, RESCORED)
+        logits[ids] = self._finish(dense_inference.dense_logits(x, self.weight[ids])[0], ids)
+        return logits
+
+    def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The count largest logits for one h (C,): token ids (k,) int32, largest first, logits (k,) float64; k <= V.
+
+        Exact with int8 rows too: whatever rounding could have kept out is scored in float32.
+        """
+        if self._int8 is None:
+            ids, values = draw.largest(self._logits(x[None]), count)
+            return ids.astype(np.int32), values
+        q, scales = self._int8
+        logits = dense_inference.dense_logits_int8(x[None], q, scales)[0]
+        reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # how far off they may be
+        # the cap and the prior are increasing functions of a logit: they keep bounds as bounds
+        lowest = draw.largest(self._finish(logits - reach, slice(None)), count)[1][-1]
+        ids = np.flatnonzero(self._finish(logits + reach, slice(None)) >= lowest)
+        order, values = draw.largest(
+            self._finish(dense_inference.dense_logits(x[None], self.weight[ids])[0], ids), count
+        )
+        return ids[order].astype(np.int32), values
+
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities (N, V) float32."""
         logits = h @ self.weight.T
@@ -101,5 +147,17 @@ class DenseHead:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """One token id per row, (N,) int32."""
-        return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
+        """One token id per row, (N,) int32. One thread."""
+        check_settings(temperature, top_k, top_p)
+        if temperature > 0 and top_k is None and top_p is not None:  # needs all of them in order
+            return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
+        out = np.empty(len(h), np.int32)
+        for n, x in enumerate(h):
+            if temperature > 0 and top_k is None:
+                out[n] = draw.draw(self._logits(x[None]), rng.random(), temperature)
+            elif temperature > 0:
+                ids, logits = self.top(x, top_k or 1)
+                out[n] = ids[draw.draw_sorted(logits, rng.random(), temperature, top_p)]
+            else:
+                out[n] = self.top(x, 1)[0][0]
+        return out

@@ -19,6 +19,7 @@ import numpy as np
 from flashlm_numba.errors import UserError
 
 if TYPE_CHECKING:
+    from flashlm_numba.config import RunConfig
     from flashlm_numba.data import Split
     from flashlm_numba.model import Model
 
@@ -165,11 +166,13 @@ def evaluate_run(
     smoothed: bool = False,
     ema: bool = False,
     checkpoint_name: str | None = None,
+    activations: str = "float",
 ) -> dict[str, Any]:
     """Score a run's model; the object that `eval --json` prints.
 
     data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
     or where its file names give roles the validation documents); None: the run's own validation documents.
+    activations : "float", or "int8", as Model.use_activations.
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
     from flashlm_numba.assemble import load_model
@@ -178,10 +181,11 @@ def evaluate_run(
     from flashlm_numba.tokenizer import EOT
 
     loaded = load_model(run, checkpoint_name, ema=ema)
+    loaded.model.use_activations(activations)
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if data is None or is_prepared(data):
-        where = loaded.run.data if data is None else data
+        where = _own_data(run, loaded.run) if data is None else data
         tokens = open_tokens(Path(where))
         if data is None and tokens.hash != loaded.run.data_hash:
             raise UserError(
@@ -214,7 +218,20 @@ def evaluate_run(
         "data": name,
         "checkpoint_step": loaded.state["step"],
         "ema": ema,
+        "activations": activations,
     }
+
+
+def _own_data(run: Path, config: RunConfig) -> str:
+    """The prepared folder that a run was trained on; an exported model knows its hash, perhaps the built-in text's."""
+    from flashlm_numba.data import cached_corpus, open_tokens
+
+    if config.data:
+        return config.data
+    built_in = cached_corpus()
+    if built_in is not None and open_tokens(built_in).hash == config.data_hash:
+        return str(built_in)
+    raise UserError(f"{run} does not say where its text is; name the text to score: `flashlm-numba eval {run} DATA`.")
 
 
 def _source_documents(source: str, sizes: dict[str, int]) -> Iterator[np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flashlm_numba.kernels import tree_head as kernels
 from flashlm_numba.kernels import tree_inference
-from flashlm_numba.sampling import sample_rows
+from flashlm_numba.sampling import check_settings, sample_rows
 from flashlm_numba.tree import Tree, build_tree
 
 __all__ = ["TreeHead", "init_nodes", "node_log_prior"]
@@ -108,11 +108,11 @@ class TreeHead:
                 f"TreeHead: weight must have shape ({self.vocab_size}, {dim or 'any'}), got {weight.shape}"
             )
         self.weight = weight
-        self.dweight = np.zeros_like(weight) if dweight is None else dweight
+        self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
         if "weight" in self.parameters:
             self.gradients["weight"] = self.dweight
         self.nodes = init_nodes(tree, weight, counts) if nodes is None else nodes
-        self.dnodes = np.zeros_like(self.nodes)
+        self.dnodes = np.zeros(self.nodes.shape, np.float32)
         if self.nodes.size:  # a tree that is only a root has no node rows
             self.parameters["nodes.weight"] = self.nodes
             self.gradients["nodes.weight"] = self.dnodes
@@ -120,7 +120,6 @@ class TreeHead:
         self.label_smoothing, self.z_loss, self.soft_cap = label_smoothing, z_loss, soft_cap
         self.log_prior = log_prior
         self._spans = tree.spans
-        self._depth = tree.depth
         self._prior: dict[str, Any] = {}
         if log_prior is not None:
             if log_prior.shape != (self.vocab_size,):
@@ -128,6 +127,9 @@ class TreeHead:
             by_row = np.ascontiguousarray(log_prior[tree.token_of_row], np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
         self._scratch = kernels.TreeScratch()
+        self._sampler = tree_inference.TreeSampler(
+            self.weight, self.nodes, self._spans, soft_cap=soft_cap, **self._prior
+        )
 
     def _rows(self, targets: np.ndarray) -> np.ndarray:
         kernels._check.indices("TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
@@ -180,9 +182,7 @@ class TreeHead:
 
         Exact, by best-first search over the nodes; k is count, at most V.
         """
-        rows, log_p = tree_inference.tree_head_top(
-            x[None], self.weight, self.nodes, self._spans, count, soft_cap=self.soft_cap, **self._prior
-        )
+        rows, log_p = self._sampler.top(x[None], count)
         return self.tree.token_of_row[rows], log_p
 
     def sample(
@@ -199,15 +199,15 @@ class TreeHead:
         temperature 0, by best-first search; otherwise from all V probabilities.
         """
         if temperature == 1 and top_k is None and top_p is None:
-            uniforms = rng.random((len(h), self._depth))
-            rows = tree_inference.tree_head_sample(
-                h, self.weight, self.nodes, self._spans, uniforms, soft_cap=self.soft_cap, **self._prior
-            )
+            rows = self._sampler.sample(h, rng.random((len(h), self._sampler.depth)))
             return self.tree.token_of_row[rows]
-        if temperature != 0 and (top_k is None or top_k < 1):
+        check_settings(temperature, top_k, top_p)
+        if temperature != 0 and top_k is None:
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
-        out = np.empty(len(h), np.int32)
-        for n, x in enumerate(h):
-            ids, log_p = self.top(x, 1 if temperature == 0 else top_k or 1)
-            out[n] = ids[sample_rows(np.exp(log_p)[None], rng, temperature, top_k, top_p)[0]]
-        return out
+        rows = np.empty(len(h), np.int64)
+        for n in range(len(h)):
+            if temperature == 0:
+                rows[n] = self._sampler.top(h[n : n + 1], 1)[0][0]
+            else:
+                rows[n] = self._sampler.draw_top(h[n : n + 1], top_k or 1, rng.random(), temperature, top_p)
+        return self.tree.token_of_row[rows]

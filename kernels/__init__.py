@@ -3,18 +3,22 @@
     embedding       rows gathered, scattered without races, cleared
     rmsnorm, glu    rows of the trunk
     conv            causal dilated grouped convolution with a sigmoid gate
-    ternary         ternary values of a weight, 2-bit packing, packed matrix times vector
+    ternary         ternary values of a weight, 2-bit packing
+    ternary_matmul  packed matrix times vectors of int8 or float32
     trunk           all passes of the block, one parallel region each way
     decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     tree_head       softmax at every node on the way to a token, loss and gradients
+    dense_inference one position's logits, from float32 or int8 rows
     tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
+    draw            the largest of many logits, and a draw from them
     optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
     reference, reference_tree, reference_optim
                     NumPy twins: the executable specification (trunk: by torch; decode: by trunk)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
     _rows           rows cleared, copied, gathered
+    _ternary_dots   packed rows times int8, one variant a processor
     _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers
     _math, _check   exp as a polynomial; checks of arguments
 
@@ -25,6 +29,8 @@ __all__ = [
     "conv",
     "decode",
     "dense_head",
+    "dense_inference",
+    "draw",
     "embedding",
     "glu",
     "optimizers",
@@ -33,6 +39,7 @@ __all__ = [
     "reference_tree",
     "rmsnorm",
     "ternary",
+    "ternary_matmul",
     "tree_head",
     "tree_inference",
     "trunk",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import platform
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from flashlm_numba.kernels._jit import exact_helper, helper, serial_kernel
@@ -63,7 +65,62 @@ def _float_from_rank(typingctx, rank):
     return types.float32(types.int32), codegen
 
 
+# What x86 calls FTZ and DAZ: results and inputs below 1.2e-38 count as zero
+_FLUSH = 0x8040
+
+
+@intrinsic
+def _set_control(typingctx, clear, add):
+    """Clear and set bits of this thread's floating-point control word; returns the word before."""
+
+    def codegen(context, builder, sig, args):
+        int32 = ir.IntType(32)
+        place = cgutils.alloca_once(builder, int32)
+        pointer = builder.bitcast(place, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse.stmxcsr"), [pointer])
+        before = builder.load(place)
+        builder.store(builder.or_(builder.and_(before, builder.not_(args[0])), args[1]), place)
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse.ldmxcsr"), [pointer])
+        return before
+
+    return types.int32(types.int32, types.int32), codegen
+
+
+FLUSHES = not numba.config.DISABLE_JIT and platform.machine() in ("x86_64", "AMD64")
+
+if not FLUSHES:
+
+    @helper
+    def flush_denormals():
+        """Nothing, on a processor without this control word."""
+        return np.int32(0)
+
+    @helper
+    def restore_denormals(before):
+        """Nothing."""
+
+else:
+
+    @helper
+    def flush_denormals():
+        """From here on this thread takes numbers below 1.2e-38 for zero; returns what restore_denormals needs.
+
+        Processors compute slowly with such numbers, by microcode, and what fades by a factor a step gets there.
+        """
+        return _set_control(np.int32(0), np.int32(_FLUSH))
+
+    @helper
+    def restore_denormals(before):
+        """As it was before flush_denormals: other code in this thread may count on them."""
+        _set_control(np.int32(_FLUSH), np.int32(before & _FLUSH))
+
+
 if numba.config.DISABLE_JIT:
+
+    def largest_magnitude(row):
+        """Largest |element| of row (n,) float32; NaN if there is one, 0 if n is (the plain twin)."""
+        return np.max(np.abs(row), initial=np.float32(0))
 
     def row_max(row):
         """Largest element of row (n,) float32 (the plain twin)."""
@@ -76,6 +133,14 @@ if numba.config.DISABLE_JIT:
         return np.float32(np.exp(np.float64(min(x, _HIGH))))  # NumPy's float32 exp errs by more than 2 ulp
 
 else:
+
+    @helper
+    def largest_magnitude(row):
+        """Largest |element| of row (n,) float32; NaN if there is one, 0 if n is. Compared as integers: see row_max."""
+        best = np.int32(0)
+        for i in range(row.shape[0]):
+            best = max(best, _bits_from_float(row[i]) & np.int32(0x7FFFFFFF))
+        return _float_from_bits(best)
 
     @helper
     def row_max(row):

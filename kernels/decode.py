@@ -4,7 +4,8 @@ The arithmetic is that of kernels/trunk.py for a single row. Of the past only th
 last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. They stand in rings of 2 L rows
 that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
 convolution are one product with even strides. Rows before the text are zero, as in training. The ternary weights are
-read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would overflow.
+read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would overflow. Where
+the trunk rounds the inputs of its ternary products to int8 (TrunkWeights.pack), so does this, with packed weights.
 Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width.
 """
 
@@ -20,7 +21,11 @@ from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
+from flashlm_numba.kernels.ternary import packed_width
+from flashlm_numba.kernels.ternary_matmul import ternary_linear
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
+
+REGISTER = 16  # floats
 
 
 @helper
@@ -37,18 +42,39 @@ def _put(rings, start, length, position, row, groups, width):
 @helper
 def _add(x, delta):
     for c in range(x.shape[1]):
-        x[0, c] += delta[0, c]
+        x[0, c] += delta[c]
+
+
+@helper
+def _linear(out, x, columns, weight, packed, q, scales, sums, variant):
+    """out (R,) = W @ x (columns,), by the packed weights with x rounded to int8, or by those as int8.
+
+    Both may be longer, by zeros, to fill whole registers.
+    """
+    if packed.shape[0] > 0:
+        rows = packed.shape[0]
+        ternary_linear(
+            out[:rows].reshape(1, rows), x[:columns].reshape(1, columns), packed, q, scales, sums, 0, variant
+        )
+    else:
+        dot_products_int8(out.reshape(1, out.shape[0]), x.reshape(1, x.shape[0]), weight)
 
 
 @serial_kernel
 def _decode_step(
-    out, rings, starts, lengths, position, x, m, normed, delta, groups, gv, gate_up, hidden, rstd,
-    embedding, row, norms, conv, dilations, w_out, w_gate_up, w_down,
+    out, rings, starts, lengths, position, x, m_long, normed_long, delta, groups, gv, gate_up_long, hidden_long, rstd,
+    q, scales, sums, embedding, row, norms, conv, dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, inner,
+    variant,
 ):  # fmt: skip
-    """out (1, C): hidden state of the token with this row of the embedding, the position-th of its text."""
+    """out (1, C): hidden state of the token with this row of the embedding, the position-th of its text.
+
+    Scratch named long is padded with zeros, as the weights are, to fill whole registers; the zeros stay.
+    """
     passes, count = starts.shape
     group_count, size = groups.shape[0], groups.shape[2]
-    width, taps = x.shape[1] // group_count, conv.shape[2]
+    dim, width, taps = x.shape[1], x.shape[1] // group_count, conv.shape[2]
+    m, normed = m_long[:dim].reshape(1, dim), normed_long[:dim].reshape(1, dim)
+    gate_up, hidden = gate_up_long[: 2 * inner].reshape(1, 2 * inner), hidden_long[:inner].reshape(1, inner)
     stride = group_count * size
     flat_gv = gv.reshape(-1)
     for c in range(x.shape[1]):
@@ -70,12 +96,12 @@ def _decode_step(
                         1, size, taps, 0,
                     )  # fmt: skip
             gate_sequence(m, gv, m, width)
-        dot_products_int8(delta, m, w_out)
+        _linear(delta, m_long, dim, w_out, p_out, q, scales, sums, variant)
         _add(x, delta)
         rmsnorm_rows(normed, rstd, x, norms[1])
-        dot_products_int8(gate_up, normed, w_gate_up)
+        _linear(gate_up_long, normed_long, dim, w_gate_up, p_gate_up, q, scales, sums, variant)
         glu_rows(hidden, gate_up)
-        dot_products_int8(delta, hidden, w_down)
+        _linear(delta, hidden_long, inner, w_down, p_down, q, scales, sums, variant)
         _add(x, delta)
     rmsnorm_rows(out, rstd, x, norms[2])
 
@@ -99,17 +125,23 @@ class DecodeState:
     rings: np.ndarray  # (any,)
     starts: np.ndarray  # (R, D) int64: where a ring begins
     lengths: np.ndarray  # (D,) int64
-    ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8
+    ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8, padded; empty where the trunk's are packed
     scratch: tuple[np.ndarray, ...]
     out: np.ndarray  # (1, C)
     position: int = 0
 
 
+def _whole(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
 def _as_int8(weight: np.ndarray) -> np.ndarray:
-    packed = weight.astype(np.int8)
-    if not np.array_equal(packed, weight):
+    """weight (R, K) as int8, rows padded to whole fours and columns to whole registers."""
+    padded = np.zeros((_whole(weight.shape[0], 4), _whole(weight.shape[1], REGISTER)), np.int8)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    if not np.array_equal(padded[: weight.shape[0], : weight.shape[1]], weight):
         raise ValueError("decode: the weights must be -1, 0 or +1; call Model.prepare, which makes them so")
-    return packed
+    return padded
 
 
 def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
@@ -126,11 +158,18 @@ def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    scratch = (
-        zeros(1, dim), zeros(1, dim), zeros(1, dim), zeros(1, dim),  # x, m, normed, delta
-        zeros(groups, 1, size), zeros(groups, 1, 2 * size), zeros(1, 2 * inner), zeros(1, inner), zeros(1),
+    long, long_inner = _whole(dim, REGISTER), _whole(inner, REGISTER)
+    scratch: tuple[np.ndarray, ...] = (
+        zeros(1, dim), zeros(long), zeros(long), zeros(_whole(dim, 4)),  # x, m, normed, delta
+        zeros(groups, 1, size), zeros(groups, 1, 2 * size),
+        zeros(_whole(2 * inner, 4)), zeros(long_inner), zeros(1),  # gate and up, hidden, rstd
     )  # fmt: skip
-    ternary = tuple(_as_int8(weight) for weight in (weights.w_out, weights.w_gate_up, weights.w_down))
+    scratch += (  # q, scales, sums of the packed products
+        np.zeros(4 * packed_width(max(dim, inner)), np.int8), zeros(1), np.zeros(max(dim, 2 * inner), np.int32),
+    )  # fmt: skip
+    ternary: tuple[np.ndarray, ...] = (np.empty((0, 0), np.int8),) * 3
+    if not weights.packed[0].size:
+        ternary = tuple(_as_int8(weight) for weight in (weights.w_out, weights.w_gate_up, weights.w_down))
     starts = starts[:-1].reshape(passes, count).astype(np.int64)
     return DecodeState(zeros(int(starts[-1, -1] + floats[-1])), starts, lengths, ternary, scratch, zeros(1, dim))
 
@@ -147,7 +186,8 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
     _decode_step(
         state.out, state.rings, state.starts, state.lengths, state.position, *state.scratch,
-        embedding, row, weights.norms, weights.conv, weights.dilations, *state.ternary,
+        embedding, row, weights.norms, weights.conv, weights.dilations, *state.ternary, *weights.packed,
+        weights.w_down.shape[1], weights.variant,
     )  # fmt: skip
     state.position += 1
     return state.out
@@ -162,7 +202,7 @@ def prefill(weights: TrunkWeights, buffers: TrunkBuffers) -> DecodeState:
     if batch != 1:
         raise ValueError(f"prefill: the batch must hold one sequence, got {batch}")
     state = new_state(weights, buffers.x1.shape[0])
-    normed, groups = state.scratch[2], state.scratch[4]
+    normed, groups = np.empty((1, weights.w_out.shape[0]), np.float32), state.scratch[4]
     _fill_rings(state.rings, state.starts, state.lengths, normed, groups, buffers.xm, buffers.rstd_m, weights.norms)
     state.position = time
     return state

@@ -16,6 +16,7 @@ from numba import prange
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
+from flashlm_numba.kernels._math import flush_denormals, restore_denormals
 
 # elements; below this a tensor is done serially, since entering a parallel region costs about as much
 SMALL = 65_536
@@ -211,6 +212,7 @@ def ema_update(average: np.ndarray, value: np.ndarray, decay: float) -> None:
 @serial_kernel
 def _normuon_start(x, momentum, grad, scale, beta, blend, nesterov):
     """Step momentum (m, n) by grad (m, n); write the direction over its Frobenius norm to x (m, n)."""
+    before = flush_denormals()  # the momentum of a unit that is dead fades by beta a step
     total = 0.0
     for i in range(x.shape[0]):
         x_i, momentum_i, grad_i = x[i], momentum[i], grad[i]
@@ -226,6 +228,7 @@ def _normuon_start(x, momentum, grad, scale, beta, blend, nesterov):
         x_i = x[i]
         for j in range(x_i.shape[0]):
             x_i[j] *= inverse
+    restore_denormals(before)
 
 
 @helper
@@ -272,6 +275,7 @@ def _newton_schulz(x, gram, poly, table, tasks, gram_order, gram_bounds, poly_or
         old = x[step % 2]
         new = x[(step + 1) % 2]
         for th in prange(threads):
+            before = flush_denormals()
             for k in range(gram_bounds[th], gram_bounds[th + 1]):
                 task = tasks[gram_order[k]]
                 m, n, at, at_gram = table[task[0]]
@@ -281,7 +285,9 @@ def _newton_schulz(x, gram, poly, table, tasks, gram_order, gram_bounds, poly_or
                     old[at : at + m * n].reshape(m, n),
                     task[1], task[2], blas,
                 )  # fmt: skip
+            restore_denormals(before)
         for th in prange(threads):
+            before = flush_denormals()
             for k in range(poly_bounds[th], poly_bounds[th + 1]):
                 task = tasks[poly_order[k]]
                 m, n, at, at_gram = table[task[0]]
@@ -293,6 +299,7 @@ def _newton_schulz(x, gram, poly, table, tasks, gram_order, gram_bounds, poly_or
                     old[at : at + m * n].reshape(m, n),
                     task[1], task[2], blas,
                 )  # fmt: skip
+            restore_denormals(before)
 
 
 @serial_kernel
@@ -302,6 +309,7 @@ def _normuon_finish(weight, second, row_scale, o, lr, keep, beta2, eps, update_r
     row_scale (m,) float64 is scratch. update_rms < 0: the update has the norm of o times sqrt(max(1, m / n)).
     """
     m, n = o.shape
+    control = flush_denormals()
     before, after = 0.0, 0.0
     for i in range(m):
         squares = _block_squares(o[i])
@@ -316,6 +324,7 @@ def _normuon_finish(weight, second, row_scale, o, lr, keep, beta2, eps, update_r
         row_factor = np.float32(factor * row_scale[i])
         for j in range(n):
             weight_i[j] = weight_i[j] * keep - row_factor * o_i[j]
+    restore_denormals(control)
 
 
 def _share_out(costs: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -402,6 +411,7 @@ def normuon_step(
         orthogonalised direction, times sqrt(max(1, m / n))
     decay : decoupled weight decay;  steps : of the Newton-Schulz iteration;  scale : factor of the gradients
     workspace : of these shapes; made for this call where it is None
+    On x86 numbers below 1.2e-38 count as zero on the way.
     Raises ValueError if a shape or dtype is wrong.
     Cost per matrix of smaller side s and larger side l: steps * (3 s s l + 2 s s s) flop.
     Source: Li et al. 2025, arXiv:2510.05491, algorithm 1, and the authors' repository.

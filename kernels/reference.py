@@ -55,11 +55,25 @@ def ternarize(weight):
 
 def pack_ternary(weight):
     rows, columns = weight.shape
-    codes = np.ones((rows, -(-columns // 128) * 128), np.uint8)
+    codes = np.ones((rows, -(-columns // 256) * 256), np.uint8)
     codes[:, :columns] = weight + 1
-    blocks = codes.shape[1] // 128
-    codes = codes.reshape(rows, blocks, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return codes.sum(2, dtype=np.uint8).reshape(rows, 32 * blocks)
+    blocks = codes.shape[1] // 256
+    codes = codes.reshape(rows, blocks, 4, 64) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return codes.sum(2, dtype=np.uint8).reshape(rows, 64 * blocks)
+
+
+def quantize_rows(x):
+    """q (N, K) int8 and scale (N,); see the kernel for rows without size."""
+    largest = np.abs(x).max(1, initial=0)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        q = np.rint(x * (x.dtype.type(127) / largest)[:, None])
+    usable = np.isfinite(largest) & (largest >= 2.0**-100)
+    scale = np.where(usable, largest * x.dtype.type(1 / 127), np.where(np.isfinite(largest), 0, np.nan))
+    return np.where(usable[:, None], q, 0).astype(np.int8), scale.astype(x.dtype)
+
+
+def ternary_matmul_int8(weight, q):
+    return q.astype(np.int32) @ weight.astype(np.int32).T
 
 
 def ternary_matvec(weight, x):

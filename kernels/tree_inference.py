@@ -18,6 +18,7 @@ from flashlm_numba.kernels._blas import sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._tile import dot_products
+from flashlm_numba.kernels.draw import check_drawing, draw_index, keep_largest, put_in_order, sift_down, sift_up
 from flashlm_numba.kernels.tree_head import (
     check_tree,
     dot,
@@ -131,39 +132,13 @@ def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log
 
 
 @helper
-def _sift_down(keys, codes, count):
-    """Restore the heap (largest key first) of which only the first entry may be out of place."""
-    i, key, code = 0, keys[0], codes[0]
-    while True:
-        child = 2 * i + 1
-        if child >= count:
-            break
-        if child + 1 < count and keys[child + 1] > keys[child]:
-            child += 1
-        if keys[child] <= key:
-            break
-        keys[i], codes[i] = keys[child], codes[child]
-        i = child
-    keys[i], codes[i] = key, code
-
-
-@helper
-def _sift_up(keys, codes, i, key, code):
-    """Put a new entry into the heap, whose end is i."""
-    while i > 0 and keys[(i - 1) // 2] < key:
-        keys[i], codes[i] = keys[(i - 1) // 2], codes[(i - 1) // 2]
-        i = (i - 1) // 2
-    keys[i], codes[i] = key, code
-
-
-@serial_kernel
-def _tree_head_top(
-    out, log_p, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
+def _search(
+    best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
 ):  # fmt: skip
-    """out (k,) int32: the likeliest leaf rows for x (1, C), most likely first, and log_p (k,) float64; k <= V.
+    """rows (k,) int64: the likeliest leaf rows for x (1, C), most likely first, and best (k,) float64, their log p.
 
-    Best-first search: a node's own log p bounds that of every leaf below it. Scratch: keys (V + M,) float64 and codes
-    (V + M,) int64, a heap of leaves (code row) and nodes (code -node); logits (1, widest), slope (widest,).
+    Best-first search, k <= V: a node's own log p bounds that of every leaf below it, so it ends when no node promises
+    more than the k leaves at hand. Scratch: keys, codes (M,), the heap of nodes; logits (1, widest), slope (widest,).
     """
     found, size, m, above = 0, 0, np.int64(0), 0.0
     while True:
@@ -181,22 +156,38 @@ def _tree_head_top(
         for k in range(width):
             total += exp32(row[k] - top)
         shift = above - np.float64(top) - math.log(np.float64(total))
-        for k in range(width):
-            code = token_start + k if k < n_tokens else -(kid + k - n_tokens)
-            _sift_up(keys, codes, size, np.float64(row[k]) + shift, code)
-            size += 1
-        while size > 0:
-            above, code = keys[0], codes[0]
-            size -= 1
-            keys[0], codes[0] = keys[size], codes[size]
-            _sift_down(keys, codes, size)
-            if code < 0:
-                m = -code
-                break
-            out[found], log_p[found] = code, above
-            found += 1
-            if found == out.shape[0]:
-                return
+        for k in range(n_tokens):
+            found = keep_largest(best, rows, found, np.float64(row[k]) + shift, token_start + k)
+        for k in range(n_tokens, width):
+            key = np.float64(row[k]) + shift
+            if found < best.shape[0] or key > -best[0]:
+                sift_up(keys, codes, size, key, kid + k - n_tokens)
+                size += 1
+        if size == 0 or (found == best.shape[0] and keys[0] <= -best[0]):
+            put_in_order(best, rows, found)
+            return
+        above, m = keys[0], codes[0]
+        size -= 1
+        keys[0], codes[0] = keys[size], codes[size]
+        sift_down(keys, codes, size)
+
+
+@serial_kernel
+def _tree_head_top(
+    best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
+):  # fmt: skip
+    _search(best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+
+
+@serial_kernel
+def _tree_head_draw_top(
+    best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
+    uniform, temperature, top_p,
+):  # fmt: skip
+    """One of the rows that the search finds, or -1 where they have no distribution."""
+    _search(best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+    index = draw_index(best, uniform, temperature, top_p)
+    return rows[index] if index >= 0 else -1
 
 
 # --- public functions ---
@@ -233,67 +224,76 @@ def tree_head_log_distribution(
     return out
 
 
-def tree_head_sample(
-    h: np.ndarray,
-    weight: np.ndarray,
-    nodes: np.ndarray,
-    spans: np.ndarray,
-    uniforms: np.ndarray,
-    *,
-    log_prior: np.ndarray | None = None,
-    node_log_prior: np.ndarray | None = None,
-    soft_cap: float | None = None,
-) -> np.ndarray:
-    """A leaf row for each h, (N,) int32, drawn by descent: a softmax a level, no other branch is visited.
+class TreeSampler:
+    """The arrays of a tree head, checked once: what draws tokens one at a time.
 
-    Arguments as for tree_head_forward; uniforms (N, depth) float64 in [0, 1), one per level.
-    Raises ValueError if a shape or dtype is wrong.
+    Calls are serial and keep nothing, so several threads may write texts with one sampler.
+
+    Arguments as for tree_head_forward; weight and nodes may change their values afterwards. Raises ValueError if a
+    shape or dtype is wrong.
     """
-    where = "tree_head_sample"
-    log_prior, node_log_prior = check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
-    _check.array(where, "uniforms", uniforms, (len(h), tree_depth(spans)), np.float64)
-    out, widest = np.empty(len(h), np.int32), widest_node(spans)
-    logits, slope = np.empty(widest, np.float32), np.empty(widest, np.float32)
-    _tree_head_sample(
-        out,
-        logits,
-        slope,
-        h,
-        uniforms,
-        weight,
-        nodes,
-        spans,
-        log_prior,
-        node_log_prior,
-        np.float32(soft_cap or 0),
-    )
-    return out
 
+    def __init__(
+        self,
+        weight: np.ndarray,
+        nodes: np.ndarray,
+        spans: np.ndarray,
+        *,
+        log_prior: np.ndarray | None = None,
+        node_log_prior: np.ndarray | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        nothing = np.empty((0, weight.shape[-1]), np.float32)
+        log_prior, node_log_prior = check_tree("TreeSampler", nothing, weight, nodes, spans, log_prior, node_log_prior)
+        self.dim, self.vocab_size, self.depth = weight.shape[1], len(weight), tree_depth(spans)
+        self._widest, self._nodes = widest_node(spans), len(nodes)
+        self._tree = weight, nodes, spans, log_prior, node_log_prior, np.float32(soft_cap or 0)
 
-def tree_head_top(
-    x: np.ndarray,
-    weight: np.ndarray,
-    nodes: np.ndarray,
-    spans: np.ndarray,
-    count: int,
-    *,
-    log_prior: np.ndarray | None = None,
-    node_log_prior: np.ndarray | None = None,
-    soft_cap: float | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The count likeliest leaf rows for x (1, C), (k,) int32, most likely first, and their log p (k,) float64; exact.
+    def _check_row(self, x: np.ndarray, count: int) -> int:
+        _check.array("TreeSampler", "x", x, (1, self.dim))
+        if count < 1:
+            raise ValueError(f"TreeSampler: count must be at least 1, got {count}")
+        return min(count, self.vocab_size)
 
-    Arguments as for tree_head_forward; k is count, at most V. Only the nodes that can matter are visited: what a node
-    has itself bounds every leaf below it. One thread. Raises ValueError if a shape, a dtype or count is wrong.
-    """
-    where = "tree_head_top"
-    log_prior, node_log_prior = check_tree(where, x, weight, nodes, spans, log_prior, node_log_prior)
-    if len(x) != 1 or count < 1:
-        raise ValueError(f"{where}: expected one row and a count of at least 1, got {len(x)} rows and {count}")
-    count, widest, most = min(count, len(weight)), widest_node(spans), len(weight) + len(nodes)
-    out, log_p = np.empty(count, np.int32), np.empty(count)
-    _tree_head_top(
-        out, log_p, np.empty(most), np.empty(most, np.int64), np.empty((1, widest), np.float32),
-        np.empty(widest, np.float32), x, weight, nodes, spans, log_prior, node_log_prior, np.float32(soft_cap or 0),
-    )  # fmt: skip
-    return out, log_p
+    def _scratch(self) -> tuple[np.ndarray, ...]:
+        """The heap of nodes, logits and slopes of one."""
+        n, widest = self._nodes, self._widest
+        return np.empty(n), np.empty(n, np.int64), np.empty((1, widest), np.float32), np.empty(widest, np.float32)
+
+    def sample(self, h: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """A leaf row for each h (N, C), (N,) int32, drawn by descent: a softmax a level, no other branch is visited.
+
+        uniforms (N, depth) float64 in [0, 1), one per level. Raises ValueError if a shape or dtype is wrong.
+        """
+        _check.array("TreeSampler.sample", "h", h, (None, self.dim))
+        _check.array("TreeSampler.sample", "uniforms", uniforms, (len(h), self.depth), np.float64)
+        out = np.empty(len(h), np.int32)
+        _, _, logits, slope = self._scratch()
+        _tree_head_sample(out, logits[0], slope, h, uniforms, *self._tree)
+        return out
+
+    def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The count likeliest leaf rows for x (1, C), (k,) int64, likeliest first, and their log p (k,) float64; exact.
+
+        k is count, at most V. Only the nodes that can matter are visited: what a node has itself bounds every leaf
+        below it. Raises ValueError if a shape, a dtype or count is wrong.
+        """
+        count = self._check_row(x, count)
+        log_p, rows = np.empty(count), np.empty(count, np.int64)
+        _tree_head_top(log_p, rows, *self._scratch(), x, *self._tree)
+        return rows, log_p
+
+    def draw_top(
+        self, x: np.ndarray, count: int, uniform: float, temperature: float = 1.0, top_p: float | None = None
+    ) -> int:
+        """A leaf row for x (1, C), drawn among its count likeliest: draw.draw_sorted of top, in one call.
+
+        Raises ValueError if an argument is wrong or nothing can be drawn.
+        """
+        count = self._check_row(x, count)
+        check_drawing(temperature, top_p)
+        log_p, rows = np.empty(count), np.empty(count, np.int64)
+        row = _tree_head_draw_top(log_p, rows, *self._scratch(), x, *self._tree, uniform, temperature, top_p or 1.0)
+        if row < 0:
+            raise ValueError("TreeSampler: the probabilities must be finite and not all zero")
+        return row

@@ -35,6 +35,8 @@ from flashlm_numba.kernels.conv import (
 )
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
+from flashlm_numba.kernels.ternary import pack_ternary, packed_width
+from flashlm_numba.kernels.ternary_matmul import CHUNK, VARIANTS, best_variant, ternary_linear
 
 TILE_ROWS = 512
 
@@ -49,11 +51,22 @@ def _add_groups(out, groups, width):
 
 
 @helper
+def _linear(out, x, weight, packed, q, scales, sums, add, variant, blas):
+    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where weight is given packed too."""
+    if packed.shape[0] > 0:
+        ternary_linear(out, x, packed, q, scales, sums, add, variant)
+    else:
+        gemm_nt(blas, out, x, weight, np.float32(add))
+
+
+@helper
 def _forward_rows(
-    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h,
-    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, blas,
+    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums,
+    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, variant, blas,
 ):  # fmt: skip
-    """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S) and h (M, I) are this thread's scratch."""
+    """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and q, scales, sums are this
+    thread's scratch.
+    """
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
     gather_rows(x[0, low:high], embedding, rows[low:high])
     for r in range(passes):
@@ -66,19 +79,21 @@ def _forward_rows(
                 conv_sequence(gv[r, d, b], n, conv[d], dilations[d])
                 gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
         copy_rows(x1[r, low:high], x[r, low:high])
-        gemm_nt(blas, x1[r, low:high], xm[r, dilations.shape[0], low:high], w_out, np.float32(1))
+        mixed = xm[r, dilations.shape[0], low:high]
+        _linear(x1[r, low:high], mixed, w_out, p_out, q, scales, sums, 1, variant, blas)
         rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
-        gemm_nt(blas, gu[r, low:high], normed[:size], w_gate_up, np.float32(0))
+        _linear(gu[r, low:high], normed[:size], w_gate_up, p_gate_up, q, scales, sums, 0, variant, blas)
         glu_rows(h[:size], gu[r, low:high])
         copy_rows(x[r + 1, low:high], x1[r, low:high])
-        gemm_nt(blas, x[r + 1, low:high], h[:size], w_down, np.float32(1))
+        _linear(x[r + 1, low:high], h[:size], w_down, p_down, q, scales, sums, 1, variant, blas)
     rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
 
 
 @kernel
 def _trunk_forward(
-    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h,
-    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, blas, time, tile, threads,
+    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums,
+    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, variant, blas,
+    time, tile, threads,
 ):  # fmt: skip
     """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
     batch = rows.shape[0] // time
@@ -87,8 +102,9 @@ def _trunk_forward(
         for start in range(first, last, tile):
             _forward_rows(
                 start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
-                normed[thread], n[thread], h[thread],
-                embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, blas,
+                normed[thread], n[thread], h[thread], q[thread], scales[thread], sums[thread],
+                embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down,
+                p_out, p_gate_up, p_down, variant, blas,
             )  # fmt: skip
 
 
@@ -164,6 +180,7 @@ class TrunkWeights:
 
     norms (3 + D, C): of the block's input, before the GLU, final, then one per convolution.
     conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I, C), w_down (C, I), ternary.
+    packed: the ternary ones packed, where their inputs are to be rounded to int8 (pack), else empty.
     """
 
     def __init__(self, dim: int, inner: int, groups: int, taps: int, dilations: tuple[int, ...]) -> None:
@@ -176,6 +193,17 @@ class TrunkWeights:
         self.w_out = np.empty((dim, dim), np.float32)
         self.w_gate_up = np.empty((2 * inner, dim), np.float32)
         self.w_down = np.empty((dim, inner), np.float32)
+        self.variant = 0  # of the packed products
+        self.unpack()
+
+    def unpack(self) -> None:
+        """From now on forward passes multiply in float32."""
+        self.packed = (np.empty((0, 0), np.uint8),) * 3
+
+    def pack(self) -> None:
+        """From now on, until the weights change, forward passes round the inputs of the ternary products to int8."""
+        self.packed = (pack_ternary(self.w_out), pack_ternary(self.w_gate_up), pack_ternary(self.w_down))
+        self.variant = VARIANTS.index(best_variant())
 
     def set_conv(self, index: int, gate: np.ndarray, value: np.ndarray) -> None:
         """Pack the convolution of one dilation: gate, value (C, C/G, K) float32."""
@@ -209,6 +237,10 @@ class TrunkBuffers:
         self.dgv = zeros(threads, groups, time, 2 * size)
         self.h, self.dh = zeros(threads, tile_rows, inner), zeros(threads, tile_rows, inner)
         self.dgu = zeros(threads, tile_rows, 2 * inner)
+        widest = 4 * packed_width(max(dim, inner))
+        self.q = np.zeros((threads, CHUNK * widest), np.int8)
+        self.scales = zeros(threads, CHUNK)
+        self.sums = np.zeros((threads, CHUNK * max(dim, 2 * inner)), np.int32)
         # weight gradients, one per thread
         self.dnorms = zeros(threads, 3 + count, dim)
         self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
@@ -219,14 +251,15 @@ class TrunkBuffers:
 def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
 
+    The ternary products are by BLAS, or, after weights.pack(), by packed weights with their inputs rounded to int8.
     rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.
     Cost 2*R*N*(2*C*C*K*D/G + C*C + 3*C*I) flop. Source: FlashLM v3.
     """
     b = buffers
     _trunk_forward(
-        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h,
+        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h, b.q, b.scales, b.sums,
         embedding, rows, weights.norms, weights.conv, weights.dilations, weights.w_out, weights.w_gate_up,
-        weights.w_down, sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        weights.w_down, *weights.packed, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     return b.out
 

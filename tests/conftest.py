@@ -2,6 +2,7 @@
 
 import json
 
+import numba
 import numpy as np
 import pytest
 
@@ -19,6 +20,14 @@ TINY = (
 def compiled():
     """As in a training process, the kernels come from the cache: see flashlm_numba/compile.py."""
     ensure_compiled(print)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old one comes back at the end."""
+    before = numba.get_num_threads()
+    yield numba.set_num_threads
+    numba.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from flashlm_numba.config import RunConfig
 from flashlm_numba.model import Model
-from tools import bench_decode
+from tools import bandwidth, bench_decode
 
 SMALL = ("dim=16", "inner=24", "groups=4", "dilations=1,2", "embeddings=random")
 
@@ -15,6 +15,7 @@ SMALL = ("dim=16", "inner=24", "groups=4", "dilations=1,2", "embeddings=random")
 @pytest.fixture
 def small(monkeypatch):
     recipe = RunConfig.recipe_named
+    monkeypatch.setattr(bandwidth, "MEGABYTES", 1)
     monkeypatch.setattr(RunConfig, "recipe_named", lambda name: recipe(name).with_settings(SMALL))
 
 
@@ -31,6 +32,8 @@ def test_every_candidate_is_measured(small, corpus, tmp_path):
         "trunk alone",
         "tree, temperature 0.8, top-k 40",
         "dense, temperature 1",
+        "dense, temperature 1, int8 rows",
+        "tree, temperature 1, int8 activations",
         "tree, window again",
     } <= rates.keys()
     assert all(rate["median"] > 0 for rate in rates.values())

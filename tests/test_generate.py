@@ -72,6 +72,34 @@ def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recurs
         np.testing.assert_allclose(model.decode_step(state, int(ids[t]))[0], want[t], atol=2e-5, err_msg=str(t))
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(SHAPES))
+def test_decoding_with_int8_activations_agrees_with_the_batched_pass(seed, prompt, shape):
+    """Both round the same numbers to int8, but for one in many thousands whose last bit differs before it is rounded:
+    that moves the states after it by a step of the rounding.
+    """
+    dim, groups, taps, dilations = shape
+    config = ModelConfig(vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=2)
+    model = Model(config, initial_parameters(config, seed % 100, embedding_std=1.0), DenseHead)
+    ids = np.random.default_rng(seed).integers(0, 61, prompt + 30).astype(np.int32)
+    plain = model.forward(ids[None]).copy()
+    model.use_activations("int8")
+    want = model.forward(ids[None]).copy()
+    assert 1e-4 < np.abs(want - plain).max() < 0.5
+    state, h = model.prefill(ids[:prompt])
+    errors = [np.abs(h[0] - want[prompt - 1]).max()]
+    for t in range(prompt, len(ids)):
+        errors.append(np.abs(model.decode_step(state, int(ids[t]))[0] - want[t]).max())
+    assert np.median(errors) < 2e-5
+    assert max(errors) < 0.3
+    model.use_activations("float")
+    np.testing.assert_array_equal(model.forward(ids[None]), plain)
+
+
+def test_unknown_activations_are_refused(model):
+    with pytest.raises(ValueError, match="activations must be one of float, int8, got 'int4'"):
+        model.use_activations("int4")
+
+
 def test_decoding_refuses_what_is_no_token(model):
     state, _ = model.prefill(np.array([3], np.int32))
     for token in (-1, CONFIG.vocab_size):

@@ -6,7 +6,7 @@ from helpers import assert_as_accurate, numeric_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _math, conv, embedding, glu, reference, rmsnorm, ternary
+from flashlm_numba.kernels import _math, conv, embedding, glu, reference, rmsnorm, ternary, ternary_matmul
 
 rows = st.integers(0, 9)
 seeds = st.integers(0, 2**32 - 1)
@@ -124,14 +124,14 @@ def test_zero_clears_every_element():
     assert not array.any()
 
 
-@given(seeds, st.integers(0, 5), st.sampled_from([0, 1, 2, 127, 128, 129, 300]))
+@given(seeds, st.integers(0, 5), st.sampled_from([0, 1, 2, 255, 256, 257, 600]))
 def test_pack_unpack_round_trip_and_matvec(seed, n, columns):
     rng = np.random.default_rng(seed)
     weight, x = rng.integers(-1, 2, (n, columns)).astype(np.float32), normal(rng, columns)
     packed = ternary.pack_ternary(weight)
     np.testing.assert_array_equal(packed, reference.pack_ternary(weight))
     np.testing.assert_array_equal(ternary.unpack_ternary(packed, columns), weight)
-    got = ternary.ternary_matvec(packed, x)
+    got = ternary_matmul.ternary_matvec(packed, x)
     assert_as_accurate(got, reference.ternary_matvec(weight, x), reference.ternary_matvec(*doubles(weight, x)), 8)
 
 
@@ -139,6 +139,15 @@ def test_pack_unpack_round_trip_and_matvec(seed, n, columns):
 def test_ternarize_matches_reference_exactly(seed, shape, scale):
     weight = normal(np.random.default_rng(seed), *shape, scale=scale)
     np.testing.assert_array_equal(ternary.ternarize(weight), reference.ternarize(weight))
+
+
+@given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), st.booleans())
+def test_ternarize_leaves_its_own_result_as_it_is(seed, shape, equal):
+    weight = normal(np.random.default_rng(seed), *shape)
+    if equal:  # every magnitude the same, as rounding allows
+        weight = np.copysign(np.float32(0.1), weight)
+    once = ternary.ternarize(weight)
+    np.testing.assert_array_equal(ternary.ternarize(once), once)
 
 
 def test_ternarize_at_the_threshold_is_zero():

@@ -9,7 +9,7 @@ from helpers import assert_as_accurate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import optimizers, reference_optim
+from flashlm_numba.kernels import _math, optimizers, reference_optim
 
 V3 = {"lr": 0.02, "momentum": 0.95, "beta2": 0.999, "eps": 1e-8, "nesterov": False, "update_rms": 0.2}
 PUBLISHED = {"lr": 0.02, "momentum": 0.95, "beta2": 0.95, "eps": 1e-10, "nesterov": True, "update_rms": None}
@@ -31,12 +31,23 @@ def copies(lists):
     return [[x.copy() for x in part] for part in lists]
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the old one comes back at the end."""
-    before = numba.get_num_threads()
-    yield numba.set_num_threads
-    numba.set_num_threads(before)
+def test_a_momentum_that_fades_away_becomes_zero():
+    """Numbers below 1.2e-38 would make every product with them slow; and only these kernels take them for zero."""
+    if numba.config.DISABLE_JIT or not _math.FLUSHES:
+        pytest.skip("denormal numbers are not flushed here")
+    weight, momentum, second = (
+        np.ones((4, 3), np.float32),
+        np.full((4, 3), 1.2e-38, np.float32),
+        np.zeros(4, np.float32),
+    )
+    momentum[0] = 1
+    optimizers.normuon_step(
+        [weight], [momentum], [second], [np.zeros((4, 3), np.float32)],
+        lr=0.1, momentum=0.95, beta2=0.95, eps=1e-10, nesterov=True, update_rms=0.2,
+    )  # fmt: skip
+    assert momentum[0].tolist() == pytest.approx([0.95] * 3)
+    assert not momentum[1:].any()
+    assert np.float32(1e-40) * np.float32(0.5) > 0
 
 
 # --- sum of squares ---

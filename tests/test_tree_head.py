@@ -263,7 +263,7 @@ def test_tree_head_sampling_agrees_with_the_distribution(shape, prior):
     rng = np.random.default_rng(0)
     many = np.ascontiguousarray(np.broadcast_to(h[0], (draws, 8)))
     uniforms = rng.random((draws, head.tree.depth))
-    rows = tree_inference.tree_head_sample(many, head.weight, head.nodes, head.tree.spans, uniforms, **head._prior)
+    rows = tree_inference.TreeSampler(head.weight, head.nodes, head.tree.spans, **head._prior).sample(many, uniforms)
     want = reference_tree.tree_head_sample(
         many[:200], head.weight, head.nodes, head.tree.spans, uniforms[:200], **head._prior
     )

@@ -9,7 +9,8 @@ A model of v3's shape with the rows that training starts with (or of a run with 
 long as its receptive field. Top-k looks at fewer nodes of the tree the surer the model is, so a trained one is faster.
 First the decoder's hidden states are checked against a forward pass over the whole text, token by token; an error above
 float32 rounding ends the program with status 1. Then the candidates take turns; medians, with the 20 % and 80 %
-quantiles. The decoder uses one thread; whoever reads the window again at every token uses all. Use a quiet machine.
+quantiles. The decoder uses one thread; whoever reads the window again at every token uses all. Last comes the rate at
+which one thread reads memory, which bounds the dense head: each token reads all rows. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ from flashlm_numba.config import RunConfig
 from flashlm_numba.data import TokenData, default_corpus, open_tokens
 from flashlm_numba.errors import UserError
 from flashlm_numba.generate import generate_ids
-from flashlm_numba.heads import TreeHead
+from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.model import Model
 from flashlm_numba.threads import set_threads
-from tools import timing
+from tools import bandwidth, timing
 
 CHECKED = 64  # tokens that are decoded and compared with the whole forward pass
 FEW = 4  # tokens of a call that reads the window again for each
@@ -73,6 +75,19 @@ def decoding(model: Model, context: list[int], options: dict[str, Any]) -> Calla
             pass
 
     return run
+
+
+def streams(model: Model, context: list[int], options: dict[str, Any], count: int) -> Callable[[int], None]:
+    """A call writes so many tokens with each of several streams, a thread each: compiled code runs beside Python's."""
+    runs = [decoding(model, context, options) for _ in range(count)]
+    for run in runs:
+        run(1)  # reads the context; that pass uses all threads and the model's buffers
+    pool = ThreadPoolExecutor(count)
+
+    def all_of_them(tokens: int) -> None:
+        list(pool.map(lambda run: run(tokens), runs))
+
+    return all_of_them
 
 
 def trunk_alone(model: Model, context: list[int]) -> Callable[[int], None]:
@@ -136,7 +151,7 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
     except (UserError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     dense = make_model(corpus, "dense")
-    field = tree.config.receptive_field
+    field, few = tree.config.receptive_field, max(1, tokens // 4)
     text = corpus.train.windows(np.array([0]), field + CHECKED)[0].astype(np.int32)
     for name, model in (("tree", tree), ("dense", dense)):
         error = largest_error(model, text)
@@ -144,10 +159,22 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
             click.echo(f"{name}: decoded hidden states err by {error:.2g} of the largest; expected rounding.", err=True)
             sys.exit(1)
     context = text[:field].tolist()
-    calls: dict[str, tuple[int, Callable[[int], None]]] = {"trunk alone": (tokens, trunk_alone(tree, context))}
+    # others with the same weights, set up for int8
+    tree_int8 = Model(tree.config, dict(tree.parameters), lambda weight, dweight: tree.head)
+    tree_int8.use_activations("int8")
+    dense_int8 = Model(dense.config, dict(dense.parameters), DenseHead)
+    dense_int8.head.use_int8()
+    calls: dict[str, tuple[int, Callable[[int], None]]] = {
+        "trunk alone": (tokens, trunk_alone(tree, context)),
+        "trunk alone, int8 activations": (tokens, trunk_alone(tree_int8, context)),
+    }
     for how, options in SAMPLING.items():
         calls[f"tree, {how}"] = (tokens, decoding(tree, context, options))
-    calls["dense, temperature 1"] = (FEW, decoding(dense, context, {}))
+        calls[f"tree, {how}, int8 activations"] = (tokens, decoding(tree_int8, context, options))
+    calls[f"tree, temperature 1, {threads} streams"] = (tokens, streams(tree, context, {}, threads))
+    for how, options in SAMPLING.items():
+        calls[f"dense, {how}"] = (few, decoding(dense, context, options))
+        calls[f"dense, {how}, int8 rows"] = (few, decoding(dense_int8, context, options))
     calls["tree, window again"] = (FEW, reading_again(tree, context))
     if importlib.util.find_spec("torch") is not None:
         import torch
@@ -155,15 +182,26 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
         torch.set_num_threads(threads)
         calls["torch, dense, window again"] = (FEW, torch_reading_again(context))
     seconds = timing.measure({name: functools.partial(run, n) for name, (n, run) in calls.items()}, repeats)
-    rates = {name: timing.rate(seconds[name], n) for name, (n, _) in calls.items()}
+    rates = {
+        name: timing.rate(seconds[name], n * threads if name.endswith("streams") else n)
+        for name, (n, _) in calls.items()
+    }
     for name, rate in rates.items():
-        click.echo(f"  {name:<32} {rate['median']:>9,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})")
+        click.echo(f"  {name:<46} {rate['median']:>9,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})")
+    reading = bandwidth.read_bandwidth(1, repeats=repeats)
+    limit = reading["best"] * 1e9 / dense.parameters["embedding.weight"].nbytes
+    share = rates["dense, temperature 1"]["median"] / limit
+    click.echo(
+        f"One thread reads {reading['best']:.1f} GB/s: the dense head's rows {limit:,.0f} times a second; {share:.0%} "
+        "of that is reached."
+    )
     if json_path is not None:
         result = {
             "machine": timing.environment(threads),
             "trained": trained is not None,
             "context": field,
             "tokens_per_s": rates,
+            "read_gbytes_per_s": reading["best"],
         }
         timing.write_json(json_path, result)
 

@@ -43,7 +43,7 @@ from flashlm_numba.errors import UserError
 from flashlm_numba.optim import Optimizer
 from flashlm_numba.threads import set_threads
 from tools import head_candidates, head_report, timing
-from tools.head_candidates import CANDIDATES, QUICK, Candidate, Problem, UnavailableError, WrongResultError
+from tools.head_candidates import CANDIDATES, QUICK, Candidate, Problem, UnavailableError
 
 STEP = Phase(None, 16, 128, 1)  # tokens of a training step
 V3_LOSS = {
@@ -277,7 +277,7 @@ def main(
         if scaling:
             click.echo("Cost against the vocabulary and the batch:")
             curves = measure_scaling(dim, min(repeats, 5))
-    except WrongResultError as error:
+    except timing.WrongResultError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
     step_rates: dict[str, Any] = {}

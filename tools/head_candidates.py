@@ -27,15 +27,12 @@ from flashlm_numba.embeddings import cached_start
 from flashlm_numba.heads import DenseHead, Head, SampledHead, TreeHead
 from flashlm_numba.kernels import dense_head, reference_tree, tree_head
 from flashlm_numba.tree import SHAPES, Tree, build_tree
+from tools.timing import WrongResultError
 
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does
 CHUNK = 256  # positions of the dense reference at a time: 103 MB of float64 logits for GPT-2's vocabulary
 
 Found = dict[str, np.ndarray]  # "loss" (N,), or () where a head gives only the mean, and gradients by name
-
-
-class WrongResultError(Exception):
-    """A candidate's loss or gradient differs from the float64 reference."""
 
 
 class UnavailableError(Exception):

@@ -152,6 +152,30 @@ def _draw_shares(result: Mapping[str, Any]) -> Any:
     return figure
 
 
+def draw_roofline(result: Mapping[str, Any]) -> Any:
+    """Work per byte against work per second of every kernel, under what memory and matrix products allow.
+
+    result: of bench_trunk.py. Ternary products count two operations a weight, though none of them is a multiplication.
+    """
+    figure = _figure(9, 5.5)
+    axes = figure.subplots()
+    peak, bandwidth = result["gemm_gflops"], result["read_gbytes_per_s"]
+    points = result["roofline"]
+    intensity = {name: point["flop"] / point["bytes"] for name, point in points.items()}
+    low, high = min(intensity.values()) / 3, max(intensity.values()) * 3
+    corner = peak / bandwidth
+    axes.plot([low, corner, high], [low * bandwidth, peak, peak], color="black", linewidth=1)
+    axes.text(high, peak * 1.08, f"float32 matrix products, {peak:.0f} GFLOP/s", ha="right")
+    axes.text(low * 1.1, low * bandwidth * 2.2, f"reading memory, {bandwidth:.0f} GB/s", rotation=30)
+    for name, point in points.items():
+        rate = point["flop"] / point["seconds"] * 1e-9
+        axes.plot(intensity[name], rate, marker="o")
+        axes.annotate(name, (intensity[name], rate), textcoords="offset points", xytext=(6, -10), fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
     """Microseconds a position against V and against N, both axes logarithmic."""
     figure = _figure(11, 4.5)

@@ -24,6 +24,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 
 
+class WrongResultError(Exception):
+    """A candidate's result differs from the reference: it is not timed."""
+
+
 def cpu_name() -> str:
     """Model name of the processor, as the operating system gives it."""
     try:

@@ -1,0 +1,50 @@
+"""The dense head when a text is written: the logits of one position. One thread.
+
+The rows of the embedding are read once and used once, so memory sets the pace: as int8 with a scale per row they take
+a quarter of it. Letters: V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._jit import serial_kernel
+from flashlm_numba.kernels._tile import dot_products, dot_products_int8
+
+
+@serial_kernel
+def _dense_logits(out, x, weight):
+    dot_products(out, x, weight)
+
+
+@serial_kernel
+def _dense_logits_int8(out, x, q, scales):
+    dot_products_int8(out, x, q)
+    for v in range(out.shape[1]):
+        out[0, v] *= scales[v]
+
+
+def dense_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x (1, C) times weight (V, C), float32: logits (1, V). Raises ValueError if a shape or dtype is wrong."""
+    _check.array("dense_logits", "weight", weight, (None, None))
+    _check.array("dense_logits", "x", x, (1, weight.shape[1]))
+    out = np.empty((1, len(weight)), np.float32)
+    _dense_logits(out, x, weight)
+    return out
+
+
+def dense_logits_int8(x: np.ndarray, q: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """x (1, C) float32 times the rows q (V, C or wider) int8 with scales (V,) of quantize_rows: logits (1, V).
+
+    They err by at most half a scale times the sum of |x|, and float32's rounding. Raises ValueError if a shape or dtype
+    is wrong.
+    """
+    _check.array("dense_logits_int8", "q", q, (None, None), np.int8)
+    _check.array("dense_logits_int8", "scales", scales, (len(q),))
+    _check.array("dense_logits_int8", "x", x, (1, None))
+    if x.shape[1] > q.shape[1]:
+        raise ValueError(f"dense_logits_int8: x has {x.shape[1]} channels, q has {q.shape[1]}")
+    out = np.empty((1, len(q)), np.float32)
+    _dense_logits_int8(out, x, q[:, : x.shape[1]], scales)
+    return out

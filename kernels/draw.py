@@ -1,0 +1,187 @@
+"""Which token is written: the largest of many logits, and a draw from them. One thread, nothing allocated.
+
+The tree's search and the dense head share these. Letters: V logits, K entries kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._math import exp32, row_max
+
+SPAN = 64  # logits that are passed over at once where none of them is large enough
+BLOCK = 1024  # probabilities summed at once before the sum goes on in float64
+
+
+@helper
+def sift_down(keys, codes, count):
+    """Restore the heap (largest key first) of which only the first entry may be out of place."""
+    i, key, code = 0, keys[0], codes[0]
+    while True:
+        child = 2 * i + 1
+        if child >= count:
+            break
+        if child + 1 < count and keys[child + 1] > keys[child]:
+            child += 1
+        if keys[child] <= key:
+            break
+        keys[i], codes[i] = keys[child], codes[child]
+        i = child
+    keys[i], codes[i] = key, code
+
+
+@helper
+def sift_up(keys, codes, i, key, code):
+    """Put a new entry into the heap, whose end is i."""
+    while i > 0 and keys[(i - 1) // 2] < key:
+        keys[i], codes[i] = keys[(i - 1) // 2], codes[(i - 1) // 2]
+        i = (i - 1) // 2
+    keys[i], codes[i] = key, code
+
+
+@helper
+def keep_largest(keys, codes, found, key, code):
+    """Offer an entry to the largest so far, a heap of at most len(keys) with its smallest first, as -key; their number.
+
+    Of equal ones some stay, of a single entry the first offered.
+    """
+    if found < keys.shape[0]:
+        sift_up(keys, codes, found, -key, code)
+        return found + 1
+    if -key < keys[0]:
+        keys[0], codes[0] = -key, code
+        sift_down(keys, codes, found)
+    return found
+
+
+@helper
+def put_in_order(keys, codes, found):
+    """What keep_largest kept, largest first; keys become the keys themselves."""
+    for last in range(found - 1, -1, -1):
+        key, code = keys[0], codes[0]
+        keys[0], codes[0] = keys[last], codes[last]
+        sift_down(keys, codes, last)
+        keys[last], codes[last] = -key, code
+
+
+@serial_kernel
+def _largest(keys, ids, row):
+    """keys (K,) float64, ids (K,) int64: the K largest of row (V,), largest first."""
+    found, start = 0, 0
+    while start < row.shape[0]:
+        part = row[start : start + SPAN]
+        if found < keys.shape[0] or np.float64(row_max(part)) > -keys[0]:
+            for i in range(part.shape[0]):
+                found = keep_largest(keys, ids, found, np.float64(part[i]), start + i)
+        start += SPAN
+    put_in_order(keys, ids, found)
+
+
+@helper
+def _index_above(values, bar):
+    """First index whose running sum exceeds bar; the last one if none does."""
+    seen = np.float64(values[0])
+    i = 0
+    while seen <= bar and i < values.shape[0] - 1:
+        i += 1
+        seen += values[i]
+    return i
+
+
+@serial_kernel
+def _draw(row, sums, uniform, temperature):
+    """An index of logits row (V,), which become probabilities; sums (blocks,) float64 is scratch."""
+    top = row_max(row)
+    inverse = np.float32(min(1.0 / temperature, 1e30))  # finite: zero times it must stay zero
+    total = 0.0
+    for block in range(sums.shape[0]):
+        part = row[block * BLOCK : (block + 1) * BLOCK]
+        here = np.float32(0)
+        for i in range(part.shape[0]):
+            part[i] = exp32((part[i] - top) * inverse)
+            here += part[i]
+        sums[block] = here
+        total += np.float64(here)
+    if not 0 < total < np.inf:
+        return -1
+    bar = uniform * total
+    block = _index_above(sums, bar)
+    for before in range(block):
+        bar -= sums[before]
+    return block * BLOCK + _index_above(row[block * BLOCK : (block + 1) * BLOCK], bar)
+
+
+@helper
+def draw_index(log_p, uniform, temperature, top_p):
+    """An index of log_p (K,) float64, largest first, which becomes p; -1 if that is no distribution."""
+    top, total = log_p[0], 0.0
+    for i in range(log_p.shape[0]):
+        log_p[i] = math.exp((log_p[i] - top) / temperature)
+        total += log_p[i]
+    if not 0 < total < np.inf:
+        return -1
+    kept = log_p.shape[0]
+    if top_p < 1:
+        kept, bar, total = 0, top_p * total, 0.0
+        while kept == 0 or (total < bar and kept < log_p.shape[0]):
+            total += log_p[kept]
+            kept += 1
+    return _index_above(log_p[:kept], uniform * total)
+
+
+@serial_kernel
+def _draw_sorted(log_p, uniform, temperature, top_p):
+    return draw_index(log_p, uniform, temperature, top_p)
+
+
+def check_drawing(temperature: float, top_p: float | None) -> None:
+    """Raise ValueError if a setting is out of range."""
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"temperature must be a number above 0, got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def largest(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (K,) int64 and values (K,) float64 of the count largest of row (V,) float32, largest first; K <= V.
+
+    Of equal ones some are taken, for count 1 the first. Raises ValueError if count is below 1.
+    """
+    _check.array("largest", "row", row, (None,))
+    if count < 1:
+        raise ValueError(f"largest: count must be at least 1, got {count}")
+    count = min(count, len(row))
+    keys, ids = np.empty(count), np.empty(count, np.int64)
+    _largest(keys, ids, row)
+    return ids, keys
+
+
+def draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:
+    """An index drawn by softmax(row / temperature) for logits row (V,) float32, which this overwrites.
+
+    uniform in [0, 1): the same draws the same. Raises ValueError if temperature is not positive or the logits give no
+    distribution.
+    """
+    _check.array("draw", "row", row, (None,))
+    check_drawing(temperature, None)
+    index = _draw(row, np.empty(-(-len(row) // BLOCK)), uniform, temperature) if len(row) else -1
+    if index < 0:
+        raise ValueError("draw: the logits must be finite; nothing can be drawn from them")
+    return index
+
+
+def draw_sorted(log_p: np.ndarray, uniform: float, temperature: float = 1.0, top_p: float | None = None) -> int:
+    """An index of log_p (K,) float64, largest first, drawn by p**(1 / temperature) among the first that reach top_p.
+
+    uniform in [0, 1). Raises ValueError if a setting is out of range or nothing can be drawn.
+    """
+    _check.array("draw_sorted", "log_p", log_p, (None,), np.float64)
+    check_drawing(temperature, top_p)
+    index = _draw_sorted(log_p.copy(), uniform, temperature, top_p or 1.0) if len(log_p) else -1
+    if index < 0:
+        raise ValueError("draw_sorted: the probabilities must be finite and not all zero")
+    return index

@@ -1,0 +1,234 @@
+"""How fast is the trunk, beside PyTorch's and beside what the machine's matrix products allow?
+
+\b
+    python tools/bench_trunk.py                    ours, PyTorch eager and compiled: two minutes
+    python tools/bench_trunk.py --plot FILE.png    a roofline: work per byte against work per second, every kernel
+    python tools/bench_trunk.py --json FILE        write what was measured
+
+All passes of the block forward and backward, the rows of the embedding and their gradient included, 16 x 256 tokens of
+v3's shape. Hidden states and every gradient are checked first against PyTorch's autograd in float64 (without PyTorch
+the hidden states only, against the decoder); a wrong one ends the program with status 1. Then the candidates take
+turns: medians, with the 20 % and 80 % quantiles. Use a quiet machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+if __package__ in (None, ""):  # run as a file, the checkout is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flashlm_numba.config import ModelConfig
+from flashlm_numba.heads import DenseHead
+from flashlm_numba.model import Model, initial_parameters
+from flashlm_numba.optim import Optimizer
+from flashlm_numba.threads import set_threads
+from tools import bandwidth, head_candidates, head_report, timing
+
+Call = Callable[[], dict[str, np.ndarray]]
+
+ROWS, LENGTH = 16, 256
+CHECKED = (3, 70)  # rows and tokens of the batch that is checked
+
+
+def flop_per_token(config: ModelConfig) -> float:
+    """Of all products of the trunk, forward and backward: three times those of the forward pass."""
+    c, width = config.dim, config.dim // config.groups
+    convs = 2 * len(config.dilations) * c * width * config.taps  # gate and value
+    return 3.0 * 2 * config.recursions * (convs + c * c + 3 * c * config.inner)
+
+
+def make_model(config: ModelConfig) -> Model:
+    """As before the first step, with rows of the size that training gives them."""
+    return Model(config, initial_parameters(config, 0, embedding_std=0.5), DenseHead)
+
+
+def make_batch(config: ModelConfig, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids (B, T) int32 and the gradient of the hidden states (B * T, C) float32."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    return ids, rng.standard_normal((rows * length, config.dim), np.float32) / np.float32(rows * length)
+
+
+def run_ours(model: Model, ids: np.ndarray, dh: np.ndarray) -> dict[str, np.ndarray]:
+    """A call: hidden states and all gradients, cleared before."""
+    model.zero_grad()
+    hidden = model.forward(ids)
+    model.backward(dh)
+    return {"hidden": hidden, **model.gradients}
+
+
+def torch_call(model: Model, ids: np.ndarray, dh: np.ndarray, **options: Any) -> tuple[Call, Call]:
+    """The same in PyTorch, and a call that returns the gradients too. options: dtype, or compile."""
+    import torch
+
+    from tools import peer_torch
+
+    dtype = options.get("dtype", torch.float32)
+    peer = peer_torch.PeerModel(model.config).to(dtype)
+    peer.state_from_numpy({name: model.parameters[name] for name in peer.params_to_numpy()})
+    hidden = torch.compile(peer.hidden) if options.get("compile") else peer.hidden
+    tokens, gradient = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(dh).to(dtype)
+
+    def run() -> dict[str, np.ndarray]:
+        peer.zero_grad(set_to_none=False)
+        h = hidden(tokens)
+        h.backward(gradient)
+        return {"hidden": h.detach().numpy()}
+
+    def found() -> dict[str, np.ndarray]:
+        return run() | peer.grads_to_numpy()
+
+    return run, found
+
+
+def check(model: Model) -> float:
+    """Largest relative error of our hidden states and gradients; raises timing.WrongResultError."""
+    ids, dh = make_batch(model.config, *CHECKED)
+    ours = run_ours(model, ids, dh)
+    if importlib.util.find_spec("torch") is None:
+        want = ours["hidden"].reshape(*CHECKED, -1)[0].copy()
+        state, h = model.prefill(ids[0, :1])
+        decoded = [h[0], *(model.decode_step(state, int(token))[0].copy() for token in ids[0, 1:])]
+        error = float(np.abs(np.array(decoded) - want).max() / np.abs(want).max())
+        if not error < 1e-4:
+            raise timing.WrongResultError(f"hidden states differ from the decoder's by {error:.2g} of the largest")
+        return error
+    import torch
+
+    names = [name for name in ours if not name.startswith("router")]
+    wide, narrow = (torch_call(model, ids, dh, dtype=dtype)[1]() for dtype in (torch.float64, torch.float32))
+    rows = [{name: found[name].reshape(len(found[name]), -1) for name in names} for found in (ours, narrow, wide)]
+    return head_candidates.compare("trunk", *rows)
+
+
+def measure(model: Model, threads: int, repeats: int) -> dict[str, Any]:
+    """Tokens/s by candidate."""
+    ids, dh = make_batch(model.config, ROWS, LENGTH)
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: run_ours(model, ids, dh)}
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+        calls["torch eager"], _ = torch_call(model, ids, dh)
+        compiled, _ = torch_call(model, ids, dh, compile=True)
+        try:
+            compiled()
+            calls["torch.compile"] = compiled
+        except Exception as error:
+            click.echo(f"  torch.compile does not work here: {str(error).splitlines()[0]}")
+    seconds = timing.measure(calls, repeats, warmup=2)
+    return {name: timing.rate(found, ids.size) for name, found in seconds.items()}
+
+
+def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[str, float]]:
+    """name -> flop, bytes that a call must at least move, and seconds, for the program's kernels.
+
+    Bytes: every input and result once, and what a training step keeps for its backward pass written and read once.
+    """
+    from flashlm_numba.kernels import ternary, ternary_matmul
+
+    config, tokens = model.config, ROWS * LENGTH
+    points = {
+        "trunk, training": {
+            "flop": flop_per_token(config) * tokens,
+            "bytes": 2.0 * _kept_bytes(model),
+            "seconds": tokens / trunk_rate,
+        }
+    }
+    problem = head_candidates.zipf_problem(4096, config.dim, config.vocab_size)
+    heads = {name: head_candidates.CANDIDATES[name](problem) for name in ("dense", "tree:default")}
+    weight = np.random.default_rng(0).integers(-1, 2, (16384, 1024)).astype(np.float32)
+    packed = np.tile(ternary.pack_ternary(weight), (1, 16))
+    q = np.ones((1, 4 * packed.shape[1]), np.int8)
+    optimizer = Optimizer(model.parameters, model.gradients)
+    state, _ = model.prefill(np.array([1], np.int32))
+    forward = flop_per_token(config) / 3
+    work: dict[str, tuple[float, float, Callable[[], Any]]] = {
+        **{f"{name} head, training": (head.flop, head.nbytes, head.run) for name, head in heads.items()},
+        "ternary matvec, 16,384 squared": (
+            2.0 * 16384 * 4 * packed.shape[1], float(packed.nbytes),
+            lambda: ternary_matmul.ternary_matmul_int8(packed, q),
+        ),
+        "decoding, a token": (
+            forward, float(config.recursions * sum(a.nbytes for a in (*state.ternary, model._weights.conv))),
+            lambda: model.decode_step(state, 1),
+        ),
+        # parameter, gradient and two moments read, all but the gradient written; about 12 operations an element
+        "AdamW, the embedding": (
+            12.0 * model.parameters["embedding.weight"].size, 7.0 * model.parameters["embedding.weight"].nbytes,
+            lambda: optimizer._step_adamw(["embedding.weight"], 0.0, 1.0, 0.0),
+        ),
+    }  # fmt: skip
+    seconds = timing.measure({name: run for name, (_, _, run) in work.items()}, repeats)
+    for name, (flop, nbytes, _) in work.items():
+        points[name] = {"flop": flop, "bytes": nbytes, "seconds": seconds[name]["median"]}
+    return points
+
+
+def _kept_bytes(model: Model) -> int:
+    """Of what the forward pass keeps for the backward pass."""
+    b = model._buffers
+    assert b is not None
+    return sum(a.nbytes for a in (b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.gv, b.gu, b.out))
+
+
+@click.command(help=__doc__)
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed turns of each.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: every core.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw the roofline to this .png or .svg.")
+def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: Path | None) -> None:
+    """See the module's docstring."""
+    for path in (json_path, plot_path):
+        if path is not None:
+            timing.check_writable(path)
+    try:
+        threads = set_threads(threads)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    model = make_model(ModelConfig())
+    try:
+        error = check(model)
+    except timing.WrongResultError as wrong:
+        click.echo(f"Wrong result: {wrong}.", err=True)
+        sys.exit(1)
+    machine = timing.environment(threads)
+    gemm = timing.gemm_rate(threads, repeats=repeats)
+    click.echo(f"{machine['cpu']}, {threads} threads; GEMM {gemm['best']:.0f} GFLOP/s; largest error {error:.2g}")
+    rates = measure(model, threads, repeats)
+    flop = flop_per_token(model.config)
+    for name, rate in rates.items():
+        gflops = rate["median"] * flop * 1e-9
+        click.echo(
+            f"  {name:<16} {rate['median']:>8,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})  "
+            f"{gflops:.0f} GFLOP/s, {gflops / gemm['best']:.0%} of the GEMM rate"
+        )
+    result: dict[str, Any] = {
+        "machine": machine, "gemm_gflops": gemm["best"], "batch": [ROWS, LENGTH], "flop_per_token": flop,
+        "tokens_per_s": rates, "largest_error": error,
+    }  # fmt: skip
+    if plot_path is not None:
+        run_ours(model, *make_batch(model.config, ROWS, LENGTH))
+        read = bandwidth.read_bandwidth(threads, repeats=repeats)
+        points = roofline(model, rates["ours"]["median"], repeats)
+        result |= {"read_gbytes_per_s": read["best"], "roofline": points}
+        for name, point in points.items():
+            click.echo(
+                f"  {name:<32} {point['flop'] / point['bytes']:>7.1f} flop a byte  "
+                f"{point['flop'] / point['seconds'] * 1e-9:>7.1f} GFLOP/s"
+            )
+        head_report.draw_roofline(result).savefig(plot_path, dpi=150)
+    if json_path is not None:
+        timing.write_json(json_path, result)
+
+
+if __name__ == "__main__":
+    main()
