@@ -65,10 +65,15 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, by name."""
+    """The arrays of a safetensors file, by name.
+
+    Copied into memory of NumPy's own, one after another: it asks for large pages, which load_file does not, and reading
+    rows here and there is a few percent faster for it.
+    """
     from safetensors.numpy import load_file
 
-    return load_file(path)
+    found = load_file(path)
+    return {name: found.pop(name).copy() for name in list(found)}
 
 
 def write_text(path: Path, text: str) -> None:

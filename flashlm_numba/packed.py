@@ -108,7 +108,7 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
                     f"{path} is a safetensors file, but no model of `flashlm-numba export`; give such a file, or the "
                     "folder of a run."
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
     except SafetensorError:
         raise UserError(
             f"{path} is not a model that can be read; give a file that `flashlm-numba export` wrote, or the folder of "
