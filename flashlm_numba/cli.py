@@ -51,10 +51,8 @@ _ema = click.option(
 _activations = click.option(
     "--activations",
     type=click.Choice(["float", "int8"]),
-    default="float",
-    show_default=True,
-    help="Arithmetic of the ternary layers: float, as in training, or int8, which rounds what goes into them: faster "
-    "for text written a token at a time, and slightly off (docs/kernels.md).",
+    help="Arithmetic of the ternary layers: float, or int8, which rounds what goes into them: faster and slightly off "
+    "(docs/kernels.md). Default: as the model was trained.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 _run = click.argument("run", type=click.Path(path_type=Path))
@@ -298,7 +296,7 @@ def evaluate(
     run: Path,
     data: str | None,
     smoothed: bool,
-    activations: str,
+    activations: str | None,
     ema: bool,
     checkpoint: str | None,
     threads: int | None,
@@ -372,7 +370,7 @@ def generate(
     seed: int | None,
     int8_head: bool,
     stats: bool,
-    activations: str,
+    activations: str | None,
     ema: bool,
     checkpoint: str | None,
     threads: int | None,
@@ -392,7 +390,8 @@ def generate(
 
     _use_threads(threads)
     model = load_model(run, checkpoint, ema=ema).model
-    model.use_activations(activations)
+    if activations is not None:
+        model.use_activations(activations)
     if int8_head:
         if not isinstance(model.head, DenseHead):
             raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")

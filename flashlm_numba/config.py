@@ -26,9 +26,9 @@ def _in(default: Any, low: float = -math.inf, high: float = math.inf, *, open_lo
     return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
 
 
-def _one_of(default: str, *choices: str) -> Any:
-    """A word's default with the words allowed."""
-    return field(default=default, metadata={"choices": choices})
+def _one_of(default: str, *choices: str, later: bool = False) -> Any:
+    """A word's default with the words allowed; later: older files of settings lack it, and mean the default."""
+    return field(default=default, metadata={"choices": choices, "later": later})
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ModelConfig:
     taps: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # of the mixer's convolutions, in order
     recursions: int = 2  # passes through the one block
+    # what ternary weights multiply, forward and backward: as it is, or rounded to int8 row by row (docs/kernels.md)
+    activations: str = _one_of("float", "float", "int8", later=True)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "inner", "groups", "taps", "recursions"):
@@ -382,6 +384,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where or 'the file'} must be an object, got {type(values).__name__}.")
     names = [item.name for item in dataclasses.fields(cls)]
+    values = {item.name: item.default for item in dataclasses.fields(cls) if item.metadata.get("later")} | values
     prefix = f"{where}." if where else ""
     for name in names:
         if name not in values:

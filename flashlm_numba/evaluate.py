@@ -166,13 +166,13 @@ def evaluate_run(
     smoothed: bool = False,
     ema: bool = False,
     checkpoint_name: str | None = None,
-    activations: str = "float",
+    activations: str | None = None,
 ) -> dict[str, Any]:
     """Score a run's model; the object that `eval --json` prints.
 
     data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
     or where its file names give roles the validation documents); None: the run's own validation documents.
-    activations : "float", or "int8", as Model.use_activations.
+    activations : "float" or "int8", as Model.use_activations; None: as the run was trained.
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
     from flashlm_numba.assemble import load_model
@@ -181,6 +181,7 @@ def evaluate_run(
     from flashlm_numba.tokenizer import EOT
 
     loaded = load_model(run, checkpoint_name, ema=ema)
+    activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
     sizes = {"documents": 0, "bytes": 0}
     total = None

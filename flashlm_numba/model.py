@@ -98,17 +98,15 @@ class Model:
         self._weights = TrunkWeights(config.dim, config.inner, config.groups, config.taps, config.dilations)
         self._buffers: TrunkBuffers | None = None
         self._rows: np.ndarray | None = None
-        self._activations = "float"
-        self.prepare()
+        self.use_activations(config.activations)
 
     def use_activations(self, kind: str) -> None:
-        """How the inputs of the ternary products are computed with: "float" (as in training), or "int8", rounded row by
-        row, beside packed weights: faster for single tokens, and a little off.
+        """How the ternary products are computed: in "float", or with what they multiply rounded to "int8", row by row,
+        in the forward and in the backward pass; faster, and a little off. At first it is what the configuration says.
         """
         if kind not in ACTIVATIONS:
             raise ValueError(f"Model: activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
-        self._activations = kind
-        self._weights.unpack()
+        self._weights.use_int8(kind == "int8")
         self.prepare()
 
     def prepare(self) -> None:
@@ -122,8 +120,7 @@ class Model:
         ternarize(p["glu.gate.weight"], w.w_gate_up[:inner])
         ternarize(p["glu.up.weight"], w.w_gate_up[inner:])
         ternarize(p["glu.down.weight"], w.w_down)
-        if self._activations == "int8":
-            w.pack()
+        w.pack()
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, in one place."""

@@ -5,6 +5,7 @@
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
     ternary_matmul  packed matrix times vectors of int8 or float32
+    ternary_linear  the same for many rows, from codes laid out by columns
     trunk           all passes of the block, one parallel region each way
     decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
@@ -39,6 +40,7 @@ __all__ = [
     "reference_tree",
     "rmsnorm",
     "ternary",
+    "ternary_linear",
     "ternary_matmul",
     "tree_head",
     "tree_inference",

@@ -111,3 +111,5 @@ exact_kernel = _njit(cache=True, fastmath=EXACT)
 helper = _njit(fastmath=FASTMATH)
 # A helper whose floating-point operations must keep their order.
 exact_helper = _njit(fastmath=EXACT)
+# A helper whose every operation is rounded by itself, as NumPy's are: no multiplication fused with an addition.
+strict_helper = _njit(fastmath=False)

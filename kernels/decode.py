@@ -5,7 +5,7 @@ last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and d
 that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
 convolution are one product with even strides. Rows before the text are zero, as in training. The ternary weights are
 read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would overflow. Where
-the trunk rounds the inputs of its ternary products to int8 (TrunkWeights.pack), so does this, with packed weights.
+the trunk rounds the inputs of its ternary products to int8 (TrunkWeights.int8), so does this, with packed weights.
 Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width.
 """
 
@@ -21,8 +21,8 @@ from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
-from flashlm_numba.kernels.ternary import packed_width
-from flashlm_numba.kernels.ternary_matmul import ternary_linear
+from flashlm_numba.kernels.ternary import pack_ternary, packed_width
+from flashlm_numba.kernels.ternary_matmul import quantize, ternary_products
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
 
 REGISTER = 16  # floats
@@ -51,11 +51,13 @@ def _linear(out, x, columns, weight, packed, q, scales, sums, variant):
 
     Both may be longer, by zeros, to fill whole registers.
     """
-    if packed.shape[0] > 0:
-        rows = packed.shape[0]
-        ternary_linear(
-            out[:rows].reshape(1, rows), x[:columns].reshape(1, columns), packed, q, scales, sums, 0, variant
-        )
+    rows, width = packed.shape[0], 4 * packed.shape[1]
+    if rows > 0:
+        rounded, products = q[:width].reshape(1, width), sums[:rows].reshape(1, rows)
+        quantize(rounded, scales, x[:columns].reshape(1, columns))
+        ternary_products(products, packed, rounded, 0, rows, variant)
+        for r in range(rows):
+            out[r] = np.float32(sums[r]) * scales[0]
     else:
         dot_products_int8(out.reshape(1, out.shape[0]), x.reshape(1, x.shape[0]), weight)
 
@@ -125,7 +127,8 @@ class DecodeState:
     rings: np.ndarray  # (any,)
     starts: np.ndarray  # (R, D) int64: where a ring begins
     lengths: np.ndarray  # (D,) int64
-    ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8, padded; empty where the trunk's are packed
+    ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8, padded; or else empty, and
+    packed: tuple[np.ndarray, ...]  # the same by pack_ternary, where the trunk rounds its activations to int8
     scratch: tuple[np.ndarray, ...]
     out: np.ndarray  # (1, C)
     position: int = 0
@@ -167,11 +170,17 @@ def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
     scratch += (  # q, scales, sums of the packed products
         np.zeros(4 * packed_width(max(dim, inner)), np.int8), zeros(1), np.zeros(max(dim, 2 * inner), np.int32),
     )  # fmt: skip
+    matrices = weights.w_out, weights.w_gate_up, weights.w_down
     ternary: tuple[np.ndarray, ...] = (np.empty((0, 0), np.int8),) * 3
-    if not weights.packed[0].size:
-        ternary = tuple(_as_int8(weight) for weight in (weights.w_out, weights.w_gate_up, weights.w_down))
+    packed: tuple[np.ndarray, ...] = (np.empty((0, 0), np.uint8),) * 3
+    if weights.int8:
+        packed = tuple(pack_ternary(weight) for weight in matrices)
+    else:
+        ternary = tuple(_as_int8(weight) for weight in matrices)
     starts = starts[:-1].reshape(passes, count).astype(np.int64)
-    return DecodeState(zeros(int(starts[-1, -1] + floats[-1])), starts, lengths, ternary, scratch, zeros(1, dim))
+    return DecodeState(
+        zeros(int(starts[-1, -1] + floats[-1])), starts, lengths, ternary, packed, scratch, zeros(1, dim)
+    )
 
 
 def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
@@ -186,7 +195,7 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
     _decode_step(
         state.out, state.rings, state.starts, state.lengths, state.position, *state.scratch,
-        embedding, row, weights.norms, weights.conv, weights.dilations, *state.ternary, *weights.packed,
+        embedding, row, weights.norms, weights.conv, weights.dilations, *state.ternary, *state.packed,
         weights.w_down.shape[1], weights.variant,
     )  # fmt: skip
     state.position += 1
@@ -198,7 +207,7 @@ def prefill(weights: TrunkWeights, buffers: TrunkBuffers) -> DecodeState:
 
     Raises ValueError if the batch holds more. A text cut to the receptive field serves as well as the whole.
     """
-    batch, time, _ = buffers.shape
+    batch, time = buffers.shape[:2]
     if batch != 1:
         raise ValueError(f"prefill: the batch must hold one sequence, got {batch}")
     state = new_state(weights, buffers.x1.shape[0])

@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from flashlm_numba.kernels import _check, _ternary_dots
-from flashlm_numba.kernels._jit import exact_helper, exact_kernel, helper, kernel, serial_kernel
+from flashlm_numba.kernels._jit import exact_kernel, helper, kernel, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import largest_magnitude
 from flashlm_numba.kernels._ternary_dots import (
     BLOCK,
@@ -31,13 +31,12 @@ from flashlm_numba.kernels._ternary_dots import (
 from flashlm_numba.kernels.ternary import packed_width
 
 SMALLEST = np.float32(2.0**-100)  # a row whose largest magnitude is below counts as zero: 127 / max|x| must be finite
-CHUNK = 64  # rows of activations that the weights are read for at once
 PARALLEL = 2**20  # weights times rows from which on threads are worth waking
 _MAGIC = np.float32(1.5 * 2**23)  # x + _MAGIC is x rounded to a whole number, halves to even, for |x| < 2**22
 
 
-@exact_helper
-def _quantize(q, scales, x):
+@strict_helper
+def quantize(q, scales, x):
     """q (N, 4 W), scales (N,) of x (N, K); see quantize_rows."""
     for n in range(x.shape[0]):
         largest = largest_magnitude(x[n])
@@ -58,7 +57,7 @@ def _quantize(q, scales, x):
 
 @exact_kernel
 def _quantize_rows(q, scales, x):
-    _quantize(q, scales, x)
+    quantize(q, scales, x)
 
 
 @helper
@@ -78,30 +77,6 @@ def ternary_products(out, packed, q, first, last, variant):
             total += np.int32(q[j, k])
         for r in range(last - first):
             out[j, first + r] -= total
-
-
-@helper
-def ternary_linear(out, x, packed, q, scales, sums, add, variant):
-    """out (M, R) = x (M, K) @ W.T with x rounded to int8 row by row, or added to out. Rows of out are contiguous.
-
-    Scratch for CHUNK rows: q (any,) int8, scales (CHUNK,) float32, sums (any,) int32.
-    """
-    width, count = 4 * packed.shape[1], packed.shape[0]
-    start = 0
-    while start < x.shape[0]:
-        rows = min(CHUNK, x.shape[0] - start)
-        here, found = q[: rows * width].reshape(rows, width), sums[: rows * count].reshape(rows, count)
-        _quantize(here, scales, x[start : start + rows])
-        ternary_products(found, packed, here, 0, count, variant)
-        for m in range(rows):
-            scale, target = scales[m], out[start + m]
-            if add:
-                for r in range(count):
-                    target[r] += np.float32(found[m, r]) * scale
-            else:
-                for r in range(count):
-                    target[r] = np.float32(found[m, r]) * scale
-        start += rows
 
 
 @serial_kernel

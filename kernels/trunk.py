@@ -35,8 +35,14 @@ from flashlm_numba.kernels.conv import (
 )
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
-from flashlm_numba.kernels.ternary import pack_ternary, packed_width
-from flashlm_numba.kernels.ternary_matmul import CHUNK, VARIANTS, best_variant, ternary_linear
+from flashlm_numba.kernels._ternary_dots import VARIANTS
+from flashlm_numba.kernels.ternary_linear import (
+    empty_columns,
+    fill_columns,
+    linear_variant,
+    spare_floats,
+    ternary_linear_rows,
+)
 
 TILE_ROWS = 512
 
@@ -51,21 +57,32 @@ def _add_groups(out, groups, width):
 
 
 @helper
-def _linear(out, x, weight, packed, q, scales, sums, add, variant, blas):
-    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where weight is given packed too."""
-    if packed.shape[0] > 0:
-        ternary_linear(out, x, packed, q, scales, sums, add, variant)
+def _linear(out, x, weight, codes, rounding, add, variant, blas):
+    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where there are codes of weight."""
+    if codes.shape[1] > 0:
+        q, scales, sums, spare = rounding
+        ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas)
     else:
         gemm_nt(blas, out, x, weight, np.float32(add))
 
 
 @helper
+def _linear_back(dx, dout, weight, weight_t, codes_t, rounding, variant, blas):
+    """dx (M, K) = dout (M, R) @ weight (R, K); dout rounded to int8 where there are codes of weight's transpose."""
+    if codes_t.shape[1] > 0:
+        q, scales, sums, spare = rounding
+        ternary_linear_rows(dx, dout, weight_t, codes_t, q, scales, sums, spare, 0, variant, blas)
+    else:
+        gemm_nn(blas, dx, dout, weight, np.float32(0))
+
+
+@helper
 def _forward_rows(
-    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums,
-    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, variant, blas,
+    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, rounding,
+    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, codes, variant, blas,
 ):  # fmt: skip
-    """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and q, scales, sums are this
-    thread's scratch.
+    """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and rounding are this thread's
+    scratch.
     """
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
     gather_rows(x[0, low:high], embedding, rows[low:high])
@@ -80,19 +97,19 @@ def _forward_rows(
                 gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
         copy_rows(x1[r, low:high], x[r, low:high])
         mixed = xm[r, dilations.shape[0], low:high]
-        _linear(x1[r, low:high], mixed, w_out, p_out, q, scales, sums, 1, variant, blas)
+        _linear(x1[r, low:high], mixed, w_out, codes[0], rounding, 1, variant, blas)
         rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
-        _linear(gu[r, low:high], normed[:size], w_gate_up, p_gate_up, q, scales, sums, 0, variant, blas)
+        _linear(gu[r, low:high], normed[:size], w_gate_up, codes[1], rounding, 0, variant, blas)
         glu_rows(h[:size], gu[r, low:high])
         copy_rows(x[r + 1, low:high], x1[r, low:high])
-        _linear(x[r + 1, low:high], h[:size], w_down, p_down, q, scales, sums, 1, variant, blas)
+        _linear(x[r + 1, low:high], h[:size], w_down, codes[2], rounding, 1, variant, blas)
     rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
 
 
 @kernel
 def _trunk_forward(
-    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums,
-    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, variant, blas,
+    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums, spare,
+    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, codes, variant, blas,
     time, tile, threads,
 ):  # fmt: skip
     """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
@@ -102,35 +119,35 @@ def _trunk_forward(
         for start in range(first, last, tile):
             _forward_rows(
                 start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
-                normed[thread], n[thread], h[thread], q[thread], scales[thread], sums[thread],
-                embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down,
-                p_out, p_gate_up, p_down, variant, blas,
+                normed[thread], n[thread], h[thread], (q[thread], scales[thread], sums[thread], spare[thread]),
+                embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, codes, variant, blas,
             )  # fmt: skip
 
 
 @helper
 def _backward_rows(
-    low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down, blas,
+    low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, rounding,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down,
+    weights_t, codes_t, variant, blas,
 ):  # fmt: skip
     """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
-    one, zero = np.float32(1), np.float32(0)
+    one = np.float32(1)
     dx_tile, dm_tile, normed_tile = dx[low:high], dm[:size], normed[:size]
     rmsnorm_backward_rows(dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False)
     for step in range(passes):
         r = passes - 1 - step
         # forward: x = x1 + h Wd', h = relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
-        gemm_nn(blas, dh[:size], dx_tile, w_down, zero)
+        _linear_back(dh[:size], dx_tile, w_down, weights_t[2], codes_t[2], rounding, variant, blas)
         glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high])
         gemm_tn(blas, dw_down, dx_tile, h[:size], one)
         rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
         gemm_tn(blas, dw_gate_up, dgu[:size], normed_tile, one)
-        gemm_nn(blas, dm_tile, dgu[:size], w_gate_up, zero)
+        _linear_back(dm_tile, dgu[:size], w_gate_up, weights_t[1], codes_t[1], rounding, variant, blas)
         rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
         # forward: x1 = x + m Wo'
         gemm_tn(blas, dw_out, dx_tile, xm[r, dilations.shape[0], low:high], one)
-        gemm_nn(blas, dm_tile, dx_tile, w_out, zero)
+        _linear_back(dm_tile, dx_tile, w_out, weights_t[0], codes_t[0], rounding, variant, blas)
         for start in range(low, high, time):
             b, end = start // time, start + time
             dm_sequence = dm[start - low : end - low]
@@ -152,9 +169,9 @@ def _backward_rows(
 
 @kernel
 def _trunk_backward(
-    dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down, blas,
-    time, tile, threads,
+    dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down,
+    weights_t, codes_t, variant, blas, time, tile, threads,
 ):  # fmt: skip
     """Weight gradients are per thread, (P, ...), and cleared here."""
     batch = dx.shape[0] // time
@@ -170,8 +187,9 @@ def _trunk_backward(
                 start * time, min(start + tile, last) * time, time, dx, dnorms[thread], dconv[thread],
                 dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
                 dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
+                (q[thread], scales[thread], sums[thread], spare[thread]),
                 dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations,
-                w_out, w_gate_up, w_down, blas,
+                w_out, w_gate_up, w_down, weights_t, codes_t, variant, blas,
             )  # fmt: skip
 
 
@@ -180,7 +198,8 @@ class TrunkWeights:
 
     norms (3 + D, C): of the block's input, before the GLU, final, then one per convolution.
     conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I, C), w_down (C, I), ternary.
-    packed: the ternary ones packed, where their inputs are to be rounded to int8 (pack), else empty.
+    int8: whether what the ternary ones are multiplied by is rounded to int8, row by row, forward and backward; then
+    codes and codes_t are they and their transposes by pack_columns, else empty.
     """
 
     def __init__(self, dim: int, inner: int, groups: int, taps: int, dilations: tuple[int, ...]) -> None:
@@ -193,17 +212,28 @@ class TrunkWeights:
         self.w_out = np.empty((dim, dim), np.float32)
         self.w_gate_up = np.empty((2 * inner, dim), np.float32)
         self.w_down = np.empty((dim, inner), np.float32)
-        self.variant = 0  # of the packed products
-        self.unpack()
+        self.use_int8(False)
 
-    def unpack(self) -> None:
-        """From now on forward passes multiply in float32."""
-        self.packed = (np.empty((0, 0), np.uint8),) * 3
+    def use_int8(self, int8: bool) -> None:
+        """Choose the arithmetic of the ternary products; call pack when their weights have changed."""
+        self.int8, self.variant = int8, VARIANTS.index(linear_variant()) if int8 else 0
+        matrices = (self.w_out, self.w_gate_up, self.w_down) if int8 else ()
+        self.codes, self.codes_t = ((np.empty((0, 0, 4), np.uint8),) * 3 for _ in range(2))
+        self.weights_t = (np.empty((0, 0), np.float32),) * 3  # transposes, for BLAS in place of int8 instructions
+        if int8:
+            self.codes = tuple(empty_columns(*w.shape) for w in matrices)
+            self.codes_t = tuple(empty_columns(*w.T.shape) for w in matrices)
+            if self.variant == 0:
+                self.weights_t = tuple(np.empty(w.T.shape, np.float32) for w in matrices)
 
     def pack(self) -> None:
-        """From now on, until the weights change, forward passes round the inputs of the ternary products to int8."""
-        self.packed = (pack_ternary(self.w_out), pack_ternary(self.w_gate_up), pack_ternary(self.w_down))
-        self.variant = VARIANTS.index(best_variant())
+        """Fill codes, codes_t and weights_t from the ternary weights, where int8 is chosen."""
+        if self.int8:
+            for i, weight in enumerate((self.w_out, self.w_gate_up, self.w_down)):
+                fill_columns(self.codes[i], weight)
+                fill_columns(self.codes_t[i], weight.T)
+                if self.variant == 0:
+                    self.weights_t[i][...] = weight.T
 
     def set_conv(self, index: int, gate: np.ndarray, value: np.ndarray) -> None:
         """Pack the convolution of one dilation: gate, value (C, C/G, K) float32."""
@@ -217,7 +247,7 @@ class TrunkBuffers:
         count, groups, taps, size, _ = weights.conv.shape
         dim, inner = weights.w_down.shape
         rows = batch * time
-        self.shape = (batch, time, threads)
+        self.shape = (batch, time, threads, weights.int8)
         self.tile = max(1, TILE_ROWS // max(time, 1))  # sequences
         tile_rows = self.tile * time
 
@@ -237,10 +267,11 @@ class TrunkBuffers:
         self.dgv = zeros(threads, groups, time, 2 * size)
         self.h, self.dh = zeros(threads, tile_rows, inner), zeros(threads, tile_rows, inner)
         self.dgu = zeros(threads, tile_rows, 2 * inner)
-        widest = 4 * packed_width(max(dim, inner))
-        self.q = np.zeros((threads, CHUNK * widest), np.int8)
-        self.scales = zeros(threads, CHUNK)
-        self.sums = np.zeros((threads, CHUNK * max(dim, 2 * inner)), np.int32)
+        # of int8 products
+        widest = max(dim, 2 * inner) + 3 if weights.int8 else 0
+        self.q, self.scales = np.zeros((threads, tile_rows * widest), np.int8), zeros(threads, tile_rows)
+        self.sums = np.zeros((threads, tile_rows), np.int32)
+        self.spare = zeros(threads, spare_floats(weights.variant, tile_rows, widest))
         # weight gradients, one per thread
         self.dnorms = zeros(threads, 3 + count, dim)
         self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
@@ -251,15 +282,16 @@ class TrunkBuffers:
 def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
 
-    The ternary products are by BLAS, or, after weights.pack(), by packed weights with their inputs rounded to int8.
+    The ternary products are by BLAS, or, with weights.use_int8, of inputs rounded to int8.
     rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.
     Cost 2*R*N*(2*C*C*K*D/G + C*C + 3*C*I) flop. Source: FlashLM v3.
     """
     b = buffers
     _trunk_forward(
-        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h, b.q, b.scales, b.sums,
+        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h,
+        b.q, b.scales, b.sums, b.spare,
         embedding, rows, weights.norms, weights.conv, weights.dilations, weights.w_out, weights.w_gate_up,
-        weights.w_down, *weights.packed, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        weights.w_down, weights.codes, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     return b.out
 
@@ -273,9 +305,9 @@ def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarra
     b = buffers
     _trunk_backward(
         b.dx, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm, b.dn,
-        b.dgv, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, weights.norms, weights.conv_t,
-        weights.dilations, weights.w_out, weights.w_gate_up, weights.w_down, sgemm_address(), b.shape[1], b.tile,
-        b.shape[2],
+        b.dgv, b.q, b.scales, b.sums, b.spare, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu,
+        weights.norms, weights.conv_t, weights.dilations, weights.w_out, weights.w_gate_up, weights.w_down,
+        weights.weights_t, weights.codes_t, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     width = weights.norms.shape[1] // weights.groups
     convs = [unpack_conv_gradient(dconv, width) for dconv in b.dconv.sum(0)]
@@ -294,7 +326,7 @@ def buffers_for(
     previous: TrunkBuffers | None, weights: TrunkWeights, passes: int, batch: int, time: int
 ) -> TrunkBuffers:
     """previous where it fits this batch shape and thread count, else new buffers."""
-    shape = (batch, time, numba.get_num_threads())
+    shape = (batch, time, numba.get_num_threads(), weights.int8)
     if previous is not None and previous.shape == shape:
         return previous
-    return TrunkBuffers(weights, passes, *shape)
+    return TrunkBuffers(weights, passes, *shape[:3])

@@ -3,6 +3,7 @@
 Torch in float64 is the truth, and torch in float32 shows how far plain float32 is from it.
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -101,6 +102,70 @@ def test_loss_and_every_gradient_agree_with_autograd(config, loss):
         else:
             assert np.abs(truth).max() > 0, name
             assert_as_accurate(model.gradients[name], grads32[name], truth, 8, name)
+
+
+def round_rows(x):
+    """x (..., K) rounded to 127 steps of the largest magnitude in a row."""
+    largest = x.abs().amax(-1, keepdim=True)
+    q = torch.round(x * (127 / largest))
+    return torch.where(largest > 2.0**-100, q * (largest * float(np.float32(1 / 127))), torch.zeros_like(x))
+
+
+def rounded_product(x, weight):
+    """x @ weight.T with x rounded, and in the backward pass what comes back rounded; weight's gradient is the exact x's."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x, weight):
+            context.save_for_backward(x, weight)
+            return round_rows(x) @ weight.T
+
+        @staticmethod
+        def backward(context, dout):
+            x, weight = context.saved_tensors
+            return round_rows(dout) @ weight, dout.flatten(0, -2).T @ x.flatten(0, -2)
+
+    return Product.apply(x, weight)
+
+
+def straight_through(layer):
+    """The ternary values of a layer's weight, with its gradient."""
+    weight = layer.weight
+    threshold = weight.abs().mean(dtype=torch.float64).to(weight.dtype)
+    ternary = (weight > threshold).to(weight.dtype) - (weight < -threshold).to(weight.dtype)
+    return weight + (ternary - weight).detach()
+
+
+def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
+    """Both round the same numbers, but for a few whose last bit differs before they are rounded."""
+
+    def glu(self, x):
+        both = rounded_product(x, torch.cat([straight_through(self.gate), straight_through(self.up)]))
+        gate, up = both.chunk(2, dim=-1)
+        return self.down(gate.relu().square() * up)
+
+    config = CONFIGS["small"]
+    parameters = weights_away_from_the_threshold(config)
+    ids, targets = batch(config, 1, 3, 70)
+    weights = np.full(ids.size, 1 / ids.size, np.float32)
+    found = {}
+    for kind in ("float", "int8"):
+        copies = {name: value.copy() for name, value in parameters.items()}
+        model = Model(dataclasses.replace(config, activations=kind), copies, DenseHead)
+        loss, _, _ = model.loss_and_grad(ids, targets, weights)
+        found[kind] = {"loss": loss, **model.gradients}
+    monkeypatch.setattr(
+        peer_torch.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self))
+    )
+    monkeypatch.setattr(peer_torch.GLU, "forward", glu)
+    loss, _, gradients = peer_gradients(config, parameters, torch.float32, ids, targets, weights, {})
+    for name, want in {"loss": loss, **gradients}.items():
+        if name.startswith("router"):
+            continue
+        size = np.linalg.norm(want)
+        assert np.linalg.norm(found["int8"][name] - want) < 3e-3 * size, name
+        if name != "loss":
+            assert np.linalg.norm(found["float"][name] - want) > 1e-2 * size, name
 
 
 def tree_loss(h, weight, nodes, tree, targets, *, label_smoothing=0.0, z_loss=0.0, soft_cap=None, log_prior=None):

@@ -291,3 +291,28 @@ def test_prepare_from_the_command_line(corpus_files, tmp_path):
     done = _run("prepare", corpus_files, "--out", tmp_path, "--max-docs", 4)
     assert done.exit_code == 0, done.output
     assert "4 documents" in done.stdout
+
+
+def test_int8_activations_score_and_write_nearly_as_float_ones(run):
+    scores = {}
+    for kind in ("float", "int8"):
+        done = _run("eval", run, "--json", "--activations", kind)
+        assert done.exit_code == 0, done.output
+        scores[kind] = json.loads(done.stdout)
+        assert scores[kind]["activations"] == kind
+        assert _run("generate", run, "--max-tokens", 5, "--seed", 1, "--activations", kind).exit_code == 0
+    assert scores["int8"]["nll"] != scores["float"]["nll"]
+    assert scores["int8"]["nll"] == pytest.approx(scores["float"]["nll"], abs=0.02)
+
+
+def test_int8_rows_are_for_the_dense_head(run, corpus, tmp_path):
+    done = _run("generate", run, "--int8-head")
+    assert done.exit_code == 2
+    assert "--int8-head is for the dense head, but" in done.stderr
+    dense = tmp_path / "dense"
+    assert _run("train", corpus, "--head", "dense", "--out", dense, "--steps", 1, *_settings()).exit_code == 0
+    greedy = [
+        _run("generate", dense, "--max-tokens", 12, "--temperature", 0, *options).stdout
+        for options in ((), ("--int8-head",))
+    ]
+    assert greedy[0] == greedy[1] != ""

@@ -143,3 +143,11 @@ def test_every_setting_is_in_the_manual():
     for kind in (config.ModelConfig, config.HeadConfig, config.OptimizerConfig, config.TrainingConfig):
         for item in dataclasses.fields(kind):
             assert f"`{item.name}`" in manual, item.name
+
+
+def test_settings_from_before_activations_mean_float():
+    old = json.loads(RunConfig.recipe_named("default").to_json())
+    del old["model"]["activations"]
+    assert RunConfig.from_json(json.dumps(old)).model.activations == "float"
+    with pytest.raises(UserError, match="model.activations must be one of float, int8"):
+        RunConfig.recipe_named("default").with_settings(["activations=int4"])

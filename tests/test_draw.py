@@ -136,7 +136,7 @@ def test_with_int8_rows_tokens_are_drawn_nearly_by_their_probabilities():
     logits = head._logits(x)
     found = softmax(logits)
     assert 0 < np.abs(found / p - 1).max() < 0.05  # those scored as int8 are a little off
-    best = np.argsort(-p)[:200]
+    best = np.argsort(-p)[:40]
     np.testing.assert_allclose(logits[best] - logits[best[0]], np.log(p[best] / p[best[0]]), atol=1e-4)
 
 

@@ -36,9 +36,11 @@ def test_v3_has_the_published_number_of_parameters():
     assert ModelConfig().receptive_field == 415
 
 
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("length", [1, 7, 40])
-def test_hidden_states_see_nothing_of_the_future(length):
+def test_hidden_states_see_nothing_of_the_future(length, activations):
     model = small_model()
+    model.use_activations(activations)
     ids, _ = batch(1, 3, length)
     before = model.forward(ids).copy().reshape(3, length, -1)
     at = length // 2
