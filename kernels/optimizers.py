@@ -25,8 +25,8 @@ BLOCK = 4_096
 # Slices of threads begin at multiples of this many elements, so that the vector loop and its scalar rest,
 # which may round differently, meet the same elements for any number of threads.
 GRAIN = 1_024
-# rows of a Gram matrix in one task of the Newton-Schulz iteration: fewer would have BLAS pack the same matrix again
-ROWS = 256
+# rows of a Gram matrix in one task of the Newton-Schulz iteration: BLAS packs the same matrix again in each
+ROWS = 128
 # What is smaller counts as zero in AdamW: the moments of a row that gets no gradient for a thousand steps would fade
 # into denormal numbers, with which processors compute slowly (a ten-minute run lost 5 % of its speed). Beside any eps
 # in use both are nothing.

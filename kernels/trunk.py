@@ -214,9 +214,12 @@ class TrunkWeights:
         self.w_down = np.empty((dim, inner), np.float32)
         self.use_int8(False)
 
-    def use_int8(self, int8: bool) -> None:
-        """Choose the arithmetic of the ternary products; call pack when their weights have changed."""
-        self.int8, self.variant = int8, VARIANTS.index(linear_variant()) if int8 else 0
+    def use_int8(self, int8: bool, variant: str | None = None) -> None:
+        """Choose the arithmetic of the ternary products; call pack when their weights have changed.
+
+        variant: one of _ternary_dots.available(), default linear_variant().
+        """
+        self.int8, self.variant = int8, VARIANTS.index(variant or linear_variant()) if int8 else 0
         matrices = (self.w_out, self.w_gate_up, self.w_down) if int8 else ()
         self.codes, self.codes_t = ((np.empty((0, 0, 4), np.uint8),) * 3 for _ in range(2))
         self.weights_t = (np.empty((0, 0), np.float32),) * 3  # transposes, for BLAS in place of int8 instructions

@@ -67,3 +67,18 @@ def test_a_wrong_hidden_state_ends_the_program_without_torch(small, monkeypatch)
     done = run("--repeats", 1)
     assert done.exit_code == 1
     assert "Wrong result: hidden states differ from the decoder's by 0.001" in done.output
+
+
+def test_a_wrong_int8_product_ends_the_program(small, monkeypatch):
+    right = bench_trunk.make_rounded
+
+    def wrong(model, variant=None):
+        rounded = right(model, variant)
+        if variant is None:
+            rounded._weights.codes[1][0, 0, 0] = 2 - rounded._weights.codes[1][0, 0, 0] // 2
+        return rounded
+
+    monkeypatch.setattr(bench_trunk, "make_rounded", wrong)
+    done = run("--repeats", 1)
+    assert done.exit_code == 1
+    assert "Wrong result: int8 activations: hidden is off by" in done.output

@@ -6,13 +6,14 @@
     python tools/bench_trunk.py --json FILE        write what was measured
 
 All passes of the block forward and backward, the rows of the embedding and their gradient included, 16 x 256 tokens of
-v3's shape. Hidden states and every gradient are checked first against PyTorch's autograd in float64 (without PyTorch
+v3's shape; ours also with the inputs of its ternary products rounded to int8, which is less work. Hidden states and every gradient are checked first against PyTorch's autograd in float64 (without PyTorch
 the hidden states only, against the decoder); a wrong one ends the program with status 1. Then the candidates take
 turns: medians, with the 20 % and 80 % quantiles. Use a quiet machine.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.heads import DenseHead
-from flashlm_numba.model import Model, initial_parameters
+from flashlm_numba.model import Model, initial_parameters, parameter_shapes
 from flashlm_numba.optim import Optimizer
 from flashlm_numba.threads import set_threads
 from tools import bandwidth, head_candidates, head_report, timing
@@ -109,10 +110,37 @@ def check(model: Model) -> float:
     return head_candidates.compare("trunk", *rows)
 
 
+def make_rounded(model: Model, variant: str | None = None) -> Model:
+    """The same with the inputs of its ternary products rounded to int8, multiplied by this variant."""
+    config = dataclasses.replace(model.config, activations="int8")
+    rounded = Model(config, {name: model.parameters[name] for name in parameter_shapes(config)}, DenseHead)
+    if variant is not None:
+        rounded._weights.use_int8(True, variant)
+        rounded.prepare()
+    return rounded
+
+
+def check_rounded(model: Model) -> None:
+    """Compare int8 products with the same by BLAS in float32; raises timing.WrongResultError.
+
+    By the norm: a number whose last bit differs before it is rounded to int8 moves what follows by a step of that.
+    """
+    ids, dh = make_batch(model.config, *CHECKED)
+    found, want = (run_ours(make_rounded(model, variant), ids, dh) for variant in (None, "plain"))
+    for name, value in want.items():
+        error = np.linalg.norm(found[name] - value)
+        if not error <= 5e-3 * np.linalg.norm(value):
+            raise timing.WrongResultError(f"int8 activations: {name} is off by {error / np.linalg.norm(value):.2g}")
+
+
 def measure(model: Model, threads: int, repeats: int) -> dict[str, Any]:
     """Tokens/s by candidate."""
     ids, dh = make_batch(model.config, ROWS, LENGTH)
-    calls: dict[str, Callable[[], Any]] = {"ours": lambda: run_ours(model, ids, dh)}
+    rounded = make_rounded(model)
+    calls: dict[str, Callable[[], Any]] = {
+        "ours": lambda: run_ours(model, ids, dh),
+        "ours, int8 activations": lambda: run_ours(rounded, ids, dh),
+    }
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -197,6 +225,7 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
     model = make_model(ModelConfig())
     try:
         error = check(model)
+        check_rounded(model)
     except timing.WrongResultError as wrong:
         click.echo(f"Wrong result: {wrong}.", err=True)
         sys.exit(1)
@@ -208,7 +237,7 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
     for name, rate in rates.items():
         gflops = rate["median"] * flop * 1e-9
         click.echo(
-            f"  {name:<16} {rate['median']:>8,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})  "
+            f"  {name:<24} {rate['median']:>8,.0f} tokens/s  ({rate['p20']:,.0f} to {rate['p80']:,.0f})  "
             f"{gflops:.0f} GFLOP/s, {gflops / gemm['best']:.0%} of the GEMM rate"
         )
     result: dict[str, Any] = {
