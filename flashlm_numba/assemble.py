@@ -76,14 +76,14 @@ def _load_exported(path: Path, checkpoint_name: str | None, ema: bool) -> Loaded
     run = RunConfig.from_json(config, path)
     try:
         return Loaded(run, model_from(run, tensors), state)
-    except UserError:
-        raise UserError(f"{path} does not fit its own settings; export the run again.") from None
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
 
 
 def export_run(folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False) -> Path:
     """Write a run's model to one file, with its ternary weights packed; eval, generate and info read it like a run.
 
-    The file tells nothing of this machine: of the training text it keeps the hash. Raises UserError if the run cannot
+    The file holds no path of this machine: of the training text it keeps the hash. Raises UserError if the run cannot
     be read, out exists or cannot be written.
     """
     if folder.is_file():
@@ -93,7 +93,11 @@ def export_run(folder: Path, out: Path, checkpoint_name: str | None = None, *, e
     loaded = load_model(folder, checkpoint_name, ema=ema)
     tensors = tensors_of(loaded.model)
     tensors |= {name: ternarize(tensors[name]) for name in packed.TERNARY}
-    run = dataclasses.replace(loaded.run, data="")
+    start = loaded.run.training.embeddings
+    if start not in ("corpus", "random") and not start.startswith("hf:"):
+        start = Path(start).name  # of a path on this machine
+    training = dataclasses.replace(loaded.run.training, embeddings=start)
+    run = dataclasses.replace(loaded.run, data="", training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
     packed.write(out, tensors, run.to_json(), state)
     return out
@@ -130,6 +134,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
         "receptive_field": run.model.receptive_field,
         "checkpoint": path.name,
         "trained": {
+            "running_average": bool(loaded.state.get("ema")),  # an exported one
             "steps": loaded.state["step"],
             "planned_steps": run.plan.steps,
             "tokens": loaded.state["tokens"],
@@ -144,8 +149,11 @@ def _describe_tree(loaded: Loaded) -> dict[str, Any] | None:
     if not isinstance(loaded.model.head, TreeHead):
         return None
     counts = None
-    with contextlib.suppress(UserError):
-        counts = open_tokens(Path(loaded.run.data)).train.counts(loaded.run.model.vocab_size)
+    if loaded.run.data:  # an exported model does not say where its text is
+        with contextlib.suppress(UserError):
+            data = open_tokens(Path(loaded.run.data))
+            if data.hash == loaded.run.data_hash:
+                counts = data.train.counts(loaded.run.model.vocab_size)
     return loaded.model.head.tree.describe(counts)
 
 
@@ -239,7 +247,7 @@ def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarra
             run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), counts=counts, nodes=nodes)
         )
     except (ValueError, KeyError) as error:
-        raise UserError(f"The checkpoint does not fit the run's config.json ({error}); restore the file.") from None
+        raise UserError(f"The weights do not fit the settings beside them ({error}); restore the file.") from None
 
 
 def tensors_of(model: Model) -> dict[str, np.ndarray]:

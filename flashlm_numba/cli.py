@@ -5,6 +5,7 @@
     flashlm-numba eval RUN [DATA]
     flashlm-numba generate RUN --prompt TEXT
     flashlm-numba info RUN
+    flashlm-numba export RUN FILE
 
 Only click is imported here: the numerical packages take a second to load, and `--help` must not.
 """
@@ -393,6 +394,8 @@ def generate(
     if activations is not None:
         model.use_activations(activations)
     if int8_head:
+        if top_p is not None and top_k is None:
+            raise click.UsageError("--int8-head with --top-p needs --top-k too: the rest is drawn from all tokens.")
         if not isinstance(model.head, DenseHead):
             raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")
         model.head.use_int8()

@@ -71,6 +71,9 @@ def main() -> None:
         if isinstance(model.head, DenseHead):
             model.head.use_int8()
             model.head.sample(h[:1], np.random.default_rng(0))
+        model.use_activations("int8")
+        model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32), accumulate=False)
+        model.decode_step(model.prefill(ids[0])[0], 0)
     (_jit.CACHE_FOLDER / _jit.COMPLETE).touch()
 
 

@@ -42,8 +42,7 @@ class ModelConfig:
     taps: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # of the mixer's convolutions, in order
     recursions: int = 2  # passes through the one block
-    # what ternary weights multiply, forward and backward: as it is, or rounded to int8 row by row (docs/kernels.md)
-    activations: str = _one_of("float", "float", "int8", later=True)
+    activations: str = _one_of("float", "float", "int8", later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "inner", "groups", "taps", "recursions"):

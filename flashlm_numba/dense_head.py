@@ -122,6 +122,8 @@ class DenseHead:
         logits = dense_inference.dense_logits_int8(x[None], q, scales)[0]
         reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # how far off they may be
         # the cap and the prior are increasing functions of a logit: they keep bounds as bounds
+        if not np.isfinite(logits).all():
+            raise ValueError("DenseHead: the logits must be finite; nothing can be chosen from them")
         lowest = draw.largest(self._finish(logits - reach, slice(None)), count)[1][-1]
         ids = np.flatnonzero(self._finish(logits + reach, slice(None)) >= lowest)
         order, values = draw.largest(

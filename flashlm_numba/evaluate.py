@@ -218,7 +218,7 @@ def evaluate_run(
         **sizes,
         "data": name,
         "checkpoint_step": loaded.state["step"],
-        "ema": ema,
+        "ema": ema or bool(loaded.state.get("ema")),
         "activations": activations,
     }
 

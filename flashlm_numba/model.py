@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.errors import UserError
 from flashlm_numba.heads import Head
 from flashlm_numba.kernels import _check, decode
 from flashlm_numba.kernels.decode import DecodeState
@@ -106,7 +107,11 @@ class Model:
         """
         if kind not in ACTIVATIONS:
             raise ValueError(f"Model: activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
-        self._weights.use_int8(kind == "int8")
+        try:
+            self._weights.use_int8(kind == "int8")
+        except ValueError as error:  # of the environment variable that forces a variant
+            raise UserError(f"{error}.") from None
+        self._buffers = None  # a backward pass must not follow a forward pass of the other kind
         self.prepare()
 
     def prepare(self) -> None:

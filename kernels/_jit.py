@@ -15,6 +15,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding
 import numba
+from numba.core.codegen import get_host_cpu_features
 from platformdirs import user_cache_dir
 
 # fastmath=True would also assume that no NaN and no infinity occurs, and then delete the checks for them
@@ -24,9 +25,15 @@ FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 EXACT = FASTMATH - {"reassoc"}
 
 
+def target_features() -> set[str]:
+    """What Numba compiles for, like "+avx2": this processor's features, unless its configuration says otherwise."""
+    text = numba.config.CPU_FEATURES
+    return set((get_host_cpu_features() if text is None else text).split(","))
+
+
 def _complete() -> str:
     """Name of the file that marks a cache with every kernel in it: for one compiler and one processor."""
-    processor = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
+    processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(), ",".join(sorted(target_features()))
     parts = " ".join([numba.__version__, llvmlite.__version__, *processor])
     return f"complete-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 

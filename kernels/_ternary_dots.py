@@ -9,7 +9,8 @@ and masked into four registers of codes, each beside 64 inputs. What x86 offers 
                    of vpmaddubsw are added: at most 4 * 2 * 2 * 128 = 2,048 of 32,767, so nothing can overflow.
     vnni           vpdpbusd adds four products to an int32 in one instruction.
 
-To add a processor (Arm's sdot, AMX): a function with the signature of `plain`, and its name in VARIANTS.
+To add a processor (Arm's sdot, AMX): a function with the signature of `plain`, its name in VARIANTS and in available,
+and a branch in ternary_matmul.ternary_products; for many rows the same in ternary_linear.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -25,28 +25,31 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._jit import helper, target_features
 
 BLOCK_BYTES = 64
 BLOCK = 4 * BLOCK_BYTES  # weights
 
 
-def _features() -> dict[str, bool]:
-    return {} if numba.config.DISABLE_JIT else dict(llvmlite.binding.get_host_cpu_features())
-
-
 @functools.cache  # asking the compiler takes a fifth of a millisecond
 def available() -> list[str]:
-    """Names of the variants that this processor can run, the fastest last."""
-    has = _features()
+    """Names of the variants that Numba compiles for, the fastest last."""
+    has = set() if numba.config.DISABLE_JIT else target_features()
     found = ["plain"]
-    if has.get("avx2"):
+    if "+avx2" in has:
         found.append("avx2")
-    if has.get("avx512bw"):
+    if {"+avx2", "+avx512bw"} <= has:
         found.append("avx512")
-        if has.get("avx512vnni"):
+        if "+avx512vnni" in has:
             found.append("vnni")
     return found
+
+
+def check_variant(name: str) -> str:
+    """name, or ValueError if this processor has no such variant."""
+    if name not in available():
+        raise ValueError(f"variant must be one of {', '.join(available())} on this machine, got {name!r}")
+    return name
 
 
 # a kernel takes the index of its variant: compiled once, it holds those that the processor has

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -20,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._jit import helper, target_features
 
 
 def _make_tile(rows: int, width: int) -> Any:
@@ -266,7 +265,7 @@ if numba.config.DISABLE_JIT:
 
 else:
     _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
-    HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+    HAS_AVX512 = "+avx512f" in target_features()
 
     def _make_tile_product(width, many, some):
         """For tiles of `many` rows, then of `some`, then of one."""

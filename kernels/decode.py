@@ -187,7 +187,8 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
     """Feed one token; returns its hidden state (1, C) float32, a view that the next call overwrites.
 
     row: the token's row of embedding (V, C). One thread, and the same cost at every position: 2*R*(2*C*C*K*D/G + C*C
-    + 3*C*I) flop. Equal to the last row of trunk_forward over the whole text but for float32 rounding.
+    + 3*C*I) flop. Equal to the last row of trunk_forward over the whole text but for float32 rounding,
+    which with int8 activations can move what is rounded to int8 by a step.
     Raises ValueError if the row is not in [0, V), or a shape or dtype is wrong.
     """
     _check.array("decode_step", "embedding", embedding, (None, weights.w_out.shape[0]))

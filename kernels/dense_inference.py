@@ -20,7 +20,7 @@ def _dense_logits(out, x, weight):
 
 @serial_kernel
 def _dense_logits_int8(out, x, q, scales):
-    dot_products_int8(out, x, q)
+    dot_products_int8(out, x, q[:, : x.shape[1]])
     for v in range(out.shape[1]):
         out[0, v] *= scales[v]
 
@@ -46,5 +46,5 @@ def dense_logits_int8(x: np.ndarray, q: np.ndarray, scales: np.ndarray) -> np.nd
     if x.shape[1] > q.shape[1]:
         raise ValueError(f"dense_logits_int8: x has {x.shape[1]} channels, q has {q.shape[1]}")
     out = np.empty((1, len(q)), np.float32)
-    _dense_logits_int8(out, x, q[:, : x.shape[1]], scales)
+    _dense_logits_int8(out, x, q, scales)
     return out

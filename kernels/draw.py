@@ -70,25 +70,31 @@ def put_in_order(keys, codes, found):
 
 @serial_kernel
 def _largest(keys, ids, row):
-    """keys (K,) float64, ids (K,) int64: the K largest of row (V,), largest first."""
+    """keys (K,) float64, ids (K,) int64: the K largest of row (V,), largest first. False if there is a NaN or infinity."""
     found, start = 0, 0
     while start < row.shape[0]:
         part = row[start : start + SPAN]
-        if found < keys.shape[0] or np.float64(row_max(part)) > -keys[0]:
+        top = row_max(part)
+        if not top < np.inf:
+            return False
+        if found < keys.shape[0] or np.float64(top) > -keys[0]:
             for i in range(part.shape[0]):
                 found = keep_largest(keys, ids, found, np.float64(part[i]), start + i)
         start += SPAN
     put_in_order(keys, ids, found)
+    return True
 
 
 @helper
 def _index_above(values, bar):
-    """First index whose running sum exceeds bar; the last one if none does."""
+    """First index whose running sum exceeds bar; the last one above zero if, for rounding, none does."""
     seen = np.float64(values[0])
     i = 0
     while seen <= bar and i < values.shape[0] - 1:
         i += 1
         seen += values[i]
+    while values[i] == 0 and i > 0:
+        i -= 1
     return i
 
 
@@ -100,12 +106,12 @@ def _draw(row, sums, uniform, temperature):
     total = 0.0
     for block in range(sums.shape[0]):
         part = row[block * BLOCK : (block + 1) * BLOCK]
-        here = np.float32(0)
         for i in range(part.shape[0]):
             part[i] = exp32((part[i] - top) * inverse)
-            here += part[i]
-        sums[block] = here
-        total += np.float64(here)
+        sums[block] = 0.0
+        for i in range(part.shape[0]):
+            sums[block] += np.float64(part[i])
+        total += sums[block]
     if not 0 < total < np.inf:
         return -1
     bar = uniform * total
@@ -149,14 +155,16 @@ def check_drawing(temperature: float, top_p: float | None) -> None:
 def largest(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices (K,) int64 and values (K,) float64 of the count largest of row (V,) float32, largest first; K <= V.
 
-    Of equal ones some are taken, for count 1 the first. Raises ValueError if count is below 1.
+    Of equal ones some are taken, for count 1 the first. Raises ValueError if count is below 1 or a NaN or infinity
+    is met.
     """
     _check.array("largest", "row", row, (None,))
     if count < 1:
         raise ValueError(f"largest: count must be at least 1, got {count}")
     count = min(count, len(row))
     keys, ids = np.empty(count), np.empty(count, np.int64)
-    _largest(keys, ids, row)
+    if not _largest(keys, ids, row):
+        raise ValueError("largest: the logits must be finite; nothing can be chosen from them")
     return ids, keys
 
 

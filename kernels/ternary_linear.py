@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._jit import helper, serial_kernel
-from flashlm_numba.kernels._ternary_dots import VARIANTS, available
+from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
 from flashlm_numba.kernels.ternary_matmul import best_variant, quantize
 
 COLUMNS = 64  # outputs of a block
@@ -308,7 +308,7 @@ def ternary_linear(
     rows, columns = weight.shape
     _check.array("ternary_linear", "x", x, (None, columns))
     _check.array("ternary_linear", "codes", codes, (-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
-    index = VARIANTS.index(variant or linear_variant())
+    index = VARIANTS.index(check_variant(variant) if variant else linear_variant())
     add = out is not None
     if out is None:
         out = np.zeros((len(x), rows), np.float32)

@@ -186,12 +186,9 @@ def ternary_matmul_int8(packed: np.ndarray, q: np.ndarray, *, variant: str | Non
         raise ValueError(f"ternary_matmul_int8: packed must have whole blocks of 64 bytes, got {packed.shape[1]} bytes")
     if q.shape[1] > (2**31 - 1) // 256:  # codes of 2 beside inputs of -128
         raise ValueError(f"ternary_matmul_int8: at most {(2**31 - 1) // 256:,} columns, got {q.shape[1]:,}")
-    if variant is not None and variant not in _ternary_dots.available():
-        raise ValueError(
-            f"ternary_matmul_int8: variant must be one of {', '.join(_ternary_dots.available())}, got {variant!r}"
-        )
+    variant = _ternary_dots.check_variant(variant) if variant else best_variant()
     out = np.empty((len(q), len(packed)), np.int32)
-    _multiply(out, packed, q, variant or best_variant())
+    _multiply(out, packed, q, variant)
     return out
 
 
@@ -201,7 +198,7 @@ def ternary_matmul(packed: np.ndarray, x: np.ndarray, *, variant: str | None = N
     Raises ValueError as ternary_matmul_int8 does.
     """
     q, scales = quantize_rows(x)
-    return ternary_matmul_int8(packed, q, variant=variant) * scales[:, None]
+    return ternary_matmul_int8(packed, q, variant=variant).astype(np.float32) * scales[:, None]
 
 
 def ternary_matvec(packed: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from numba import prange
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
 from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
+from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
 from flashlm_numba.kernels.conv import (
     conv_sequence,
     conv_sequence_dinput,
@@ -35,7 +36,6 @@ from flashlm_numba.kernels.conv import (
 )
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
-from flashlm_numba.kernels._ternary_dots import VARIANTS
 from flashlm_numba.kernels.ternary_linear import (
     empty_columns,
     fill_columns,
@@ -219,10 +219,13 @@ class TrunkWeights:
 
         variant: one of _ternary_dots.available(), default linear_variant().
         """
-        self.int8, self.variant = int8, VARIANTS.index(variant or linear_variant()) if int8 else 0
+        name = "plain" if not int8 else check_variant(variant) if variant else linear_variant()
+        self.int8, self.variant = int8, VARIANTS.index(name)
         matrices = (self.w_out, self.w_gate_up, self.w_down) if int8 else ()
-        self.codes, self.codes_t = ((np.empty((0, 0, 4), np.uint8),) * 3 for _ in range(2))
-        self.weights_t = (np.empty((0, 0), np.float32),) * 3  # transposes, for BLAS in place of int8 instructions
+        self.codes: tuple[np.ndarray, ...] = (np.empty((0, 0, 4), np.uint8),) * 3
+        self.codes_t = self.codes
+        # transposes, for BLAS in place of int8 instructions
+        self.weights_t: tuple[np.ndarray, ...] = (np.empty((0, 0), np.float32),) * 3
         if int8:
             self.codes = tuple(empty_columns(*w.shape) for w in matrices)
             self.codes_t = tuple(empty_columns(*w.T.shape) for w in matrices)
@@ -250,7 +253,7 @@ class TrunkBuffers:
         count, groups, taps, size, _ = weights.conv.shape
         dim, inner = weights.w_down.shape
         rows = batch * time
-        self.shape = (batch, time, threads, weights.int8)
+        self.shape = (batch, time, threads, weights.int8, weights.variant)
         self.tile = max(1, TILE_ROWS // max(time, 1))  # sequences
         tile_rows = self.tile * time
 
@@ -329,7 +332,7 @@ def buffers_for(
     previous: TrunkBuffers | None, weights: TrunkWeights, passes: int, batch: int, time: int
 ) -> TrunkBuffers:
     """previous where it fits this batch shape and thread count, else new buffers."""
-    shape = (batch, time, numba.get_num_threads(), weights.int8)
+    shape = (batch, time, numba.get_num_threads(), weights.int8, weights.variant)
     if previous is not None and previous.shape == shape:
         return previous
     return TrunkBuffers(weights, passes, *shape[:3])

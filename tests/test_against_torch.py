@@ -112,7 +112,7 @@ def round_rows(x):
 
 
 def rounded_product(x, weight):
-    """x @ weight.T with x rounded, and in the backward pass what comes back rounded; weight's gradient is the exact x's."""
+    """x @ weight.T with x rounded; backward, dx is of a rounded dout, and weight's gradient of both as they were."""
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -154,9 +154,7 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
         model = Model(dataclasses.replace(config, activations=kind), copies, DenseHead)
         loss, _, _ = model.loss_and_grad(ids, targets, weights)
         found[kind] = {"loss": loss, **model.gradients}
-    monkeypatch.setattr(
-        peer_torch.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self))
-    )
+    monkeypatch.setattr(peer_torch.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self)))
     monkeypatch.setattr(peer_torch.GLU, "forward", glu)
     loss, _, gradients = peer_gradients(config, parameters, torch.float32, ids, targets, weights, {})
     for name, want in {"loss": loss, **gradients}.items():
@@ -164,7 +162,7 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
             continue
         size = np.linalg.norm(want)
         assert np.linalg.norm(found["int8"][name] - want) < 3e-3 * size, name
-        if name != "loss":
+        if name.startswith(("mixer", "glu")):
             assert np.linalg.norm(found["float"][name] - want) > 1e-2 * size, name
 
 

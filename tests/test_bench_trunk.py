@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.kernels._ternary_dots import available
 from flashlm_numba.model import Model
 from tools import bandwidth, bench_trunk, timing
 
@@ -69,6 +70,7 @@ def test_a_wrong_hidden_state_ends_the_program_without_torch(small, monkeypatch)
     assert "Wrong result: hidden states differ from the decoder's by 0.001" in done.output
 
 
+@pytest.mark.skipif(len(available()) == 1, reason="this processor has no int8 products to plant a mistake in")
 def test_a_wrong_int8_product_ends_the_program(small, monkeypatch):
     right = bench_trunk.make_rounded
 

@@ -14,6 +14,9 @@ from conftest import TINY
 from flashlm_numba import checkpoint
 from flashlm_numba.cli import main
 from flashlm_numba.errors import UserError
+from flashlm_numba.heads import DenseHead
+from flashlm_numba.kernels.ternary_linear import linear_variant
+from flashlm_numba.kernels.ternary_matmul import best_variant
 
 
 def _run(*arguments):
@@ -305,14 +308,34 @@ def test_int8_activations_score_and_write_nearly_as_float_ones(run):
     assert scores["int8"]["nll"] == pytest.approx(scores["float"]["nll"], abs=0.02)
 
 
-def test_int8_rows_are_for_the_dense_head(run, corpus, tmp_path):
+def test_int8_rows_are_for_the_dense_head(run, corpus, tmp_path, monkeypatch):
     done = _run("generate", run, "--int8-head")
     assert done.exit_code == 2
     assert "--int8-head is for the dense head, but" in done.stderr
     dense = tmp_path / "dense"
     assert _run("train", corpus, "--head", "dense", "--out", dense, "--steps", 1, *_settings()).exit_code == 0
+    used = []
+    right = DenseHead.use_int8
+    monkeypatch.setattr(DenseHead, "use_int8", lambda self: (used.append(1), right(self)))
     greedy = [
         _run("generate", dense, "--max-tokens", 12, "--temperature", 0, *options).stdout
         for options in ((), ("--int8-head",))
     ]
-    assert greedy[0] == greedy[1] != ""
+    assert greedy[0] == greedy[1]
+    assert greedy[0].strip()
+    assert used == [1]
+    done = _run("generate", dense, "--int8-head", "--top-p", 0.9)
+    assert done.exit_code == 2
+    assert "needs --top-k too" in done.stderr
+
+
+def test_a_forced_variant_that_this_machine_lacks_is_one_sentence(run, monkeypatch):
+    best_variant.cache_clear()
+    linear_variant.cache_clear()
+    monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", "sse9")
+    done = _run("eval", run, "--activations", "int8")
+    best_variant.cache_clear()
+    linear_variant.cache_clear()
+    assert done.exit_code == 1
+    assert "FLASHLM_NUMBA_TERNARY must be one of plain" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -149,5 +149,5 @@ def test_settings_from_before_activations_mean_float():
     old = json.loads(RunConfig.recipe_named("default").to_json())
     del old["model"]["activations"]
     assert RunConfig.from_json(json.dumps(old)).model.activations == "float"
-    with pytest.raises(UserError, match="model.activations must be one of float, int8"):
+    with pytest.raises(UserError, match=r"model\.activations must be one of float, int8"):
         RunConfig.recipe_named("default").with_settings(["activations=int4"])

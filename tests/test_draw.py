@@ -72,6 +72,11 @@ def test_what_is_no_distribution_is_refused(value):
         draw.draw(np.full(3, value, np.float32), 0.5)
     with pytest.raises(ValueError, match="must be finite"):
         draw.draw_sorted(np.full(3, value), 0.5)
+    row = np.arange(200, dtype=np.float32)
+    row[150] = value
+    if value > 0 or value != value:
+        with pytest.raises(ValueError, match="must be finite"):
+            draw.largest(row, 3)
     with pytest.raises(ValueError, match="nothing can be drawn"):
         draw.draw(np.empty(0, np.float32), 0.5)
 

@@ -1,5 +1,7 @@
 """The whole model without torch: counts, causality, and what the parts have to agree on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,31 @@ def test_tree_nll_before_a_changed_token_stays_to_rounding(shape):
     np.testing.assert_allclose(before[0, :17], after[0, :17], rtol=0, atol=1e-5)
     np.testing.assert_allclose(before[1], after[1], rtol=0, atol=1e-5)
     assert np.abs(before[0, 17:] - after[0, 17:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_prepare_follows_the_weights(activations):
+    """As after an optimiser's step: nothing packed from the old weights is left."""
+    config = dataclasses.replace(SMALL, activations=activations)
+    model, other = small_model(0, config), small_model(1, config)
+    ids, targets = batch(7, 2, 20)
+    weights = np.full(40, 1 / 40, np.float32)
+    model.loss_and_grad(ids, targets, weights)
+    for name, value in other.parameters.items():
+        model.parameters[name][...] = value
+    model.prepare()
+    results = [m.loss_and_grad(ids, targets, weights, accumulate=False)[0] for m in (model, other)]
+    np.testing.assert_array_equal(*results)
+    for name, value in other.gradients.items():
+        np.testing.assert_array_equal(model.gradients[name], value, err_msg=name)
+
+
+def test_a_backward_pass_does_not_follow_a_forward_pass_of_the_other_kind():
+    model = small_model()
+    model.forward(batch(1, 1, 5)[0])
+    model.use_activations("int8")
+    with pytest.raises(ValueError, match="call forward first"):
+        model.backward(np.zeros((5, SMALL.dim), np.float32))
 
 
 def test_a_token_outside_the_receptive_field_has_no_influence():

@@ -1,6 +1,7 @@
 """A model in one file: packing without loss, the same NLL and text as the run, and files that are refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,8 +55,15 @@ def test_an_exported_model_scores_and_writes_as_the_run_does(run, exported, corp
     assert infos[1]["peak_memory_mb"] > 0
 
 
-def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, exported):  # noqa: F811
+def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, exported, tmp_path):  # noqa: F811
     assert str(corpus).encode() not in exported.read_bytes()
+    copy, config = tmp_path / "run", json.loads((run / "config.json").read_text())
+    shutil.copytree(run, copy)
+    config["training"]["embeddings"] = "/home/somebody/secret/gpt2.safetensors"
+    (copy / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "model.safetensors"
+    assert _run("export", copy, path).exit_code == 0
+    assert b"secret" not in path.read_bytes()
     done = _run("eval", exported)
     assert done.exit_code == 1
     assert "does not say where its text is; name the text to score" in done.stderr
@@ -64,11 +72,13 @@ def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, expor
 def test_the_running_average_can_be_exported(run, corpus, tmp_path):  # noqa: F811
     path = tmp_path / "ema.safetensors"
     assert _run("export", run, path, "--ema").exit_code == 0
-    own, other = (
-        json.loads(_run("eval", *arguments, "--json").stdout)["nll"]
-        for arguments in ((run, corpus, "--ema"), (path, corpus))
+    own, other, plain = (
+        json.loads(_run("eval", *arguments, "--json").stdout)
+        for arguments in ((run, corpus, "--ema"), (path, corpus), (run, corpus))
     )
     assert own == other
+    assert own["ema"]
+    assert own["nll"] != plain["nll"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +134,7 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(exported, tmp_path):
     wrong["model"]["dim"] *= 2
     path = tmp_path / "wrong.safetensors"
     packed.write(path, tensors, json.dumps(wrong), state)
-    with pytest.raises(UserError, match="does not fit its own settings"):
+    with pytest.raises(UserError, match="do not fit the settings beside them"):
         load_model(path)
 
 

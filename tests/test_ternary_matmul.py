@@ -82,6 +82,7 @@ def test_float_product_errs_by_the_rounding_of_its_inputs(seed, inputs, width):
     q, scales = reference.quantize_rows(x)
     rounded = q * scales[:, None]
     doubles = rounded.astype(np.float64) @ weight.T.astype(np.float64)
+    assert ternary_matmul.ternary_matmul(packed, x).dtype == np.float32
     assert_as_accurate(ternary_matmul.ternary_matmul(packed, x), rounded @ weight.T, doubles)
 
 
@@ -107,6 +108,7 @@ def test_a_variant_that_computes_wrongly_is_not_used(monkeypatch):
         if variant:
             out[-1, -1] += 1
 
+    monkeypatch.delenv("FLASHLM_NUMBA_TERNARY", raising=False)
     monkeypatch.setattr(ternary_matmul, "_ternary_matmul_serial", broken)
     ternary_matmul.best_variant.cache_clear()
     with pytest.warns(UserWarning, match="computes wrongly on this machine; not used"):

@@ -30,6 +30,7 @@ CASES = {
     "awkward": ("head.name=dense", *AWKWARD),
     "sampled": ("head.name=sampled", "candidates=1000", "full_share=0.3"),
     "tree": ("head.name=tree",),
+    "int8": ["activations=int8"],
 }
 
 

@@ -50,12 +50,13 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 def make_model(data: TokenData, head: str) -> Model:
     """v3's shape with this head, as before its first step."""
-    run = RunConfig.recipe_named("default").with_settings([f"head.name={head}", "log_prior=true"])
+    settings = [f"head.name={head}", "log_prior=true", "activations=float"]
+    run = RunConfig.recipe_named("default").with_settings(settings)
     return assemble.new_model(run, data, lambda line: None)
 
 
-def largest_error(model: Model, text: np.ndarray) -> float:
-    """Largest difference of decoded hidden states from those of one pass over text (T,), relative to their size."""
+def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:
+    """For each decoded hidden state the largest difference from that of one pass over text (T,), relative to their size."""
     model.prepare()
     want = model.forward(text[None]).copy()
     state, h = model.prefill(text[:-CHECKED])
@@ -63,7 +64,7 @@ def largest_error(model: Model, text: np.ndarray) -> float:
     for token in text[-CHECKED:-1]:
         found.append(model.decode_step(state, int(token))[0].copy())
     want = want[-CHECKED - 1 : -1]
-    return float(np.abs(np.array(found) - want).max() / np.abs(want).max())
+    return np.abs(np.array(found) - want).max(1) / np.abs(want).max()
 
 
 def decoding(model: Model, context: list[int], options: dict[str, Any]) -> Callable[[int], None]:
@@ -153,17 +154,20 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
     dense = make_model(corpus, "dense")
     field, few = tree.config.receptive_field, max(1, tokens // 4)
     text = corpus.train.windows(np.array([0]), field + CHECKED)[0].astype(np.int32)
-    for name, model in (("tree", tree), ("dense", dense)):
-        error = largest_error(model, text)
-        if not error < 1e-4:
+    tree.use_activations("float")
+    tree_int8 = Model(tree.config, dict(tree.parameters), lambda weight, dweight: tree.head)
+    tree_int8.use_activations("int8")
+    dense_int8 = make_model(corpus, "dense")
+    assert isinstance(dense_int8.head, DenseHead)
+    dense_int8.head.use_int8()
+    for name, model in (("tree", tree), ("tree, int8 activations", tree_int8), ("dense", dense)):
+        errors = decoding_errors(model, text)
+        # int8: a number whose last bit differs before it is rounded moves what follows by a step of that
+        error = np.median(errors) if model is tree_int8 else errors.max()
+        if not error < 1e-4 or not errors.max() < 0.1:
             click.echo(f"{name}: decoded hidden states err by {error:.2g} of the largest; expected rounding.", err=True)
             sys.exit(1)
     context = text[:field].tolist()
-    # others with the same weights, set up for int8
-    tree_int8 = Model(tree.config, dict(tree.parameters), lambda weight, dweight: tree.head)
-    tree_int8.use_activations("int8")
-    dense_int8 = Model(dense.config, dict(dense.parameters), DenseHead)
-    dense_int8.head.use_int8()
     calls: dict[str, tuple[int, Callable[[int], None]]] = {
         "trunk alone": (tokens, trunk_alone(tree, context)),
         "trunk alone, int8 activations": (tokens, trunk_alone(tree_int8, context)),

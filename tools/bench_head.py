@@ -100,9 +100,11 @@ def measure_heads(
     return report, missing
 
 
-def make_session(data: TokenData, head: str, threads: int, positions: float) -> train.Session:
+def make_session(
+    data: TokenData, head: str, threads: int, positions: float = 1.0, activations: str = "float"
+) -> train.Session:
     """A model of v3's shape with this head and both optimisers, on the data's first step."""
-    settings = [f"head.name={head}", f"positions={positions}", "log_prior=false"]
+    settings = [f"head.name={head}", f"positions={positions}", "log_prior=false", f"activations={activations}"]
     if head == "dense":
         settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
     run = RunConfig.recipe_named("default").with_settings(settings)
@@ -112,23 +114,27 @@ def make_session(data: TokenData, head: str, threads: int, positions: float) -> 
     return train.Session(run, data.folder, data, model, optimizer, {})
 
 
-def measure_steps(data: TokenData, threads: int, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_steps(
+    data: TokenData, threads: int, repeats: int, batch: Phase = STEP
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whole training steps: tokens/s and shares of the step's time, ours and torch's, by candidate."""
     rates: dict[str, Any] = {}
     shares: dict[str, Any] = {}
-    for name, head, positions in (
-        ("dense", "dense", 1.0),
-        ("dense@0.25", "dense", 0.25),
-        ("tree", "tree", 1.0),
-    ):
-        session = make_session(data, head, threads, positions)
+    ours: dict[str, dict[str, Any]] = {
+        "dense": {"head": "dense"},
+        "dense@0.25": {"head": "dense", "positions": 0.25},
+        "tree": {"head": "tree"},
+        "tree@int8": {"head": "tree", "activations": "int8"},
+    }
+    for name, options in ours.items():
+        session = make_session(data, threads=threads, **options)
         seconds, parts = [], []
         for step in range(repeats + 2):
-            done = train.do_step(session, STEP, step, lr=1e-3)
+            done = train.do_step(session, batch, step, lr=1e-3)
             if step >= 2:
                 seconds.append(done.seconds)
                 parts.append(done.shares)
-        rates[name] = timing.rate(timing.summary(seconds), STEP.tokens)
+        rates[name] = timing.rate(timing.summary(seconds), batch.tokens)
         shares[name] = {part: round(float(np.median([p[part] for p in parts])), 4) for part in SHARES}
     if importlib.util.find_spec("torch") is None:
         return rates, shares
@@ -137,15 +143,19 @@ def measure_steps(data: TokenData, threads: int, repeats: int) -> tuple[dict[str
     from tools import peer_torch
 
     torch.set_num_threads(threads)
-    batch = f"{STEP.rows}x{STEP.length}"
+    shape = f"{batch.rows}x{batch.length}x{batch.micro_batches}"
+    # torch's fused AdamW, the faster; "plain": its default one, as in FlashLM v3
     peers: dict[str, dict[str, Any]] = {
-        "torch": V3_LOSS,
-        "torch@0.25": {"positions": 0.25, **V3_LOSS},
-        "torch:adaptive": {"adaptive_div": 1.0},
-        "torch:adaptive-div4": {"adaptive_div": 4.0},
+        "torch": {"fused": True, **V3_LOSS},
+        "torch-plain": V3_LOSS,
+        "torch@0.25": {"fused": True, "positions": 0.25, **V3_LOSS},
+        "torch:adaptive": {"fused": True, "adaptive_div": 1.0},
+        "torch:adaptive-div4": {"fused": True, "adaptive_div": 4.0},
+        "torch:adaptive-plain": {"adaptive_div": 1.0},
+        "torch:adaptive-div4-plain": {"adaptive_div": 4.0},
     }
     for name, options in peers.items():
-        result = peer_torch.measure_step(batch, repeats=max(2, repeats), data=data.folder, fused=True, **options)
+        result = peer_torch.measure_step(shape, repeats=max(2, repeats), data=data.folder, **options)
         rates[name], shares[name] = result["tokens_per_s"], result["shares"]
     return rates, shares
 
@@ -208,6 +218,7 @@ def say_head(name: str, head: Mapping[str, Any] | None, missing: Mapping[str, st
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared tokens. Default: the built-in text.")
 @click.option("--steps/--no-steps", default=True, help="Also measure whole training steps (v3's shape).")
+@click.option("--batch", default="16x128", show_default=True, help="Of a step: ROWSxLENGTHxMICRO_BATCHES.")
 @click.option("--scaling", is_flag=True, help="Also measure cost against V and N; takes minutes.")
 @click.option("--quick", is_flag=True, help="Fewer positions, repeats and candidates.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
@@ -222,6 +233,7 @@ def main(
     heads: tuple[str, ...],
     data: Path | None,
     steps: bool,
+    batch: str,
     scaling: bool,
     quick: bool,
     json_path: Path | None,
@@ -244,6 +256,7 @@ def main(
             timing.check_writable(path)
     rows, repeats = rows or (1024 if quick else 4096), repeats or (2 if quick else 7)
     try:
+        phase = Phase.parse(batch)
         threads = set_threads(threads)
         tokens = open_tokens(data or default_corpus())
     except (UserError, ValueError) as error:
@@ -283,8 +296,8 @@ def main(
     step_rates: dict[str, Any] = {}
     shares: dict[str, Any] = {}
     if steps:
-        step_rates, shares = measure_steps(tokens, threads, repeats)
-        click.echo(f"Whole training steps, v3's shape, {STEP.rows} x {STEP.length} tokens, both optimisers:")
+        step_rates, shares = measure_steps(tokens, threads, repeats, phase)
+        click.echo(f"Whole training steps, v3's shape, {batch} tokens, both optimisers:")
         for name, rate in step_rates.items():
             say_rate(name, rate, "tokens/s", ", ".join(f"{part} {share:.0%}" for part, share in shares[name].items()))
     result = {
@@ -295,6 +308,7 @@ def main(
         "gemm_gflops": gemm["best"],
         "heads": report,
         "shares": shares,
+        "batch": batch,
         "steps": {name: {"tokens_per_s": rate} for name, rate in step_rates.items()},
         **({"scaling": curves} if curves else {}),
         "peak_rss_mb": peak_rss_mb(),

@@ -70,11 +70,15 @@ def make_calls(
             raise timing.WrongResultError(f"{variant}: {rows} x {columns}, {inputs} rows: not the exact product")
         calls[variant] = run
     calls["with rounding"] = lambda: product(packed, quantize_rows(x)[0])
+    if not np.array_equal(calls["with rounding"](), expected):
+        raise timing.WrongResultError(f"with rounding: {rows} x {columns}, {inputs} rows: not the exact product")
     if 4 * rows * columns <= FLOAT_BYTES:
         floats = weight.astype(np.float32)
         calls["numpy float32"] = lambda: x @ floats.T
         if inputs == 1:
             calls["float activations"] = lambda: ternary_matvec(packed, x[0])
+            if not np.allclose(calls["float activations"](), calls["numpy float32"](), atol=1e-4 * columns**0.5):
+                raise timing.WrongResultError(f"float activations: {rows} x {columns}: not NumPy's product")
     return calls
 
 

@@ -6,9 +6,10 @@
     python tools/bench_trunk.py --json FILE        write what was measured
 
 All passes of the block forward and backward, the rows of the embedding and their gradient included, 16 x 256 tokens of
-v3's shape; ours also with the inputs of its ternary products rounded to int8, which is less work. Hidden states and every gradient are checked first against PyTorch's autograd in float64 (without PyTorch
-the hidden states only, against the decoder); a wrong one ends the program with status 1. Then the candidates take
-turns: medians, with the 20 % and 80 % quantiles. Use a quiet machine.
+v3's shape; ours also with the inputs of its ternary products rounded to int8, which is less work. Hidden states and
+every gradient are checked first against PyTorch's autograd in float64 (without PyTorch the hidden states only, against
+the decoder), the rounded ones against the same by BLAS; a wrong one ends the program with status 1. Then the candidates
+take turns: medians, with the 20 % and 80 % quantiles. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.model import Model, initial_parameters, parameter_shapes
 from flashlm_numba.optim import Optimizer
@@ -215,17 +217,20 @@ def _kept_bytes(model: Model) -> int:
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw the roofline to this .png or .svg.")
 def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: Path | None) -> None:
     """See the module's docstring."""
+    if plot_path is not None and not head_report.can_plot():
+        raise click.ClickException("--plot needs matplotlib: pip install -e '.[dev]', or pip install matplotlib")
+    if plot_path is not None and plot_path.suffix not in (".png", ".svg"):
+        raise click.BadParameter(f"{plot_path} must end in .png or .svg.")
     for path in (json_path, plot_path):
         if path is not None:
             timing.check_writable(path)
     try:
         threads = set_threads(threads)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
-    model = make_model(ModelConfig())
-    try:
+        model = make_model(ModelConfig())
         error = check(model)
         check_rounded(model)
+    except (UserError, ValueError) as mistake:
+        raise click.ClickException(str(mistake)) from None
     except timing.WrongResultError as wrong:
         click.echo(f"Wrong result: {wrong}.", err=True)
         sys.exit(1)
@@ -254,9 +259,10 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
                 f"  {name:<32} {point['flop'] / point['bytes']:>7.1f} flop a byte  "
                 f"{point['flop'] / point['seconds'] * 1e-9:>7.1f} GFLOP/s"
             )
-        head_report.draw_roofline(result).savefig(plot_path, dpi=150)
     if json_path is not None:
         timing.write_json(json_path, result)
+    if plot_path is not None:
+        head_report.draw_roofline(result).savefig(plot_path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ SUMMARY = (
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 4", "torch:adaptive-div4", "torch:adaptive-div4"),
     ("PyTorch, our tree by hand", "torch:tree", None),
     ("**ours, tree head (default)**", "tree:default", "tree"),
+    ("**ours, tree head, int8 activations**", None, "tree@int8"),
 )
 BARS = {
     "torch": "PyTorch, dense",
@@ -23,6 +24,7 @@ BARS = {
     "dense@0.25": "ours, dense, 25 % of positions",
     "torch:adaptive": "PyTorch, adaptive softmax",
     "tree": "ours, tree",
+    "tree@int8": "ours, tree, int8 activations",
 }
 COLORS = {"head": "#d1495b", "trunk": "#6fa8dc", "optimizer": "#edae49", "embedding": "#66a182", "rest": "#dddddd"}
 
@@ -45,7 +47,7 @@ def summary_table(result: Mapping[str, Any]) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for label, head, step in SUMMARY:
-        entry, whole = result["heads"].get(head), result["steps"].get(step)
+        entry, whole = result["heads"].get(head or ""), result["steps"].get(step or "")
         if head == "torch:tree":  # the faster of the two
             found = [result["heads"].get(name) for name in (head, "torch:tree-1thread")]
             entry = max(filter(None, found), key=lambda e: e["positions_per_s"]["median"], default=None)
