@@ -70,7 +70,7 @@ def put_in_order(keys, codes, found):
 
 @serial_kernel
 def _largest(keys, ids, row):
-    """keys (K,) float64, ids (K,) int64: the K largest of row (V,), largest first. False if there is a NaN or infinity."""
+    """keys (K,) float64, ids (K,) int64: the K largest of row (V,), largest first. False if one is NaN or infinite."""
     found, start = 0, 0
     while start < row.shape[0]:
         part = row[start : start + SPAN]

@@ -223,7 +223,7 @@ class TrunkWeights:
         self.int8, self.variant = int8, VARIANTS.index(name)
         matrices = (self.w_out, self.w_gate_up, self.w_down) if int8 else ()
         self.codes: tuple[np.ndarray, ...] = (np.empty((0, 0, 4), np.uint8),) * 3
-        self.codes_t = self.codes
+        self.codes_t: tuple[np.ndarray, ...] = self.codes
         # transposes, for BLAS in place of int8 instructions
         self.weights_t: tuple[np.ndarray, ...] = (np.empty((0, 0), np.float32),) * 3
         if int8:

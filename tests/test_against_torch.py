@@ -161,7 +161,7 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
         if name.startswith("router"):
             continue
         size = np.linalg.norm(want)
-        assert np.linalg.norm(found["int8"][name] - want) < 3e-3 * size, name
+        assert np.linalg.norm(found["int8"][name] - want) < 8e-3 * size, name
         if name.startswith(("mixer", "glu")):
             assert np.linalg.norm(found["float"][name] - want) > 1e-2 * size, name
 
