@@ -535,13 +535,8 @@ def _clustered(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None
     return _split_tree(_by_frequency(weight), arity, 2 * arity, split, "clustered")
 
 
-def _default(weight: np.ndarray, rows: np.ndarray | None) -> Tree:
-    """The best known: clustered where there are rows to cluster, else adaptive (docs/experiments.md)."""
-    return _adaptive(weight, rows) if rows is None else _clustered(weight, rows)
-
-
 SHAPES: dict[str, Callable[..., Tree]] = {
-    "default": _default,
+    "default": _adaptive,
     "adaptive": _adaptive,
     "two-level": _two_level,
     "balanced": _balanced,
