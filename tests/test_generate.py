@@ -84,13 +84,14 @@ def test_decoding_with_int8_activations_agrees_with_the_batched_pass(seed, promp
     plain = model.forward(ids[None]).copy()
     model.use_activations("int8")
     want = model.forward(ids[None]).copy()
-    assert 1e-4 < np.abs(want - plain).max() < 0.5
+    rounding = np.abs(want - plain).max()
+    assert rounding > 1e-4
     state, h = model.prefill(ids[:prompt])
     errors = [np.abs(h[0] - want[prompt - 1]).max()]
     for t in range(prompt, len(ids)):
         errors.append(np.abs(model.decode_step(state, int(ids[t]))[0] - want[t]).max())
     assert np.median(errors) < 2e-5
-    assert max(errors) < 0.3
+    assert max(errors) < 2 * rounding
     model.use_activations("float")
     np.testing.assert_array_equal(model.forward(ids[None]), plain)
 
