@@ -166,13 +166,14 @@ def draw_roofline(result: Mapping[str, Any]) -> Any:
     intensity = {name: point["flop"] / point["bytes"] for name, point in points.items()}
     low, high = min(intensity.values()) / 3, max(intensity.values()) * 3
     corner = peak / bandwidth
-    axes.plot([low, corner, high], [low * bandwidth, peak, peak], color="black", linewidth=1)
-    axes.text(high, peak * 1.08, f"float32 matrix products, {peak:.0f} GFLOP/s", ha="right")
-    axes.text(low * 1.1, low * bandwidth * 2.2, f"reading memory, {bandwidth:.0f} GB/s", rotation=30)
+    axes.plot([low, corner], [low * bandwidth, peak], color="black", label=f"reading memory, {bandwidth:.0f} GB/s")
+    axes.plot([corner, high], [peak, peak], color="grey", label=f"float32 matrix products, {peak:.0f} GFLOP/s")
     for name, point in points.items():
         rate = point["flop"] / point["seconds"] * 1e-9
         axes.plot(intensity[name], rate, marker="o")
-        axes.annotate(name, (intensity[name], rate), textcoords="offset points", xytext=(6, -10), fontsize=9)
+        side = "right" if intensity[name] > (low * high) ** 0.5 else "left"
+        axes.annotate(name, (intensity[name], rate), textcoords="offset points", xytext=(0, -14), fontsize=9, ha=side)
+    axes.legend(frameon=False, loc="lower right")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     return figure
