@@ -63,7 +63,7 @@ if numba.config.DISABLE_JIT:
         blocks = packed.shape[1] // BLOCK_BYTES
         bits = packed[first:last].reshape(last - first, blocks, 1, BLOCK_BYTES)
         codes = (bits >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-        out[:, first:last] = q.astype(np.int32) @ codes.reshape(last - first, -1).astype(np.int32).T
+        out[:, first:last] = q.astype(np.int32) @ codes.reshape(last - first, q.shape[1]).astype(np.int32).T
 
 else:
 
