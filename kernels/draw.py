@@ -1,4 +1,4 @@
-"""Which token is written: the largest of many logits, and a draw from them. One thread, nothing allocated.
+"""Which token is written: the largest of many logits, and a draw from them. One thread.
 
 The tree's search and the dense head share these. Letters: V logits, K entries kept.
 """
@@ -14,7 +14,7 @@ from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
 
 SPAN = 64  # logits that are passed over at once where none of them is large enough
-BLOCK = 1024  # probabilities summed at once before the sum goes on in float64
+BLOCK = 1024  # probabilities with a sum of their own, so that a draw need not go through all of them one by one
 
 
 @helper

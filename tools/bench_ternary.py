@@ -1,8 +1,8 @@
 """How fast are the packed ternary products, and what does the memory allow? A matrix of -1, 0, +1, 2 bits a weight.
 
 \b
-    python tools/bench_ternary.py               every shape (a minute and a half; 1.5 GB of memory)
-    python tools/bench_ternary.py --quick       small shapes only, a few seconds
+    python tools/bench_ternary.py               every shape
+    python tools/bench_ternary.py --quick       small shapes only
     python tools/bench_ternary.py --json FILE   write what was measured
 
 Beside ours: NumPy's float32 product with the same weights. Every candidate is checked first, bit for bit against the

@@ -1,7 +1,7 @@
 """How fast is the trunk, beside PyTorch's and beside what the machine's matrix products allow?
 
 \b
-    python tools/bench_trunk.py                    ours, PyTorch eager and compiled: two minutes
+    python tools/bench_trunk.py                    ours, PyTorch eager and compiled
     python tools/bench_trunk.py --plot FILE.png    a roofline: work per byte against work per second, every kernel
     python tools/bench_trunk.py --json FILE        write what was measured
 
