@@ -14,23 +14,12 @@ MEGABYTES = 512  # beyond most last caches
 
 
 @njit(parallel=True, fastmath=True)
-def _sum_floats(x, threads):
-    total = np.float32(0)
+def _sum(x, threads):
+    zero = x[0] - x[0]  # of either kind
+    total = zero
     for thread in prange(threads):
         part = x[thread * x.shape[0] // threads : (thread + 1) * x.shape[0] // threads]
-        here = np.float32(0)
-        for i in range(part.shape[0]):
-            here += part[i]
-        total += here
-    return total
-
-
-@njit(parallel=True)
-def _sum_integers(x, threads):
-    total = np.int64(0)
-    for thread in prange(threads):
-        part = x[thread * x.shape[0] // threads : (thread + 1) * x.shape[0] // threads]
-        here = np.int64(0)
+        here = zero
         for i in range(part.shape[0]):
             here += part[i]
         total += here
@@ -62,8 +51,8 @@ def read_bandwidth(threads: int, *, megabytes: int | None = None, repeats: int =
     try:
         seconds = timing.measure(
             {
-                "sum of float32": lambda: _sum_floats(floats, threads),
-                "sum of int64": lambda: _sum_integers(words, threads),
+                "sum of float32": lambda: _sum(floats, threads),
+                "sum of int64": lambda: _sum(words, threads),
                 "a word a line": lambda: _or_integers(words, threads),
             },
             repeats,
