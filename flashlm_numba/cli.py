@@ -22,7 +22,7 @@ from typing import Any, Literal
 import click
 
 from flashlm_numba import __version__
-from flashlm_numba.config import RECIPES, RunConfig
+from flashlm_numba.config import ACTIVATIONS, RECIPES, RunConfig
 from flashlm_numba.errors import UserError
 
 
@@ -51,7 +51,7 @@ _ema = click.option(
 )
 _activations = click.option(
     "--activations",
-    type=click.Choice(["float", "int8"]),
+    type=click.Choice(ACTIVATIONS),
     help="Arithmetic of the ternary layers: float, or int8, which rounds what goes into them: faster and slightly off "
     "(docs/kernels.md). Default: as the model was trained.",
 )

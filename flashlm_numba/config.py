@@ -31,6 +31,9 @@ def _one_of(default: str, *choices: str, later: bool = False) -> Any:
     return field(default=default, metadata={"choices": choices, "later": later})
 
 
+ACTIVATIONS = ("float", "int8")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the model; the defaults are FlashLM v3's."""
@@ -42,7 +45,7 @@ class ModelConfig:
     taps: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # of the mixer's convolutions, in order
     recursions: int = 2  # passes through the one block
-    activations: str = _one_of("float", "float", "int8", later=True)  # what ternary weights multiply, or rounded so
+    activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "inner", "groups", "taps", "recursions"):

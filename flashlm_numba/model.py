@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flashlm_numba.config import ModelConfig
+from flashlm_numba.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import Head
 from flashlm_numba.kernels import _check, decode
@@ -18,8 +18,6 @@ from flashlm_numba.kernels.decode import DecodeState
 from flashlm_numba.kernels.embedding import embedding_backward, zero
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, buffers_for, trunk_backward, trunk_forward
-
-ACTIVATIONS = ("float", "int8")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
