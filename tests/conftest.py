@@ -5,6 +5,7 @@ import json
 import numba
 import numpy as np
 import pytest
+from helpers import command
 
 from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import RunConfig
@@ -54,3 +55,13 @@ def corpus(corpus_files, tmp_path_factory):
 def tiny_run():
     """Settings of a run that takes milliseconds a step."""
     return RunConfig.recipe_named("default").with_settings(TINY)
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A trained run with the default head, the tree: its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "tree"
+    settings = [part for setting in (*TINY, "checkpoint_every=1", "ema=0.5") for part in ("--set", setting)]
+    done = command("train", corpus, "--out", folder, "--steps", 3, "--threads", 1, *settings)
+    assert done.exit_code == 0, done.output
+    return folder

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from click.testing import CliRunner, Result
+
+from flashlm_numba.cli import main
 
 
 def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "result") -> None:
@@ -37,3 +40,8 @@ def numeric_gradient(function: Callable[[], float], x: np.ndarray, step: float =
         x[i] = before
         gradient[i] = (high - low) / (2 * step)
     return gradient
+
+
+def command(*arguments: object) -> Result:
+    """`flashlm-numba` with these arguments, in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])

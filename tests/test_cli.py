@@ -8,42 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from helpers import command as _run
 
 from conftest import TINY
 from flashlm_numba import checkpoint
-from flashlm_numba.cli import main
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.kernels.ternary_linear import linear_variant
 from flashlm_numba.kernels.ternary_matmul import best_variant
 
 
-def _run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def _settings(*settings):
     return [part for setting in (*TINY, *settings) for part in ("--set", setting)]
-
-
-@pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    """A trained run with the default head, the tree."""
-    folder = tmp_path_factory.mktemp("runs") / "tree"
-    done = _run(
-        "train",
-        corpus,
-        "--out",
-        folder,
-        "--steps",
-        3,
-        "--threads",
-        1,
-        *_settings("checkpoint_every=1", "ema=0.5"),
-    )
-    assert done.exit_code == 0, done.output
-    return folder
 
 
 def test_help_loads_no_numerical_package():

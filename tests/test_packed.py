@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import command as _run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import _run, run  # noqa: F401
 
 from flashlm_numba import packed
 from flashlm_numba.assemble import load_model
@@ -32,7 +32,7 @@ def test_base_3_refuses_what_it_cannot_have_written():
 
 
 @pytest.fixture(scope="module")
-def exported(run, tmp_path_factory):  # noqa: F811
+def exported(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model.safetensors"
     done = _run("export", run, path)
     assert done.exit_code == 0, done.output
@@ -40,7 +40,7 @@ def exported(run, tmp_path_factory):  # noqa: F811
     return path
 
 
-def test_an_exported_model_scores_and_writes_as_the_run_does(run, exported, corpus):  # noqa: F811
+def test_an_exported_model_scores_and_writes_as_the_run_does(run, exported, corpus):
     own, other = (json.loads(_run("eval", model, corpus, "--json").stdout) for model in (run, exported))
     assert own == other
     texts = [
@@ -55,7 +55,7 @@ def test_an_exported_model_scores_and_writes_as_the_run_does(run, exported, corp
     assert infos[1]["peak_memory_mb"] > 0
 
 
-def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, exported, tmp_path):  # noqa: F811
+def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, exported, tmp_path):
     assert str(corpus).encode() not in exported.read_bytes()
     copy, config = tmp_path / "run", json.loads((run / "config.json").read_text())
     shutil.copytree(run, copy)
@@ -69,7 +69,7 @@ def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, expor
     assert "does not say where its text is; name the text to score" in done.stderr
 
 
-def test_the_running_average_can_be_exported(run, corpus, tmp_path):  # noqa: F811
+def test_the_running_average_can_be_exported(run, corpus, tmp_path):
     path = tmp_path / "ema.safetensors"
     assert _run("export", run, path, "--ema").exit_code == 0
     own, other, plain = (
@@ -93,7 +93,7 @@ def test_the_running_average_can_be_exported(run, corpus, tmp_path):  # noqa: F8
         (["train", "--resume", "FILE"], "cannot be read"),
     ],
 )
-def test_mistakes_are_one_sentence(run, exported, tmp_path, arguments, sentence):  # noqa: F811
+def test_mistakes_are_one_sentence(run, exported, tmp_path, arguments, sentence):
     names = {"RUN": run, "FILE": exported, "NEW": tmp_path / "new.safetensors"}
     done = _run(*(names.get(argument, argument) for argument in arguments))
     assert done.exit_code == 1
