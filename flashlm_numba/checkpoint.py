@@ -87,9 +87,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: dict[str, Any]) -> Path:
-    """Write RUN/checkpoints/step-<step> and drop all but the newest KEEP; returns its path.
+    """Write RUN/checkpoints/step-<step> and drop all but the newest KEEP and those marked; returns its path.
 
-    files : file name (without .safetensors) -> tensors;  state : JSON values, kept in state.json.
+    files : file name (without .safetensors) -> tensors;  state : JSON values, kept in state.json; a "keep" that is true
+        marks a checkpoint that is not dropped
     The folder gets its name only when every byte is on disk. Raises UserError where the disk refuses.
     """
     parent = run / "checkpoints"
@@ -112,7 +113,8 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
         sync_folder(parent)
         for left_over in parent.glob(".tmp-*"):
             shutil.rmtree(left_over)
-        for old in _steps(run)[:-KEEP]:
+        passing = [step for step in _steps(run) if not _marked(parent / f"step-{step}")]
+        for old in passing[:-KEEP]:
             shutil.rmtree(parent / f"step-{old}")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -202,6 +204,14 @@ def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:
                 f"this checkpoint; {_remedy(checkpoint)}."
             )
     return tensors
+
+
+def _marked(checkpoint: Path) -> bool:
+    """Whether a checkpoint is to be kept; one whose state cannot be read is not."""
+    try:
+        return load_state(checkpoint).get("keep") is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:

@@ -146,10 +146,15 @@ class TrainingConfig:
     validation_tokens: int = _in(32_768, 1)  # tokens of the fixed validation subset
     checkpoint_every: int = _in(0, 0)  # steps between checkpoints; 0: about two minutes of training
     sample_tokens: int = _in(60, 0)  # length of the text added to samples.txt at each validation
+    keep_minutes: tuple[float, ...] = field(  # minutes on the training clock whose checkpoints are never dropped
+        default=(), metadata={"later": True}
+    )
 
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("training.phases must hold at least one phase")
+        if not all(0 < minutes < math.inf for minutes in self.keep_minutes):
+            raise ValueError(f"training.keep_minutes must be positive numbers, got {self.keep_minutes}")
         ends = [phase.last_step for phase in self.phases]
         inner = [end for end in ends if end is not None]
         if None in ends[:-1] or inner != sorted(set(inner)):
@@ -417,7 +422,7 @@ def _from_json(where: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise UserError(f"{where} must be a list, got {value!r}.")
         return tuple(_from_json(f"{where}[{i}]", item, typing.get_args(hint)[0]) for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -45,7 +45,14 @@ CHECKPOINT_SECONDS = 120.0  # training time between checkpoints where checkpoint
 WINDOW, BATCH = 1_024, 2_048  # positions in validating: no more memory than a step of 16 x 128 takes
 # what --resume may change: how much is written, and, after a divergence, the size of the steps
 CHANGEABLE = {
-    "training": ("log_every", "validate_every", "validation_tokens", "checkpoint_every", "sample_tokens"),
+    "training": (
+        "log_every",
+        "validate_every",
+        "validation_tokens",
+        "checkpoint_every",
+        "sample_tokens",
+        "keep_minutes",
+    ),
     "optimizer": ("normuon_lr", "adamw_lr", "clip"),
 }
 EMBEDDING = "embedding.weight"
@@ -398,7 +405,7 @@ def _loop(session: Session, display: Display) -> int:
     """Train until the plan's last step or a signal; returns the exit status."""
     run, clock = session.run, session.clock
     training, plan = run.training, run.plan
-    saved_at = clock.seconds
+    saved_at = seen_at = clock.seconds
     metrics = session.folder / "metrics.jsonl"
     with (
         _signals() as caught,
@@ -441,12 +448,14 @@ def _loop(session: Session, display: Display) -> int:
                 log.flush()
             left = (run.tokens_until(plan.steps) - clock.tokens) * spent / phase.tokens
             display.step(line, left)
-            if (
-                step % training.checkpoint_every == 0
-                if training.checkpoint_every
-                else clock.seconds - saved_at >= CHECKPOINT_SECONDS
-            ) or last:
-                _save(session, log)
+            keep = any(seen_at < 60 * minutes <= clock.seconds for minutes in training.keep_minutes)
+            seen_at = clock.seconds
+            if training.checkpoint_every:
+                save = step % training.checkpoint_every == 0
+            else:
+                save = clock.seconds - saved_at >= CHECKPOINT_SECONDS
+            if save or keep or last:
+                _save(session, log, keep=keep)
                 saved_at = clock.seconds
         if caught and clock.step < plan.steps:
             _save(session, log)
@@ -508,8 +517,8 @@ def _update_ema(session: Session) -> float:
     return time.perf_counter() - start
 
 
-def _save(session: Session, log: Any) -> None:
-    """Write a checkpoint; its time counts as training."""
+def _save(session: Session, log: Any, *, keep: bool = False) -> None:
+    """Write a checkpoint; its time counts as training. keep: later ones do not replace it."""
     start = time.perf_counter()
     log.flush()
     os.fsync(log.fileno())  # the log is never behind a checkpoint
@@ -524,6 +533,7 @@ def _save(session: Session, log: Any) -> None:
         **dataclasses.asdict(session.clock),
         "generators": {"seed": session.run.seed},  # every draw is a function of (seed, step)
         "data_position": session.clock.step,
+        "keep": keep,
         "samples_bytes": samples.stat().st_size if samples.exists() else 0,
     }
     checkpoint.save(session.folder, session.clock.step, files, state)

@@ -54,6 +54,44 @@ def test_a_peer_gets_the_default_recipe_in_its_own_words():
     assert words[words.index("--div-value") + 1] == "1"
 
 
+def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
+    """A run that was interrupted goes on in its folder; the marks are those of its clock."""
+    sets = [word for setting in (*SMALL, "validation_tokens=60") for word in ("--set", setting)]
+    path, runs = tmp_path / "results" / "rows.json", tmp_path / "runs"
+    command = [corpus, path, "tree", "--minutes", 0.1, "--marks", "0.02,0.05", "--runs", runs, "--threads", 1, *sets]
+    done = invoke(*command)
+    assert done.exit_code == 0, done.output
+    (row,) = bench_train.read_rows(path)
+    first, second = row["marks"]
+    assert (first["minutes"], second["minutes"]) == (0.02, 0.05)
+    assert first["tokens"] < second["tokens"] < row["tokens"]
+    assert 0.02 * 60 <= first["seconds"] < second["seconds"] < row["seconds"]
+    assert first["text"].startswith("The")
+    (folder,) = runs.iterdir()
+    run = folder / "run"
+    name = bench_train.kept_checkpoints(run, [0.05])[0.05][0]
+    assert second["nll"] == pytest.approx(evaluate_run(run, None, checkpoint_name=name)["nll"], rel=1e-5)
+    (log,) = (tmp_path / "results" / "rows").iterdir()
+    assert log.read_bytes() == (run / "metrics.jsonl").read_bytes()
+    path.unlink()  # as if it had ended before its row was written
+    done = invoke(*command)
+    assert done.exit_code == 0, done.output
+    assert bench_train.read_rows(path)[0]["nll"] == row["nll"]
+
+
+def test_the_published_peer_keeps_its_schedule():
+    words = bench_train.Job("torch:v3", (), 1, None, 72.0, 2, (10.0,)).command
+    for name, value in (
+        ("total", "10000"),
+        ("decay", "1000"),
+        ("positions", "0.25"),
+        ("minutes", "72"),
+        ("mark", "10"),
+    ):
+        assert words[words.index(f"--{name}") + 1] == value
+    assert "--steps" not in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -62,6 +100,9 @@ def test_a_peer_gets_the_default_recipe_in_its_own_words():
         (["d", "r.json", "oak", "--tokens", "1"], "There is no oak; there are dense"),
         (["d", "r.json", "tree", "--tokens", "1", "--set", "clip"], "--set takes key=value"),
         (["d", "r.json", "tree", "--tokens", "1"], "no manifest.json"),
+        (["d", "r.json", "tree", "--tokens", "1", "--marks", "1"], "--marks must lie between"),
+        (["d", "r.json", "tree", "--minutes", "5", "--marks", "1,5"], "--marks must lie between"),
+        (["d", "r.json", "tree", "--minutes", "5", "--marks", "x"], "--marks takes minutes"),
     ],
 )
 def test_usage_errors_say_what_to_do(arguments, sentence):

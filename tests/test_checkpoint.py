@@ -71,6 +71,12 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == ["step-5"]
 
 
+def test_a_checkpoint_that_is_marked_stays(tmp_path):
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, step, {}, {"keep": step == 2})
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-2", "step-5", "step-6", "step-7"]
+
+
 @pytest.mark.parametrize("when", ["model.safetensors", "state.json", "rename"])
 def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, when):
     """A kill at any point: the half-written folder is no checkpoint, and the next save clears it."""

@@ -1,5 +1,6 @@
 """Training end to end on a tiny model: the same losses again, resuming, stopping, plans, recipes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -135,6 +136,17 @@ def test_the_sampled_head_draws_until_its_full_stretch_and_is_scored_as_dense(ti
     assert [line.get("sampled") for line in _lines(tmp_path / "sampled")] == [True] * 4 + [None] * 2
     assert losses[0] < exact[0] - 1e-4
     assert all(abs(a - b) < 0.05 for a, b in zip(losses[4:], exact[4:], strict=True))
+
+
+def test_a_checkpoint_is_kept_for_each_mark_on_the_clock(tiny_run, corpus, tmp_path, monkeypatch):
+    """Steps take half a minute by this clock: the marks fall at and between their ends."""
+    real = train.do_step
+    monkeypatch.setattr(train, "do_step", lambda *args, **kw: dataclasses.replace(real(*args, **kw), seconds=30.0))
+    run = tiny_run.with_settings(["checkpoint_every=1", "keep_minutes=1,1.6,60"])
+    _start(run, corpus, tmp_path, steps=9)
+    states = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "checkpoints").glob("*/state.json")}
+    assert sorted(states) == ["step-2", "step-4", "step-7", "step-8", "step-9"]
+    assert [name for name, state in sorted(states.items()) if state["keep"]] == ["step-2", "step-4"]
 
 
 @pytest.mark.parametrize("case", ["dense", "sampled", "tree"])

@@ -6,6 +6,10 @@
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 --set adamw_lr=1e-3,2e-3,4e-3 dense tree
     python tools/bench_train.py --table results/NAME.json                             the rows as a Markdown table
 
+With --minutes, --marks 1,5,7 scores every run at these minutes of its training too, outside the clock, lets it write a
+text there, and keeps its metrics.jsonl in results/NAME/. With --runs DIR the runs are kept in DIR, and one that was
+interrupted goes on there.
+
 DATA is a folder that `flashlm-numba prepare` made. Every run is a process of its own, scored on all validation
 documents by the rule of `flashlm-numba eval`. A row is written as soon as its run has ended, and a run whose row is in
 the file already is left out: after an interruption, or on another day, the same command goes on. Runs on equal tokens
@@ -18,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,6 +57,22 @@ TORCH = {
 }
 # the name of a setting of ours in the peer's command line
 TORCH_OPTION = {"adamw_lr": "adamw-lr", "normuon_lr": "normuon-lr", "phases": "batch", "warmup_steps": "warmup"}
+# FlashLM v3 as published, in the peer's words; these are also its own defaults
+TORCH_V3 = {
+    "batch": "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8",
+    "start": "random",
+    "positions": "0.25",
+    "label-smoothing": "0.1",
+    "z-loss": "1e-4",
+    "normuon": "v3",
+    "adamw-lr": "3e-4",
+    "weight-decay": "0.1",
+    "warmup": "200",
+    "decay": "1000",
+    "total": "10000",
+}
+LOG_EVERY = 20  # steps between the lines of a log that is kept
+PROMPT, SAMPLE_TOKENS = "The", 60  # of the texts that runs write at marks
 OURS: dict[str, tuple[str, ...]] = {
     "dense": ("--head", "dense"),
     "dense@0.25": ("--head", "dense", "--set", "positions=0.25"),
@@ -62,11 +83,15 @@ OURS: dict[str, tuple[str, ...]] = {
     "tree:balanced": ("--tree", "balanced"),
     "tree:clustered": ("--tree", "clustered"),
     "tree:huffman": ("--tree", "huffman"),
+    "v3": ("--recipe", "v3"),
 }
 PEERS: dict[str, dict[str, str]] = {
+    "torch:v3": {"head": "dense", **TORCH_V3},
     "torch:eager": {"head": "dense"},
     "torch:adaptive": {"head": "adaptive", "div-value": "1"},
     "torch:adaptive-div4": {"head": "adaptive", "div-value": "4"},
+    "torch:adaptive@random": {"head": "adaptive", "div-value": "1", "start": "random"},
+    "torch:adaptive-div4@random": {"head": "adaptive", "div-value": "4", "start": "random"},
 }
 
 
@@ -80,6 +105,14 @@ class Job:
     tokens: int | None
     minutes: float | None
     threads: int
+    marks: tuple[float, ...] = ()  # minutes of training before the end, to score at
+
+    @property
+    def slug(self) -> str:
+        """A file name for this run."""
+        budget = f"{self.tokens}tokens" if self.tokens is not None else f"{self.minutes:g}min"
+        words = [self.name, *self.settings, budget, f"seed{self.seed}"]
+        return "-".join(words).replace(":", "-").replace("/", "-").replace("=", "-")
 
     @property
     def key(self) -> dict[str, Any]:
@@ -95,17 +128,30 @@ class Job:
             sets = itertools.chain.from_iterable(("--set", setting) for setting in self.settings)
             budget = ["--tokens", str(self.tokens)] if self.tokens is not None else ["--minutes", f"{self.minutes:g}"]
             return ["train", *OURS[self.name], *sets, *budget, "--seed", str(self.seed), "--threads", str(self.threads)]
+        if self.published:
+            return ["train", *self.peer_options(None), "--minutes", f"{self.minutes:g}", *self.peer_marks]
         return ["train", *self.peer_options(-(-(self.tokens or 0) // TOKENS_PER_STEP))]
 
-    def peer_options(self, steps: int) -> list[str]:
-        """The torch peer's options for so many steps."""
+    @property
+    def published(self) -> bool:
+        """Whether this is a peer with a schedule of its own, that minutes only stop."""
+        return "total" in PEERS.get(self.name, {})
+
+    @property
+    def peer_marks(self) -> list[str]:
+        """The peer's options for marks."""
+        return [word for mark in self.marks for word in ("--mark", f"{mark:g}")]
+
+    def peer_options(self, steps: int | None) -> list[str]:
+        """The torch peer's options for so many steps; None: its own schedule."""
         options = {**TORCH, **PEERS[self.name]}
         for setting in self.settings:
             name, _, value = setting.partition("=")
             if name not in TORCH_OPTION:
                 raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(TORCH_OPTION)}.")
             options[TORCH_OPTION[name]] = value
-        options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
+        if steps is not None:
+            options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
         options |= {"seed": str(self.seed), "threads": str(self.threads)}
         return ["--fused", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
 
@@ -126,12 +172,34 @@ def run_process(arguments: list[str]) -> tuple[str, float]:
 def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     """Train and score one of our candidates."""
     run = folder / "run"
-    quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0"]
-    _, peak = run_process(["-m", "flashlm_numba", *job.command, str(data), *quiet, "--out", str(run)])
+    marks = ",".join(f"{mark:g}" for mark in job.marks)
+    quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0", "--set", f"keep_minutes={marks}"]
+    quiet += ["--set", f"log_every={LOG_EVERY if job.marks else 1}"]
+    words = ["train", "--resume"] if (run / "config.json").exists() else [*job.command, str(data), *quiet, "--out"]
+    _, peak = run_process(["-m", "flashlm_numba", *words, str(run)])
     last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    score = json.loads(
-        run_process(["-m", "flashlm_numba", "eval", str(run), "--threads", str(job.threads), "--json"])[0]
-    )
+
+    def scored(*which: str) -> dict[str, Any]:
+        words = ["eval", str(run), *which, "--threads", str(job.threads), "--json"]
+        return json.loads(run_process(["-m", "flashlm_numba", *words])[0])
+
+    score = scored()
+    at_marks = []
+    for mark, (name, state) in kept_checkpoints(run, job.marks).items():
+        found = scored("--checkpoint", name)
+        writes = ["--prompt", PROMPT, "--max-tokens", str(SAMPLE_TOKENS), "--temperature", "0.8", "--top-k", "40"]
+        writes += ["--seed", "1", "--checkpoint", name]
+        text, _ = run_process(["-m", "flashlm_numba", "generate", str(run), *writes])
+        at_marks.append(
+            {
+                "minutes": mark,
+                "seconds": state["seconds"],
+                "tokens": state["tokens"],
+                "nll": found["nll"],
+                "bits_per_byte": found["bits_per_byte"],
+                "text": text.strip(),
+            }
+        )
     info = json.loads(run_process(["-m", "flashlm_numba", "info", str(run), "--json"])[0])
     return {
         "nll": score["nll"],
@@ -142,23 +210,50 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         "seconds": last["seconds"],
         "parameters": info["parameters"],
         "peak_rss_mb": peak,
+        **({"marks": at_marks} if at_marks else {}),
     }
+
+
+def kept_checkpoints(run: Path, marks: Iterable[float]) -> dict[float, tuple[str, dict[str, Any]]]:
+    """Name and state of the checkpoint that `train` kept for each mark, in minutes; marks not reached are left out."""
+    states = []
+    for path in (run / "checkpoints").glob("step-*/state.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state.get("keep"):
+            states.append((state["seconds"], path.parent.name, state))
+    found = {}
+    for mark in marks:
+        later = [item for item in sorted(states, key=lambda item: item[0]) if item[0] >= 60 * mark]
+        if later:
+            found[mark] = (later[0][1], later[0][2])
+    return found
 
 
 def run_peer(job: Job, data: Path) -> dict[str, Any]:
     """Train and score one of the PyTorch peers; minutes become steps by its speed, measured first, as ours do."""
     command = job.command
-    if job.minutes is not None:
+    if job.minutes is not None and not job.published:
         # by training for a while: steps measured apart came out 40 % slower than those of a run
         rehearsal = ["--minutes", str(min(0.5, 0.1 * job.minutes)), "--no-final", "--validate-tokens", "1"]
         words = ["train", *job.peer_options(1_000_000), *rehearsal, str(data), "--validate-every", "1e9"]
         text, _ = run_process(["tools/peer_torch.py", *words])
         last = json.loads(text.splitlines()[-1])
         steps = int(60 * job.minutes * last["tokens"] / last["seconds"] / TOKENS_PER_STEP)
-        command = ["train", *job.peer_options(max(1, steps))]
+        command = ["train", *job.peer_options(max(1, steps)), *job.peer_marks]
     text, peak = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
     lines = [json.loads(line) for line in text.splitlines()]
     last = lines[-1]
+    at_marks = [
+        {
+            "minutes": line["mark"],
+            "seconds": line["seconds"],
+            "tokens": line["tokens"],
+            "nll": line["val_nll"],
+            "bits_per_byte": line["val_bits_per_byte"],
+        }
+        for line in lines
+        if "mark" in line
+    ]
     return {
         "nll": last["val_nll"],
         "bits_per_byte": last["val_bits_per_byte"],
@@ -169,6 +264,7 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
         "parameters": next(line["parameters"] for line in lines if "parameters" in line),
         "peak_rss_mb": peak,
         "command": command,
+        **({"marks": at_marks} if at_marks else {}),
     }
 
 
@@ -229,6 +325,8 @@ def expand(settings: Iterable[str]) -> list[tuple[str, ...]]:
 @click.argument("data_and_results", nargs=-1, metavar="[DATA RESULTS.json NAME...]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Budget of every run in tokens.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget in minutes of training.")
+@click.option("--marks", default="", metavar="A,B", help="Score each run at these minutes of training too.")
+@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), help="Keep the runs here, and resume them.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(1,), show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="KEY=A,B", help="A setting, or several to try in turn.")
 @click.option("--threads", type=click.IntRange(min=1), default=timing.available_cores(), show_default=True)
@@ -237,6 +335,8 @@ def main(
     data_and_results: tuple[str, ...],
     tokens: int | None,
     minutes: float | None,
+    marks: str,
+    runs: Path | None,
     seeds: tuple[int, ...],
     settings: tuple[str, ...],
     threads: int,
@@ -255,10 +355,16 @@ def main(
     timing.check_writable(path)
     read_rows(path)
     combinations = expand(settings)
+    try:
+        at = tuple(sorted(float(mark) for mark in marks.split(",") if mark.strip()))
+    except ValueError:
+        raise click.UsageError(f"--marks takes minutes separated by commas, got '{marks}'.") from None
+    if at and (minutes is None or not 0 < at[0] <= at[-1] < minutes):
+        raise click.UsageError("--marks must lie between 0 and --minutes.")
     if not (data / "manifest.json").exists():
         raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
     jobs = [
-        Job(name, combination, seed, tokens, minutes, threads)
+        Job(name, combination, seed, tokens, minutes, threads, at)
         for combination in combinations
         for seed in seeds
         for name in names
@@ -269,8 +375,13 @@ def main(
             continue
         click.echo(f"[{number}/{len(jobs)}] {' '.join(job.command)}", err=True)
         began = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            result = run_ours(job, data, Path(folder)) if job.name in OURS else run_peer(job, data)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = runs / job.slug if runs is not None else Path(temporary)
+            result = run_ours(job, data, folder) if job.name in OURS else run_peer(job, data)
+            if at and job.name in OURS:
+                log = path.with_suffix("") / f"{job.slug}.jsonl"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / "run" / "metrics.jsonl", log)
         manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
         row = {
             **job.key,

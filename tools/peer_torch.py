@@ -887,6 +887,7 @@ def measure_step(
 @click.option("--total", type=int, help="Steps that the decay is laid out for; default: the phases' end, or --steps.")
 @click.option("--validate-every", default=60.0, show_default=True, help="Seconds of training between validations.")
 @click.option("--validate-tokens", default=32_768, show_default=True, help="First tokens used for that; the end: all.")
+@click.option("--mark", "marks", multiple=True, type=float, help="Minutes of training to score all validation text at.")
 @click.option("--no-final", is_flag=True, help="Leave out the validation on all documents at the end.")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--threads", default=timing.available_cores(), show_default=True)
@@ -923,6 +924,7 @@ def train(
     total: int | None,
     validate_every: float,
     validate_tokens: int,
+    marks: tuple[float, ...],
     no_final: bool,
     seed: int,
     threads: int,
@@ -978,17 +980,20 @@ def train(
         parameters=sum(p.numel() for p in model.parameters()),
         groups={name: len(members) for name, members in parameter_groups(model).items()},
     )
-    seconds, seen, step, mark = 0.0, 0, 0, 0.0
+    seconds, seen, step, due = 0.0, 0, 0, 0.0
+    left = sorted(marks)
     clock: dict[str, float] = {}
     result: dict[str, Any] = {}
     loss = math.nan
     while True:
         done = (end is not None and step >= end) or (minutes is not None and seconds >= 60 * minutes)
-        if seconds >= mark or done:
-            whole = done and not no_final
+        marked = bool(left) and seconds >= 60 * left[0] and not done
+        if seconds >= due or done or marked:
+            whole = marked or (done and not no_final)
             limit = None if whole else validate_tokens
             validation = score(model, tokens.validation, max_tokens=limit, **scoring)
             result = {
+                **({"mark": left.pop(0)} if marked else {}),
                 "step": step,
                 "tokens": seen,
                 "seconds": seconds,
@@ -1000,7 +1005,7 @@ def train(
                 "peak_rss_mb": peak_rss_mb(),
             }
             emit(**result)
-            mark = seconds + validate_every
+            due = seconds + validate_every
         if done:
             return result
         begin = time.perf_counter()
