@@ -8,6 +8,7 @@ trains therefore never compiles: it loads what this module has put into the cach
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -55,7 +56,7 @@ def main() -> None:
     ids = np.arange(64, dtype=np.int32).reshape(2, 32)
     for make_head in (make_tree, make_dense, make_sampled):
         model = Model(config, initial_parameters(config, 0), make_head)
-        for preset in PRESETS.values():
+        for preset in (*PRESETS.values(), replace(PRESETS["published"], adamw_lazy=True)):
             model.head.begin(np.random.default_rng(0), full=False)
             model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32), accumulate=False)
             Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)

@@ -91,6 +91,7 @@ class OptimizerConfig:
     adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
     adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
     adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
+    lazy_rows: bool = field(default=False, metadata={"later": True})  # AdamW leaves rows without a gradient alone
     weight_decay: float = _in(0.0, 0, 1)  # of AdamW's matrices, times the learning rate
     clip: float = _in(1.0, 0, open_low=True)  # largest global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear rise from 0 to the peak
@@ -261,7 +262,11 @@ class RunConfig:
 # The recipes; everything not named here is a field's default.
 RECIPES: dict[str, RunConfig] = {
     # the best known now
-    "default": RunConfig(recipe="default"),
+    "default": RunConfig(
+        recipe="default",
+        model=ModelConfig(activations="int8"),
+        optimizer=OptimizerConfig(lazy_rows=True),
+    ),
     # FlashLM v3 as published; without --embeddings the start of E is ours and is not frozen
     "v3": RunConfig(
         recipe="v3",

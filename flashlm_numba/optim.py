@@ -31,6 +31,7 @@ class OptimizerSettings:
     adamw_beta1: float = 0.9  # share of the first moment that a step keeps
     adamw_beta2: float = 0.95  # share of the second moment that a step keeps
     adamw_eps: float = 1e-8  # added to the root of the second moment
+    adamw_lazy: bool = False  # rows of a table without a gradient are left alone, moments too
     adamw_decay: float = 0.1  # decoupled weight decay of tensors with more than one axis
     clip: float | None = 1.0  # largest norm of all gradients together; None: no clipping
 
@@ -243,7 +244,7 @@ class Optimizer:
             adamw_step(
                 self.params[name], self._first[name], self._second[name], self.grads[name],
                 step=self.steps[name], lr=lr, beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps,
-                decay=decay, scale=scale,
+                decay=decay, scale=scale, lazy=s.adamw_lazy and self.params[name].ndim == 2 and _is_row_table(name),
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -105,6 +105,7 @@ def optimizer_settings(run: RunConfig) -> OptimizerSettings:
         adamw_beta1=o.adamw_beta1,
         adamw_beta2=o.adamw_beta2,
         adamw_decay=o.weight_decay,
+        adamw_lazy=o.lazy_rows,
         clip=o.clip,
     )
 

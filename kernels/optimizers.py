@@ -25,6 +25,9 @@ BLOCK = 4_096
 # Slices of threads begin at multiples of this many elements, so that the vector loop and its scalar rest,
 # which may round differently, meet the same elements for any number of threads.
 GRAIN = 1_024
+# rows of a table whose gradient is looked for at a time: threads take such blocks in turn, since the rows that a batch
+# touches lie close together
+TABLE_ROWS = 64
 # rows of a Gram matrix in one task of the Newton-Schulz iteration: BLAS packs the same matrix again in each
 ROWS = 128
 # What is smaller counts as zero in AdamW: the moments of a row that gets no gradient for a thousand steps would fade
@@ -116,6 +119,26 @@ def _adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step
         )  # fmt: skip
 
 
+@kernel
+def _adamw_rows(
+    weight, first, second, grad, bits, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps, threads
+):  # fmt: skip
+    """As _adamw for the rows of (R, C) where grad is not all zero; bits is grad as int32. Parallel over blocks of r."""
+    blocks = (grad.shape[0] + TABLE_ROWS - 1) // TABLE_ROWS
+    for th in prange(threads):
+        for b in range(th, blocks, threads):
+            for r in range(b * TABLE_ROWS, min((b + 1) * TABLE_ROWS, grad.shape[0])):
+                bits_r = bits[r]
+                found = np.int32(0)
+                for i in range(bits_r.shape[0]):
+                    found |= bits_r[i]
+                if found & np.int32(0x7FFFFFFF):  # whatever is not 0 or -0
+                    _adamw_range(
+                        weight[r], first[r], second[r], grad[r],
+                        scale, keep, blend1, beta2, blend2, step_size, root_scale, eps,
+                    )  # fmt: skip
+
+
 @serial_kernel
 def _small_adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps):
     _adamw_range(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps)
@@ -134,12 +157,15 @@ def adamw_step(
     eps: float,
     decay: float,
     scale: float = 1.0,
+    lazy: bool = False,
 ) -> None:
     """One AdamW step, in place, with torch.optim.AdamW's meaning of every number.
 
     weight, first, second, grad : float32, one shape; first and second are the moments, zeros before step 1
     step : number of this step of this tensor, from 1;  lr : learning rate;  decay : decoupled weight decay
     scale : factor of the gradient (the clip)
+    lazy : rows (of a tensor with two axes) whose gradient is zero are left as they are, moments too, as
+        torch.optim.SparseAdam does with the rows that a batch has not touched
     A gradient or first moment of at most 1e-18 counts as zero, as does a second moment of at most 1e-37.
     Raises ValueError if a shape or dtype is wrong or step < 1. Moves 28 bytes per element.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
@@ -154,12 +180,16 @@ def adamw_step(
     for name, value in (("weight", weight), ("first", first), ("second", second), ("grad", grad)):
         _check.array("adamw_step", name, value, weight.shape)
     f = np.float32
+    if lazy and weight.ndim != 2:
+        raise ValueError(f"adamw_step: lazy is for tables (rows, columns), got the shape {weight.shape}")
     arrays = weight.reshape(-1), first.reshape(-1), second.reshape(-1), grad.reshape(-1)
     scalars = (
         f(scale), f(1 - lr * decay), f(1 - beta1), f(beta2), f(1 - beta2),
         f(lr / (1 - beta1**step)), f(1 / math.sqrt(1 - beta2**step)), f(eps),
     )  # fmt: skip
-    if weight.size < SMALL:
+    if lazy:
+        _adamw_rows(weight, first, second, grad, grad.view(np.int32), *scalars, numba.get_num_threads())
+    elif weight.size < SMALL:
         _small_adamw(*arrays, *scalars)
     else:
         _adamw(*arrays, *scalars, numba.get_num_threads())

@@ -33,8 +33,19 @@ def adamw_step(
     eps: float,
     decay: float,
     scale: float = 1.0,
+    lazy: bool = False,
 ) -> None:
-    """One step of torch.optim.AdamW: decoupled decay, bias correction, eps added to the corrected root."""
+    """One step of torch.optim.AdamW: decoupled decay, bias correction, eps added to the corrected root.
+
+    lazy : only the rows with a gradient that is not zero take part, as in torch.optim.SparseAdam.
+    """
+    if lazy:
+        rows = (grad != 0).any(axis=1)
+        parts = weight[rows], first[rows], second[rows]
+        settings = {"step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
+        adamw_step(*parts, grad[rows], **settings, scale=scale)  # type: ignore[arg-type]
+        weight[rows], first[rows], second[rows] = parts
+        return
     g = grad * scale
     weight *= 1 - lr * decay
     first += (1 - beta1) * (g - first)

@@ -271,6 +271,31 @@ def test_step_and_optimizer_refuse_unknown_names():
         Optimizer(optimizer.params, {k: v for k, v in optimizer.grads.items() if k != E})
 
 
+def test_lazy_rows_agree_with_torchs_sparse_adam():
+    """Tables of rows only: any other tensor without a gradient goes on by its momentum."""
+    torch = pytest.importorskip("torch")
+    settings = dataclasses.replace(PRESETS["published"], adamw_lazy=True, adamw_decay=0.0, clip=None)
+    shapes = shapes_of(TINY, node_rows=5)
+    params, rng = tensors(shapes, 0), np.random.default_rng(1)
+    optimizer = Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
+    tables = {name: torch.nn.Parameter(torch.tensor(params[name])) for name in (E, "head.nodes.weight")}
+    sparse = torch.optim.SparseAdam(tables.values(), lr=0.01, betas=(0.9, 0.95), eps=settings.adamw_eps)
+    for step in range(6):
+        for name, value in gradients(shapes, step).items():
+            optimizer.grads[name][:] = value
+        for name, parameter in tables.items():
+            optimizer.grads[name][rng.random(len(params[name])) < 0.6] = 0
+            parameter.grad = torch.tensor(optimizer.grads[name]).to_sparse(1)
+        if step:
+            optimizer.grads["norm2.weight"][:] = 0
+        before = params["norm2.weight"].copy()
+        optimizer.step(0.02, 0.01, None)
+        sparse.step()
+        assert (params["norm2.weight"] != before).all()
+        for name, parameter in tables.items():
+            np.testing.assert_allclose(params[name], parameter.detach().numpy(), atol=2e-6, err_msg=f"{name} {step}")
+
+
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python has one thread")
 def test_step_is_the_same_for_any_thread_count():
     config = dataclasses.replace(TINY, vocab_size=30_000, inner=150)  # E is large enough for the parallel kernels

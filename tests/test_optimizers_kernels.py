@@ -90,6 +90,41 @@ def test_adamw_step_matches_reference(size, decay):
         assert_as_accurate(a, b, c, name=name)
 
 
+@given(rows=st.integers(0, 150), columns=st.integers(0, 20), seed=st.integers(0, 99), decay=st.sampled_from([0.0, 0.1]))
+def test_lazy_adamw_leaves_rows_without_a_gradient_alone(rows, columns, seed, decay):
+    rng = np.random.default_rng(seed)
+    weight, first, second, grad = arrays(rng, [(rows, columns)] * 4)
+    grad[rng.random(rows) < 0.5] = 0
+    grad[rng.random((rows, columns)) < 0.9] = -0.0  # single numbers too, and zeros of both signs
+    state = [[weight, first * np.float32(0.1), np.square(second)]]
+    settings = {"step": 3, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": decay, "scale": 0.3}
+    (got,), (ref32,), ref64 = copies(state), copies(state), wide(state)[0]
+    optimizers.adamw_step(*got, grad, **settings, lazy=True)
+    reference_optim.adamw_step(*ref32, grad, **settings, lazy=True)
+    reference_optim.adamw_step(*ref64, grad.astype(np.float64), **settings, lazy=True)
+    idle = ~(grad != 0).any(axis=1)
+    for name, before, a, b, c in zip(("weight", "first", "second"), state[0], got, ref32, ref64, strict=True):
+        assert_as_accurate(a, b, c, name=name)
+        np.testing.assert_array_equal(a[idle], before[idle], err_msg=name)
+
+
+def test_lazy_adamw_sees_gradients_of_any_size_and_hides_no_nan():
+    weight, first, second = (np.zeros((3, 4), np.float32) for _ in range(3))
+    grad = np.zeros((3, 4), np.float32)
+    grad[0, 3], grad[1, 0] = np.nan, 1e-10
+    optimizers.adamw_step(
+        weight, first, second, grad, step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-12, decay=0.0, lazy=True
+    )
+    assert np.isnan(weight[0, 3])
+    assert weight[1, 0] < -0.09
+    assert not weight[2].any()
+    with pytest.raises(ValueError, match="lazy is for tables"):
+        optimizers.adamw_step(
+            *(np.zeros(3, np.float32) for _ in range(4)),
+            step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, decay=0.0, lazy=True,
+        )  # fmt: skip
+
+
 def test_adamw_step_of_zero_gradient_only_decays():
     weight = np.full(40, 2, np.float32)
     zeros = [np.zeros(40, np.float32) for _ in range(3)]

@@ -224,6 +224,13 @@ def test_train_command_reads_our_shards_and_validates(peer, corpus):
         assert [(m["step"], m["tokens"]) for m in marks] == [(0, 0), (1, 32), (2, 48)]
         assert all(6 < m["val_nll"] < 13 and m["val_tokens"] == 30 for m in marks)
         assert marks[-1]["loss"] > 0
+    lines = run(
+        peer, "train", corpus, "--steps", 3, "--batch", "2x8", "--validate-tokens", 30, "--validate-every", 1e9,
+        "--mark", 1e-9, "--mark", 2e-9, "--mark", 60, "--threads", 1,
+    )[2:]  # fmt: skip
+    # a mark is due at the end of the first step that passes it; one that the end comes before is left out
+    assert [(m["step"], "mark" in m) for m in lines] == [(0, False), (1, True), (2, True), (3, False)]
+    assert [m["val_tokens"] > 30 for m in lines] == [False, True, True, True]
 
 
 def test_benchmark_commands_print_rates(peer):

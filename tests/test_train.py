@@ -31,7 +31,7 @@ CASES = {
     "awkward": ("head.name=dense", *AWKWARD),
     "sampled": ("head.name=sampled", "candidates=1000", "full_share=0.3"),
     "tree": ("head.name=tree",),
-    "int8": ["activations=int8"],
+    "float": ("activations=float", "lazy_rows=false"),
 }
 
 
@@ -135,7 +135,7 @@ def test_the_sampled_head_draws_until_its_full_stretch_and_is_scored_as_dense(ti
     # 70 % of 6 steps draw: their loss reads low, by the weights of the first step at least, and they say so
     assert [line.get("sampled") for line in _lines(tmp_path / "sampled")] == [True] * 4 + [None] * 2
     assert losses[0] < exact[0] - 1e-4
-    assert all(abs(a - b) < 0.05 for a, b in zip(losses[4:], exact[4:], strict=True))
+    assert all(abs(a - b) < 0.1 for a, b in zip(losses[4:], exact[4:], strict=True))
 
 
 def test_a_checkpoint_is_kept_for_each_mark_on_the_clock(tiny_run, corpus, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ SUMMARY = (
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 1", "torch:adaptive", "torch:adaptive"),
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 4", "torch:adaptive-div4", "torch:adaptive-div4"),
     ("PyTorch, our tree by hand", "torch:tree", None),
+    ("ours, tree head, float32 activations", None, "tree@float"),
     ("**ours, tree head (default)**", "tree:default", "tree"),
-    ("**ours, tree head, int8 activations**", None, "tree@int8"),
 )
 BARS = {
     "torch": "PyTorch, dense",
@@ -23,8 +23,8 @@ BARS = {
     "torch@0.25": "PyTorch, dense, 25 % of positions",
     "dense@0.25": "ours, dense, 25 % of positions",
     "torch:adaptive": "PyTorch, adaptive softmax",
-    "tree": "ours, tree",
-    "tree@int8": "ours, tree, int8 activations",
+    "tree@float": "ours, tree, float32 activations",
+    "tree": "ours, tree (default)",
 }
 COLORS = {"head": "#d1495b", "trunk": "#6fa8dc", "optimizer": "#edae49", "embedding": "#66a182", "rest": "#dddddd"}
 
@@ -117,7 +117,7 @@ def plot(result: Mapping[str, Any], path: Path) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure drawn without a display, and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -130,7 +130,7 @@ def _figure(width: float, height: float) -> Any:
 def _draw_shares(result: Mapping[str, Any]) -> Any:
     """A bar for each training step, as long as the step takes; the same bars to 100 % beside them."""
     names = [name for name in BARS if name in result["shares"]]
-    figure = _figure(11, 1.4 + 0.45 * len(names))
+    figure = new_figure(11, 1.4 + 0.45 * len(names))
     share_axes, time_axes = figure.subplots(1, 2, sharey=True)
     for y, name in enumerate(names):
         shares = dict(result["shares"][name])
@@ -159,7 +159,7 @@ def draw_roofline(result: Mapping[str, Any]) -> Any:
 
     result: of bench_trunk.py. Ternary products count two operations a weight, though none of them is a multiplication.
     """
-    figure = _figure(9, 5.5)
+    figure = new_figure(9, 5.5)
     axes = figure.subplots()
     peak, bandwidth = result["gemm_gflops"], result["read_gbytes_per_s"]
     points = result["roofline"]
@@ -181,7 +181,7 @@ def draw_roofline(result: Mapping[str, Any]) -> Any:
 
 def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
     """Microseconds a position against V and against N, both axes logarithmic."""
-    figure = _figure(11, 4.5)
+    figure = new_figure(11, 4.5)
     panels = (
         ("vocab", f"tokens in the vocabulary, V (N = {scaling['vocab_at_rows']:,})"),
         ("rows", f"positions in a batch, N (V = {scaling['rows_at_vocab']:,})"),

@@ -1,0 +1,167 @@
+"""What tools/bench_train.py measured at marks of training time, as docs/results.md and its chart.
+
+\b
+    python tools/train_report.py results/hour.json docs/results.md docs/results.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+if __package__ in (None, ""):  # run as a file, the checkout is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import bench_train, head_report
+
+Row = Mapping[str, Any]
+
+HEADER = """# Results: what minutes of CPU time buy
+
+Written by `tools/train_report.py` from [results/{name}](../results/{name}); don't edit it by hand.
+
+NLL in nats per token and bits per byte (in brackets) of all validation documents by the rule of `flashlm-numba eval`,
+after so many minutes of training. The clock counts steps and checkpoints; it stands still for compiling, preparing and
+scoring. A value at a mark inside a run is taken while the learning rate is still high: the last column is what the run
+ends with.
+"""
+
+
+def points(row: Row) -> list[tuple[float, float, float]]:
+    """(minutes, NLL, bits per byte) at every mark of a run and at its end."""
+    marks = [(m["seconds"] / 60, m["nll"], m["bits_per_byte"]) for m in row.get("marks", [])]
+    return [*marks, (row["seconds"] / 60, row["nll"], row["bits_per_byte"])]
+
+
+def label(row: Row) -> str:
+    """Name and settings of a run, and its budget.
+
+    >>> label({"name": "tree", "settings": ["clip=1"], "minutes_asked": 10.0, "seed": 1})
+    'tree clip=1, 10 minutes'
+    """
+    words = " ".join([row["name"], *row["settings"]])
+    return f"{words}, {row['minutes_asked']:g} minutes" + (f", seed {row['seed']}" if row["seed"] != 1 else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown line for each run, a column for each mark that any of them has."""
+    at = sorted({m["minutes"] for row in rows for m in row.get("marks", [])})
+    lines = [
+        f"| run | parameters | tokens/s | peak MB | {' | '.join(f'{mark:g} min' for mark in at)} | end |",
+        "| --- " + "| ---: " * (4 + len(at)) + "|",
+    ]
+    for row in rows:
+        found = {m["minutes"]: f"{m['nll']:.3f} ({m['bits_per_byte']:.3f})" for m in row.get("marks", [])}
+        end = f"{row['nll']:.3f} ({row['bits_per_byte']:.3f}), {row['seconds'] / 60:.1f} min"
+        cells = [label(row), f"{row['parameters']:,}", f"{row['tokens'] / row['seconds']:,.0f}"]
+        cells += [f"{row['peak_rss_mb']:,.0f}", *(found.get(mark, "-") for mark in at), end]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machines(rows: Sequence[Row]) -> str:
+    """A sentence for each machine that the rows come from."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        m = row["machine"]
+        found.setdefault(f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads", []).append(label(row))
+    return "\n".join(f"- {machine}: {len(names)} runs" for machine, names in found.items())
+
+
+def samples(rows: Sequence[Row]) -> str:
+    """What each run wrote at its marks."""
+    parts = []
+    for row in rows:
+        texts = [(m["minutes"], m["text"]) for m in row.get("marks", []) if m.get("text")]
+        if texts:
+            parts.append(f"**{label(row)}**\n")
+            parts += [f"- {minutes:g} min: *{' '.join(text.replace('*', ' ').split())}*" for minutes, text in texts]
+            parts.append("")
+    return "\n".join(parts)
+
+
+def commands(rows: Sequence[Row]) -> str:
+    """The bench_train.py commands that make these rows, runs of one budget and the same settings together."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        marks = tuple(m["minutes"] for m in row.get("marks", []))
+        names = groups.setdefault((row["minutes_asked"], marks, tuple(row["settings"]), row["seed"]), [])
+        if row["name"] not in names:
+            names.append(row["name"])
+    lines = []
+    for (minutes, marks, settings, seed), names in groups.items():
+        words = ["python tools/bench_train.py TOKENS RESULTS.json", f"--minutes {minutes:g}"]
+        words += [f"--marks {','.join(f'{mark:g}' for mark in marks)}"] if marks else []
+        words += [*(f"--set {setting}" for setting in settings), f"--seed {seed}", *names]
+        lines.append("    " + " ".join(words))
+    return "\n".join(lines)
+
+
+def page(rows: Sequence[Row], results: Path, chart: str) -> str:
+    """docs/results.md, whole."""
+    rows = sorted(rows, key=lambda row: (row["minutes_asked"], row["nll"]))
+    return "\n".join(
+        [
+            HEADER.format(name=results.name),
+            table(rows),
+            "",
+            f"![NLL against minutes of training]({chart})",
+            "",
+            "## Machines",
+            "",
+            machines(rows),
+            "",
+            "## Commands",
+            "",
+            "TOKENS is a folder that `flashlm-numba prepare` made of the textbooks (not part of the project).",
+            "",
+            commands(rows),
+            "",
+            f'## What the models write after "{bench_train.PROMPT}"',
+            "",
+            samples(rows),
+        ]
+    )
+
+
+def draw(rows: Sequence[Row]) -> Any:
+    """NLL against minutes of training, both axes logarithmic, a line for each run."""
+    figure = head_report.new_figure(9, 6)
+    axes = figure.subplots()
+    for row in sorted(rows, key=lambda row: row["nll"]):
+        at = points(row)
+        peer = row["name"].startswith("torch")
+        axes.plot([p[0] for p in at], [p[1] for p in at], "--s" if peer else "-o", label=label(row))
+    ticks = [1, 2, 5, 7, 10, 30, 72]
+    axes.set(
+        xscale="log", yscale="log", xlabel="minutes of training, 2 threads", ylabel="validation NLL, nats per token"
+    )
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1f}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.1f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    return figure
+
+
+@click.command(help=__doc__)
+@click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("markdown", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("chart", type=click.Path(path_type=Path, dir_okay=False))
+def main(results: Path, markdown: Path, chart: Path) -> None:
+    rows = [row for row in bench_train.read_rows(results) if "minutes_asked" in row]
+    if not rows:
+        raise click.UsageError(f"{results} has no runs of so many minutes; make some with bench_train.py --minutes.")
+    if not head_report.can_plot():
+        raise click.UsageError("The chart needs matplotlib: pip install -e '.[dev]'")
+    draw(rows).savefig(chart, dpi=120)
+    markdown.write_text(page(rows, results, chart.name), encoding="utf-8")
+    click.echo(f"Wrote {markdown} and {chart}.")
+
+
+if __name__ == "__main__":
+    main()
