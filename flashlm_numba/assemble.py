@@ -25,7 +25,7 @@ from flashlm_numba.heads import DenseHead, SampledHead
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.tree import SHAPES, Tree, build_tree
-from flashlm_numba.tree_head import TreeHead
+from flashlm_numba.tree_head import TreeHead, default_rank
 
 Note = Callable[[str], None]  # shows a line to the user
 
@@ -232,7 +232,10 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
         if rows is not None:
             rows = rows[tree.token_of_row]
     parameters = initial_parameters(run.model, run.seed, rows)
-    return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts))
+    rank = run.head.tree_rank
+    if tree is not None and rank is None:
+        rank = default_rank(run.head.tree, tree, run.model.dim)
+    return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts, rank=rank))
 
 
 def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
@@ -242,10 +245,8 @@ def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarra
     """
     try:
         tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None
-        nodes = tensors.get("head.nodes.weight")
-        return Model(
-            run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), counts=counts, nodes=nodes)
-        )
+        rows = {"nodes": tensors.get("head.nodes.weight"), "basis": tensors.get("head.nodes.basis")}
+        return Model(run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), counts=counts, **rows))
     except (ValueError, KeyError) as error:
         raise UserError(f"The weights do not fit the settings beside them ({error}); restore the file.") from None
 
@@ -267,12 +268,12 @@ def _head_maker(
     log_prior: np.ndarray | None,
     *,
     counts: np.ndarray | None = None,
-    nodes: np.ndarray | None = None,
+    **nodes: Any,
 ) -> Callable[[np.ndarray, np.ndarray], Any]:
     """The function that builds the head on the live embedding and its gradient, both in the head's row order.
 
     counts (V,) of the training text: the sampled head draws by them, and they weigh the rows below a node in its start,
-    where there are no node rows yet.
+    where there are no node rows yet.  nodes : TreeHead's rank, nodes and basis
     """
     options: dict[str, Any] = {
         "label_smoothing": head.label_smoothing,
@@ -285,7 +286,7 @@ def _head_maker(
         return lambda weight, dweight: SampledHead(weight, dweight, **options)
     if tree is None:
         return lambda weight, dweight: DenseHead(weight, dweight, **options)
-    return lambda weight, dweight: TreeHead(tree, weight, dweight, counts=counts, nodes=nodes, **options)
+    return lambda weight, dweight: TreeHead(tree, weight, dweight, counts=counts, **nodes, **options)
 
 
 def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> np.ndarray | None:

@@ -48,7 +48,7 @@ def main() -> None:
         return DenseHead(weight, dweight, log_prior=prior)
 
     def make_tree(weight: np.ndarray, dweight: np.ndarray) -> Any:
-        return TreeHead(tree, weight, dweight, log_prior=prior)
+        return TreeHead(tree, weight, dweight, log_prior=prior, rank=2)
 
     def make_sampled(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return SampledHead(weight, dweight, counts=np.arange(config.vocab_size), candidates=100, log_prior=prior)

@@ -21,9 +21,11 @@ from typing import Any
 from flashlm_numba.errors import UserError
 
 
-def _in(default: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Any:
-    """A number's default with its range [low, high], or (low, high] if open_low."""
-    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+def _in(
+    default: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, later: bool = False
+) -> Any:
+    """A number's default with its range [low, high], or (low, high] if open_low; later: see _one_of."""
+    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low, "later": later})
 
 
 def _one_of(default: str, *choices: str, later: bool = False) -> Any:
@@ -75,6 +77,7 @@ class HeadConfig:
     tree_clusters: int | None = _in(None, 1)  # adaptive: nodes below the root
     tree_classes: int | None = _in(None, 1)  # two-level: nodes below the root
     tree_arity: int | None = _in(None, 2)  # balanced, clustered: children of a node
+    tree_rank: int | None = _in(None, 1, later=True)  # of the inner nodes' rows, kept as a product; none: by shape
     positions: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
     label_smoothing: float = _in(0.0, 0, 0.999)  # spread over all tokens (a tree: a node's children)
     z_loss: float = _in(0.0, 0)  # weight of log(Z)**2, which keeps the logits from drifting
@@ -88,6 +91,7 @@ class OptimizerConfig:
 
     normuon: str = _one_of("published", "published", "v3")  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
+    normuon_iterations: int = _in(5, 0, 20, later=True)  # Newton-Schulz iterations a step
     adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
     adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
     adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
@@ -265,7 +269,7 @@ RECIPES: dict[str, RunConfig] = {
     "default": RunConfig(
         recipe="default",
         model=ModelConfig(activations="int8"),
-        optimizer=OptimizerConfig(lazy_rows=True),
+        optimizer=OptimizerConfig(lazy_rows=True, normuon_iterations=3),
     ),
     # FlashLM v3 as published; without --embeddings the start of E is ours and is not frozen
     "v3": RunConfig(

@@ -56,6 +56,9 @@ class DenseHead:
         self._scratch = kernels.scratch_for(self._scratch, *self.weight.shape)
         return self._scratch
 
+    def prepare(self) -> None:
+        """Nothing: the rows are used as they are."""
+
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
         """Nothing: this loss draws nothing."""
 

@@ -31,6 +31,10 @@ class Head(Protocol):
         """Before a micro-batch of training: whatever its loss draws comes from rng; full: draw nothing."""
         ...
 
+    def prepare(self) -> None:
+        """Bring up to date what is computed from the parameters; after every change of these."""
+        ...
+
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -124,6 +124,7 @@ class Model:
         ternarize(p["glu.up.weight"], w.w_gate_up[inner:])
         ternarize(p["glu.down.weight"], w.w_down)
         w.pack()
+        self.head.prepare()
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, in one place."""

@@ -101,6 +101,7 @@ def optimizer_settings(run: RunConfig) -> OptimizerSettings:
     return replace(
         PRESETS[o.normuon],
         normuon_lr=o.normuon_lr,
+        normuon_iterations=o.normuon_iterations,
         adamw_lr=o.adamw_lr,
         adamw_beta1=o.adamw_beta1,
         adamw_beta2=o.adamw_beta2,

@@ -535,8 +535,13 @@ def _clustered(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None
     return _split_tree(_by_frequency(weight), arity, 2 * arity, split, "clustered")
 
 
+def _default(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None = None) -> Tree:
+    """Clustered; adaptive where there are no rows to cluster."""
+    return _adaptive(weight, None) if rows is None and arity is None else _clustered(weight, rows, arity=arity)
+
+
 SHAPES: dict[str, Callable[..., Tree]] = {
-    "default": _adaptive,
+    "default": _default,
     "adaptive": _adaptive,
     "two-level": _two_level,
     "balanced": _balanced,

@@ -8,10 +8,11 @@ import numpy as np
 
 from flashlm_numba.kernels import tree_head as kernels
 from flashlm_numba.kernels import tree_inference
+from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
 from flashlm_numba.sampling import check_settings, sample_rows
 from flashlm_numba.tree import Tree, build_tree
 
-__all__ = ["TreeHead", "init_nodes", "node_log_prior"]
+__all__ = ["TreeHead", "default_rank", "factor_nodes", "init_nodes", "node_log_prior"]
 
 
 def _over_leaves(ufunc: np.ufunc, tree: Tree, value: np.ndarray) -> np.ndarray:
@@ -40,6 +41,33 @@ def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None)
     return nodes
 
 
+def default_rank(shape: str, tree: Tree, dim: int) -> int | None:
+    """Rank that training gives the node rows of a tree that was asked for as `shape`; None: they are kept whole.
+
+    The default tree by meaning has 1,404 rows for GPT-2's vocabulary; at three sixteenths of the channels they are as
+    many parameters as the 320 rows of an adaptive tree, 0.6 % of the model.
+    """
+    return max(1, 3 * dim // 16) if shape == "default" and tree.shape == "clustered" else None
+
+
+def factor_nodes(nodes: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows of this rank to nodes (M, C), as coords (M, R) and basis (R, C) float32 to multiply.
+
+    The basis is orthogonal, in size such that the numbers of coords are as large as those of the rows: a rule that
+    moves every number by about the learning rate, such as AdamW's, then moves a row as far as if it were kept whole.
+    R is rank, or C where that is less. Raises ValueError if rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"factor_nodes: rank must be at least 1, got {rank}")
+    dim = nodes.shape[1]
+    rank = min(rank, dim)
+    whole = nodes.astype(np.float64)
+    _, vectors = np.linalg.eigh(whole.T @ whole)  # by rising eigenvalue
+    chosen = vectors[:, ::-1][:, :rank]
+    size = (dim / rank) ** 0.5
+    return (whole @ chosen / size).astype(np.float32), np.ascontiguousarray((chosen * size).T, np.float32)
+
+
 def node_log_prior(tree: Tree, log_prior: np.ndarray) -> np.ndarray:
     """Log of the summed prior of the tokens below each node (M,) float32; log_prior (V,) in leaf order."""
     return _over_leaves(np.logaddexp, tree, log_prior.astype(np.float64)).astype(np.float32)
@@ -54,6 +82,8 @@ class TreeHead:
     with the
         embedding; None: the head owns its leaf rows (`weight` among its parameters), small and random
     nodes : (M, C) float32, a row for each node below the root, owned by the head; default init_nodes
+    rank : keep these rows as a product, nodes (M, R) times a basis (R, C), both trained: fewer parameters. After a
+        change of the parameters, call prepare. With basis given, nodes are its coordinates.
     label_smoothing is uniform over a node's children, z_loss adds z * log(Z)**2 at each node of the path,
     soft_cap acts on each node's logits. log_prior (V,) float32, by token id: a fixed log-frequency added to
     the logits (its sum to a node's), so that training starts at the unigram.
@@ -79,6 +109,8 @@ class TreeHead:
         counts: np.ndarray | None = None,
         shape: str = "default",
         nodes: np.ndarray | None = None,
+        rank: int | None = None,
+        basis: np.ndarray | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         soft_cap: float | None = None,
@@ -111,11 +143,7 @@ class TreeHead:
         self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
         if "weight" in self.parameters:
             self.gradients["weight"] = self.dweight
-        self.nodes = init_nodes(tree, weight, counts) if nodes is None else nodes
-        self.dnodes = np.zeros(self.nodes.shape, np.float32)
-        if self.nodes.size:  # a tree that is only a root has no node rows
-            self.parameters["nodes.weight"] = self.nodes
-            self.gradients["nodes.weight"] = self.dnodes
+        self._take_nodes(init_nodes(tree, weight, counts) if nodes is None else nodes, rank, basis)
         self.row_of_token: np.ndarray = tree.row_of_token
         self.label_smoothing, self.z_loss, self.soft_cap = label_smoothing, z_loss, soft_cap
         self.log_prior = log_prior
@@ -131,6 +159,34 @@ class TreeHead:
             self.weight, self.nodes, self._spans, soft_cap=soft_cap, **self._prior
         )
 
+    def _take_nodes(self, nodes: np.ndarray, rank: int | None, basis: np.ndarray | None) -> None:
+        """Set the node rows, whole or as a product, and their gradients."""
+        count, dim = self.tree.n_nodes - 1, self.weight.shape[1]
+        if rank is not None and basis is None:
+            nodes, basis = factor_nodes(nodes, rank)
+        if basis is not None and (basis.ndim != 2 or basis.shape != (nodes.shape[-1], dim)):
+            raise ValueError(f"TreeHead: basis must have shape ({nodes.shape[-1]}, {dim}), got {basis.shape}")
+        width = dim if basis is None else len(basis)
+        if nodes.shape != (count, width):
+            raise ValueError(f"TreeHead: nodes must have shape ({count}, {width}), got {nodes.shape}")
+        self._basis = basis
+        self.nodes = nodes if basis is None else np.zeros((count, dim), np.float32)
+        self.dnodes = np.zeros(self.nodes.shape, np.float32)  # of the whole rows
+        if not count:  # a tree that is only a root has no node rows
+            return
+        self.parameters["nodes.weight"] = nodes
+        self.gradients["nodes.weight"] = self.dnodes
+        if basis is not None:
+            self.gradients["nodes.weight"] = np.zeros(nodes.shape, np.float32)
+            self.parameters["nodes.basis"] = basis
+            self.gradients["nodes.basis"] = np.zeros(basis.shape, np.float32)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Multiply out the node rows that are kept as a product; call after every change of the parameters."""
+        if self._basis is not None and self.nodes.size:
+            low_rank_rows(self.parameters["nodes.weight"], self._basis, self.nodes)
+
     def _rows(self, targets: np.ndarray) -> np.ndarray:
         kernels._check.indices("TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
         return self.row_of_token[targets]
@@ -141,17 +197,27 @@ class TreeHead:
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes, or puts
+        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and the nodes', or puts
         them there: less work than clearing them, since only the rows on the targets' paths get any.
 
         h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the
         options.
         """
-        return kernels.tree_head_forward_backward(
+        factored = self._basis is not None and self.nodes.size > 0
+        if factored and accumulate:
+            self.dnodes[...] = 0  # this batch's own, of the whole rows
+        result = kernels.tree_head_forward_backward(
             h, self.weight, self.nodes, self._spans, self._rows(targets), weights, self.dweight, self.dnodes,
             label_smoothing=self.label_smoothing, z_loss=self.z_loss, soft_cap=self.soft_cap,
             accumulate=accumulate, scratch=self._scratch, **self._prior,
         )  # fmt: skip
+        if factored:
+            assert self._basis is not None
+            low_rank_backward(
+                self.gradients["nodes.weight"], self.gradients["nodes.basis"], self.dnodes,
+                self.parameters["nodes.weight"], self._basis, accumulate=accumulate,
+            )  # fmt: skip
+        return result
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32, visiting the target's path only."""

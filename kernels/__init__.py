@@ -9,6 +9,7 @@
     trunk           all passes of the block, one parallel region each way
     decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
+    low_rank        rows kept as a product of two smaller matrices
     tree_head       softmax at every node on the way to a token, loss and gradients
     dense_inference one position's logits, from float32 or int8 rows
     tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
@@ -34,6 +35,7 @@ __all__ = [
     "draw",
     "embedding",
     "glu",
+    "low_rank",
     "optimizers",
     "reference",
     "reference_optim",

@@ -145,9 +145,14 @@ def test_every_setting_is_in_the_manual():
             assert f"`{item.name}`" in manual, item.name
 
 
-def test_settings_from_before_activations_mean_float():
+def test_settings_that_came_later_mean_what_was_done_before():
     old = json.loads(RunConfig.recipe_named("default").to_json())
     del old["model"]["activations"]
-    assert RunConfig.from_json(json.dumps(old)).model.activations == "float"
+    for name in ("lazy_rows", "normuon_iterations"):
+        del old["optimizer"][name]
+    run = RunConfig.from_json(json.dumps(old))
+    assert run.model.activations == "float"
+    assert not run.optimizer.lazy_rows
+    assert run.optimizer.normuon_iterations == 5
     with pytest.raises(UserError, match=r"model\.activations must be one of float, int8"):
         RunConfig.recipe_named("default").with_settings(["activations=int4"])

@@ -79,6 +79,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "sampled": ("--head", "sampled"),
     "tree": ("--head", "tree"),
     "tree:frequency": ("--head", "tree", "--set", "tree_groups=frequency"),
+    "tree:adaptive": ("--tree", "adaptive"),
     "tree:two-level": ("--tree", "two-level"),
     "tree:balanced": ("--tree", "balanced"),
     "tree:clustered": ("--tree", "clustered"),

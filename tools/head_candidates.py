@@ -27,6 +27,7 @@ from flashlm_numba.embeddings import cached_start
 from flashlm_numba.heads import DenseHead, Head, SampledHead, TreeHead
 from flashlm_numba.kernels import dense_head, reference_tree, tree_head
 from flashlm_numba.tree import SHAPES, Tree, build_tree
+from flashlm_numba.tree_head import default_rank
 from tools.timing import WrongResultError
 
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does
@@ -100,6 +101,7 @@ def zipf_problem(rows: int, dim: int, vocab: int, seed: int = 0) -> Problem:
 
 def run_head(head: Head, problem: Problem) -> Found:
     """loss (N,) and the gradients of the mean loss by name, those of the parameters in place of the last call's."""
+    head.prepare()  # as every step does
     loss, _, dh = head.forward_backward(problem.h, problem.targets, problem.weights, accumulate=False)
     return {"loss": loss, "dh": dh, "dweight": head.dweight, **head.gradients}
 
@@ -192,7 +194,8 @@ def make_tree_head(problem: Problem, shape: str) -> TreeHead:
     # a clustered tree is nothing without rows
     rows = problem.weight if problem.by_meaning or shape == "clustered" else None
     tree = build_tree(shape, problem.counts, rows=rows)
-    return TreeHead(tree, np.ascontiguousarray(problem.weight[tree.token_of_row]), counts=problem.counts)
+    rank = default_rank(shape, tree, problem.weight.shape[1])
+    return TreeHead(tree, np.ascontiguousarray(problem.weight[tree.token_of_row]), counts=problem.counts, rank=rank)
 
 
 @functools.lru_cache(maxsize=2)
@@ -222,7 +225,16 @@ def tree_cost(problem: Problem, tree: Tree) -> tuple[float, float]:
 def tree_candidate(problem: Problem, shape: str) -> Candidate:
     """TreeHead of this shape."""
     head = make_tree_head(problem, shape)
-    truth = functools.partial(tree_reference, problem, head)
+
+    def truth(dtype: type) -> Found:
+        """The reference; where the node rows are kept as a product, with the gradients of its factors."""
+        found = tree_reference(problem, head, dtype)
+        if "nodes.basis" not in head.parameters:
+            return found
+        coords, basis = (head.parameters[f"nodes.{part}"].astype(dtype) for part in ("weight", "basis"))
+        drows = found["nodes.weight"]
+        return {**found, "nodes.weight": drows @ basis.T, "nodes.basis": coords.T @ drows}
+
     return Candidate(lambda: run_head(head, problem), truth, *tree_cost(problem, head.tree), lambda: scratch_mb(head))
 
 
