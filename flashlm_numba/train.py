@@ -17,7 +17,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -408,6 +408,7 @@ def _loop(session: Session, display: Display) -> int:
     run, clock = session.run, session.clock
     training, plan = run.training, run.plan
     saved_at = seen_at = clock.seconds
+    saved_step = clock.step if checkpoint.any_in(session.folder) else -1
     metrics = session.folder / "metrics.jsonl"
     with (
         _signals() as caught,
@@ -450,7 +451,7 @@ def _loop(session: Session, display: Display) -> int:
                 log.flush()
             left = (run.tokens_until(plan.steps) - clock.tokens) * spent / phase.tokens
             display.step(line, left)
-            keep = any(seen_at < 60 * minutes <= clock.seconds for minutes in training.keep_minutes)
+            keep = _passed(training.keep_minutes, seen_at, clock.seconds)
             seen_at = clock.seconds
             if training.checkpoint_every:
                 save = step % training.checkpoint_every == 0
@@ -458,9 +459,10 @@ def _loop(session: Session, display: Display) -> int:
                 save = clock.seconds - saved_at >= CHECKPOINT_SECONDS
             if save or keep or last:
                 _save(session, log, keep=keep)
-                saved_at = clock.seconds
-        if caught and clock.step < plan.steps:
-            _save(session, log)
+                saved_at, saved_step = clock.seconds, step
+        if caught and clock.step < plan.steps and clock.step != saved_step:
+            # a mark may have passed while the last checkpoint was written
+            _save(session, log, keep=_passed(training.keep_minutes, seen_at, clock.seconds))
     if clock.step < plan.steps:
         display.note(
             f"Stopped after step {clock.step:,}, saved; go on with: flashlm-numba train --resume {session.folder}"
@@ -468,6 +470,11 @@ def _loop(session: Session, display: Display) -> int:
         return 128 + caught[0]
     display.note(f"Done: {session.folder}")
     return 0
+
+
+def _passed(minutes: Iterable[float], since: float, now: float) -> bool:
+    """Whether the clock, in seconds, has passed one of these minutes."""
+    return any(since < 60 * mark <= now for mark in minutes)
 
 
 def _validate(session: Session, display: Display) -> dict[str, float]:

@@ -535,9 +535,20 @@ def _clustered(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None
     return _split_tree(_by_frequency(weight), arity, 2 * arity, split, "clustered")
 
 
-def _default(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None = None) -> Tree:
-    """Clustered; adaptive where there are no rows to cluster."""
-    return _adaptive(weight, None) if rows is None and arity is None else _clustered(weight, rows, arity=arity)
+def _default(
+    weight: np.ndarray,
+    rows: np.ndarray | None,
+    *,
+    arity: int | None = None,
+    root_tokens: int | None = None,
+    clusters: int | None = None,
+) -> Tree:
+    """Clustered; adaptive where there are no rows to cluster, or its options are given."""
+    if arity is None and (rows is None or root_tokens is not None or clusters is not None):
+        return _adaptive(weight, rows, root_tokens=root_tokens, clusters=clusters)
+    if root_tokens is not None or clusters is not None:
+        raise UserError("A tree takes either arity, or root_tokens and clusters; leave one of them out.")
+    return _clustered(weight, rows, arity=arity)
 
 
 SHAPES: dict[str, Callable[..., Tree]] = {

@@ -44,8 +44,8 @@ def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None)
 def default_rank(shape: str, tree: Tree, dim: int) -> int | None:
     """Rank that training gives the node rows of a tree that was asked for as `shape`; None: they are kept whole.
 
-    The default tree by meaning has 1,404 rows for GPT-2's vocabulary; at three sixteenths of the channels they are as
-    many parameters as the 320 rows of an adaptive tree, 0.6 % of the model.
+    The default tree by meaning has some 1,400 rows for GPT-2's vocabulary; at three sixteenths of the channels they are
+    as many parameters as the 320 rows of an adaptive tree, 0.6 % of the model.
     """
     return max(1, 3 * dim // 16) if shape == "default" and tree.shape == "clustered" else None
 
@@ -185,7 +185,8 @@ class TreeHead:
     def prepare(self) -> None:
         """Multiply out the node rows that are kept as a product; call after every change of the parameters."""
         if self._basis is not None and self.nodes.size:
-            low_rank_rows(self.parameters["nodes.weight"], self._basis, self.nodes)
+            # by way of a spare: a thread that writes a text meanwhile must not see a half-made product
+            self.nodes[...] = low_rank_rows(self.parameters["nodes.weight"], self._basis, np.empty_like(self.nodes))
 
     def _rows(self, targets: np.ndarray) -> np.ndarray:
         kernels._check.indices("TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")

@@ -101,6 +101,7 @@ def test_the_published_peer_keeps_its_schedule():
         (["d", "r.json", "tree", "--tokens", "1", "--set", "clip"], "--set takes key=value"),
         (["d", "r.json", "tree", "--tokens", "1"], "no manifest.json"),
         (["d", "r.json", "tree", "--tokens", "1", "--marks", "1"], "--marks must lie between"),
+        (["d", "r.json", "torch:v3", "--tokens", "1"], "torch:v3 has a schedule of its own"),
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "1,5"], "--marks must lie between"),
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "x"], "--marks takes minutes"),
     ],

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashlm_numba.errors import UserError
 from flashlm_numba.heads import TreeHead
 from flashlm_numba.kernels import low_rank
-from flashlm_numba.tree import build_tree
-from flashlm_numba.tree_head import factor_nodes, init_nodes
+from flashlm_numba.tree import build_tree, tree_from_lists
+from flashlm_numba.tree_head import default_rank, factor_nodes, init_nodes
 
 SIZE = st.sampled_from([0, 1, 3, 17, 63, 130] if not numba.config.DISABLE_JIT else [0, 1, 5])
 MANY = st.sampled_from([0, 1, 5, 255, 257, 600] if not numba.config.DISABLE_JIT else [0, 1, 7])
@@ -139,3 +140,40 @@ def test_factors_that_do_not_fit_are_refused():
         TreeHead(head.tree, head.weight, nodes=head.parameters["nodes.weight"], basis=np.zeros((4, 12), np.float32))
     with pytest.raises(ValueError, match="rank must be"):
         small_tree(0)
+
+
+def test_a_rank_above_the_channels_is_that_of_whole_rows_and_a_lone_root_has_none():
+    head, _ = small_tree(99)
+    assert head.parameters["nodes.basis"].shape == (12, 12)
+    alone = TreeHead(tree_from_lists([[0, 1, 2]], [[]]), np.zeros((3, 4), np.float32), rank=2)
+    assert alone.parameters == {}
+    alone.prepare()
+    loss, _, _ = alone.forward_backward(np.ones((1, 4), "f"), np.array([1], np.int32), np.ones(1, "f"))
+    assert loss[0] == pytest.approx(np.log(3))
+
+
+def test_drawing_and_searching_see_the_rows_as_prepared():
+    head, rng = small_tree(3)
+    head.parameters["nodes.weight"] *= -3
+    head.prepare()
+    h = rng.standard_normal((1, 12)).astype(np.float32)
+    p = head.distribution(h)[0]
+    ids, log_p = head.top(h[0], 5)
+    assert ids.tolist() == np.argsort(-p, kind="stable")[:5].tolist()
+    np.testing.assert_allclose(np.exp(log_p), p[ids], rtol=1e-4)
+    drawn = np.bincount([head.sample(h, rng)[0] for _ in range(3_000)], minlength=120) / 3_000
+    assert np.abs(drawn - p).max() < 0.04
+
+
+def test_only_the_default_tree_by_meaning_has_a_rank():
+    counts, rows = 1000 // np.arange(1, 121), np.random.default_rng(0).standard_normal((120, 16)).astype(np.float32)
+    default = build_tree("default", counts, rows=rows)
+    assert default.shape == "clustered"
+    assert default_rank("default", default, 16) == 3
+    assert default_rank("clustered", default, 16) is None
+    for options in ({}, {"rows": rows, "root_tokens": 5}, {"rows": rows, "clusters": 7}):
+        other = build_tree("default", counts, **options)
+        assert other.shape == "adaptive"
+        assert default_rank("default", other, 16) is None
+    with pytest.raises(UserError, match="either arity, or root_tokens and clusters"):
+        build_tree("default", counts, rows=rows, arity=4, clusters=7)

@@ -32,6 +32,7 @@ CASES = {
     "sampled": ("head.name=sampled", "candidates=1000", "full_share=0.3"),
     "tree": ("head.name=tree",),
     "float": ("activations=float", "lazy_rows=false"),
+    "low rank": ("head.name=tree", "tree_rank=3", "ema=0.9"),
 }
 
 
@@ -147,6 +148,25 @@ def test_a_checkpoint_is_kept_for_each_mark_on_the_clock(tiny_run, corpus, tmp_p
     states = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "checkpoints").glob("*/state.json")}
     assert sorted(states) == ["step-2", "step-4", "step-7", "step-8", "step-9"]
     assert [name for name, state in sorted(states.items()) if state["keep"]] == ["step-2", "step-4"]
+
+
+def test_a_signal_does_not_unmark_a_checkpoint(tiny_run, corpus, tmp_path, monkeypatch):
+    """Ctrl-C in the step that passes a mark: it is saved once, marked; and going on from there keeps the mark."""
+    real = train.do_step
+
+    def timed(session, phase, step, **kw):
+        if step == 2 and kw["lr"] > 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return dataclasses.replace(real(session, phase, step, **kw), seconds=30.0)
+
+    monkeypatch.setattr(train, "do_step", timed)
+    run = tiny_run.with_settings(["checkpoint_every=100", "keep_minutes=1"])
+    assert _start(run, corpus, tmp_path, steps=9) == 130
+    state = json.loads((tmp_path / "checkpoints" / "step-2" / "state.json").read_text())
+    assert state["keep"] is True
+    monkeypatch.setattr(train, "do_step", real)
+    assert _resume(tmp_path) == 0
+    assert json.loads((tmp_path / "checkpoints" / "step-2" / "state.json").read_text()) == state
 
 
 @pytest.mark.parametrize("case", ["dense", "sampled", "tree"])

@@ -124,7 +124,7 @@ def measure_steps(
         "dense": {"head": "dense"},
         "dense@0.25": {"head": "dense", "positions": 0.25},
         "tree": {"head": "tree", "activations": "int8"},  # the default recipe
-        "tree@float": {"head": "tree"},  # with the peers' arithmetic
+        "tree@float": {"head": "tree"},  # with float32 products, as the peers
     }
     for name, options in ours.items():
         session = make_session(data, threads=threads, **options)

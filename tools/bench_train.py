@@ -43,7 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TOKENS_PER_STEP = 16 * 128  # of every candidate's default batch
 WARMUP, DECAY_SHARE = 100, 0.4  # of the default recipe; the torch peers get the same schedule
-# what our default recipe does, in the peer's words: the same batches, start of E, loss, rules and schedule
+# what our default recipe does, in the peer's words: the same batches, start of E, loss and schedule, and the rules as
+# published (five Newton-Schulz iterations, every row stepped)
 TORCH = {
     "batch": "16x128",
     "start": "corpus",
@@ -223,10 +224,11 @@ def kept_checkpoints(run: Path, marks: Iterable[float]) -> dict[float, tuple[str
         if state.get("keep"):
             states.append((state["seconds"], path.parent.name, state))
     found = {}
-    for mark in marks:
-        later = [item for item in sorted(states, key=lambda item: item[0]) if item[0] >= 60 * mark]
-        if later:
-            found[mark] = (later[0][1], later[0][2])
+    marks = sorted(marks)
+    for mark, following in itertools.zip_longest(marks, marks[1:], fillvalue=float("inf")):
+        reached = [item for item in sorted(states, key=lambda item: item[0]) if 60 * mark <= item[0] < 60 * following]
+        if reached:
+            found[mark] = (reached[0][1], reached[0][2])
     return found
 
 
@@ -351,6 +353,10 @@ def main(
     data, path, names = Path(data_and_results[0]).resolve(), Path(data_and_results[1]), data_and_results[2:]
     if unknown := [name for name in names if name not in OURS and name not in PEERS]:
         raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *PEERS])}.")
+    if tokens is not None and (own := [name for name in names if "total" in PEERS.get(name, {})]):
+        raise click.UsageError(
+            f"{own[0]} has a schedule of its own and is stopped by --minutes; --tokens is for others."
+        )
     if importlib.util.find_spec("torch") is None and (peers := [name for name in names if name in PEERS]):
         raise click.UsageError(f"{peers[0]} needs torch, which is not installed: pip install -e '.[peer]'")
     timing.check_writable(path)
