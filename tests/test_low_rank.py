@@ -117,10 +117,9 @@ def test_gradients_agree_with_finite_differences_and_add_up(accumulate):
 
     for name, value in head.parameters.items():
         gradient = head.gradients[name]
+        assert gradient.any(), name
         for _ in range(6):
             at = tuple(rng.integers(0, size) for size in value.shape)
-            if gradient[at] == 0:
-                continue
             old, step = value[at], np.float32(2e-2)
             value[at] = old + step
             up = loss()
