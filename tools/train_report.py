@@ -137,9 +137,7 @@ def draw(rows: Sequence[Row]) -> Any:
         peer = row["name"].startswith("torch")
         axes.plot([p[0] for p in at], [p[1] for p in at], "--s" if peer else "-o", label=label(row))
     ticks = [1, 2, 5, 7, 10, 30, 72]
-    axes.set(
-        xscale="log", yscale="log", xlabel="minutes of training, 2 threads", ylabel="validation NLL, nats per token"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="validation NLL, nats per token")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1f}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.1f}")
