@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -213,10 +214,14 @@ def run_apart(arguments: list[str], **environment: str) -> None:
         raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}.")
 
 
-def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[], None] = lambda: None) -> Model:
-    """A model before its first step, a pure function of the settings and the data.
+def new_model(
+    run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[Model, float]:
+    """A model before its first step, a pure function of the settings and the data, and the seconds it took.
 
-    meanwhile : called while another process makes the start of the embedding, where that has to be made
+    meanwhile : called while another process makes the start of the embedding, where that has to be made, and not
+        counted in the seconds; a start out of the cache counts with the seconds that it once took, so that a run's
+        clock does not depend on what ran before it
     """
     counts = data.train.counts(run.model.vocab_size)
     log_prior = None
@@ -225,7 +230,8 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
     with ThreadPoolExecutor(1) as waiting:
         start = waiting.submit(_embedding_start, run, data, note)
         meanwhile()
-        rows = start.result()  # by token id
+        rows, seconds = start.result()  # rows by token id
+    began = time.perf_counter()
     tree = None
     if run.head.name == "tree":
         tree = _build_tree(run.head, counts, rows)
@@ -235,7 +241,8 @@ def new_model(run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[
     rank = run.head.tree_rank
     if tree is not None and rank is None:
         rank = default_rank(run.head.tree, tree, run.model.dim)
-    return Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts, rank=rank))
+    model = Model(run.model, parameters, _head_maker(run.head, tree, log_prior, counts=counts, rank=rank))
+    return model, seconds + time.perf_counter() - began
 
 
 def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
@@ -289,18 +296,19 @@ def _head_maker(
     return lambda weight, dweight: TreeHead(tree, weight, dweight, counts=counts, **nodes, **options)
 
 
-def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> np.ndarray | None:
-    """Rows (V, C) float32 by token id to start the embedding from, or None for random ones."""
+def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.ndarray | None, float]:
+    """Rows (V, C) float32 by token id to start the embedding from, or None for random ones; the seconds it took."""
     start, config = run.training.embeddings, run.model
     if start == "random":
-        return None
+        return None, 0.0
     from flashlm_numba import embeddings
 
     if start == "corpus":
         return embeddings.cached_start(data, config.dim, vocab_size=config.vocab_size, threads=run.threads, report=note)
+    began = time.perf_counter()
     rows, kept = embeddings.from_gpt2(start, config.dim, config.vocab_size)
     note(f"The embedding starts from {start}, cut to {config.dim} dimensions: {kept:.1%} of its variance.")
-    return rows
+    return rows, time.perf_counter() - began
 
 
 def _build_tree(head: HeadConfig, counts: np.ndarray, rows: np.ndarray | None) -> Tree:

@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -240,42 +242,45 @@ def cached_start(
     vocab_size: int = 50_257,
     threads: int | None = None,
     report: Report | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, float]:
     """from_corpus of data.train, from the cache (see cache.py) or made there by a process of its own.
 
-    Returns (vocab_size, dim) float32. `report` gets a sentence when work begins and after each stage. A
-    damaged cache file is made anew. Raises UserError if no folder can be written.
+    Returns (vocab_size, dim) float32, and the seconds that making it took, whenever that was. `report` gets a
+    sentence when work begins and after each stage. A damaged cache file is made anew. Raises UserError if no
+    folder can be written.
     """
     name = cache_name(data.hash, dim, seed, vocab_size)
-    rows = from_cache(f"{CACHE}/{name}", lambda path: _load(path, (vocab_size, dim)))
-    if rows is not None:
-        return rows
+    found = from_cache(f"{CACHE}/{name}", lambda path: _load(path, (vocab_size, dim)))
+    if found is not None:
+        return found
     folder = writable_cache(CACHE)
     if report:
         report(f"making the start of the embedding from {data.folder} (once, then kept in {folder})")
     _run_apart(data.folder, folder / name, dim, seed, vocab_size, threads, report)
-    rows = _load(folder / name, (vocab_size, dim))
-    if rows is None:
+    found = _load(folder / name, (vocab_size, dim))
+    if found is None:
         raise RuntimeError(f"the embedding process left no usable {name}")
-    return rows
+    return found
 
 
 def cache_name(data_hash: str, dim: int, seed: int, vocab_size: int) -> str:
     """The file that cached_start keeps in CACHE: named by data, shape, seed and the settings of this module."""
     settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, EOT)
     key = hashlib.sha256(f"{data_hash} {vocab_size} {dim} {seed} {settings}".encode()).hexdigest()
-    return f"corpus-{key[:24]}.npy"
+    return f"corpus-{key[:24]}.npz"
 
 
-def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The array of a cache file, or None if it is missing or not what it should be."""
+def _load(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, float] | None:
+    """The rows of a cache file and the seconds they took, or None if it is missing or not what it should be."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+            rows, seconds = found["rows"], float(found["seconds"])
+    # TypeError: of an array that is not in an archive, or seconds that are no number
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     if rows.shape != shape or rows.dtype != np.float32 or not np.isfinite(rows).all():
         return None
-    return rows
+    return (rows, seconds) if 0 <= seconds < float("inf") else None
 
 
 def _run_apart(
@@ -312,16 +317,18 @@ def _run_apart(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of the process: make the start of prepared data and write it as .npy, atomically."""
+    """Command line of the process: make the start of prepared data and write it as .npz, atomically."""
     parser = argparse.ArgumentParser(prog="python -m flashlm_numba.embeddings", description=__doc__)
     parser.add_argument("data", type=Path, help="folder of prepared tokens")
-    parser.add_argument("out", type=Path, help="file to write, .npy")
+    parser.add_argument("out", type=Path, help="file to write, .npz")
     parser.add_argument("--dim", type=int, default=256, help="channels C")
     parser.add_argument("--vocab-size", type=int, default=50_257, help="tokens V")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     options = parser.parse_args(arguments)
     from flashlm_numba.data import open_tokens
+
+    began = time.perf_counter()
 
     def say(sentence: str) -> None:
         print(f"embedding: {sentence}", flush=True)
@@ -335,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     part = options.out.with_name(f"{options.out.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            np.save(file, rows)
+            np.savez(file, rows=rows, seconds=time.perf_counter() - began)
         part.replace(options.out)
     finally:
         part.unlink(missing_ok=True)

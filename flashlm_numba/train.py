@@ -66,7 +66,7 @@ class Clock:
 
     step: int = 0  # steps done
     tokens: int = 0  # tokens seen
-    seconds: float = 0.0  # of training: steps and saving, without compiling, preparing and validating
+    seconds: float = 0.0  # of training: the embedding's start, the tree, steps and saving; not compiling or validating
 
 
 @dataclass
@@ -312,9 +312,11 @@ def _changed(run: RunConfig, settings: tuple[str, ...]) -> RunConfig:
 
 
 def _new_session(run: RunConfig, folder: Path, data: TokenData, display: Display) -> Session:
-    model = assemble.new_model(run, data, display.note, lambda: ensure_compiled(display.note))
+    model, seconds = assemble.new_model(run, data, display.note, lambda: ensure_compiled(display.note))
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
-    return _session(run, folder, data, model, ema)
+    session = _session(run, folder, data, model, ema)
+    session.clock.seconds = seconds
+    return session
 
 
 def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, display: Display) -> Session:
@@ -368,6 +370,8 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     fixed = run.fixed_layout
     rates: list[float] = []
     steps, left = at, minutes * 60
+    if at == 0:  # the embedding's start and the tree are on the clock already
+        left -= min(session.clock.seconds, left)
     for phase in run.training.phases:
         end = math.inf if phase.last_step is None else phase.last_step
         if end <= at:

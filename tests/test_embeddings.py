@@ -134,7 +134,8 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     prepare(str(text), tmp_path / "tokens", lines=True, progress=False)
     data = open_tokens(tmp_path / "tokens")
     said: list[str] = []
-    start = embeddings.cached_start(data, 16, 5, report=said.append)
+    start, seconds = embeddings.cached_start(data, 16, 5, report=said.append)
+    assert seconds > 0
     assert start.shape == (50_257, 16)
     assert any("singular vectors" in sentence for sentence in said)
     np.testing.assert_array_equal(start, from_corpus(data.train, 50_257, 16, 5))
@@ -143,12 +144,20 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     assert path.is_file()
     assert path.is_relative_to(tmp_path)
     monkeypatch.setattr(embeddings, "_run_apart", lambda *_: pytest.fail("made again although cached"))
-    np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5), start)
+    again, as_long = embeddings.cached_start(data, 16, 5)
+    np.testing.assert_array_equal(again, start)
+    assert as_long == seconds
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a cache that cannot be written goes
     path.write_bytes(path.read_bytes()[:-1000])
-    np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5), start)
+    np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5)[0], start)
+    with path.open("wb") as file:
+        np.savez(file, rows=start, seconds=np.nan)
+    assert embeddings.cached_start(data, 16, 5)[1] > 0
+    np.save(path.with_suffix(".npy"), start)  # as earlier versions kept it, under the archive's name
+    path.with_suffix(".npy").replace(path)
+    np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5)[0], start)
     assert len(list(path.parent.iterdir())) == 1  # no half-written files
 
 

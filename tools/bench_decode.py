@@ -52,7 +52,7 @@ def make_model(data: TokenData, head: str) -> Model:
     """v3's shape with this head, as before its first step."""
     settings = [f"head.name={head}", "log_prior=true", "activations=float"]
     run = RunConfig.recipe_named("default").with_settings(settings)
-    return assemble.new_model(run, data, lambda line: None)
+    return assemble.new_model(run, data, lambda line: None)[0]
 
 
 def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:

@@ -109,7 +109,7 @@ def make_session(
         settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
     run = RunConfig.recipe_named("default").with_settings(settings)
     run = dataclasses.replace(run, threads=threads, data=str(data.folder), data_hash=data.hash)
-    model = assemble.new_model(run, data, lambda line: None)
+    model, _ = assemble.new_model(run, data, lambda line: None)
     optimizer = Optimizer(model.parameters, model.gradients, train.optimizer_settings(run))
     return train.Session(run, data.folder, data, model, optimizer, {})
 

@@ -241,7 +241,7 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
         words = ["train", *job.peer_options(1_000_000), *rehearsal, str(data), "--validate-every", "1e9"]
         text, _ = run_process(["tools/peer_torch.py", *words])
         last = json.loads(text.splitlines()[-1])
-        steps = int(60 * job.minutes * last["tokens"] / last["seconds"] / TOKENS_PER_STEP)
+        steps = int((60 * job.minutes - last["start_seconds"]) * last["tokens_per_s"] / TOKENS_PER_STEP)
         command = ["train", *job.peer_options(max(1, steps)), *job.peer_marks]
     text, peak = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
     lines = [json.loads(line) for line in text.splitlines()]

@@ -108,7 +108,9 @@ def check(model: Model) -> float:
 
     names = [name for name in ours if not name.startswith("router")]
     wide, narrow = (torch_call(model, ids, dh, dtype=dtype)[1]() for dtype in (torch.float64, torch.float32))
-    rows = [{name: found[name].reshape(len(found[name]), -1) for name in names} for found in (ours, narrow, wide)]
+    # a vector is one row: held to its own value alone, an entry that sums to almost nothing has no correct digit
+    rows = [{name: np.atleast_2d(found[name]) for name in names} for found in (ours, narrow, wide)]
+    rows = [{name: a.reshape(len(a), -1) for name, a in found.items()} for found in rows]
     return head_candidates.compare("trunk", *rows)
 
 

@@ -866,7 +866,7 @@ def measure_step(
 @click.option("--div-value", default=4.0, show_default=True, help="Of the adaptive head; 4 is torch's default.")
 @click.option("--batch", default=V3_PHASES, show_default=True, help="[LAST_STEP:]ROWSxLENGTH[xMICRO],... ; v3's phases")
 @click.option("--steps", type=int, help="Steps to train; default: to the end of the last phase.")
-@click.option("--minutes", type=float, help="Stop after this much training time.")
+@click.option("--minutes", type=float, help="Stop after this much training time, the start of E aside.")
 @click.option("--start", default="random", show_default=True, help="Of E: random, corpus, or a .npy of (V, C).")
 @click.option("--start-std", default=0.02, show_default=True, help="Of a random start.")
 @click.option("--frozen-steps", default=0, show_default=True, help="E is held fixed for this many steps.")
@@ -949,11 +949,12 @@ def train(
         div_value=div_value,
         embedding_std=start_std,
     )
+    seconds = 0.0  # of training: the start of E out of the corpus, and steps
     if start != "random":
         if start == "corpus":
             from flashlm_numba.embeddings import cached_start
 
-            rows = cached_start(tokens, config.dim, vocab_size=config.vocab_size)
+            rows, seconds = cached_start(tokens, config.dim, vocab_size=config.vocab_size)
         else:
             rows = np.load(start)
         with torch.no_grad():
@@ -980,13 +981,13 @@ def train(
         parameters=sum(p.numel() for p in model.parameters()),
         groups={name: len(members) for name, members in parameter_groups(model).items()},
     )
-    seconds, seen, step, due = 0.0, 0, 0, 0.0
+    seen, step, due, start_seconds = 0, 0, seconds, seconds
     left = sorted(marks)
     clock: dict[str, float] = {}
     result: dict[str, Any] = {}
     loss = math.nan
     while True:
-        done = (end is not None and step >= end) or (minutes is not None and seconds >= 60 * minutes)
+        done = (end is not None and step >= end) or (minutes is not None and seconds - start_seconds >= 60 * minutes)
         marked = bool(left) and seconds >= 60 * left[0] and not done
         if seconds >= due or done or marked:
             whole = marked or (done and not no_final)
@@ -1000,8 +1001,9 @@ def train(
                 "loss": None if math.isnan(loss) else loss,
                 "validation": "all" if whole else f"first {validation['tokens']} tokens",
                 **{f"val_{name}": value for name, value in validation.items()},
-                "tokens_per_s": seen / seconds if seconds else None,
-                "shares": {part: round(t / seconds, 4) for part, t in clock.items()},
+                "start_seconds": start_seconds,
+                "tokens_per_s": seen / (seconds - start_seconds) if seen else None,
+                "shares": {part: round(t / (seconds - start_seconds), 4) for part, t in clock.items()},
                 "peak_rss_mb": peak_rss_mb(),
             }
             emit(**result)
