@@ -25,9 +25,9 @@ HEADER = """# Results: what minutes of CPU time buy
 Written by `tools/train_report.py` from [results/{name}](../results/{name}); don't edit it by hand.
 
 NLL in nats per token and bits per byte (in brackets) of all validation documents by the rule of `flashlm-numba eval`,
-after so many minutes of training. The clock counts steps and checkpoints; it stands still for compiling, preparing and
-scoring. A value at a mark inside a run is taken while the learning rate is still high: the last column is what the run
-ends with.
+after so many minutes of training. The clock counts making the start of the embedding, building the tree, steps and
+checkpoints; it stands still for compiling, preparing and scoring. A value at a mark inside a run is taken while the
+learning rate is still high: the last column is what the run ends with.
 """
 
 
