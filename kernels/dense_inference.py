@@ -10,12 +10,12 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import serial_kernel
-from flashlm_numba.kernels._tile import dot_products, dot_products_int8
+from flashlm_numba.kernels._tile import dot_products_int8, row_products
 
 
 @serial_kernel
 def _dense_logits(out, x, weight):
-    dot_products(out, x, weight)
+    row_products(out, x, weight)
 
 
 @serial_kernel

@@ -17,7 +17,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
-from flashlm_numba.kernels._tile import dot_products
+from flashlm_numba.kernels._tile import row_products
 from flashlm_numba.kernels.draw import check_drawing, draw_index, keep_largest, put_in_order, sift_down, sift_up
 from flashlm_numba.kernels.tree_head import (
     check_tree,
@@ -145,8 +145,8 @@ def _search(
         token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
         kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
         n_tokens, width = token_end - token_start, node_width(spans[m])
-        dot_products(logits[:, :n_tokens], x, weight[token_start:token_end])
-        dot_products(logits[:, n_tokens:width], x, nodes[kid - 1 : kid_end - 1])
+        row_products(logits[:, :n_tokens], x, weight[token_start:token_end])
+        row_products(logits[:, n_tokens:width], x, nodes[kid - 1 : kid_end - 1])
         row = logits[0, :width]
         token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
         kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior

@@ -40,6 +40,16 @@ def test_dot_products_match_numpy(kind, seed, rows, width, dim):
     assert_untouched(out, whole)
 
 
+@given(seed=seeds, width=st.integers(0, 13), dim=dims)
+def test_row_products_match_numpy(seed, width, dim):
+    rng = np.random.default_rng(seed)
+    x, w = (rng.standard_normal((n, dim)).astype(np.float32) for n in (1, width))
+    out, whole = guarded(1, width)
+    call("row_products")(out, x, w)
+    np.testing.assert_allclose(out, x.astype(np.float64) @ w.T, atol=1e-5 * dim**0.5)
+    assert_untouched(out, whole)
+
+
 @pytest.mark.parametrize("name", ["short_product_32", "short_product_64"])
 @given(seed=seeds, rows=few, depth=few, dim=dims, turned=st.booleans(), beta=st.sampled_from([0.0, 1.0]))
 @example(seed=0, rows=7, depth=3, dim=130, turned=True, beta=0.0)
