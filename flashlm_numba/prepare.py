@@ -325,6 +325,7 @@ def prepare(
         },
     }
     report = _Report(progress, max_tokens)
+    plan.note = report.say
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out, wait):

@@ -11,10 +11,12 @@ import glob
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ ALL = "all"  # the role of documents that nobody has split yet
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
 MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes a letter
 HUB_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub can be reached
+RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waited before a stream that broke is opened again, beside what `datasets` does
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -85,16 +88,21 @@ class Source:
         return result | {"files": files}
 
     def documents(
-        self, role: str, first_part: int = 0, started: Callable[[int], None] = lambda part: None
+        self,
+        role: str,
+        first_part: int = 0,
+        started: Callable[[int], None] = lambda part: None,
+        note: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[str]:
         """Stream the texts of a role's documents; empty ones come as blank strings, for the caller to count.
 
         A Hugging Face dataset comes in parts, its files: started(part) is called before each, and those
-        before first_part are not downloaded. Local files are quick to read again and count as no parts.
+        before first_part are not downloaded. Local files are quick to read again and count as no parts. A connection
+        that breaks is tried again for a while, of which note(sentence) tells.
         Raises UserError when a file is damaged, is no UTF-8 or lacks the column, or the connection breaks.
         """
         if self.kind == "hub":
-            yield from self._hub_documents(role, first_part, started)
+            yield from self._hub_documents(role, first_part, started, note)
             return
         files = self.files[role]
         for kind in ("parquet", "json", "text"):
@@ -134,28 +142,47 @@ class Source:
             else:
                 yield from _texts(stream, "text" if kind == "text" else self.column, self.name)
 
-    def _hub_documents(self, role: str, first_part: int, started: Callable[[int], None]) -> Iterator[str]:
+    def _hub_documents(
+        self, role: str, first_part: int, started: Callable[[int], None], note: Callable[[str], None]
+    ) -> Iterator[str]:
+        begun, read, failures = -1, 0, 0  # the last part that was begun, and its documents that were handed on
+        while True:
+            try:
+                for part, stream in self._hub_parts(role):
+                    if part < max(first_part, begun):
+                        continue
+                    if part > begun:
+                        started(part)
+                        begun, read = part, 0
+                    for text in itertools.islice(_texts(stream, self.column, self.name), read, None):
+                        read += 1
+                        failures = 0
+                        yield text
+                return
+            except (UserError, ImportError):
+                raise
+            except Exception as error:  # of whichever library: a connection ends in many ways
+                lasting = isinstance(error, FileNotFoundError | LookupError)
+                if failures == len(RETRY_SECONDS) or lasting:
+                    raise UserError(
+                        f"Reading {self.name} from Hugging Face stopped ({_reason(error)}): "
+                        "check the connection and run the same command again to continue."
+                    ) from error
+                seconds = RETRY_SECONDS[failures]
+                failures += 1
+                note(f"Reading {self.name} stopped ({_reason(error)}); trying again in {seconds:g} s.")
+                time.sleep(seconds)
+
+    def _hub_parts(self, role: str) -> Iterator[tuple[int, Any]]:
+        """Number and rows of every file of a role."""
         datasets = quiet_datasets()
         part = 0
-        try:
-            for split in self.hub_splits[role]:
-                stream = datasets.load_dataset(
-                    self.name, self.subset, split=split, revision=self.revision, streaming=True
-                )
-                files = getattr(stream, "num_shards", 1)  # not in the oldest versions of `datasets`
-                for index in range(files):
-                    if part >= first_part:
-                        started(part)
-                        one = stream.shard(files, index) if files > 1 else stream
-                        yield from _texts(one, self.column, self.name)
-                    part += 1
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"Reading {self.name} from Hugging Face stopped ({_reason(error)}): "
-                "check the connection and run the same command again to continue."
-            ) from error
+        for split in self.hub_splits[role]:
+            stream = datasets.load_dataset(self.name, self.subset, split=split, revision=self.revision, streaming=True)
+            files = getattr(stream, "num_shards", 1)  # not in the oldest versions of `datasets`
+            for index in range(files):
+                yield part, stream.shard(files, index) if files > 1 else stream
+                part += 1
 
 
 def resolve(

@@ -58,6 +58,7 @@ class Plan:
     rule: str = ""  # how the validation documents are chosen, once the first document has come
     tally: Tally = field(default_factory=Tally)
     start: Place = Place()  # documents() begins here
+    note: Callable[[str], None] = lambda sentence: None  # told of a connection that broke
 
     def documents(self) -> Iterator[Document]:
         """Held-out documents first, so that their twins can be kept out of training."""
@@ -98,7 +99,7 @@ class Plan:
         taken = 0
         if limit is not None and limit <= 0:
             return
-        for text in source.documents(role, first_part, started):
+        for text in source.documents(role, first_part, started, self.note):
             if not text or text.isspace():
                 self.tally.empty += 1
                 continue
