@@ -15,8 +15,8 @@
     tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
     draw            the largest of many logits, and a draw from them
     optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
-    reference, reference_tree, reference_optim
-                    NumPy twins: the executable specification (trunk: by torch; decode: by trunk)
+    reference, reference_trunk, reference_tree, reference_optim
+                    NumPy twins: the executable specification (decode: by trunk)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
     _rows           rows cleared, copied, gathered
@@ -40,6 +40,7 @@ __all__ = [
     "reference",
     "reference_optim",
     "reference_tree",
+    "reference_trunk",
     "rmsnorm",
     "ternary",
     "ternary_linear",

@@ -21,22 +21,13 @@ import click
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from flashlm_numba.doctor import cpu_name
+
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 
 
 class WrongResultError(Exception):
     """A candidate's result differs from the reference: it is not timed."""
-
-
-def cpu_name() -> str:
-    """Model name of the processor, as the operating system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def available_cores() -> int:

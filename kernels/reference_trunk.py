@@ -1,0 +1,73 @@
+"""NumPy twin of the whole trunk, put together from the twins of its parts: any floating dtype, a pass at a time.
+
+The gradients of the ternary layers pass straight through to the weights that the ternary values were made from.
+Letters: B batch, T time, N = B*T positions, C channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashlm_numba.kernels import reference as r
+
+TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
+
+
+def trunk_forward(parameters, ids, *, groups, dilations, recursions):
+    """Hidden states (N, C) for token ids (B, T), and what the backward pass needs; parameters by the model's names."""
+    p = dict(parameters) | {name: r.ternarize(parameters[name]) for name in TERNARY}
+    x, passes = r.embedding_forward(p["embedding.weight"], ids.reshape(-1)), []
+    for _ in range(recursions):
+        m, rstd = r.rmsnorm_forward(x, p["norm1.weight"])
+        mixed = []
+        for i, dilation in enumerate(dilations):
+            normed, rstd_m = r.rmsnorm_forward(m, p[f"mixer.norms.{i}.weight"])
+            seen = normed.reshape(*ids.shape, -1)
+            mixed.append((m, rstd_m, seen))
+            gate, value = p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"]
+            m = m + r.gated_conv_forward(seen, gate, value, groups, dilation).reshape(m.shape)
+        x1 = x + m @ p["mixer.out.weight"].T
+        n, rstd_n = r.rmsnorm_forward(x1, p["norm2.weight"])
+        gate_up = n @ np.concatenate([p["glu.gate.weight"], p["glu.up.weight"]]).T
+        hidden = r.glu_forward(gate_up)
+        passes.append((x, rstd, mixed, m, x1, n, rstd_n, gate_up, hidden))
+        x = x1 + hidden @ p["glu.down.weight"].T
+    out, rstd = r.rmsnorm_forward(x, p["final_norm.weight"])
+    return out, (p, ids, groups, dilations, passes, x, rstd)
+
+
+def trunk_backward(dout, saved):
+    """Gradients by name of sum(dout * hidden states), dout (N, C); the router has none."""
+    p, ids, groups, dilations, passes, x, rstd = saved
+    g = {name: np.zeros_like(value) for name, value in p.items() if not name.startswith("router.")}
+    dx, g["final_norm.weight"] = r.rmsnorm_backward(dout, x, p["final_norm.weight"], rstd)
+    for x, rstd, mixed, m, x1, n, rstd_n, gate_up, hidden in reversed(passes):
+        g["glu.down.weight"] += dx.T @ hidden
+        dgate_up = r.glu_backward(dx @ p["glu.down.weight"], gate_up)
+        dgate, dup = np.split(dgate_up.T @ n, 2)
+        g["glu.gate.weight"] += dgate
+        g["glu.up.weight"] += dup
+        dn = dgate_up @ np.concatenate([p["glu.gate.weight"], p["glu.up.weight"]])
+        back, dweight = r.rmsnorm_backward(dn, x1, p["norm2.weight"], rstd_n)
+        g["norm2.weight"] += dweight
+        dx = dx + back
+        g["mixer.out.weight"] += dx.T @ m
+        dm = dx @ p["mixer.out.weight"]
+        for i in reversed(range(len(dilations))):
+            before, rstd_m, seen = mixed[i]
+            gate, value = p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"]
+            dseen, dgate, dvalue = r.gated_conv_backward(
+                dm.reshape(seen.shape), seen, gate, value, groups, dilations[i]
+            )
+            g[f"mixer.gates.{i}.weight"] += dgate
+            g[f"mixer.values.{i}.weight"] += dvalue
+            back, dweight = r.rmsnorm_backward(
+                dseen.reshape(before.shape), before, p[f"mixer.norms.{i}.weight"], rstd_m
+            )
+            g[f"mixer.norms.{i}.weight"] += dweight
+            dm = dm + back
+        back, dweight = r.rmsnorm_backward(dm, x, p["norm1.weight"], rstd)
+        g["norm1.weight"] += dweight
+        dx = dx + back
+    r.embedding_backward(g["embedding.weight"], dx, ids.reshape(-1))
+    return g
