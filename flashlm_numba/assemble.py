@@ -61,7 +61,7 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
         return _load_exported(folder, checkpoint_name, ema)
     run = read_config(folder)
     path = checkpoint.find(folder, checkpoint_name)
-    state = checkpoint.load_state(path)
+    state = checkpoint.check_state(checkpoint.load_state(path), path)
     tensors = checkpoint.load(path, "model")
     if ema:
         if "ema.safetensors" not in state["files"]:
@@ -76,7 +76,7 @@ def _load_exported(path: Path, checkpoint_name: str | None, ema: bool) -> Loaded
     config, tensors, state = packed.read(path)
     run = RunConfig.from_json(config, path)
     try:
-        return Loaded(run, model_from(run, tensors), state)
+        return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path))
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from None
 
@@ -254,7 +254,7 @@ def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarra
         tree = Tree.from_tensors(tensors) if run.head.name == "tree" else None
         rows = {"nodes": tensors.get("head.nodes.weight"), "basis": tensors.get("head.nodes.basis")}
         return Model(run.model, tensors, _head_maker(run.head, tree, tensors.get("log_prior"), counts=counts, **rows))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise UserError(f"The weights do not fit the settings beside them ({error}); restore the file.") from None
 
 

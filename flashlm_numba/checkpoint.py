@@ -114,8 +114,9 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
         for left_over in parent.glob(".tmp-*"):
             shutil.rmtree(left_over)
         passing = [step for step in _steps(run) if not _marked(parent / f"step-{step}")]
-        for old in passing[:-KEEP]:
-            shutil.rmtree(parent / f"step-{old}")
+        for old in passing[:-KEEP]:  # renamed first: one that is half removed must not look like a checkpoint
+            os.replace(parent / f"step-{old}", parent / f".tmp-old-step-{old}")
+            shutil.rmtree(parent / f".tmp-old-step-{old}")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -133,6 +134,8 @@ def damage(checkpoint: Path) -> str | None:
         if _hash(state) != recorded or checkpoint.name != f"step-{state['step']}":
             return "state.json does not match its recorded SHA-256"
         for name, want in state["files"].items():
+            if Path(name).name != name:
+                return "state.json names a file elsewhere"
             with (checkpoint / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != want:
                     return f"{name} does not match its recorded SHA-256"
@@ -191,12 +194,34 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
+def check_state(state: Any, where: Path) -> dict[str, Any]:
+    """state, if it says how far a run was trained: step, tokens and seconds; UserError otherwise.
+
+    Hashes keep damage out; a file that was made up can have them right.
+    """
+    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "seconds": (int, float)}
+    if isinstance(state, dict) and all(
+        isinstance(state.get(name), kind) and not isinstance(state[name], bool) and 0 <= state[name] < 2**63
+        for name, kind in kinds.items()
+    ):
+        return state
+    raise UserError(f"{where} does not say how far it was trained (step, tokens, seconds); it is no checkpoint.")
+
+
 def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint's file (model, optimizer or ema, without .safetensors), by name.
 
     Raises UserError if a float is not finite: it would spread. A fixed log prior may be -inf.
     """
-    tensors = read_safetensors(checkpoint / f"{name}.safetensors")
+    from safetensors import SafetensorError
+
+    try:
+        tensors = read_safetensors(checkpoint / f"{name}.safetensors")
+    # the last four: a dtype that NumPy has not
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint / name}.safetensors is no file of tensors ({error}); {_remedy(checkpoint)}."
+        ) from None
     for key, value in tensors.items():
         if value.dtype.kind == "f" and key != "log_prior" and not np.isfinite(value).all():
             raise UserError(

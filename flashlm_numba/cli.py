@@ -6,6 +6,7 @@
     flashlm-numba generate RUN --prompt TEXT
     flashlm-numba info RUN
     flashlm-numba export RUN FILE
+    flashlm-numba doctor
 
 Only click is imported here: the numerical packages take a second to load, and `--help` must not.
 """
@@ -57,6 +58,14 @@ _activations = click.option(
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 _run = click.argument("run", type=click.Path(path_type=Path))
+# of a source of documents
+_subset = click.option("--subset", help="Configuration of a Hugging Face dataset, such as sample-10BT.")
+_lines = click.option(
+    "--lines", is_flag=True, help="Every line of a .txt file is a document, instead of the whole file."
+)
+_column = click.option(
+    "--column", default="text", show_default=True, help="Where parquet, JSON and hub rows keep the text."
+)
 
 
 def _use_threads(threads: int | None) -> int:
@@ -99,7 +108,7 @@ def main() -> None:
     metavar="SOURCE",
     help="Where the validation documents are. Default: files named validation*, or else 5 % of all.",
 )
-@click.option("--subset", help="Configuration of a Hugging Face dataset, such as sample-10BT.")
+@_subset
 @click.option(
     "--split",
     type=click.Choice(["auto", "train", "validation"]),
@@ -109,8 +118,8 @@ def main() -> None:
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens. Default: all.")
 @click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: all.")
-@click.option("--lines", is_flag=True, help="Every line of a .txt file is a document, instead of the whole file.")
-@click.option("--column", default="text", show_default=True, help="Where parquet, JSON and hub rows keep the text.")
+@_lines
+@_column
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that tokenise. Default: all cores.")
 def prepare(
     source: str | None,
@@ -288,6 +297,9 @@ def train(
 @_run
 @click.argument("data", required=False)
 @click.option("--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow).")
+@_subset
+@_lines
+@_column
 @_activations
 @_ema
 @_checkpoint
@@ -297,6 +309,9 @@ def evaluate(
     run: Path,
     data: str | None,
     smoothed: bool,
+    subset: str | None,
+    lines: bool,
+    column: str,
     activations: str | None,
     ema: bool,
     checkpoint: str | None,
@@ -306,13 +321,23 @@ def evaluate(
     """Score the text DATA with the model in RUN: NLL, perplexity, bits per byte.
 
     DATA is a prepared folder (its validation documents are scored) or any source that `prepare` takes (all
-    its documents are). Without DATA: the validation documents of the run's own data. RUN may also be a file that
-    `export` wrote.
+    its documents are; where file names give roles, those for validation). Without DATA: the validation documents
+    of the run's own data. RUN may also be a file that `export` wrote.
     """
     from flashlm_numba.evaluate import evaluate_run
 
     _use_threads(threads)
-    result = evaluate_run(run, data, smoothed=smoothed, ema=ema, checkpoint_name=checkpoint, activations=activations)
+    result = evaluate_run(
+        run,
+        data,
+        smoothed=smoothed,
+        ema=ema,
+        checkpoint_name=checkpoint,
+        activations=activations,
+        subset=subset,
+        column=column,
+        lines=lines,
+    )
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
         return
@@ -325,6 +350,7 @@ def evaluate(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
         f"{result['documents']:,} documents of {result['data']}"
     )
+    click.echo("causal         yes: another token changes no hidden state before it, bit for bit")
 
 
 @main.command()
@@ -465,6 +491,22 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
                 click.echo(f"  {name:<28} {_show(item)}")
         else:
             click.echo(f"{key:<30} {_show(value)}")
+
+
+@main.command()
+@_threads
+@_json
+def doctor(threads: int | None, as_json: bool) -> None:
+    """Look at this machine: processor, threads, BLAS, memory, cache, versions; check the kernels; say what is wrong.
+
+    Takes some seconds (one to two minutes more the first time, which compiles the kernels). Ends with status 1
+    if a kernel computes wrongly here.
+    """
+    from flashlm_numba.doctor import examine, report
+
+    found = examine(_use_threads(threads))
+    click.echo(json.dumps(found, allow_nan=False) if as_json else report(found))
+    raise SystemExit(1 if found["problems"] else 0)
 
 
 def _show(value: Any) -> str:

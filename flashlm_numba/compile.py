@@ -18,13 +18,13 @@ from flashlm_numba.kernels import _jit
 
 
 def ensure_compiled(note: Callable[[str], None]) -> None:
-    """Fill the cache of compiled kernels if that was not done yet; note gets a sentence before it takes a minute."""
+    """Fill the cache of compiled kernels if that was not done yet; note gets a sentence before (it takes a minute)."""
     if numba.config.DISABLE_JIT or not _jit.cache_is_cold():
         return
     from flashlm_numba.assemble import run_apart
 
     often = f"each time, since {_jit.cache_root()} cannot be written" if _jit.CACHE_IS_TEMPORARY else "once"
-    note(f"Compiling the kernels ({often}; about a minute) ...")
+    note(f"Compiling the kernels ({often}; one to two minutes) ...")
     # the folder of this process, which may be a temporary one where the user's cache cannot be written
     run_apart(["-m", "flashlm_numba.compile"], NUMBA_CACHE_DIR=str(_jit.CACHE_FOLDER.parent))
 

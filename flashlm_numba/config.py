@@ -55,8 +55,12 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.groups:
             raise ValueError(f"model.groups must divide model.dim, got {self.groups} and {self.dim}")
-        if not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"model.dilations must be positive numbers, got {self.dilations}")
+        # beyond these nothing is learnt, and a file of settings could ask for all of the memory
+        for name, most in (("taps", 64), ("recursions", 64)):
+            if getattr(self, name) > most:
+                raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
+        if not self.dilations or not 1 <= min(self.dilations) <= max(self.dilations) <= 4096:
+            raise ValueError(f"model.dilations must be numbers from 1 to 4096, got {self.dilations}")
 
     @property
     def receptive_field(self) -> int:
@@ -81,7 +85,7 @@ class HeadConfig:
     positions: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
     label_smoothing: float = _in(0.0, 0, 0.999)  # spread over all tokens (a tree: a node's children)
     z_loss: float = _in(0.0, 0)  # weight of log(Z)**2, which keeps the logits from drifting
-    soft_cap: float | None = _in(None, 0, open_low=True)  # logits become cap * tanh(logit / cap); none: off
+    soft_cap: float | None = _in(None, 0, 1e6, open_low=True)  # logits become cap * tanh(logit / cap); none: off
     log_prior: bool = False  # add the tokens' fixed log frequency to the logits
 
 

@@ -148,6 +148,19 @@ def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
             del pool[-count:]
 
 
+def sees_the_future(model: Model, length: int = 256) -> bool:
+    """Whether another token anywhere in a text changes one bit of a hidden state before it: it must not."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.config.vocab_size, (1, length)).astype(np.int32)
+    before = model.forward(ids).copy()
+    for at in (1, length // 3, length // 2, length - 1):
+        changed = ids.copy()
+        changed[0, at:] = rng.integers(0, model.config.vocab_size, length - at)
+        if not np.array_equal(model.forward(changed)[:at].view(np.uint32), before[:at].view(np.uint32)):
+            return True
+    return False
+
+
 def _spread(model: Model, h: np.ndarray) -> float:
     """Sum over rows of the mean over all V tokens of -ln p."""
     total = 0.0
@@ -167,12 +180,16 @@ def evaluate_run(
     ema: bool = False,
     checkpoint_name: str | None = None,
     activations: str | None = None,
+    subset: str | None = None,
+    column: str = "text",
+    lines: bool = False,
 ) -> dict[str, Any]:
     """Score a run's model; the object that `eval --json` prints.
 
     data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
     or where its file names give roles the validation documents); None: the run's own validation documents.
     activations : "float" or "int8", as Model.use_activations; None: as the run was trained.
+    subset, column, lines : of a source, as `prepare` takes them.
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
     from flashlm_numba.assemble import load_model
@@ -183,8 +200,15 @@ def evaluate_run(
     loaded = load_model(run, checkpoint_name, ema=ema)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
+    if sees_the_future(loaded.model):
+        raise UserError(
+            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would mean "
+            "nothing; the kernels must be wrong on this machine: run `flashlm-numba doctor`."
+        )
     sizes = {"documents": 0, "bytes": 0}
     total = None
+    if (subset is not None or lines or column != "text") and (data is None or is_prepared(data)):
+        raise UserError("subset, lines and column are for a source of documents, and this is prepared; leave them out.")
     if data is None or is_prepared(data):
         where = _own_data(run, loaded.run) if data is None else data
         tokens = open_tokens(Path(where))
@@ -198,7 +222,7 @@ def evaluate_run(
         sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
         documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
     else:
-        documents, name = _source_documents(data, sizes), data
+        documents, name = _source_documents(data, sizes, subset=subset, column=column, lines=lines), data
     with Display() as display, display.tokens("scoring", total):
         found = score(
             loaded.model, documents, eot=EOT, smoothed=smoothed, progress=lambda count: display.advance(count)
@@ -220,6 +244,7 @@ def evaluate_run(
         "checkpoint_step": loaded.state["step"],
         "ema": ema or bool(loaded.state.get("ema")),
         "activations": activations,
+        "causal": True,  # or there would be no score
     }
 
 
@@ -235,12 +260,15 @@ def _own_data(run: Path, config: RunConfig) -> str:
     raise UserError(f"{run} does not say where its text is; name the text to score: `flashlm-numba eval {run} DATA`.")
 
 
-def _source_documents(source: str, sizes: dict[str, int]) -> Iterator[np.ndarray]:
-    """Token ids (n,) int32 of the documents of a source; counts documents and UTF-8 bytes in sizes."""
+def _source_documents(source: str, sizes: dict[str, int], **options: Any) -> Iterator[np.ndarray]:
+    """Token ids (n,) int32 of the documents of a source; counts documents and UTF-8 bytes in sizes.
+
+    options : of sources.resolve
+    """
     from flashlm_numba.sources import resolve
     from flashlm_numba.tokenizer import Tokenizer
 
-    found = resolve(source)
+    found = resolve(source, **options)
     tokenizer = Tokenizer()
     role = "validation" if "validation" in found.roles else found.roles[0]
     for text in found.documents(role):

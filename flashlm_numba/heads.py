@@ -18,7 +18,8 @@ class Head(Protocol):
 
     h is (N, C) float32; targets are token ids (N,) int32; weights (N,) float32 are each position's share of a step's
     loss. `parameters` and `gradients` hold the head's own arrays by name (not the rows that it shares with the
-    embedding); `row_of_token` is (V,) int32, or None where row v of the embedding belongs to token v.
+    embedding); `row_of_token` is (V,) int32, or None where row v of the embedding belongs to token v;
+    `log_prior` (V,) float32 is added to the logits, by token id, and kept with the weights, or None.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Head(Protocol):
     parameters: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
     row_of_token: np.ndarray | None
+    log_prior: np.ndarray | None
 
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
         """Before a micro-batch of training: whatever its loss draws comes from rng; full: draw nothing."""

@@ -109,7 +109,7 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
                     "folder of a run."
                 )
             tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):  # also a dtype that NumPy has not
         raise UserError(
             f"{path} is not a model that can be read; give a file that `flashlm-numba export` wrote, or the folder of "
             "a run. If it is one, it is not whole: export the run again."
@@ -124,6 +124,6 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
         shapes = state.pop("shapes")
         for name in TERNARY:
             tensors[name] = unpack_base3(tensors.pop(f"{name}.base3"), shapes[name][1])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(damaged.format(error)) from None
     return config, tensors, state

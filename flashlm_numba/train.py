@@ -322,10 +322,14 @@ def _new_session(run: RunConfig, folder: Path, data: TokenData, display: Display
 def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, display: Display) -> Session:
     ensure_compiled(display.note)
     display.note(f"Reading {path}.")
-    state = checkpoint.load_state(path)
+    state = checkpoint.check_state(checkpoint.load_state(path), path)
     counts = data.train.counts(run.model.vocab_size)
     model = assemble.model_from(run, checkpoint.load(path, "model"), counts)
     ema = checkpoint.load(path, "ema") if run.training.ema else {}
+    if ema and {name: (a.shape, a.dtype) for name, a in ema.items()} != {
+        name: (a.shape, a.dtype) for name, a in model.parameters.items()
+    }:
+        raise UserError(f"The average in {path} is not of this model's weights; use another checkpoint.")
     session = _session(run, folder, data, model, ema)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
     return session
@@ -567,7 +571,7 @@ def _cut_back(session: Session, path: Path | None) -> None:
         checkpoint.write_text(metrics, "".join(kept))
     samples = session.folder / "samples.txt"
     if samples.exists():
-        size = checkpoint.load_state(path)["samples_bytes"] if path else 0
+        size = checkpoint.load_state(path).get("samples_bytes", 0) if path else 0
         with samples.open("r+b") as file:
             file.truncate(min(size, samples.stat().st_size))
 

@@ -5,16 +5,11 @@ import json
 import numba
 import numpy as np
 import pytest
-from helpers import command
+from helpers import TINY, command
 
 from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import RunConfig
 from flashlm_numba.prepare import prepare
-
-TINY = (
-    "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
-    "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,12 @@ from click.testing import CliRunner, Result
 
 from flashlm_numba.cli import main
 
+# settings of a run that takes milliseconds a step
+TINY = (
+    "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
+    "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
+)  # fmt: skip
+
 
 def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "result") -> None:
     """Assert that got errs from the float64 truth at most slack times as far as plain float32 NumPy does.

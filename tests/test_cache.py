@@ -8,8 +8,8 @@ import tempfile
 
 import numpy as np
 import pytest
+from helpers import TINY
 
-from conftest import TINY
 from flashlm_numba import assemble
 from flashlm_numba.cache import cache_roots, from_cache, writable_cache
 from flashlm_numba.errors import UserError
@@ -86,8 +86,9 @@ def test_training_without_a_writable_cache_says_so_once_and_works(blocked, tmp_p
     assert f"kept in {temporary / 'embeddings'}" in said[0]
     assert "cannot be written" not in said[1]
     assert "making the start" not in said[1]
-    (rows,) = (temporary / "embeddings").glob("*.npy")
-    assert np.load(rows).shape == (50_257, 8)
+    (rows,) = (temporary / "embeddings").glob("*.npz")
+    with np.load(rows) as found:
+        assert found["rows"].shape == (50_257, 8)
 
 
 def test_the_built_in_text_is_prepared_apart_whatever_else_the_cache_holds(tmp_path, monkeypatch):

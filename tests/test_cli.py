@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import TINY
 from helpers import command as _run
 
-from conftest import TINY
 from flashlm_numba import checkpoint
 from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead
@@ -118,6 +118,19 @@ def test_eval_prints_one_json_object_and_agrees_with_itself(run, corpus, corpus_
     first = json.loads(_run("eval", run, "--json", "--checkpoint", "step-1").stdout)
     assert first["checkpoint_step"] == 1
     assert first["nll"] != own["nll"]
+
+
+def test_eval_takes_a_source_as_prepare_does(run, tmp_path):
+    (tmp_path / "some.txt").write_text("one two three\nfour five\n")
+    (tmp_path / "some.jsonl").write_text('{"body": "one two three"}\n{"body": "four five"}\n')
+    by_line, by_row = (
+        json.loads(_run("eval", run, "--json", tmp_path / name, *words).stdout)
+        for name, words in (("some.txt", ["--lines"]), ("some.jsonl", ["--column", "body"]))
+    )
+    assert by_line["documents"] == by_row["documents"] == 2
+    assert by_line["nll"] == by_row["nll"]
+    assert json.loads(_run("eval", run, "--json", tmp_path / "some.txt").stdout)["documents"] == 1
+    assert "has no column text" in _run("eval", run, tmp_path / "some.jsonl").stderr
 
 
 def test_eval_of_an_unfinished_folder_says_what_to_do(run, corpus, tmp_path):

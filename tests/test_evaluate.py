@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba import train
+from flashlm_numba.assemble import load_model
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.errors import UserError
-from flashlm_numba.evaluate import evaluate_run, score, validation_subset, windows
+from flashlm_numba.evaluate import evaluate_run, score, sees_the_future, validation_subset, windows
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.prepare import prepare
@@ -105,6 +106,21 @@ class _Split:
 
     def documents(self, max_tokens=None):
         return (np.full(size, i, np.int32) for i, size in enumerate(self.sizes))
+
+
+def test_a_model_that_sees_the_future_is_not_scored(run, monkeypatch):
+    assert not sees_the_future(load_model(run).model)
+    right = Model.forward
+
+    def leaky(self, ids):
+        h = right(self, ids)
+        h[0] += np.float32(1e-7) * ids[0, -1]
+        return h
+
+    monkeypatch.setattr(Model, "forward", leaky)
+    assert sees_the_future(load_model(run).model)
+    with pytest.raises(UserError, match="a later token changes the prediction of an earlier one"):
+        evaluate_run(run)
 
 
 @pytest.mark.parametrize("sizes", [[500] * 9, [10] * 3, [5, 900, 5], [0, 7]])

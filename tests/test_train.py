@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flashlm_numba import checkpoint, train
+from flashlm_numba import checkpoint, embeddings, train
 from flashlm_numba.config import Phase, RunConfig, plan_for
 from flashlm_numba.data import open_tokens
 from flashlm_numba.errors import UserError
@@ -201,7 +201,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(corpus, tmp_path, head):
 
     Every part in a process of its own, as a user would: compiled and loaded kernels must give the same bits.
     """
-    from conftest import TINY
+    from helpers import TINY
 
     settings = ";".join([*TINY, f"head.name={head}"])
 
@@ -297,6 +297,18 @@ def test_minutes_become_a_plan_in_steps_that_resume_keeps(tiny_run, corpus, tmp_
     # measuring has taught it nothing: the losses are those of a run asked for in steps
     _start(run, corpus, tmp_path / "steps", steps=plan.steps)
     assert _losses(tmp_path / "minutes") == _losses(tmp_path / "steps")
+
+
+def test_the_start_of_the_embedding_is_on_the_clock(tiny_run, corpus, tmp_path, monkeypatch):
+    """As long as it once took, whether it was in the cache or not; a plan in minutes has so much less."""
+    rows = np.random.default_rng(0).standard_normal((50_257, 16), np.float32)
+    monkeypatch.setattr(embeddings, "cached_start", lambda *_, **__: (rows, 100.0))
+    run = tiny_run.with_settings(["embeddings=corpus", "log_every=1"])
+    _start(run, corpus, tmp_path / "steps", steps=2)
+    assert 100 < _lines(tmp_path / "steps")[0]["seconds"] < 160
+    _start(run, corpus, tmp_path / "minutes", minutes=0.5)
+    plan = RunConfig.from_json((tmp_path / "minutes" / "config.json").read_text()).plan
+    assert plan.steps == 1  # nothing is left of half a minute
 
 
 def test_tokens_are_a_plan_too(tiny_run, corpus, tmp_path):
