@@ -288,3 +288,37 @@ def test_optimizer_steps_agree_with_torch(preset, frozen_first):
     np.testing.assert_allclose(losses[:, 2], losses[:, 3], rtol=2e-3)
     assert np.ptp(losses[:, 0]) > 0.01  # the steps did something
     assert losses[:, 2].max() > PRESETS[preset].clip  # and the clip
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_gradients_of_a_random_shape_agree_with_autograd(seed):
+    """Ten shapes of trunk, batch and loss that nobody chose."""
+    rng = np.random.default_rng(100 + seed)
+    groups, width = int(rng.integers(1, 5)), int(rng.integers(2, 12))
+    config = ModelConfig(
+        vocab_size=int(rng.integers(2, 700)),
+        dim=groups * width,
+        inner=int(rng.integers(1, 80)),
+        groups=groups,
+        taps=int(rng.integers(1, 6)),
+        dilations=tuple(int(d) for d in rng.integers(1, 20, rng.integers(1, 4))),
+        recursions=int(rng.integers(1, 4)),
+    )
+    options = {
+        "label_smoothing": float(rng.choice([0.0, 0.1])),
+        "z_loss": float(rng.choice([0.0, 1e-3])),
+        "soft_cap": [None, 10.0][rng.integers(2)],
+    }
+    parameters = weights_away_from_the_threshold(config, seed)
+    ids, targets = batch(config, seed, int(rng.integers(1, 6)), int(rng.integers(1, 90)))
+    weights = rng.uniform(0, 0.01, ids.size).astype(np.float32)
+    copies = {name: value.copy() for name, value in parameters.items()}
+    model = Model(config, copies, lambda w, dw: DenseHead(w, dw, **options))
+    got_loss, got_nll, _ = model.loss_and_grad(ids, targets, weights)
+    loss32, nll32, grads32 = peer_gradients(config, parameters, torch.float32, ids, targets, weights, options)
+    loss64, nll64, grads64 = peer_gradients(config, parameters, torch.float64, ids, targets, weights, options)
+    assert_as_accurate(got_loss, loss32, loss64, 8, "loss")
+    assert_as_accurate(got_nll, nll32, nll64, 8, "nll")
+    for name, truth in grads64.items():
+        if not name.startswith("router"):
+            assert_as_accurate(model.gradients[name], grads32[name], truth, 8, name)

@@ -147,7 +147,7 @@ def test_scaling_and_shares_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     bench_head.set_threads(None)
     scaling = bench_head.measure_scaling(8, 1, vocabularies=(100, 400), rows=())
-    assert scaling["vocab"]["tree:default"].keys() == {"100", "400"}
+    assert scaling["vocab"]["tree:adaptive"].keys() == {"100", "400"}
     result = json.loads((ROOT / "results" / "bench_head.json").read_text(encoding="utf-8")) | {"scaling": scaling}
     written = head_report.plot(result, tmp_path / "out.png")
     assert [path.name for path in written] == ["out.png", "out-scaling.png"]

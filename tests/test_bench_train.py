@@ -77,6 +77,11 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     done = invoke(*command)
     assert done.exit_code == 0, done.output
     assert bench_train.read_rows(path)[0]["nll"] == row["nll"]
+    path.unlink()
+    command[command.index("0.02,0.05")] = "0.03"  # the run that is kept has checkpoints for other minutes
+    done = invoke(*command)
+    assert done.exit_code == 1
+    assert "was begun with other marks" in done.stderr
 
 
 def test_the_published_peer_keeps_its_schedule():

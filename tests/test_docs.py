@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashlm_numba import cli
+from flashlm_numba import cli, tree
+from tools import command_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,7 +18,8 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_examples_run(page, capsys):
+def test_python_examples_run(page, capsys, monkeypatch):
+    monkeypatch.setattr(tree, "SHAPES", dict(tree.SHAPES))  # an example adds one
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), {})
 
@@ -43,6 +45,13 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_command_reference_is_what_the_commands_say():
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page.split() == command_reference.reference().split()  # click may break lines elsewhere
+    for name in cli.main.commands:
+        assert f"## flashlm-numba {name}\n" in page
 
 
 def test_readme_opens_with_the_two_commands():

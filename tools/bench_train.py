@@ -37,6 +37,7 @@ import click
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flashlm_numba.data import open_tokens
 from tools import timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,7 +178,10 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     marks = ",".join(f"{mark:g}" for mark in job.marks)
     quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0", "--set", f"keep_minutes={marks}"]
     quiet += ["--set", f"log_every={LOG_EVERY if job.marks else 1}"]
-    words = ["train", "--resume"] if (run / "config.json").exists() else [*job.command, str(data), *quiet, "--out"]
+    words = [*job.command, str(data), *quiet, "--out"]
+    if (run / "config.json").exists():
+        check_same(run, job, data)
+        words = ["train", "--resume"]
     _, peak = run_process(["-m", "flashlm_numba", *words, str(run)])
     last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
@@ -214,6 +218,21 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         "peak_rss_mb": peak,
         **({"marks": at_marks} if at_marks else {}),
     }
+
+
+def check_same(run: Path, job: Job, data: Path) -> None:
+    """ClickException if a run that was kept is another than this job's: it would go on under the wrong name."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    pairs = {
+        "threads": (config["threads"], job.threads),
+        "marks": (tuple(config["training"]["keep_minutes"]), job.marks),
+        "data": (config["data_hash"], open_tokens(data).hash),
+    }
+    for name, (there, wanted) in pairs.items():
+        if there != wanted:
+            raise click.ClickException(
+                f"{run} was begun with other {name} ({there}, not {wanted}); use the same, or another --runs."
+            )
 
 
 def kept_checkpoints(run: Path, marks: Iterable[float]) -> dict[float, tuple[str, dict[str, Any]]]:

@@ -1,0 +1,44 @@
+"""A run that nothing happens to, which the others are compared with; and small disks."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from programs import begin, train_command
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, tmp_path_factory):
+    """Folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    process = begin(train_command(corpus, folder))
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return folder
+
+
+def _mount(*words):
+    return subprocess.run(["mount", *map(str, words)], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(kilobytes) makes a file system of this size, or gives the one that it made another size; its folder."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = False
+
+    def make(kilobytes, *options):
+        nonlocal mounted
+        how = ",".join(["remount"] * mounted + [f"size={kilobytes}k", *options])
+        may = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("mount") is not None
+        if not (may and _mount("-t", "tmpfs", "-o", how, "tmpfs", place)):
+            assert "CI" not in os.environ, "CI is root and may mount"
+            pytest.skip("a small disk needs root and `mount`; CI has both")
+        mounted = True
+        return place
+
+    yield make
+    if mounted:
+        subprocess.run(["umount", place], check=True)

@@ -1,0 +1,43 @@
+"""A clock that jumps, as after a sleep: the plan is in steps, so nothing changes.
+
+A clock that is set back is the wall clock, which only names folders and lines: training reads none.
+"""
+
+import itertools
+import json
+import re
+import time
+
+from programs import bits, losses
+
+from flashlm_numba import train
+from flashlm_numba.threads import set_threads
+
+
+def _run(run, corpus, folder):
+    assert train.start_run(run, data=str(corpus), out=folder, threads=set_threads(1), steps=9, seed=3) == 0
+
+
+def test_a_jump_of_two_hours(tiny_run, corpus, tmp_path, monkeypatch):
+    _run(tiny_run, corpus, tmp_path / "calm")
+    real, calls = time.perf_counter, itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + (7200.0 if next(calls) > 60 else 0.0))
+    _run(tiny_run, corpus, tmp_path / "jumped")
+    monkeypatch.undo()
+    assert next(calls) > 61  # it did jump
+    assert losses(tmp_path / "jumped") == losses(tmp_path / "calm")
+    assert bits(tmp_path / "jumped") == bits(tmp_path / "calm")
+    for line in (tmp_path / "jumped" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["seconds"] >= 0
+
+
+def test_nothing_reads_the_wall_clock_but_for_a_name():
+    """time.time and datetime.now follow whoever sets the clock; perf_counter and monotonic only go forwards."""
+    from pathlib import Path
+
+    found = {}
+    for path in (Path(__file__).resolve().parents[2] / "flashlm_numba").glob("*.py"):
+        count = len(re.findall(r"time\.time\(|\.now\(|utcnow", path.read_text(encoding="utf-8")))
+        if count:
+            found[path.name] = count
+    assert found == {"train.py": 1}  # the name of a run's folder
