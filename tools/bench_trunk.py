@@ -176,7 +176,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
         }
     }
     problem = head_candidates.zipf_problem(4096, config.dim, config.vocab_size)
-    heads = {name: head_candidates.CANDIDATES[name](problem) for name in ("dense", "tree:default")}
+    heads = {name: head_candidates.CANDIDATES[name](problem) for name in ("dense", "tree:adaptive")}
     weight = np.random.default_rng(0).integers(-1, 2, (16384, 1024)).astype(np.float32)
     packed = np.tile(ternary.pack_ternary(weight), (1, 16))
     q = np.ones((1, 4 * packed.shape[1]), np.int8)

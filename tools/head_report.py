@@ -9,8 +9,8 @@ from typing import Any
 
 # of the summary: label, candidate among the heads, candidate among the steps
 SUMMARY = (
-    ("PyTorch {torch}, dense head, v3's loss", "torch:eager", "torch"),
-    ("**ours, dense head, v3's loss**", "dense", "dense"),
+    ("PyTorch {torch}, dense head", "torch:eager", "torch"),
+    ("**ours, dense head**", "dense", "dense"),
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 1", "torch:adaptive", "torch:adaptive"),
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 4", "torch:adaptive-div4", "torch:adaptive-div4"),
     ("PyTorch, our tree by hand", "torch:tree", None),
@@ -39,11 +39,11 @@ def summary_table(result: Mapping[str, Any]) -> str:
 
     >>> entry = {"positions_per_s": {"median": 2000.4}}
     >>> print(summary_table({"heads": {"dense": entry}, "steps": {}, "shares": {}}).splitlines()[-1])
-    | **ours, dense head, v3's loss** | 2,000 | - | - |
+    | **ours, dense head** | 2,000 | - | - |
     """
     version = (result.get("machine", {}).get("versions", {}).get("torch") or "").split("+")[0]
     lines = [
-        "| | head alone, positions/s | training, tokens/s | head's share of a step |",
+        "| | head alone, positions/s at 4,096 | training, tokens/s | head's share of a step |",
         "| --- | ---: | ---: | ---: |",
     ]
     for label, head, step in SUMMARY:
