@@ -9,16 +9,17 @@ Anything but a UserError is a finding; atheris then writes the input to a file, 
 import contextlib
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 
 def readers(place):
-    """Functions of bytes by name; each reads them as a file of its kind."""
+    """By name: a function of bytes that reads them as a file of its kind, and a whole file to begin with."""
     import numpy as np
 
     from flashlm_numba import packed
     from flashlm_numba.config import RunConfig
-    from flashlm_numba.data import Manifest
+    from flashlm_numba.data import SPLITS, Manifest, Shard, SplitManifest
     from flashlm_numba.tree import Tree, build_tree
 
     whole = build_tree("adaptive", np.arange(50)).to_tensors()
@@ -40,7 +41,18 @@ def readers(place):
             changed = np.frombuffer(data[1 : 1 + (len(data) - 1) // 4 * 4], np.int32)
             Tree.from_tensors({**whole, arrays[data[0] % len(arrays)]: changed})
 
-    return {"settings": settings, "export": export, "manifest": manifest, "tree": tree}
+    ternary = {name: np.ones((2, 3), np.float32) for name in packed.TERNARY}
+    text = RunConfig.recipe_named("default").to_json()
+    packed.write(place, ternary, text, {"step": 1, "tokens": 2, "seconds": 3.0})
+    shard = Shard("train-00000.bin", 9, "0" * 64)
+    splits = {name: SplitManifest(1, 9, 8, 30, (replace(shard, name=f"{name}-00000.bin"),)) for name in SPLITS[:2]}
+    told = Manifest("gpt2", "0" * 64, 50_257, None, {}, None, {}, "all", 0, 0, splits)
+    return {
+        "settings": (settings, text.encode()),
+        "export": (export, place.read_bytes()),
+        "manifest": (manifest, told.to_json().encode()),
+        "tree": (tree, b"\0" + whole[arrays[0]].tobytes()),
+    }
 
 
 def main():
@@ -50,14 +62,18 @@ def main():
         found = readers(Path(folder) / "file")
         if len(sys.argv) < 2 or sys.argv[1] not in found:
             sys.exit(f"give one of {', '.join(found)}, then libFuzzer's options")
-        reader = found[sys.argv.pop(1)]
+        reader, example = found[sys.argv.pop(1)]
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        (corpus / "whole").write_bytes(example)
         from flashlm_numba.errors import UserError
 
         def one(data):
             with contextlib.suppress(UserError):
                 reader(data)
 
-        atheris.Setup(sys.argv, one)
+        reader(example)
+        atheris.Setup([*sys.argv, str(corpus)], one)
         atheris.Fuzz()
 
 
