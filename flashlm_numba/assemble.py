@@ -47,6 +47,8 @@ def read_config(folder: Path) -> RunConfig:
         return RunConfig.from_json(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"There is no run at {folder}; give a folder that `flashlm-numba train` made.") from None
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file, not a run; give a folder that `flashlm-numba train` made.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or start a new run.") from None
 
@@ -61,7 +63,7 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
         return _load_exported(folder, checkpoint_name, ema)
     run = read_config(folder)
     path = checkpoint.find(folder, checkpoint_name)
-    state = checkpoint.check_state(checkpoint.load_state(path), path)
+    state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     tensors = checkpoint.load(path, "model")
     if ema:
         if "ema.safetensors" not in state["files"]:

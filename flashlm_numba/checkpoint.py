@@ -194,11 +194,16 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def check_state(state: Any, where: Path) -> dict[str, Any]:
+def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[str, Any]:
     """state, if it says how far a run was trained: step, tokens and seconds; UserError otherwise.
 
-    Hashes keep damage out; a file that was made up can have them right.
+    Hashes keep damage out; a file that was made up can have them right. model_hash: RunConfig's, which the state's must
+    be where it has one.
     """
+    if isinstance(state, dict) and model_hash is not None and state.get("model_hash", model_hash) != model_hash:
+        raise UserError(
+            f"The settings of the model in config.json are not those that {where} was trained with; restore the file."
+        )
     kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "seconds": (int, float)}
     if isinstance(state, dict) and all(
         isinstance(state.get(name), kind) and not isinstance(state[name], bool) and 0 <= state[name] < 2**63

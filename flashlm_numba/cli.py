@@ -36,6 +36,9 @@ class _Commands(click.Group):
         except UserError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nStopped.", err=True)
+            ctx.exit(130)
         except BrokenPipeError:  # the reader of a pipe went away, as in `generate | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
@@ -219,7 +222,8 @@ def prepare(
     "settings",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. docs/training.md lists them.",
+    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. docs/training.md lists them, "
+    "and the few that --resume may change too.",
 )
 def train(
     data: str | None,

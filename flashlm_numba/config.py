@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import types
@@ -219,6 +220,21 @@ class RunConfig:
             return replace(self, **{part: replace(getattr(self, part), **changes[part]) for part in SECTIONS})
         except ValueError as error:
             raise UserError(f"{error}.") from None
+
+    @property
+    def model_hash(self) -> str:
+        """SHA-256 (hex) over the settings of the model and its head: with others, weights compute something else.
+
+        A setting that came later counts only where it is not what older runs did.
+        """
+        sections = {}
+        for name, part in (("model", self.model), ("head", self.head)):
+            sections[name] = {
+                item.name: getattr(part, item.name)
+                for item in dataclasses.fields(part)
+                if not (item.metadata.get("later") and getattr(part, item.name) == item.default)
+            }
+        return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of config.json."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.head_options import check_options, check_rows
+from flashlm_numba.kernels import _check, dense_inference, draw
 from flashlm_numba.kernels import dense_head as kernels
-from flashlm_numba.kernels import dense_inference, draw
 from flashlm_numba.kernels.embedding import zero
 from flashlm_numba.kernels.ternary_matmul import quantize_rows
 from flashlm_numba.sampling import check_settings, sample_rows
@@ -22,7 +23,7 @@ class DenseHead:
 
     weight (V, C) float32 may be shared with the embedding; its gradient is added to dweight (V, C) (made here if not
     given). log_prior (V,) float32: a fixed log-frequency added to the logits, so that training starts at the unigram.
-    Raises ValueError if a shape or dtype is wrong.
+    Raises ValueError if a shape, a dtype or a number is wrong.
 
     >>> head = DenseHead(np.zeros((5, 2), np.float32))
     >>> head.distribution(np.ones((1, 2), np.float32)).round(2).tolist()
@@ -42,6 +43,10 @@ class DenseHead:
         soft_cap: float | None = None,
         log_prior: np.ndarray | None = None,
     ) -> None:
+        check_rows("DenseHead", weight, dweight)
+        check_options("DenseHead", label_smoothing=label_smoothing, z_loss=z_loss, soft_cap=soft_cap)
+        if log_prior is not None:
+            _check.array("DenseHead", "log_prior", log_prior, weight.shape[:1])
         self.weight = weight
         self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
         self.settings: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "soft_cap": soft_cap}
@@ -136,6 +141,7 @@ class DenseHead:
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities (N, V) float32."""
+        _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
         logits = h @ self.weight.T
         if (cap := self.settings["soft_cap"]) is not None:
             logits = cap * np.tanh(logits / np.float32(cap))
@@ -153,7 +159,8 @@ class DenseHead:
         top_p: float | None = None,
     ) -> np.ndarray:
         """One token id per row, (N,) int32. One thread."""
-        check_settings(temperature, top_k, top_p)
+        _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
+        top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
         if temperature > 0 and top_k is None and top_p is not None:  # needs all of them in order
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
         out = np.empty(len(h), np.int32)

@@ -222,6 +222,8 @@ def evaluate_run(
         sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
         documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
     else:
+        if (Path(data) / "config.json").exists():
+            raise UserError(f"{data} is a run, not text; name the text to score.")
         documents, name = _source_documents(data, sizes, subset=subset, column=column, lines=lines), data
     with Display() as display, display.tokens("scoring", total):
         found = score(

@@ -307,8 +307,17 @@ def prepare(
     if split not in ("auto", "train", "validation"):
         raise ValueError(f"prepare: split must be auto, train or validation, got {split!r}")
     out = Path(out)
+    if (out / "config.json").exists() or (out / "checkpoints").exists():
+        raise UserError(f"{out} holds a run; choose another folder for the tokens.")
+    if validation is not None and split != "auto":
+        raise UserError(f"validation documents have no place where everything is {split}; leave out one of the two.")
     resolved = sources.resolve(source, subset=subset, column=column, lines=lines)
     held_out = None if validation is None else sources.resolve(validation, column=column, lines=lines)
+    for documents in (resolved, held_out):
+        if documents is not None and documents.kind == "files":
+            inside = [f.path for files in documents.files.values() for f in files if f.path.parent == out.absolute()]
+            if inside:
+                raise UserError(f"{out} holds the documents themselves ({inside[0].name}); choose another folder.")
     tokenizer = Tokenizer()
     plan = Plan(resolved, held_out, split, max_docs, max_tokens, tokenizer)
     identity = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.dense_head import DenseHead
-from flashlm_numba.kernels import _check
+from flashlm_numba.head_options import check_targets
 from flashlm_numba.kernels import dense_head as kernels
 from flashlm_numba.kernels.embedding import embedding_backward, embedding_forward, zero
 
@@ -84,12 +84,13 @@ class SampledHead(DenseHead):
         **options: Any,
     ) -> None:
         super().__init__(weight, dweight, **options)
-        if counts.shape != (self.vocab_size,) or (counts < 0).any():
+        counts = np.asarray(counts)
+        if counts.shape != (self.vocab_size,) or not np.isfinite(counts).all() or (counts < 0).any():
             raise ValueError(
                 f"SampledHead: counts must be {self.vocab_size} numbers, none negative, got {counts.shape}"
             )
-        if candidates < 1:
-            raise ValueError(f"SampledHead: candidates must be at least 1, got {candidates}")
+        if candidates != int(candidates) or candidates < 1:
+            raise ValueError(f"SampledHead: candidates must be a whole number of at least 1, got {candidates}")
         self.candidates = candidates
         self._by_frequency = np.argsort(-counts, kind="stable")
         self._sizes = counts[self._by_frequency].astype(np.float64) + 1
@@ -127,9 +128,9 @@ class SampledHead(DenseHead):
         """
         if self._uniform is None:
             return super().forward_backward(h, targets, weights, accumulate=accumulate)
+        check_targets("SampledHead", targets, self.vocab_size)
         if not accumulate:
             zero(self.dweight)
-        _check.indices("SampledHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
         ids, p = self.choose(targets, self._uniform)
         correction = -np.log(p).astype(np.float32)
         if self.log_prior is not None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 
-def check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError if a setting is out of range."""
+def check_settings(
+    temperature: float, top_k: int | None, top_p: float | None, vocab_size: int
+) -> tuple[int | None, float | None]:
+    """top_k and top_p, or None for one that keeps all of the vocabulary: the same seed then draws the same.
+
+    Raises ValueError if a setting is out of range.
+    """
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_k is not None and (top_k != int(top_k) or top_k < 1):
+        raise ValueError(f"top_k must be a whole number of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    return None if top_k is not None and top_k >= vocab_size else top_k, None if top_p == 1 else top_p
 
 
 def sample_rows(
@@ -31,7 +37,7 @@ def sample_rows(
     >>> sample_rows(np.array([[0.1, 0.7, 0.2]]), np.random.default_rng(0), top_k=1).tolist()
     [1]
     """
-    check_settings(temperature, top_k, top_p)
+    top_k, top_p = check_settings(temperature, top_k, top_p, probabilities.shape[1])
     out = np.empty(len(probabilities), np.int32)
     for i, row in enumerate(probabilities):
         if temperature == 0:

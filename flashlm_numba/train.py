@@ -27,7 +27,7 @@ import numpy as np
 from flashlm_numba import assemble, checkpoint
 from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import Phase, Plan, RunConfig, plan_for
-from flashlm_numba.data import TokenData, open_tokens, sample_batch
+from flashlm_numba.data import TokenData, is_prepared, open_tokens, sample_batch
 from flashlm_numba.display import Display
 from flashlm_numba.errors import UserError
 from flashlm_numba.evaluate import score, validation_subset
@@ -199,6 +199,8 @@ def start_run(
     folder = out if out is not None else Path("runs") / name
     if (folder / "config.json").exists() or (folder / "checkpoints").exists():
         raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out.")
+    if is_prepared(folder):
+        raise UserError(f"{folder} holds prepared tokens; choose another --out for the run.")
     with Display() as display:
         source = assemble.training_data(data, display.note)
         token_data = open_tokens(source)
@@ -322,7 +324,7 @@ def _new_session(run: RunConfig, folder: Path, data: TokenData, display: Display
 def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, display: Display) -> Session:
     ensure_compiled(display.note)
     display.note(f"Reading {path}.")
-    state = checkpoint.check_state(checkpoint.load_state(path), path)
+    state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     counts = data.train.counts(run.model.vocab_size)
     model = assemble.model_from(run, checkpoint.load(path, "model"), counts)
     ema = checkpoint.load(path, "ema") if run.training.ema else {}
@@ -551,6 +553,7 @@ def _save(session: Session, log: Any, *, keep: bool = False) -> None:
         "generators": {"seed": session.run.seed},  # every draw is a function of (seed, step)
         "data_position": session.clock.step,
         "keep": keep,
+        "model_hash": session.run.model_hash,
         "samples_bytes": samples.stat().st_size if samples.exists() else 0,
     }
     checkpoint.save(session.folder, session.clock.step, files, state)

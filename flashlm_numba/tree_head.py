@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.head_options import check_options, check_rows, check_targets
 from flashlm_numba.kernels import tree_head as kernels
 from flashlm_numba.kernels import tree_inference
 from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
@@ -73,6 +74,9 @@ def node_log_prior(tree: Tree, log_prior: np.ndarray) -> np.ndarray:
     return _over_leaves(np.logaddexp, tree, log_prior.astype(np.float64)).astype(np.float32)
 
 
+NEVER = -1e30  # log probability of what cannot be, as a number
+
+
 class TreeHead:
     """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the
     path.
@@ -117,6 +121,10 @@ class TreeHead:
         log_prior: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
+        check_options("TreeHead", label_smoothing=label_smoothing, z_loss=z_loss, soft_cap=soft_cap)
+        for name, size in (("vocab_size", vocab_size), ("dim", dim), ("rank", rank)):
+            if size is not None and (size != int(size) or size < 1):
+                raise ValueError(f"TreeHead: {name} must be a whole number of at least 1, got {size}")
         if tree is None:
             if counts is None and vocab_size is None:
                 raise ValueError("TreeHead: give a tree, the tokens' counts or vocab_size")
@@ -139,6 +147,7 @@ class TreeHead:
             raise ValueError(
                 f"TreeHead: weight must have shape ({self.vocab_size}, {dim or 'any'}), got {weight.shape}"
             )
+        check_rows("TreeHead", weight, dweight)
         self.weight = weight
         self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
         if "weight" in self.parameters:
@@ -152,7 +161,8 @@ class TreeHead:
         if log_prior is not None:
             if log_prior.shape != (self.vocab_size,):
                 raise ValueError(f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}")
-            by_row = np.ascontiguousarray(log_prior[tree.token_of_row], np.float32)
+            # -inf, of a token that cannot be, would make a node of such tokens 0 / 0
+            by_row = np.maximum(log_prior[tree.token_of_row], NEVER).astype(np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
         self._scratch = kernels.TreeScratch()
         self._sampler = tree_inference.TreeSampler(
@@ -189,7 +199,7 @@ class TreeHead:
             self.nodes[...] = low_rank_rows(self.parameters["nodes.weight"], self._basis, np.empty_like(self.nodes))
 
     def _rows(self, targets: np.ndarray) -> np.ndarray:
-        kernels._check.indices("TreeHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
+        check_targets("TreeHead", targets, self.vocab_size)
         return self.row_of_token[targets]
 
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
@@ -265,10 +275,12 @@ class TreeHead:
         At temperature 1 without top-k and top-p by descent; with top-k at any temperature, and for
         temperature 0, by best-first search; otherwise from all V probabilities.
         """
+        top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
+        if not np.isfinite(h).all():
+            raise ValueError("TreeHead: h must be finite; nothing can be drawn from it")
         if temperature == 1 and top_k is None and top_p is None:
             rows = self._sampler.sample(h, rng.random((len(h), self._sampler.depth)))
             return self.tree.token_of_row[rows]
-        check_settings(temperature, top_k, top_p)
         if temperature != 0 and top_k is None:
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
         rows = np.empty(len(h), np.int64)

@@ -328,3 +328,43 @@ def test_a_forced_variant_that_this_machine_lacks_is_one_sentence(run, monkeypat
     assert done.exit_code == 1
     assert "FLASHLM_NUMBA_TERNARY must be one of plain" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_folders_of_another_kind_are_refused(run, corpus, corpus_files, tmp_path):
+    done = _run("prepare", corpus_files, "--out", run)
+    assert done.exit_code == 1
+    assert "holds a run; choose another folder for the tokens" in done.stderr
+    done = _run("train", corpus, "--out", corpus, "--steps", 1, *_settings())
+    assert done.exit_code == 1
+    assert "holds prepared tokens; choose another --out" in done.stderr
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    done = _run("prepare", tmp_path, "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "holds the documents themselves (a.txt)" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert "is a run, not text" in _run("eval", run, run).stderr
+    assert "is a file, not a run" in _run("train", "--resume", tmp_path / "a.txt").stderr
+    done = _run("prepare", corpus_files, "--out", tmp_path / "t", "--split", "train", "--validation", corpus_files)
+    assert done.exit_code == 1
+    assert "leave out one of the two" in done.stderr
+
+
+def test_settings_that_the_weights_were_not_trained_with_are_refused(run, tmp_path):
+    """A tree's rows read as a dense head's would score, and mean nothing."""
+    changed = tmp_path / "changed"
+    shutil.copytree(run, changed)
+    text = (changed / "config.json").read_text()
+    for old, new in (('"name": "tree"', '"name": "dense"'), ('"recursions": 2', '"recursions": 3')):
+        assert old in text
+        (changed / "config.json").write_text(text.replace(old, new))
+        for command in (
+            ["eval", changed],
+            ["generate", changed],
+            ["info", changed],
+            ["train", "--resume", changed, "--steps", 9],
+        ):
+            done = _run(*command)
+            assert done.exit_code == 1
+            assert "The settings of the model in config.json are not those that" in done.stderr
+    (changed / "config.json").write_text(text)
+    assert _run("info", changed).exit_code == 0

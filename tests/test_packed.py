@@ -90,7 +90,7 @@ def test_the_running_average_can_be_exported(run, corpus, tmp_path):
         (["export", "RUN", f"{__file__}/x"], "could not be written"),
         (["eval", "FILE", "--checkpoint", "step-1"], "holds one model; leave out --checkpoint and --ema"),
         (["generate", "FILE", "--ema"], "holds one model"),
-        (["train", "--resume", "FILE"], "cannot be read"),
+        (["train", "--resume", "FILE"], "is a file, not a run"),
     ],
 )
 def test_mistakes_are_one_sentence(run, exported, tmp_path, arguments, sentence):

@@ -179,7 +179,7 @@ def test_sampled_head_rejects_wrong_counts_and_numbers():
     weight = np.zeros((5, 2), np.float32)
     with pytest.raises(ValueError, match=r"counts must be 5 numbers, none negative, got \(4,\)"):
         SampledHead(weight, counts=np.zeros(4), candidates=3)
-    with pytest.raises(ValueError, match="candidates must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="candidates must be a whole number of at least 1, got 0"):
         SampledHead(weight, counts=np.zeros(5), candidates=0)
     with pytest.raises(ValueError, match=r"targets must be in \[0, 5\), got 5"):
         SampledHead(weight, counts=np.zeros(5), candidates=3).forward_backward(

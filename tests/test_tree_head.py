@@ -300,7 +300,7 @@ def test_tree_head_sampling_options_agree_with_the_dense_rule():
             want = sample_rows(p, np.random.default_rng(seed), **setting)
             assert got.dtype == np.int32
             np.testing.assert_array_equal(got, want)
-    with pytest.raises(ValueError, match="top_k must be at least 1"):
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1"):
         head.sample(h, np.random.default_rng(0), top_k=0)
 
 

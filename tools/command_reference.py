@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 WIDTH = 100
 
 
+def help_of(name: str) -> str:
+    """What a user sees, from a process of its own: in this one click may remember other settings of the help option."""
+    words = [sys.executable, "-m", "flashlm_numba", *name.split(), "--help"]
+    environment = {**os.environ, "COLUMNS": str(WIDTH)}
+    done = subprocess.run(words, cwd=PAGE.parents[1], env=environment, capture_output=True, text=True, check=True)
+    return "\n".join(line.rstrip() for line in done.stdout.splitlines())
+
+
 def reference() -> str:
     """The page's text."""
     lines = [
@@ -30,12 +40,9 @@ def reference() -> str:
         "changes are in",
         "[training.md](training.md).",
     ]
-    for name, command in [("", commands), *sorted(commands.commands.items())]:
+    for name in ("", *sorted(commands.commands)):
         words = f"flashlm-numba {name}".strip()
-        settings = {**commands.context_settings, "max_content_width": WIDTH}  # a command has its group's
-        context = click.Context(command, info_name=words, terminal_width=WIDTH, **settings)
-        text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
-        lines += ["", f"## {words}", "", "```", text, "```"]
+        lines += ["", f"## {words}", "", "```", help_of(name), "```"]
     return "\n".join(lines) + "\n"
 
 
