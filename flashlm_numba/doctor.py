@@ -35,6 +35,34 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def blas_libraries() -> list[dict[str, Any]]:
+    """Every BLAS loaded so far: library, version, the kind of core it chose its code for, file name, threads."""
+    from threadpoolctl import threadpool_info
+
+    return [
+        {
+            "library": pool["internal_api"],
+            "version": pool.get("version"),
+            "core": pool.get("architecture"),
+            "file": Path(pool["filepath"]).name,
+            "threads": pool["num_threads"],
+        }
+        for pool in threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Version of Python and of each package, None where it is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
 # --- self-checks: each returns its error relative to the largest value ---
 
 
@@ -164,7 +192,6 @@ def examine(threads: int) -> dict[str, Any]:
     threads : the number that is used. Problems make results wrong or training impossible; notes cost speed.
     """
     import numba
-    from threadpoolctl import threadpool_info
 
     from flashlm_numba.cache import writable_cache
     from flashlm_numba.compile import ensure_compiled
@@ -190,17 +217,7 @@ def examine(threads: int) -> dict[str, Any]:
                 f"most {TOLERANCE:g} was expected: results would be wrong. Please report it with all of this output."
             )
     features = {feature.removeprefix("+") for feature in _jit.target_features() if feature.startswith("+")}
-    blas = [
-        {
-            "library": pool["internal_api"],
-            "version": pool.get("version"),
-            "core": pool.get("architecture"),
-            "file": Path(pool["filepath"]).name,
-            "threads": pool["num_threads"],
-        }
-        for pool in threadpool_info()
-        if pool["user_api"] == "blas"
-    ]
+    blas = blas_libraries()
     if kind := os.environ.get("OPENBLAS_CORETYPE"):
         notes.append(
             f"OPENBLAS_CORETYPE is set to {kind}, so BLAS computes as on that processor, perhaps slowly; unset it."
@@ -233,16 +250,12 @@ def examine(threads: int) -> dict[str, Any]:
     for place in {*caches.values(), os.getcwd()}:
         free = shutil.disk_usage(place).free
         if free < ROOM:
-            notes.append(f"Only {free / 1e9:.1f} GB are free at {place}; a run takes about 1 GB.")
+            notes.append(
+                f"Only {free / 1e9:.1f} GB are free at {place}; a run takes about 0.5 GB, and the caches as much."
+            )
     memory = _memory_mb()
     if memory and memory["total"] < 2_000:
         notes.append(f"This machine has {memory['total']:,} MB of memory; training takes about 1,000.")
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     try:
         layer = numba.threading_layer() if not numba.config.DISABLE_JIT else "none"
     except ValueError:  # nothing has run in parallel: one thread
@@ -260,7 +273,7 @@ def examine(threads: int) -> dict[str, Any]:
         "read_gbytes_per_s": round(read_gbytes_per_s(threads), 1),
         "memory_mb": memory,
         "caches": caches,
-        "versions": versions,
+        "versions": package_versions(PACKAGES),
         "checks": errors,
         "notes": notes,
         "problems": problems,

@@ -6,7 +6,6 @@ machine.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,9 +18,9 @@ from typing import Any
 
 import click
 import numpy as np
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 
-from flashlm_numba.doctor import cpu_name
+from flashlm_numba.doctor import blas_libraries, cpu_name, package_versions
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 
@@ -42,22 +41,6 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
     `blas` lists every BLAS loaded so far, with the kind of core that it chose its code for.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    blas = [
-        {
-            "library": pool["internal_api"],
-            "version": pool.get("version"),
-            "core": pool.get("architecture"),
-            "threads": pool["num_threads"],
-        }
-        for pool in threadpool_info()
-        if pool["user_api"] == "blas"
-    ]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "cpu": cpu_name(),
@@ -65,8 +48,8 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "threads": threads,
         "platform": platform.platform(),
         "load_1min": load,
-        "blas": blas,
-        "versions": versions,
+        "blas": blas_libraries(),
+        "versions": package_versions(PACKAGES),
     }
 
 
