@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import assert_as_accurate, command
+from helpers import assert_as_accurate, command, numeric_gradient
 
 from flashlm_numba import assemble
 from flashlm_numba.config import ModelConfig
@@ -10,7 +10,7 @@ from flashlm_numba.data import open_tokens
 from flashlm_numba.evaluate import score
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.kernels import reference, reference_tree
-from flashlm_numba.kernels.reference_trunk import trunk_backward, trunk_forward
+from flashlm_numba.kernels.reference_trunk import TERNARY, trunk_backward, trunk_forward
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.optim import PRESETS, Optimizer
 from flashlm_numba.tokenizer import EOT
@@ -90,6 +90,24 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
     quarter = len(errors) // 4
     assert max(errors) < 1e-4
     assert np.median(errors[-quarter:]) < 3 * np.median(errors[:quarter]), errors
+
+
+def test_the_references_gradients_are_the_derivatives():
+    """Central differences of the whole trunk in float64, for every weight that is not made ternary."""
+    config = ModelConfig(vocab_size=7, dim=6, inner=5, groups=2, taps=2, dilations=(1, 2), recursions=2)
+    parameters = {n: v.astype(np.float64) for n, v in initial_parameters(config, 0, embedding_std=0.5).items()}
+    rng = np.random.default_rng(1)
+    ids, dout = rng.integers(0, 7, (2, 5)), rng.standard_normal((10, 6))
+
+    def value():
+        return float((dout * trunk_forward(parameters, ids, **layout(config))[0]).sum())
+
+    found = trunk_backward(dout, trunk_forward(parameters, ids, **layout(config))[1])
+    for name, gradient in found.items():
+        if name not in TERNARY:
+            want = numeric_gradient(value, parameters[name])
+            assert np.abs(want).max() > 1e-3, name
+            np.testing.assert_allclose(gradient, want, atol=1e-6 * np.abs(want).max() + 1e-8, err_msg=name)
 
 
 def test_a_wrong_gradient_of_the_trunk_would_be_seen():
