@@ -210,7 +210,7 @@ def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[
         for name, kind in kinds.items()
     ):
         return state
-    raise UserError(f"{where} does not say how far it was trained (step, tokens, seconds); it is no checkpoint.")
+    raise UserError(f"{where} does not say how far it was trained (step, tokens, seconds); use another checkpoint.")
 
 
 def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:

@@ -250,9 +250,7 @@ def examine(threads: int) -> dict[str, Any]:
     for place in {*caches.values(), os.getcwd()}:
         free = shutil.disk_usage(place).free
         if free < ROOM:
-            notes.append(
-                f"Only {free / 1e9:.1f} GB are free at {place}; a run takes about 0.5 GB, and the caches as much."
-            )
+            notes.append(f"Only {free / 1e9:.1f} GB are free at {place}; a run takes about half a gigabyte.")
     memory = _memory_mb()
     if memory and memory["total"] < 2_000:
         notes.append(f"This machine has {memory['total']:,} MB of memory; training takes about 1,000.")

@@ -143,11 +143,11 @@ class TreeHead:
             rng = np.random.default_rng(seed)
             weight = rng.standard_normal((self.vocab_size, dim), np.float32) * np.float32(dim**-0.5)
             self.parameters["weight"] = weight
-        if weight.ndim != 2 or weight.shape[0] != self.vocab_size or dim not in (None, weight.shape[1]):
+        check_rows("TreeHead", weight, dweight)
+        if weight.shape[0] != self.vocab_size or dim not in (None, weight.shape[1]):
             raise ValueError(
                 f"TreeHead: weight must have shape ({self.vocab_size}, {dim or 'any'}), got {weight.shape}"
             )
-        check_rows("TreeHead", weight, dweight)
         self.weight = weight
         self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
         if "weight" in self.parameters:

@@ -37,6 +37,7 @@ def make(request):
         ({"z_loss": -1.0}, "z_loss must be 0 or more"),
         ({"weight": ROWS.astype(np.float64)}, "weight must be float32"),
         ({"weight": ROWS[0]}, "weight must have shape"),
+        ({"weight": ROWS.tolist()}, "weight must be a NumPy array"),
         ({"weight": ROWS[:, :0].copy()}, "weight must have a row and a column"),
         ({"dweight": np.zeros((3, 3), np.float32)}, "dweight must have shape"),
         ({"log_prior": np.zeros(3, np.float32)}, "log_prior must have shape"),
