@@ -114,15 +114,15 @@ class Model:
 
     def prepare(self) -> None:
         """Ternarise and pack the weights for the kernels; call after every change of the parameters."""
-        p, w, inner = self.parameters, self._weights, self.config.inner
+        p, w = self.parameters, self._weights
         w.norms[0], w.norms[1], w.norms[2] = p["norm1.weight"], p["norm2.weight"], p["final_norm.weight"]
         for i in range(len(self.config.dilations)):
             w.norms[3 + i] = p[f"mixer.norms.{i}.weight"]
             w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
         ternarize(p["mixer.out.weight"], w.w_out)
-        ternarize(p["glu.gate.weight"], w.w_gate_up[:inner])
-        ternarize(p["glu.up.weight"], w.w_gate_up[inner:])
-        ternarize(p["glu.down.weight"], w.w_down)
+        ternarize(p["glu.gate.weight"], w.w_gate)
+        ternarize(p["glu.up.weight"], w.w_up)
+        w.w_down_inner[...] = ternarize(p["glu.down.weight"])
         w.pack()
         self.head.prepare()
 
@@ -178,7 +178,7 @@ class Model:
 
     def _trunk_backward(self, dh: np.ndarray) -> None:
         assert self._buffers is not None
-        found, g, inner = trunk_backward(self._buffers, self._weights, dh), self.gradients, self.config.inner
+        found, g = trunk_backward(self._buffers, self._weights, dh), self.gradients
         for i, name in enumerate(("norm1", "norm2", "final_norm")):
             g[f"{name}.weight"] += found["norms"][i]
         for i in range(len(self.config.dilations)):
@@ -187,8 +187,8 @@ class Model:
             g[f"mixer.values.{i}.weight"] += found["values"][i]
         # ternarize passes the gradient straight through
         g["mixer.out.weight"] += found["w_out"]
-        g["glu.gate.weight"] += found["w_gate_up"][:inner]
-        g["glu.up.weight"] += found["w_gate_up"][inner:]
+        g["glu.gate.weight"] += found["w_gate"]
+        g["glu.up.weight"] += found["w_up"]
         g["glu.down.weight"] += found["w_down"]
 
     def loss_and_grad(

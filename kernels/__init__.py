@@ -22,6 +22,7 @@
     _rows           rows cleared, copied, gathered
     _ternary_dots   packed rows times int8, one variant a processor
     _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers
+    _panels         large ones in registers, with a weight laid out once a step
     _math, _check   exp as a polynomial; checks of arguments
 
 Nothing is imported here: a program loads the kernels that it uses, and Numba with the first of them.

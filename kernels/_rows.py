@@ -1,10 +1,20 @@
-"""Rows of a matrix, (N, C) float32: cleared, copied, gathered. Helpers, called from kernels only."""
+"""Rows of a matrix, (N, C) float32: cleared, copied, gathered by helpers, called from kernels only; aligned memory."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from flashlm_numba.kernels._jit import helper
+
+LINE = 64  # bytes of a line of the cache, and of the widest register
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """An array that begins at the start of a line: NumPy's begin 16 bytes later, so every register read spans two."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    spare = np.zeros(size + LINE, np.uint8)
+    first = -spare.ctypes.data % LINE
+    return spare[first : first + size].view(dtype).reshape(shape)
 
 
 @helper

@@ -247,10 +247,12 @@ if numba.config.DISABLE_JIT:
 
         return product
 
+    HAS_AVX512 = False
     tile_product_16, tile_product_32 = _plain(16), _plain(32)
+    tile_product_32_high = tile_product_32
     tile_products_16, tile_products_32 = (
-        {6: tile_product_16, 12: tile_product_16},
-        {2: tile_product_32, 8: tile_product_32},
+        {6: tile_product_16, 16: tile_product_16},
+        {2: tile_product_32, 8: tile_product_32, 12: tile_product_32},
     )
 
     def dot_products(out, x, w):
@@ -293,13 +295,13 @@ else:
     # out[o0 + m*om + w] (+)= sum over t < taps, k < depth of a[a0 + t*at + m*am + k*ak] * b[b0 + t*bt + k*bk + w],
     # w < 16 or 32, m < rows. out, a, b: 1-D contiguous float32 (views of whole buffers); rows >= 0, depth >= 1,
     # taps >= 1; unchecked. The same bits whatever the height of the tiles.
-    tile_products_16 = {6: _make_tile_product(16, 6, 4), 12: _make_tile_product(16, 12, 4)}
-    tile_products_32 = {2: _make_tile_product(32, 2, 1), 8: _make_tile_product(32, 8, 2)}
+    tile_products_16 = {6: _make_tile_product(16, 6, 4), 16: _make_tile_product(16, 16, 4)}
+    tile_products_32 = {rows: _make_tile_product(32, rows, rows // 4 or 1) for rows in (2, 8, 12)}
     tile_product_16, tile_product_32 = (
-        tile_products_16[12 if HAS_AVX512 else 6],
+        tile_products_16[16 if HAS_AVX512 else 6],
         tile_products_32[8 if HAS_AVX512 else 2],
     )
-    _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
+    tile_product_32_high = tile_products_32[12]  # for many rows, with the registers of AVX-512
 
     @helper
     def row_products(out, x, w):

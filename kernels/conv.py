@@ -3,8 +3,8 @@
     conv(x)[t, o] = sum over taps k and the group's inputs i of  w[o, i, k] * x[t - (K - 1 - k) * dilation, i]
 
 with x zero before the sequence begins. Gate and value are computed as one convolution with twice the outputs, in
-group-major buffers: n (G, T, S) inputs and gv (G, T, 2 S) outputs, the gate's first, where S is the group's width
-rounded up to 16 (whole vector registers; the padding is zero and stays zero). Taps that would read before the
+group-major buffers: n (G, T, S) inputs and gv (G, 2, T, S) outputs, the gate's first, where S is the group's width
+rounded up to 16 (whole vector registers; the padding is zero, a gate's one half). Taps that would read before the
 sequence are skipped by segments of equal tap counts, so no padding in time is copied.
 Letters: B batch, T time, C channels, G groups, K taps.
 Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.1 and 2.3 (dilation, gating); kernels are our own.
@@ -17,7 +17,7 @@ import numpy as np
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._math import exp32
-from flashlm_numba.kernels._tile import tile_product_16, tile_product_32
+from flashlm_numba.kernels._tile import tile_product_16
 
 _ONE = np.float32(1)
 
@@ -52,7 +52,7 @@ def unpack_conv_gradient(dweight: np.ndarray, width: int) -> tuple[np.ndarray, n
 
 @helper
 def conv_sequence(gv, n, weight, dilation):
-    """gv (G, T, 2 S) for n (G, T, S), weight (G, K, S, 2 S)."""
+    """gv (G, 2, T, S) for n (G, T, S), weight (G, K, S, 2 S)."""
     groups, time, size = n.shape
     taps = weight.shape[1]
     flat_n, flat_gv, flat_w = n.reshape(-1), gv.reshape(-1), weight.reshape(-1)
@@ -60,18 +60,19 @@ def conv_sequence(gv, n, weight, dilation):
         for s in range(taps):  # s taps before the present one reach into the sequence
             low = min(s * dilation, time)
             high = time if s == taps - 1 else min((s + 1) * dilation, time)
-            for w in range(0, 2 * size, 32):
-                tile_product_32(
-                    flat_gv, (g * time + low) * 2 * size + w, 2 * size,
-                    flat_n, (g * time + low - s * dilation) * size, size, 1, dilation * size,
-                    flat_w, (g * taps + taps - 1 - s) * size * 2 * size + w, 2 * size, 2 * size * size,
-                    high - low, size, s + 1, 0,
-                )  # fmt: skip
+            for half in range(2):
+                for w in range(0, size, 16):
+                    tile_product_16(
+                        flat_gv, ((2 * g + half) * time + low) * size + w, size,
+                        flat_n, (g * time + low - s * dilation) * size, size, 1, dilation * size,
+                        flat_w, ((g * taps + taps - 1 - s) * 2 * size + half) * size + w, 2 * size, 2 * size * size,
+                        high - low, size, s + 1, 0,
+                    )  # fmt: skip
 
 
 @helper
 def conv_sequence_dinput(dn, dgv, weight_t, dilation):
-    """dn (G, T, S) for dgv (G, T, 2 S), weight_t (G, K, 2 S, S) with the taps reversed."""
+    """dn (G, T, S) for dgv (G, 2, T, S), weight_t (G, K, 2 S, S) with the taps reversed."""
     groups, time, size = dn.shape
     taps = weight_t.shape[1]
     flat_dn, flat_dgv, flat_w = dn.reshape(-1), dgv.reshape(-1), weight_t.reshape(-1)
@@ -79,31 +80,33 @@ def conv_sequence_dinput(dn, dgv, weight_t, dilation):
         for s in range(taps):  # s taps after the present one lie in the sequence
             high = max(time - s * dilation, 0)
             low = 0 if s == taps - 1 else max(time - (s + 1) * dilation, 0)
-            for w in range(0, size, 16):
-                tile_product_16(
-                    flat_dn, (g * time + low) * size + w, size,
-                    flat_dgv, (g * time + low) * 2 * size, 2 * size, 1, dilation * 2 * size,
-                    flat_w, g * taps * 2 * size * size + w, size, 2 * size * size,
-                    high - low, 2 * size, s + 1, 0,
-                )  # fmt: skip
+            for half in range(2):
+                for w in range(0, size, 16):
+                    tile_product_16(
+                        flat_dn, (g * time + low) * size + w, size,
+                        flat_dgv, ((2 * g + half) * time + low) * size, size, 1, dilation * size,
+                        flat_w, (g * taps * 2 + half) * size * size + w, size, 2 * size * size,
+                        high - low, size, s + 1, half,
+                    )  # fmt: skip
 
 
 @helper
 def conv_sequence_dweight(dweight, n, dgv, dilation):
-    """dweight (G, K, S, 2 S) += for n (G, T, S), dgv (G, T, 2 S)."""
+    """dweight (G, K, S, 2 S) += for n (G, T, S), dgv (G, 2, T, S)."""
     groups, time, size = n.shape
     taps = dweight.shape[1]
     flat_n, flat_dgv, flat_dw = n.reshape(-1), dgv.reshape(-1), dweight.reshape(-1)
     for g in range(groups):
         for m in range(taps):  # the tap that looks m dilations back
             if time - m * dilation > 0:
-                for w in range(0, 2 * size, 32):
-                    tile_product_32(
-                        flat_dw, (g * taps + taps - 1 - m) * size * 2 * size + w, 2 * size,
-                        flat_n, g * time * size, 1, size, 0,
-                        flat_dgv, (g * time + m * dilation) * 2 * size + w, 2 * size, 0,
-                        size, time - m * dilation, 1, 1,
-                    )  # fmt: skip
+                for half in range(2):
+                    for w in range(0, size, 16):
+                        tile_product_16(
+                            flat_dw, ((g * taps + taps - 1 - m) * 2 * size + half) * size + w, 2 * size,
+                            flat_n, g * time * size, 1, size, 0,
+                            flat_dgv, ((2 * g + half) * time + m * dilation) * size + w, size, 0,
+                            size, time - m * dilation, 1, 1,
+                        )  # fmt: skip
 
 
 @helper
@@ -117,26 +120,25 @@ def to_groups(out, x, width):
 
 @helper
 def gate_sequence(out, gv, base, width):
-    """Turn the gate's half of gv (G, T, 2 S) into its sigmoid, and write out (T, C) = base (T, C) + sigmoid * value."""
-    groups, time, size = gv.shape[0], gv.shape[1], gv.shape[2] // 2
-    for g in range(groups):
-        for t in range(time):
+    """Turn the gate's half of gv (G, 2, T, S) into its sigmoid; out (T, C) = base (T, C) + sigmoid * value."""
+    for g in range(gv.shape[0]):
+        gate = gv[g, 0].reshape(-1)
+        for i in range(gate.shape[0]):
+            gate[i] = _ONE / (_ONE + exp32(-gate[i]))
+        for t in range(gv.shape[2]):
             for j in range(width):
-                gv[g, t, j] = _ONE / (_ONE + exp32(-gv[g, t, j]))
-            for j in range(width):
-                out[t, g * width + j] = base[t, g * width + j] + gv[g, t, j] * gv[g, t, size + j]
+                out[t, g * width + j] = base[t, g * width + j] + gv[g, 0, t, j] * gv[g, 1, t, j]
 
 
 @helper
 def gate_sequence_backward(dgv, dout, gv, width):
-    """dgv (G, T, 2 S) for dout (T, C), gv with the gate's half as its sigmoid. The padding of dgv is left alone."""
-    groups, time, size = gv.shape[0], gv.shape[1], gv.shape[2] // 2
-    for g in range(groups):
-        for t in range(time):
+    """dgv (G, 2, T, S) for dout (T, C), gv with the gate's half as its sigmoid. The padding of dgv is left alone."""
+    for g in range(gv.shape[0]):
+        for t in range(gv.shape[2]):
             for j in range(width):
-                s, v, d = gv[g, t, j], gv[g, t, size + j], dout[t, g * width + j]
-                dgv[g, t, size + j] = d * s
-                dgv[g, t, j] = d * v * s * (_ONE - s)
+                s, v, d = gv[g, 0, t, j], gv[g, 1, t, j], dout[t, g * width + j]
+                dgv[g, 1, t, j] = d * s
+                dgv[g, 0, t, j] = d * v * s * (_ONE - s)
 
 
 @serial_kernel
@@ -177,13 +179,13 @@ def gated_conv_forward(
 ) -> tuple[np.ndarray, np.ndarray]:
     """sigmoid(conv(x, gate)) * conv(x, value), causal, for x (B, T, C), gate and value (C, C/groups, K), all float32.
 
-    Returns out (B, T, C) and gv (B, G, T, 2 S), the sigmoid and the value, for the backward pass.
+    Returns out (B, T, C) and gv (B, G, 2, T, S), the sigmoid and the value, for the backward pass.
     Cost 4 * B*T*C*K*C/groups flop. Raises ValueError if a shape or dtype is wrong.
     """
     _check_conv("gated_conv_forward", x, gate, value, groups, dilation)
     batch, time, channels = x.shape
     size = padded_width(channels, groups)
-    out, gv = np.empty_like(x), np.zeros((batch, groups, time, 2 * size), np.float32)
+    out, gv = np.empty_like(x), np.zeros((batch, groups, 2, time, size), np.float32)
     weight, _ = pack_conv_weights(gate, value, groups)
     n = np.zeros((groups, time, size), np.float32)
     _gated_conv_forward(out, gv, n, x, weight, dilation, channels // groups)
@@ -207,10 +209,10 @@ def gated_conv_backward(
     batch, time, channels = x.shape
     size, width = padded_width(channels, groups), channels // groups
     _check.array("gated_conv_backward", "dout", dout, x.shape)
-    _check.array("gated_conv_backward", "gv", gv, (batch, groups, time, 2 * size))
+    _check.array("gated_conv_backward", "gv", gv, (batch, groups, 2, time, size))
     weight, weight_t = pack_conv_weights(gate, value, groups)
     dx, dweight = np.zeros_like(x), np.zeros_like(weight)
-    dgv = np.zeros((groups, time, 2 * size), np.float32)
+    dgv = np.zeros((groups, 2, time, size), np.float32)
     dn, n = np.zeros((groups, time, size), np.float32), np.zeros((groups, time, size), np.float32)
     _gated_conv_backward(dx, dweight, dgv, dn, n, dout, gv, x, weight_t, dilation, width)
     dgate, dvalue = unpack_conv_gradient(dweight, width)

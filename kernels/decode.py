@@ -164,7 +164,7 @@ def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
     long, long_inner = _whole(dim, REGISTER), _whole(inner, REGISTER)
     scratch: tuple[np.ndarray, ...] = (
         zeros(1, dim), zeros(long), zeros(long), zeros(_whole(dim, 4)),  # x, m, normed, delta
-        zeros(groups, 1, size), zeros(groups, 1, 2 * size),
+        zeros(groups, 1, size), zeros(groups, 2, 1, size),
         zeros(_whole(2 * inner, 4)), zeros(long_inner), zeros(1),  # gate and up, hidden, rstd
     )  # fmt: skip
     scratch += (  # q, scales, sums of the packed products

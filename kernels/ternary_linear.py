@@ -30,6 +30,7 @@ from numba.extending import intrinsic
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
 from flashlm_numba.kernels.ternary_matmul import best_variant, quantize
 
@@ -262,7 +263,7 @@ def _pack_columns(codes, weight):
 
 def empty_columns(rows: int, columns: int) -> np.ndarray:
     """Room for the codes of a weight of this shape."""
-    return np.empty((-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
+    return aligned_zeros((-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
 
 
 def fill_columns(codes: np.ndarray, weight: np.ndarray) -> None:

@@ -6,7 +6,7 @@
     out = rmsnorm(x)
 
 One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by
-tiles of about 512 rows, so that its matrix products, by single-threaded BLAS, are large and its scratch stays in
+tiles of about 256 rows, so that its matrix products, by single-threaded BLAS, are large and its scratch stays in
 cache. The convolutions work on group-major copies (kernels/conv.py). The gradients of the weights are summed per
 thread and reduced in thread order: the same bits on every run with the same number of threads.
 Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
@@ -19,9 +19,10 @@ import numba
 import numpy as np
 from numba import prange
 
-from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
+from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
-from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
+from flashlm_numba.kernels._panels import empty_panels, fill_panels, panel_product
+from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows
 from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
 from flashlm_numba.kernels.conv import (
     conv_sequence,
@@ -44,7 +45,8 @@ from flashlm_numba.kernels.ternary_linear import (
     ternary_linear_rows,
 )
 
-TILE_ROWS = 512
+TILE_ROWS = 256
+REGISTER = 16  # floats of the widest
 
 
 @helper
@@ -57,29 +59,19 @@ def _add_groups(out, groups, width):
 
 
 @helper
-def _linear(out, x, weight, codes, rounding, add, variant, blas):
-    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where there are codes of weight."""
+def _linear(out, x, panels, codes, plain, add, rounding, variant, blas):
+    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where there are codes of the weight."""
+    q, scales, sums, spare = rounding
     if codes.shape[1] > 0:
-        q, scales, sums, spare = rounding
-        ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas)
+        ternary_linear_rows(out, x, plain, codes, q, scales, sums, spare, add, variant, blas)
     else:
-        gemm_nt(blas, out, x, weight, np.float32(add))
-
-
-@helper
-def _linear_back(dx, dout, weight, weight_t, codes_t, rounding, variant, blas):
-    """dx (M, K) = dout (M, R) @ weight (R, K); dout rounded to int8 where there are codes of weight's transpose."""
-    if codes_t.shape[1] > 0:
-        q, scales, sums, spare = rounding
-        ternary_linear_rows(dx, dout, weight_t, codes_t, q, scales, sums, spare, 0, variant, blas)
-    else:
-        gemm_nn(blas, dx, dout, weight, np.float32(0))
+        panel_product(out, x, panels, spare.reshape(-1), add)
 
 
 @helper
 def _forward_rows(
     low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, rounding,
-    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, codes, variant, blas,
+    embedding, rows, norms, conv, dilations, panels, codes, plain, variant, blas,
 ):  # fmt: skip
     """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and rounding are this thread's
     scratch.
@@ -97,20 +89,19 @@ def _forward_rows(
                 gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
         copy_rows(x1[r, low:high], x[r, low:high])
         mixed = xm[r, dilations.shape[0], low:high]
-        _linear(x1[r, low:high], mixed, w_out, codes[0], rounding, 1, variant, blas)
+        _linear(x1[r, low:high], mixed, panels[0], codes[0], plain[0], 1, rounding, variant, blas)
         rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
-        _linear(gu[r, low:high], normed[:size], w_gate_up, codes[1], rounding, 0, variant, blas)
+        _linear(gu[r, low:high], normed[:size], panels[1], codes[1], plain[1], 0, rounding, variant, blas)
         glu_rows(h[:size], gu[r, low:high])
         copy_rows(x[r + 1, low:high], x1[r, low:high])
-        _linear(x[r + 1, low:high], h[:size], w_down, codes[2], rounding, 1, variant, blas)
+        _linear(x[r + 1, low:high], h[:size], panels[2], codes[2], plain[2], 1, rounding, variant, blas)
     rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
 
 
 @kernel
 def _trunk_forward(
     out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums, spare,
-    embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, codes, variant, blas,
-    time, tile, threads,
+    embedding, rows, norms, conv, dilations, panels, codes, plain, variant, blas, time, tile, threads,
 ):  # fmt: skip
     """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
     batch = rows.shape[0] // time
@@ -120,15 +111,15 @@ def _trunk_forward(
             _forward_rows(
                 start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
                 normed[thread], n[thread], h[thread], (q[thread], scales[thread], sums[thread], spare[thread]),
-                embedding, rows, norms, conv, dilations, w_out, w_gate_up, w_down, codes, variant, blas,
+                embedding, rows, norms, conv, dilations, panels, codes, plain, variant, blas,
             )  # fmt: skip
 
 
 @helper
 def _backward_rows(
     low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, rounding,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down,
-    weights_t, codes_t, variant, blas,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, panels_t, codes_t, plain_t,
+    variant, blas,
 ):  # fmt: skip
     """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
@@ -138,16 +129,16 @@ def _backward_rows(
     for step in range(passes):
         r = passes - 1 - step
         # forward: x = x1 + h Wd', h = relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
-        _linear_back(dh[:size], dx_tile, w_down, weights_t[2], codes_t[2], rounding, variant, blas)
+        _linear(dh[:size], dx_tile, panels_t[2], codes_t[2], plain_t[2], 0, rounding, variant, blas)
         glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high])
         gemm_tn(blas, dw_down, dx_tile, h[:size], one)
         rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
         gemm_tn(blas, dw_gate_up, dgu[:size], normed_tile, one)
-        _linear_back(dm_tile, dgu[:size], w_gate_up, weights_t[1], codes_t[1], rounding, variant, blas)
+        _linear(dm_tile, dgu[:size], panels_t[1], codes_t[1], plain_t[1], 0, rounding, variant, blas)
         rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
         # forward: x1 = x + m Wo'
         gemm_tn(blas, dw_out, dx_tile, xm[r, dilations.shape[0], low:high], one)
-        _linear_back(dm_tile, dx_tile, w_out, weights_t[0], codes_t[0], rounding, variant, blas)
+        _linear(dm_tile, dx_tile, panels_t[0], codes_t[0], plain_t[0], 0, rounding, variant, blas)
         for start in range(low, high, time):
             b, end = start // time, start + time
             dm_sequence = dm[start - low : end - low]
@@ -170,8 +161,8 @@ def _backward_rows(
 @kernel
 def _trunk_backward(
     dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, w_out, w_gate_up, w_down,
-    weights_t, codes_t, variant, blas, time, tile, threads,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, panels_t, codes_t, plain_t,
+    variant, blas, time, tile, threads,
 ):  # fmt: skip
     """Weight gradients are per thread, (P, ...), and cleared here."""
     batch = dx.shape[0] // time
@@ -188,8 +179,8 @@ def _trunk_backward(
                 dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
                 dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
                 (q[thread], scales[thread], sums[thread], spare[thread]),
-                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations,
-                w_out, w_gate_up, w_down, weights_t, codes_t, variant, blas,
+                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, panels_t, codes_t, plain_t,
+                variant, blas,
             )  # fmt: skip
 
 
@@ -197,21 +188,27 @@ class TrunkWeights:
     """The trunk's weights as the kernels read them; set once a step.
 
     norms (3 + D, C): of the block's input, before the GLU, final, then one per convolution.
-    conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I, C), w_down (C, I), ternary.
-    int8: whether what the ternary ones are multiplied by is rounded to int8, row by row, forward and backward; then
-    codes and codes_t are they and their transposes by pack_columns, else empty.
+    conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I', C), w_down (C, I'), ternary, where
+    I' is I rounded up to whole registers: rows of activations then begin at their boundaries. w_gate, w_up and
+    w_down_inner are views without the padding, which is zero.
+    int8: whether what the ternary ones are multiplied by is rounded to int8, row by row, forward and backward.
+    layouts, layouts_t: what the products with the three, and with their transposes, read: their panels (_panels.py),
+    or with int8 their codes by pack_columns, and where no int8 instruction serves they themselves; empty otherwise.
     """
 
     def __init__(self, dim: int, inner: int, groups: int, taps: int, dilations: tuple[int, ...]) -> None:
         size, count = padded_width(dim, groups), len(dilations)
-        self.groups = groups
+        padded = -(-inner // REGISTER) * REGISTER
+        self.groups, self.inner = groups, inner
         self.dilations = np.array(dilations, np.int64)
         self.norms = np.empty((3 + count, dim), np.float32)
-        self.conv = np.empty((count, groups, taps, size, 2 * size), np.float32)
-        self.conv_t = np.empty((count, groups, taps, 2 * size, size), np.float32)
+        self.conv = aligned_zeros((count, groups, taps, size, 2 * size), np.float32)
+        self.conv_t = aligned_zeros((count, groups, taps, 2 * size, size), np.float32)
         self.w_out = np.empty((dim, dim), np.float32)
-        self.w_gate_up = np.empty((2 * inner, dim), np.float32)
-        self.w_down = np.empty((dim, inner), np.float32)
+        self.w_gate_up = np.zeros((2 * padded, dim), np.float32)
+        self.w_down = np.zeros((dim, padded), np.float32)
+        self.w_gate, self.w_up = self.w_gate_up[:inner], self.w_gate_up[padded : padded + inner]
+        self.w_down_inner = self.w_down[:, :inner]
         self.use_int8(False)
 
     def use_int8(self, int8: bool, variant: str | None = None) -> None:
@@ -221,25 +218,29 @@ class TrunkWeights:
         """
         name = "plain" if not int8 else check_variant(variant) if variant else linear_variant()
         self.int8, self.variant = int8, VARIANTS.index(name)
-        matrices = (self.w_out, self.w_gate_up, self.w_down) if int8 else ()
-        self.codes: tuple[np.ndarray, ...] = (np.empty((0, 0, 4), np.uint8),) * 3
-        self.codes_t: tuple[np.ndarray, ...] = self.codes
-        # transposes, for BLAS in place of int8 instructions
-        self.weights_t: tuple[np.ndarray, ...] = (np.empty((0, 0), np.float32),) * 3
-        if int8:
-            self.codes = tuple(empty_columns(*w.shape) for w in matrices)
-            self.codes_t = tuple(empty_columns(*w.T.shape) for w in matrices)
-            if self.variant == 0:
-                self.weights_t = tuple(np.empty(w.T.shape, np.float32) for w in matrices)
+        matrices = self.w_out, self.w_gate_up, self.w_down
+        self.layouts = self._empty_layouts([w.shape for w in matrices])
+        self.layouts_t = self._empty_layouts([w.T.shape for w in matrices])
+
+    def _empty_layouts(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[np.ndarray, ...], ...]:
+        plain, none = self.int8 and self.variant == 0, (0, 0)
+        return (
+            tuple(empty_panels(*(none if self.int8 else shape)) for shape in shapes),
+            tuple(empty_columns(*(shape if self.int8 else none)) for shape in shapes),
+            tuple(np.empty(shape if plain else none, np.float32) for shape in shapes),
+        )
 
     def pack(self) -> None:
-        """Fill codes, codes_t and weights_t from the ternary weights, where int8 is chosen."""
-        if self.int8:
-            for i, weight in enumerate((self.w_out, self.w_gate_up, self.w_down)):
-                fill_columns(self.codes[i], weight)
-                fill_columns(self.codes_t[i], weight.T)
-                if self.variant == 0:
-                    self.weights_t[i][...] = weight.T
+        """Fill the layouts from the ternary weights."""
+        matrices = self.w_out, self.w_gate_up, self.w_down
+        for layouts, weights in ((self.layouts, matrices), (self.layouts_t, tuple(w.T for w in matrices))):
+            for panels, codes, plain, weight in zip(*layouts, weights, strict=True):
+                if panels.size:
+                    fill_panels(panels, weight)
+                if codes.size:
+                    fill_columns(codes, weight)
+                if plain.size:
+                    plain[...] = weight
 
     def set_conv(self, index: int, gate: np.ndarray, value: np.ndarray) -> None:
         """Pack the convolution of one dilation: gate, value (C, C/G, K) float32."""
@@ -258,19 +259,19 @@ class TrunkBuffers:
         tile_rows = self.tile * time
 
         def zeros(*shape: int) -> np.ndarray:
-            return np.zeros(shape, np.float32)
+            return aligned_zeros(shape, np.float32)
 
         self.out, self.dx = zeros(rows, dim), zeros(rows, dim)
         self.x, self.x1 = zeros(passes + 1, rows, dim), zeros(passes, rows, dim)
         self.xm = zeros(passes, count + 1, rows, dim)
         self.rstd, self.rstd_m = zeros(passes, 2, rows), zeros(passes, count, rows)
         self.rstd_out = zeros(rows)
-        self.gv = zeros(passes, count, batch, groups, time, 2 * size)
+        self.gv = zeros(passes, count, batch, groups, 2, time, size)
         self.gu = zeros(passes, rows, 2 * inner)
         # scratch, one per thread; the padding of n and dgv stays zero
         self.normed, self.dm = zeros(threads, tile_rows, dim), zeros(threads, tile_rows, dim)
         self.n, self.dn = zeros(threads, groups, time, size), zeros(threads, groups, time, size)
-        self.dgv = zeros(threads, groups, time, 2 * size)
+        self.dgv = zeros(threads, groups, 2, time, size)
         self.h, self.dh = zeros(threads, tile_rows, inner), zeros(threads, tile_rows, inner)
         self.dgu = zeros(threads, tile_rows, 2 * inner)
         # of int8 products
@@ -296,8 +297,8 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
     _trunk_forward(
         b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h,
         b.q, b.scales, b.sums, b.spare,
-        embedding, rows, weights.norms, weights.conv, weights.dilations, weights.w_out, weights.w_gate_up,
-        weights.w_down, weights.codes, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        embedding, rows, weights.norms, weights.conv, weights.dilations, *weights.layouts, weights.variant,
+        sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     return b.out
 
@@ -306,23 +307,25 @@ def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarra
     """Gradients for dout (N, C) float32 after trunk_forward with the same buffers and weights.
 
     Returns `dx` (N, C), the gradient of the embedded rows (a view of buffers.dx), `norms` (3 + D, C), `w_out` (C, C),
-    `w_gate_up` (2 I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K).
+    `w_gate`, `w_up` (I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K).
     """
     b = buffers
     _trunk_backward(
         b.dx, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm, b.dn,
         b.dgv, b.q, b.scales, b.sums, b.spare, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu,
-        weights.norms, weights.conv_t, weights.dilations, weights.w_out, weights.w_gate_up, weights.w_down,
-        weights.weights_t, weights.codes_t, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        weights.norms, weights.conv_t, weights.dilations, *weights.layouts_t, weights.variant, sgemm_address(),
+        b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     width = weights.norms.shape[1] // weights.groups
     convs = [unpack_conv_gradient(dconv, width) for dconv in b.dconv.sum(0)]
+    dw_gate_up, inner = b.dw_gate_up.sum(0), weights.inner
     return {
         "dx": b.dx,
         "norms": b.dnorms.sum(0),
         "w_out": b.dw_out.sum(0),
-        "w_gate_up": b.dw_gate_up.sum(0),
-        "w_down": b.dw_down.sum(0),
+        "w_gate": dw_gate_up[:inner],
+        "w_up": dw_gate_up[len(dw_gate_up) // 2 :][:inner],
+        "w_down": b.dw_down.sum(0)[:, :inner],
         "gates": np.stack([gate for gate, _ in convs]),
         "values": np.stack([value for _, value in convs]),
     }

@@ -77,7 +77,8 @@ def test_a_wrong_int8_product_ends_the_program(small, monkeypatch):
     def wrong(model, variant=None):
         rounded = right(model, variant)
         if variant is None:
-            rounded._weights.codes[1][0, 0, 0] = 2 - rounded._weights.codes[1][0, 0, 0] // 2
+            codes = rounded._weights.layouts[1][1]
+            codes[0, 0, 0] = 2 - codes[0, 0, 0] // 2
         return rounded
 
     monkeypatch.setattr(bench_trunk, "make_rounded", wrong)

@@ -186,9 +186,9 @@ def test_packed_weights_are_the_ones_training_evaluates():
         packed = ternary.pack_ternary(ternary.ternarize(weight))
         used = {
             "mixer.out.weight": model._weights.w_out,
-            "glu.gate.weight": model._weights.w_gate_up[: SMALL.inner],
-            "glu.up.weight": model._weights.w_gate_up[SMALL.inner :],
-            "glu.down.weight": model._weights.w_down,
+            "glu.gate.weight": model._weights.w_gate,
+            "glu.up.weight": model._weights.w_up,
+            "glu.down.weight": model._weights.w_down_inner,
         }[name]
         np.testing.assert_array_equal(ternary.unpack_ternary(packed, weight.shape[1]), used)
 

@@ -18,7 +18,7 @@ from flashlm_numba.tree import build_tree
 
 SHAPE = ModelConfig(vocab_size=61, dim=16, inner=24, groups=4, dilations=(1, 3), recursions=2)
 STEPS, EVERY = 2_000, 50
-MOST = 8  # times what plain float32 NumPy errs
+MOST = 32  # times what plain float32 NumPy errs, in any one step; NumPy is lucky in some
 
 
 def layout(config):
@@ -69,7 +69,7 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
     optimizer = Optimizer(model.parameters, model.gradients, PRESETS["published"])
     rng = np.random.default_rng(0)
     weights = np.full(2 * 24, 1 / 48, np.float32)
-    errors, losses = [], []
+    errors, plain_errors, losses = [], [], []
     for step in range(STEPS + 1):
         ids, targets = text(rng, 2, 24)
         model.prepare()
@@ -83,12 +83,14 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
                 if not name.startswith("router"):
                     assert_as_accurate(model.gradients[name], plain[name], want, MOST, f"{name} of step {step}")
             whole = np.sqrt(sum(np.square(truth[name]).sum() for name in truth))
-            off = np.sqrt(sum(np.square(model.gradients[name] - truth[name]).sum() for name in truth))
-            errors.append(off / whole)
+            for found, record in ((model.gradients, errors), (plain, plain_errors)):
+                off = np.sqrt(sum(np.square(found[name] - truth[name]).sum() for name in truth))
+                record.append(off / whole)
         optimizer.step(0.01, 2e-3, 1.0)
     assert np.mean(losses[-100:]) < 0.5 * np.mean(losses[:20])  # it went somewhere
     quarter = len(errors) // 4
     assert max(errors) < 1e-4
+    assert np.median(errors) < 2 * np.median(plain_errors)
     assert np.median(errors[-quarter:]) < 3 * np.median(errors[:quarter]), errors
 
 

@@ -66,7 +66,7 @@ def test_short_product_matches_numpy(name, seed, rows, depth, dim, turned, beta)
     assert_untouched(out, whole)
 
 
-@pytest.mark.parametrize(("width", "height"), [(16, 6), (16, 12), (32, 2), (32, 8)])
+@pytest.mark.parametrize(("width", "height"), [(16, 6), (16, 16), (32, 2), (32, 8), (32, 12)])
 @given(
     seed=seeds, rows=st.integers(0, 27), depth=st.integers(1, 5), taps=st.integers(1, 3), accumulate=st.booleans(),
 )  # fmt: skip
