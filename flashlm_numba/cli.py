@@ -24,6 +24,7 @@ import click
 
 from flashlm_numba import __version__
 from flashlm_numba.config import ACTIVATIONS, RECIPES, RunConfig
+from flashlm_numba.display import plural
 from flashlm_numba.errors import UserError
 
 
@@ -165,7 +166,8 @@ def prepare(
         )
     for name, part in manifest.splits.items():
         click.echo(
-            f"{name:<12} {part.documents:>11,} documents {part.text_tokens:>14,} tokens {part.text_bytes:>14,} bytes"
+            f"{name:<12} {plural(part.documents, 'document'):>21} {part.text_tokens:>14,} tokens "
+            f"{part.text_bytes:>14,} bytes"
         )
     click.echo(f"in {out}")
 
@@ -282,6 +284,13 @@ def train(
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embeddings={embeddings}"] if embeddings else []
     run = RunConfig.recipe_named(recipe or "default").with_settings([*changes, *settings])
+    names = [setting.partition("=")[0] for setting in settings]
+    idle = [name for name in names if name.split(".")[-1].startswith("tree") and run.head.name != "tree"]
+    if idle:
+        raise click.UsageError(
+            f"The {run.head.name} head has no tree, so {', '.join(idle)} would change nothing; leave it out, or give "
+            "--head tree."
+        )
     from flashlm_numba.train import start_run
 
     status = start_run(
@@ -352,7 +361,7 @@ def evaluate(
         click.echo(f"smoothed loss  {result['smoothed_loss']:.4f} nats per token (label smoothing 0.1)")
     click.echo(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
-        f"{result['documents']:,} documents of {result['data']}"
+        f"{plural(result['documents'], 'document')} of {result['data']}"
     )
     click.echo("causal         yes: another token changes no hidden state before it, bit for bit")
 
@@ -518,7 +527,9 @@ def _show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{_show(item)} {name}" for name, item in value.items())
+        return ", ".join(
+            f"{_show(item)} {name.removesuffix('s') if item == 1 else name}" for name, item in value.items()
+        )
     if isinstance(value, list):
         return "; ".join(_show(item) for item in value)
-    return "none" if value is None else str(value)
+    return "none" if value in (None, "") else str(value)

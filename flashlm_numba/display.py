@@ -33,6 +33,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
+def plural(count: int, noun: str) -> str:
+    """
+    >>> plural(1, "document"), plural(2300, "document")
+    ('1 document', '2,300 documents')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _print(line: str) -> None:
     """A line on standard error; whoever read it may have gone (a closed terminal, `| head`): the work goes on."""
     with contextlib.suppress(OSError):

@@ -35,6 +35,7 @@ from flashlm_numba.data import (
     SplitManifest,
     open_tokens,
 )
+from flashlm_numba.display import plural
 from flashlm_numba.errors import UserError
 from flashlm_numba.sources import ALL
 from flashlm_numba.splitting import VALIDATION_SHARE, Document, Place, Plan, SplitChoice, Tally
@@ -253,7 +254,7 @@ class _Report:
 
     def status(self, documents: int, tokens: int) -> str:
         rate = (tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
-        return f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+        return f"{plural(documents, 'document')}, {tokens:,} tokens, {rate:,.0f} tokens/s"
 
     def update(self, documents: int, tokens: int) -> None:
         silence = 0.1 if self._live is not None else self.SILENCE
@@ -403,9 +404,9 @@ def _prepare(
     report.stop()
     report.say(f"Prepared {out}: {_summary(manifest)}.")
     if manifest.skipped_empty:
-        report.say(f"Left out {manifest.skipped_empty:,} documents without text.")
+        report.say(f"Left out {plural(manifest.skipped_empty, 'document')} without text.")
     if manifest.skipped_held_out:
-        report.say(f"Left out {manifest.skipped_held_out:,} training documents that are also held out.")
+        report.say(f"Left out {plural(manifest.skipped_held_out, 'training document')} also held out.")
     if plan.split == "auto" and not splits["validation"].documents:
         report.say("There are no validation documents: name some with --validation to be able to evaluate.")
     return manifest
@@ -428,7 +429,7 @@ def _write(
     documents = sum(writer.documents for writer in writers.values())
     tokens = sum(writer.text_tokens for writer in writers.values())
     if state:
-        report.say(f"Continuing {out} after {documents:,} documents.")
+        report.say(f"Continuing {out} after {plural(documents, 'document')}.")
     else:
         report.say(f"Preparing {plan.source.name} in {out}.")
     report.start(documents, tokens)
@@ -580,7 +581,7 @@ def _cores() -> int:
 
 def _summary(manifest: Manifest) -> str:
     parts = [
-        f"{split.text_tokens:,} tokens in {split.documents:,} {name} documents"
+        f"{split.text_tokens:,} tokens in {plural(split.documents, f'{name} document')}"
         for name, split in manifest.splits.items()
         if split.documents or name != "test"
     ]

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.display import plural
 from flashlm_numba.errors import UserError
 
 _NODE_ARRAYS = ("token_start", "token_end", "child_start", "child_end", "leaf_end", "parent")
@@ -162,15 +163,14 @@ class Tree:
         """
         d = self.describe(counts)
         lines = [
-            f"{d['shape']} tree of {d['tokens']:,} tokens, {d['nodes']:,} nodes, depth {d['depth']}, "
+            f"{d['shape']} tree of {d['tokens']:,} tokens, {plural(d['nodes'], 'node')}, depth {d['depth']}, "
             f"widest node {d['widest']:,}",
             f"a token costs {d['expected_path_cost']:,.1f} logits in {d['expected_depth']:.2f} softmaxes "
             f"on average (dense: {d['tokens']:,} in 1)",
         ]
         for i, level in enumerate(d["levels"], 1):
             lines.append(
-                f"  level {i}: {level['nodes']:,} node{'s' if level['nodes'] != 1 else ''}, "
-                f"{level['tokens']:,} tokens, widest {level['widest']:,}"
+                f"  level {i}: {plural(level['nodes'], 'node')}, {level['tokens']:,} tokens, widest {level['widest']:,}"
             )
         return "\n".join(lines)
 

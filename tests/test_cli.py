@@ -44,6 +44,7 @@ def test_help_loads_no_numerical_package():
         (["train", "--head", "dense", "--tree", "huffman"], "--tree shapes the tree head"),
         (["train", "--head", "flat"], "'flat' is not one of"),
         (["train", "--head", "sampled", "--tree", "huffman"], "--tree shapes the tree head"),
+        (["train", "--head", "dense", "--set", "head.tree_rank=8"], "so head.tree_rank would change nothing"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
         (["train", "--minutes", "0"], "--minutes"),
         (["prepare", "somewhere"], "Give --out DIR"),

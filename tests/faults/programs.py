@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from flashlm_numba import checkpoint
 # how many random moments; the long form, by hand: FLASHLM_NUMBA_KILLS=50 pytest tests/faults
 KILLS = int(os.environ.get("FLASHLM_NUMBA_KILLS", "3"))
 STEPS = 240
+INJECTED: collections.Counter[str] = collections.Counter()  # faults by kind, for the summary
 SETTINGS = (*TINY, "checkpoint_every=4", "validate_every=5", "log_every=1")  # most of the time goes into saving
 
 

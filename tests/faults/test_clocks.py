@@ -8,7 +8,7 @@ import json
 import re
 import time
 
-from programs import bits, losses
+from programs import INJECTED, bits, losses
 
 from flashlm_numba import train
 from flashlm_numba.threads import set_threads
@@ -19,6 +19,7 @@ def _run(run, corpus, folder):
 
 
 def test_a_jump_of_two_hours(tiny_run, corpus, tmp_path, monkeypatch):
+    INJECTED["clocks that jumped"] += 1
     _run(tiny_run, corpus, tmp_path / "calm")
     real, calls = time.perf_counter, itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: real() + (7200.0 if next(calls) > 60 else 0.0))

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from programs import assert_every_checkpoint_is_whole, bits, losses, resume_command, train_command
+from programs import INJECTED, assert_every_checkpoint_is_whole, bits, losses, resume_command, train_command
 
 PLENTY = 100_000  # kilobytes
 
@@ -27,6 +27,7 @@ def assert_one_sentence(done, *parts):
 
 
 def test_a_checkpoint_without_room_keeps_those_before_and_goes_on_when_there_is_some(corpus, whole, disk):
+    INJECTED["disks full or read-only"] += 1
     size = sum(file.stat().st_size for file in (whole / "checkpoints").rglob("*") if file.is_file())
     one = size // 3 // 1024  # kilobytes of a checkpoint: three are kept
     folder = disk(2 * one + one // 2) / "run"
@@ -44,6 +45,7 @@ def test_a_checkpoint_without_room_keeps_those_before_and_goes_on_when_there_is_
 
 
 def test_a_log_without_room(corpus, whole, disk):
+    INJECTED["disks full or read-only"] += 1
     folder = disk(16) / "run"  # settings, and some lines
     done = run(train_command(corpus, folder, "--set", "checkpoint_every=100000"))
     assert_one_sentence(done, "No space left")
@@ -55,6 +57,7 @@ def test_a_log_without_room(corpus, whole, disk):
 
 
 def test_a_disk_that_becomes_read_only(corpus, whole, disk):
+    INJECTED["disks full or read-only"] += 1
     folder = disk(PLENTY) / "run"
     done = run([*train_command(corpus, folder), "--set", "sample_tokens=0"])
     assert done.returncode == 0, done.stderr
@@ -69,6 +72,7 @@ def test_a_disk_that_becomes_read_only(corpus, whole, disk):
 
 
 def test_prepare_without_room_goes_on_to_the_same_bytes(corpus_files, tmp_path, disk):
+    INJECTED["disks full or read-only"] += 1
     text = tmp_path / "long.jsonl"
     lines = (corpus_files / "train.jsonl").read_text().splitlines()
     text.write_text("".join(line.replace('"text": "', f'"text": "{i} ') + "\n" for i in range(40) for line in lines))
@@ -87,6 +91,7 @@ def test_prepare_without_room_goes_on_to_the_same_bytes(corpus_files, tmp_path, 
 
 
 def test_an_export_without_room_leaves_nothing(whole, disk):
+    INJECTED["disks full or read-only"] += 1
     place = disk(64)
     done = flashlm("export", whole, place / "model.safetensors")
     assert_one_sentence(done, "could not be written", "make room")

@@ -13,6 +13,7 @@ import pytest
 from helpers import command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from programs import INJECTED
 from safetensors.numpy import load_file, save_file
 
 from flashlm_numba import assemble, checkpoint, packed
@@ -124,6 +125,7 @@ def rehash(path):
 @SLOW
 @given(change=changes(), name=st.sampled_from(["model", "optimizer", "ema"]))
 def test_changed_tensors_with_their_hash_renewed(fresh, change, name):
+    INJECTED["files made up or damaged"] += 1
     folder = fresh()
     path = folder / "checkpoints" / "step-3"
     file = path / f"{name}.safetensors"
@@ -146,6 +148,7 @@ def test_changed_tensors_with_their_hash_renewed(fresh, change, name):
 @SLOW
 @given(change=json_changes(), name=st.sampled_from(["config.json", "checkpoints/step-3/state.json"]))
 def test_changed_settings_and_state(fresh, change, name):
+    INJECTED["files made up or damaged"] += 1
     folder = fresh()
     file = folder / name
     file.write_text(change(file.read_text()))
@@ -171,6 +174,7 @@ def exported(run, tmp_path_factory):
 @SLOW
 @given(change=changes())
 def test_a_changed_export_is_refused(exported, tmp_path_factory, change):
+    INJECTED["files made up or damaged"] += 1
     path = tmp_path_factory.mktemp("changed") / "model.safetensors"
     path.write_bytes(change(exported.read_bytes()))
     if path.read_bytes() != exported.read_bytes():
@@ -181,6 +185,7 @@ def test_a_changed_export_is_refused(exported, tmp_path_factory, change):
 @SLOW
 @given(change=json_changes(), key=st.sampled_from(["config", "state"]))
 def test_an_export_that_was_made_up(exported, tmp_path_factory, change, key):
+    INJECTED["files made up or damaged"] += 1
     from safetensors import safe_open
 
     with safe_open(exported, framework="numpy") as file:
@@ -196,6 +201,7 @@ def test_an_export_that_was_made_up(exported, tmp_path_factory, change, key):
 
 @pytest.mark.parametrize("length", [0, 7, 2**20, 2**40, 2**63, 2**64 - 1])
 def test_a_header_that_claims_any_length_takes_no_memory(exported, tmp_path, length):
+    INJECTED["files made up or damaged"] += 1
     path = tmp_path / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + exported.read_bytes()[8:])
     done = command("eval", path)
@@ -216,6 +222,7 @@ def test_a_header_that_claims_any_length_takes_no_memory(exported, tmp_path, len
     ],
 )
 def test_entries_of_a_header_that_cannot_be(fresh, entry):
+    INJECTED["files made up or damaged"] += 1
     folder = fresh()
     path = folder / "checkpoints" / "step-3"
     header = json.dumps({"embedding.weight": entry}).encode()
@@ -227,6 +234,7 @@ def test_entries_of_a_header_that_cannot_be(fresh, entry):
 
 
 def test_two_tensors_in_one_place(fresh):
+    INJECTED["files made up or damaged"] += 1
     folder = fresh()
     path = folder / "checkpoints" / "step-3"
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -237,6 +245,7 @@ def test_two_tensors_in_one_place(fresh):
 
 
 def test_a_state_does_not_reach_outside_its_folder(fresh):
+    INJECTED["files made up or damaged"] += 1
     folder = fresh()
     path = folder / "checkpoints" / "step-3"
     secret = folder / "secret"
@@ -251,6 +260,7 @@ def test_a_state_does_not_reach_outside_its_folder(fresh):
 @SLOW
 @given(change=json_changes())
 def test_a_changed_manifest(corpus, tmp_path_factory, change):
+    INJECTED["files made up or damaged"] += 1
     folder = tmp_path_factory.mktemp("tokens") / "copy"
     shutil.copytree(corpus, folder)
     file = folder / "manifest.json"
@@ -268,6 +278,7 @@ def test_a_changed_manifest(corpus, tmp_path_factory, change):
 @SLOW
 @given(change=changes(), which=st.sampled_from(["train-00000.bin", "validation-00000.bin"]))
 def test_a_changed_shard_is_refused(corpus, tmp_path_factory, change, which):
+    INJECTED["files made up or damaged"] += 1
     folder = tmp_path_factory.mktemp("tokens") / "copy"
     shutil.copytree(corpus, folder)
     file = folder / which
@@ -289,6 +300,7 @@ def test_a_changed_shard_is_refused(corpus, tmp_path_factory, change, which):
     value=st.one_of(st.integers(-3, 60), st.integers(-(2**31), 2**31 - 1)),
 )
 def test_a_changed_tree_is_refused(shape, name, at, value):
+    INJECTED["files made up or damaged"] += 1
     tensors = build_tree(shape, np.arange(50)).to_tensors()
     array = tensors[f"tree.{name}"]
     where = int(at * len(array))
@@ -313,6 +325,7 @@ def assert_prepared_or_refused(path):
 @SLOW
 @given(st.one_of(st.binary(max_size=200), st.lists(st.one_of(ODD, st.fixed_dictionaries({"text": ODD})), max_size=4)))
 def test_lines_of_json_that_are_none(tmp_path_factory, content):
+    INJECTED["files made up or damaged"] += 1
     folder = tmp_path_factory.mktemp("lines")
     path = folder / "lines.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else "\n".join(map(json.dumps, content)).encode())
@@ -323,6 +336,7 @@ def test_lines_of_json_that_are_none(tmp_path_factory, content):
 @SLOW
 @given(st.binary(max_size=300))
 def test_text_of_any_bytes(tmp_path_factory, content):
+    INJECTED["files made up or damaged"] += 1
     folder = tmp_path_factory.mktemp("text")
     (folder / "some.txt").write_bytes(content)
     assert_prepared_or_refused(folder / "some.txt")
@@ -332,6 +346,7 @@ def test_text_of_any_bytes(tmp_path_factory, content):
 @SLOW
 @given(st.text(st.characters(exclude_characters="\r\x1b"), max_size=40))  # click's test runner changes these two
 def test_a_prompt_of_any_characters(exported, prompt):
+    INJECTED["files made up or damaged"] += 1
     done = command("generate", exported, f"--prompt={prompt}", "--max-tokens", 2, "--seed", 0)
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith(prompt)

@@ -3,6 +3,7 @@
 import click
 import pytest
 from helpers import command
+from programs import INJECTED
 
 from flashlm_numba.cli import main
 
@@ -28,6 +29,7 @@ def cases():
 
 @pytest.mark.parametrize(("name", "option", "value"), list(cases()))
 def test_a_value_out_of_range(name, option, value):
+    INJECTED["options out of range"] += 1
     arguments = [name] + ["somewhere"] * sum(
         isinstance(p, click.Argument) and p.required for p in main.commands[name].params
     )
@@ -39,6 +41,7 @@ def test_a_value_out_of_range(name, option, value):
 
 @pytest.mark.parametrize("name", list(main.commands))
 def test_an_option_that_there_is_not(name):
+    INJECTED["options out of range"] += 1
     done = command(name, "--no-such-option")
     assert done.exit_code == 2
     assert "No such option" in done.stderr

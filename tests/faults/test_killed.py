@@ -8,6 +8,7 @@ import time
 
 import pytest
 from programs import (
+    INJECTED,
     KILLS,
     STEPS,
     assert_every_checkpoint_is_whole,
@@ -44,6 +45,7 @@ def test_killed_at_random_moments_ends_as_if_nothing_had_happened(corpus, whole,
             process.communicate()
             break
         process.kill()
+        INJECTED["kills"] += 1
         process.communicate()
         killed += 1
         assert_every_checkpoint_is_whole(folder)
@@ -63,6 +65,7 @@ def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
         process = begin(command)
         _wait_for_lines(process, folder, count_lines(folder) + 10)
         process.send_signal(number)
+        INJECTED["signals"] += 1
         _, said = process.communicate(timeout=60)
         assert process.returncode == 128 + number, said
         assert "go on with: flashlm-numba train --resume" in said
@@ -79,6 +82,7 @@ def test_a_second_signal_at_once_ends_without_saving_and_loses_no_checkpoint(cor
     process = begin(train_command(corpus, folder))
     _wait_for_lines(process, folder, 20)
     process.send_signal(signal.SIGINT)
+    INJECTED["signals"] += 1
     said = ""
     while "once more to stop without saving" not in said:
         line = process.stderr.readline()
@@ -86,6 +90,7 @@ def test_a_second_signal_at_once_ends_without_saving_and_loses_no_checkpoint(cor
         said += line
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGINT)  # while it finishes the step, or saves
+        INJECTED["signals"] += 1
     said += process.communicate(timeout=60)[1]
     assert process.returncode in (1, 130), said
     assert "Traceback" not in said, said

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from programs import INJECTED
 
 from flashlm_numba import sources
 from flashlm_numba.data import open_tokens
@@ -71,6 +72,7 @@ def hub(monkeypatch):
     ],
 )
 def test_every_document_comes_once_and_in_order(hub, breaks, first):
+    INJECTED["streams that broke"] += 1
     hub.breaks += [place for place in breaks if place[0] >= first]
     started, said = [], []
     source = sources.resolve("some/dataset")
@@ -83,11 +85,13 @@ def test_every_document_comes_once_and_in_order(hub, breaks, first):
 
 
 def test_a_stream_that_cannot_be_opened_for_a_while(hub):
+    INJECTED["streams that broke"] += 1
     hub.closed = 3
     assert list(sources.resolve("some/dataset").documents("all")) == TEXTS
 
 
 def test_one_that_stays_broken_is_reported_and_prepare_goes_on_later(hub, tmp_path, capfd):
+    INJECTED["streams that broke"] += 1
     hub.breaks += [(1, 5)] * 4
     with pytest.raises(UserError, match=r"stopped \(.*reset by peer\): .*run the same command again to continue"):
         prepare("some/dataset", tmp_path / "tokens")
@@ -105,6 +109,8 @@ def test_one_that_stays_broken_is_reported_and_prepare_goes_on_later(hub, tmp_pa
     ("error", "sentence"), [(FileNotFoundError("no such file"), "no such file"), (KeyError("text"), "text")]
 )
 def test_what_waiting_does_not_mend_is_told_at_once(hub, monkeypatch, error, sentence):
+    INJECTED["streams that broke"] += 1
+
     def broken(self):
         raise error
         yield
@@ -116,6 +122,7 @@ def test_what_waiting_does_not_mend_is_told_at_once(hub, monkeypatch, error, sen
 
 
 def test_a_column_that_there_is_not_is_told_at_once(hub):
+    INJECTED["streams that broke"] += 1
     with pytest.raises(UserError, match="has no column body"):
         list(sources.resolve("some/dataset", column="body").documents("all"))
     assert hub.opened == 1
