@@ -157,7 +157,10 @@ def _describe_tree(loaded: Loaded) -> dict[str, Any] | None:
             data = open_tokens(Path(loaded.run.data))
             if data.hash == loaded.run.data_hash:
                 counts = data.train.counts(loaded.run.model.vocab_size)
-    return loaded.model.head.tree.describe(counts)
+    description = loaded.model.head.tree.describe(counts)
+    if counts is None:  # then nothing is known of how often a token occurs
+        description = {name: value for name, value in description.items() if not name.startswith("expected")}
+    return description
 
 
 def check(run: RunConfig, data: TokenData) -> None:

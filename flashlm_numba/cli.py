@@ -72,6 +72,22 @@ _column = click.option(
 )
 
 
+_LAYERS = ("default", "tbb", "omp", "workqueue", "safe", "threadsafe", "forksafe")
+
+
+def _check_environment() -> None:
+    """Raise UserError for variables that Numba would read as it loads, and answer with a traceback."""
+    threads, layer = os.environ.get("NUMBA_NUM_THREADS"), os.environ.get("NUMBA_THREADING_LAYER")
+    if threads and not (threads.isascii() and threads.isdecimal() and int(threads) > 0):
+        raise UserError(
+            f"The variable NUMBA_NUM_THREADS must be a number of threads, got {threads!r}; mend or unset it."
+        )
+    if layer and layer not in _LAYERS:
+        raise UserError(
+            f"The variable NUMBA_THREADING_LAYER must be one of {', '.join(_LAYERS)}, got {layer!r}; mend or unset it."
+        )
+
+
 def _use_threads(threads: int | None) -> int:
     """Set the thread count; a number that this machine lacks is a usage error."""
     from flashlm_numba.threads import set_threads
@@ -79,7 +95,10 @@ def _use_threads(threads: int | None) -> int:
     try:
         return set_threads(threads)
     except ValueError as error:
-        raise click.BadParameter(f"{error}.", param_hint="'--threads'") from None
+        sentence = f"{str(error).rstrip('.')}."
+        if threads is None:  # of Numba, about its threading layers
+            raise UserError(f"Numba cannot start its threads: {sentence}") from None
+        raise click.BadParameter(sentence, param_hint="'--threads'") from None
 
 
 class Number(click.FloatRange):
@@ -102,6 +121,7 @@ def main() -> None:
       flashlm-numba train --minutes 20 --out my-run
       flashlm-numba generate my-run --prompt "The people"
     """
+    _check_environment()
 
 
 @main.command()
@@ -284,13 +304,7 @@ def train(
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embeddings={embeddings}"] if embeddings else []
     run = RunConfig.recipe_named(recipe or "default").with_settings([*changes, *settings])
-    names = [setting.partition("=")[0] for setting in settings]
-    idle = [name for name in names if name.split(".")[-1].startswith("tree") and run.head.name != "tree"]
-    if idle:
-        raise click.UsageError(
-            f"The {run.head.name} head has no tree, so {', '.join(idle)} would change nothing; leave it out, or give "
-            "--head tree."
-        )
+    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embeddings": embeddings})
     from flashlm_numba.train import start_run
 
     status = start_run(
@@ -304,6 +318,20 @@ def train(
         threads=_use_threads(threads),
     )
     raise SystemExit(status)
+
+
+def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str | None]) -> None:
+    """Raise UsageError for a setting that an option has set already, or that would change nothing with this head."""
+    names = {setting.partition("=")[0].strip().split(".")[-1] for setting in settings}
+    twice = sorted(name for name in names if options.get(name) is not None)
+    if twice:
+        raise click.UsageError(f"--set {twice[0]} says again what an option says; give only one of the two.")
+    for owner, own in (("tree", ("tree",)), ("sampled", ("candidates", "full_share"))):
+        idle = sorted(name for name in names if head != owner and name.startswith(own))
+        if idle:
+            raise click.UsageError(
+                f"With the {head} head {', '.join(idle)} would change nothing; leave it out, or give --head {owner}."
+            )
 
 
 @main.command("eval")

@@ -88,7 +88,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], config: str, state: dict[s
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"The model could not be written to {path}: {reason}; make room, or choose another file."
+            f"The model could not be written to {path}: {reason}; choose another file, or make room on a full disk."
         ) from None
     finally:
         with contextlib.suppress(OSError):

@@ -201,6 +201,10 @@ def start_run(
         raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out.")
     if is_prepared(folder):
         raise UserError(f"{folder} holds prepared tokens; choose another --out for the run.")
+    # a hidden file may be what a start that failed has left; another run's folder inside is lost with this one's
+    inside = sorted(path.name for path in folder.glob("*") if not path.name.startswith(".")) if folder.is_dir() else []
+    if inside:
+        raise UserError(f"{folder} is not empty ({inside[0]} is in it); choose another --out for the run.")
     with Display() as display:
         source = assemble.training_data(data, display.note)
         token_data = open_tokens(source)

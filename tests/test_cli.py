@@ -44,7 +44,17 @@ def test_help_loads_no_numerical_package():
         (["train", "--head", "dense", "--tree", "huffman"], "--tree shapes the tree head"),
         (["train", "--head", "flat"], "'flat' is not one of"),
         (["train", "--head", "sampled", "--tree", "huffman"], "--tree shapes the tree head"),
-        (["train", "--head", "dense", "--set", "head.tree_rank=8"], "so head.tree_rank would change nothing"),
+        (
+            ["train", "--head", "dense", "--set", "head.tree_rank=8"],
+            "With the dense head tree_rank would change nothing",
+        ),
+        (
+            ["train", "--set", "candidates=9"],
+            "With the tree head candidates would change nothing; leave it out, or give",
+        ),
+        (["train", "--head", "dense", "--set", "full_share=1"], "give --head sampled."),
+        (["train", "--head", "dense", "--set", "head.name=tree"], "--set name says again what an option says"),
+        (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree says again"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
         (["train", "--minutes", "0"], "--minutes"),
         (["prepare", "somewhere"], "Give --out DIR"),
@@ -269,6 +279,27 @@ def test_a_damaged_vocabulary_is_told_of_before_the_prompt(run, monkeypatch):
     assert done.exit_code == 1
     assert done.stdout == ""
     assert "It is damaged." in done.stderr
+
+
+def test_a_folder_with_something_in_it_is_no_place_for_a_run(corpus, tmp_path):
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    done = _run("train", corpus, "--steps", 1, "--out", tmp_path / "runs")
+    assert done.exit_code == 1
+    assert "runs is not empty (first is in it); choose another --out" in done.stderr.replace("\n", "")
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs" / "first"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("NUMBA_NUM_THREADS", "abc"), ("NUMBA_NUM_THREADS", "0"), ("NUMBA_NUM_THREADS", "-1"),
+     ("NUMBA_THREADING_LAYER", "nonsense")],
+)  # fmt: skip
+def test_variables_that_numba_cannot_read_are_named(run, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    done = _run("info", run)
+    assert done.exit_code == 1
+    assert f"The variable {name} must be" in done.stderr
+    assert f"got {value!r}" in done.stderr
 
 
 def test_resume_from_the_command_line(run, tmp_path):

@@ -396,9 +396,9 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     (tmp_path / "some.safetensors").touch()
     start = f"embeddings={tmp_path / 'some.safetensors'}" if given else "embeddings=random"
     run = tiny_run.with_settings(["head.name=dense", "phases=3:2x8:frozen,2x16", start, "checkpoint_every=1"])
-    _start(run, corpus, tmp_path, steps=4)
+    _start(run, corpus, tmp_path / "run", steps=4)
     tables = [
-        load_file(tmp_path / "checkpoints" / f"step-{step}" / "model.safetensors")["embedding.weight"]
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{step}" / "model.safetensors")["embedding.weight"]
         for step in (2, 3, 4)
     ]
     assert np.array_equal(tables[0], tables[1]) != moves
