@@ -76,13 +76,13 @@ _LAYERS = ("default", "tbb", "omp", "workqueue", "safe", "threadsafe", "forksafe
 
 
 def _check_environment() -> None:
-    """Raise UserError for variables that Numba would read as it loads, and answer with a traceback."""
+    """Raise UserError for variables that Numba cannot read: it would answer with a traceback, or blame --threads."""
     threads, layer = os.environ.get("NUMBA_NUM_THREADS"), os.environ.get("NUMBA_THREADING_LAYER")
     if threads and not (threads.isascii() and threads.isdecimal() and int(threads) > 0):
         raise UserError(
             f"The variable NUMBA_NUM_THREADS must be a number of threads, got {threads!r}; mend or unset it."
         )
-    if layer and layer not in _LAYERS:
+    if layer and layer.lower() not in _LAYERS:
         raise UserError(
             f"The variable NUMBA_THREADING_LAYER must be one of {', '.join(_LAYERS)}, got {layer!r}; mend or unset it."
         )
@@ -95,10 +95,7 @@ def _use_threads(threads: int | None) -> int:
     try:
         return set_threads(threads)
     except ValueError as error:
-        sentence = f"{str(error).rstrip('.')}."
-        if threads is None:  # of Numba, about its threading layers
-            raise UserError(f"Numba cannot start its threads: {sentence}") from None
-        raise click.BadParameter(sentence, param_hint="'--threads'") from None
+        raise click.BadParameter(f"{error}.", param_hint="'--threads'") from None
 
 
 class Number(click.FloatRange):
@@ -304,7 +301,9 @@ def train(
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embeddings={embeddings}"] if embeddings else []
     run = RunConfig.recipe_named(recipe or "default").with_settings([*changes, *settings])
-    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embeddings": embeddings})
+    _check_settings(
+        run.head.name, settings, {"name": head or tree, "tree": tree, "embeddings": embeddings, "seed": seed}
+    )
     from flashlm_numba.train import start_run
 
     status = start_run(
@@ -320,7 +319,7 @@ def train(
     raise SystemExit(status)
 
 
-def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str | None]) -> None:
+def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str | int | None]) -> None:
     """Raise UsageError for a setting that an option has set already, or that would change nothing with this head."""
     names = {setting.partition("=")[0].strip().split(".")[-1] for setting in settings}
     twice = sorted(name for name in names if options.get(name) is not None)

@@ -76,7 +76,7 @@ class HeadConfig:
     name: str = _one_of("tree", "dense", "sampled", "tree")  # the command line's --head
     candidates: int = _in(4_096, 1)  # sampled: tokens in a micro-batch's softmax, its targets included
     full_share: float = _in(0.05, 0, 1)  # sampled: last share of the steps, with the softmax over all tokens
-    tree: str = "default"  # shape of the tree, --tree; ignored by the dense head
+    tree: str = "default"  # shape of the tree, --tree
     tree_groups: str = _one_of("meaning", "frequency", "meaning")  # what tokens in a node have in common
     tree_root_tokens: int | None = _in(None, 0)  # adaptive: tokens in the root; none: from V
     tree_clusters: int | None = _in(None, 1)  # adaptive: nodes below the root

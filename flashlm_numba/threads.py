@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from flashlm_numba.errors import UserError
+
 
 def available_threads() -> int:
     """Threads to use when nobody says how many: every core of this process, as far as Numba was started with them."""
@@ -17,7 +19,7 @@ def set_threads(threads: int | None = None) -> int:
     """Use this many threads in Numba and in NumPy's BLAS (default: available_threads); returns the number.
 
     SciPy's BLAS is pinned to one thread: Numba's threads call it side by side (kernels/_blas.py).
-    Raises ValueError if threads is below 1 or above what Numba was started with.
+    Raises ValueError if threads is below 1 or above what Numba was started with, UserError if Numba has no such layer.
     """
     import numba
     from threadpoolctl import ThreadpoolController
@@ -30,7 +32,13 @@ def set_threads(threads: int | None = None) -> int:
         raise ValueError(
             f"threads must be between 1 and {numba.config.NUMBA_NUM_THREADS} on this machine, got {threads}"
         )
-    numba.set_num_threads(threads)
+    try:
+        numba.set_num_threads(threads)
+    except ValueError as error:  # several lines, of a threading layer that was asked for
+        raise UserError(
+            f"Numba cannot start its threads: {str(error).splitlines()[0].rstrip('.')}; "
+            "unset NUMBA_THREADING_LAYER, or install that layer."
+        ) from None
     ThreadpoolController().select(user_api="blas").limit(limits=threads)
     _blas.pin_to_one_thread()
     return threads

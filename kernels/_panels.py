@@ -14,10 +14,11 @@ import numpy as np
 
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._tile import HAS_AVX512, tile_product_16, tile_product_32_high
+from flashlm_numba.kernels._tile import HAS_AVX512, tile_product_16, tile_product_32
 
 WIDTH = 32
 SPARE_ROWS = 24  # of the scratch for outputs that do not fill a register
+SPARE_FLOATS = 16 * SPARE_ROWS
 
 
 @serial_kernel
@@ -49,7 +50,7 @@ def _make_panel_product(wide: bool) -> Any:
         for p in range(panels.shape[0]):
             panel, first, last = panels[p].reshape(-1), p * WIDTH, min(count, (p + 1) * WIDTH)
             if wide and last - first == WIDTH:
-                tile_product_32_high(to, first, count, a, 0, depth, 1, 0, panel, 0, WIDTH, 0, rows, depth, 1, add)
+                tile_product_32(to, first, count, a, 0, depth, 1, 0, panel, 0, WIDTH, 0, rows, depth, 1, add)
                 continue
             for c in range(first, last, 16):
                 if c + 16 <= last:
@@ -70,6 +71,6 @@ def _make_panel_product(wide: bool) -> Any:
 
 
 # out (M, R) = x (M, K) @ weight.T for the panels (P, K, 32) of weight, or added to out (add = 1); K >= 1. out and x are
-# contiguous; spare: at least 16 * SPARE_ROWS floats of scratch, 1-D.
+# contiguous; spare: at least SPARE_FLOATS of scratch, 1-D.
 panel_products = {wide: _make_panel_product(wide) for wide in (False, True)}
 panel_product = panel_products[HAS_AVX512]

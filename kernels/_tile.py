@@ -3,9 +3,9 @@
     out[m, w] (+)= sum over t < T, k < K of  a[t, m, k] * b[t, k, w]
 
 with any strides for a, so that the taps of a convolution are one product, and w contiguous. The width of a tile is
-fixed when it is made (whole vector registers); rows go by blocks. 2 x 32 and 6 x 16 floats keep the sixteen
-registers of AVX2 busy without spilling; wider tiles were slower. AVX-512 has twice the registers, twice as wide, so
-its tiles are higher: with few sums at a time, each multiplication waits for the one before.
+fixed when it is made (whole vector registers); rows go by blocks. 6 x 16 floats keep the sixteen registers of AVX2
+busy without spilling; wider tiles were slower. AVX-512 has twice the registers, twice as wide, so its tiles are
+higher: with few sums at a time, each multiplication waits for the one before.
 """
 
 from __future__ import annotations
@@ -249,11 +249,7 @@ if numba.config.DISABLE_JIT:
 
     HAS_AVX512 = False
     tile_product_16, tile_product_32 = _plain(16), _plain(32)
-    tile_product_32_high = tile_product_32
-    tile_products_16, tile_products_32 = (
-        {6: tile_product_16, 16: tile_product_16},
-        {2: tile_product_32, 8: tile_product_32, 12: tile_product_32},
-    )
+    tile_products_16, tile_products_32 = {6: tile_product_16, 16: tile_product_16}, {12: tile_product_32}
 
     def dot_products(out, x, w):
         out[...] = x @ w.T.astype(np.float32)
@@ -296,12 +292,8 @@ else:
     # w < 16 or 32, m < rows. out, a, b: 1-D contiguous float32 (views of whole buffers); rows >= 0, depth >= 1,
     # taps >= 1; unchecked. The same bits whatever the height of the tiles.
     tile_products_16 = {6: _make_tile_product(16, 6, 4), 16: _make_tile_product(16, 16, 4)}
-    tile_products_32 = {rows: _make_tile_product(32, rows, rows // 4 or 1) for rows in (2, 8, 12)}
-    tile_product_16, tile_product_32 = (
-        tile_products_16[16 if HAS_AVX512 else 6],
-        tile_products_32[8 if HAS_AVX512 else 2],
-    )
-    tile_product_32_high = tile_products_32[12]  # for many rows, with the registers of AVX-512
+    tile_products_32 = {12: _make_tile_product(32, 12, 3)}  # for the registers of AVX-512
+    tile_product_16, tile_product_32 = tile_products_16[16 if HAS_AVX512 else 6], tile_products_32[12]
 
     @helper
     def row_products(out, x, w):

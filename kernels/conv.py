@@ -2,10 +2,10 @@
 
     conv(x)[t, o] = sum over taps k and the group's inputs i of  w[o, i, k] * x[t - (K - 1 - k) * dilation, i]
 
-with x zero before the sequence begins. Gate and value are computed as one convolution with twice the outputs, in
-group-major buffers: n (G, T, S) inputs and gv (G, 2, T, S) outputs, the gate's first, where S is the group's width
-rounded up to 16 (whole vector registers; the padding is zero, a gate's one half). Taps that would read before the
-sequence are skipped by segments of equal tap counts, so no padding in time is copied.
+with x zero before the sequence begins. Gate and value are two convolutions of the same inputs, with their weights side
+by side, in group-major buffers: n (G, T, S) inputs and gv (G, 2, T, S) outputs, the gate's first, where S is the
+group's width rounded up to 16 (whole vector registers; the padding is zero, a gate's one half). Taps that would read
+before the sequence are skipped by segments of equal tap counts, so no padding in time is copied.
 Letters: B batch, T time, C channels, G groups, K taps.
 Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.1 and 2.3 (dilation, gating); kernels are our own.
 """

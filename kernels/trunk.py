@@ -5,10 +5,11 @@
               x1 = x + m Wo';  h = relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
     out = rmsnorm(x)
 
-One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by
-tiles of about 256 rows, so that its matrix products, by single-threaded BLAS, are large and its scratch stays in
-cache. The convolutions work on group-major copies (kernels/conv.py). The gradients of the weights are summed per
-thread and reduced in thread order: the same bits on every run with the same number of threads.
+One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
+of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over weights
+laid out once a step (_panels.py) or int8 (ternary_linear.py), and single-threaded BLAS for the weights' gradients. The
+convolutions work on group-major copies (conv.py). The gradients of the weights are summed per thread and reduced in
+thread order: the same bits on every run with the same number of threads.
 Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
 S padded group width, P threads, M rows of a tile.
 """
@@ -21,7 +22,7 @@ from numba import prange
 
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
-from flashlm_numba.kernels._panels import empty_panels, fill_panels, panel_product
+from flashlm_numba.kernels._panels import SPARE_FLOATS, empty_panels, fill_panels, panel_product
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows
 from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
 from flashlm_numba.kernels.conv import (
@@ -278,7 +279,7 @@ class TrunkBuffers:
         widest = max(dim, 2 * inner) + 3 if weights.int8 else 0
         self.q, self.scales = np.zeros((threads, tile_rows * widest), np.int8), zeros(threads, tile_rows)
         self.sums = np.zeros((threads, tile_rows), np.int32)
-        self.spare = zeros(threads, spare_floats(weights.variant, tile_rows, widest))
+        self.spare = zeros(threads, max(SPARE_FLOATS, spare_floats(weights.variant, tile_rows, widest)))
         # weight gradients, one per thread
         self.dnorms = zeros(threads, 3 + count, dim)
         self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
@@ -289,7 +290,8 @@ class TrunkBuffers:
 def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
 
-    The ternary products are by BLAS, or, with weights.use_int8, of inputs rounded to int8.
+    The ternary products are in float32, or, with weights.use_int8, of inputs rounded to int8; they read what
+    weights.pack has laid out.
     rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.
     Cost 2*R*N*(2*C*C*K*D/G + C*C + 3*C*I) flop. Source: FlashLM v3.
     """

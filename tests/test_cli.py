@@ -55,6 +55,7 @@ def test_help_loads_no_numerical_package():
         (["train", "--head", "dense", "--set", "full_share=1"], "give --head sampled."),
         (["train", "--head", "dense", "--set", "head.name=tree"], "--set name says again what an option says"),
         (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree says again"),
+        (["train", "--seed", "1", "--set", "seed=2"], "--set seed says again"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
         (["train", "--minutes", "0"], "--minutes"),
         (["prepare", "somewhere"], "Give --out DIR"),
@@ -300,6 +301,26 @@ def test_variables_that_numba_cannot_read_are_named(run, monkeypatch, name, valu
     assert done.exit_code == 1
     assert f"The variable {name} must be" in done.stderr
     assert f"got {value!r}" in done.stderr
+
+
+def test_a_threading_layer_that_cannot_be_loaded_is_named(run, monkeypatch):
+    def broken(threads):
+        raise ValueError("No threading layer could be loaded.\nHINT:\nintel tbb is required, try: ...")
+
+    monkeypatch.setattr("numba.set_num_threads", broken)
+    for more in ([], ["--threads", 1]):
+        done = _run("eval", run, *more)
+        assert done.exit_code == 1
+        assert "threads: No threading layer could be loaded; unset NUMBA_THREADING_LAYER, or install" in done.stderr
+        assert "HINT" not in done.stderr
+
+
+def test_what_a_token_costs_is_said_only_where_its_counts_are_known(run, tmp_path):
+    assert json.loads(_run("info", run, "--json").stdout)["tree"]["expected_path_cost"] > 1
+    assert _run("export", run, tmp_path / "file.safetensors").exit_code == 0
+    found = json.loads(_run("info", tmp_path / "file.safetensors", "--json").stdout)["tree"]
+    assert found["nodes"] >= 1
+    assert not any(name.startswith("expected") for name in found)
 
 
 def test_resume_from_the_command_line(run, tmp_path):

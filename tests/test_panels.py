@@ -34,7 +34,9 @@ def test_products_match_numpy(wide, seed, rows, depth, outputs, add):
     found = whole[1 : rows + 1]
     panels = _panels.empty_panels(outputs, depth)
     _panels.fill_panels(panels, weight)
-    product(wide)(found, x, panels, np.empty(16 * _panels.SPARE_ROWS, np.float32), int(add))
+    spare = np.full(_panels.SPARE_FLOATS + 16, np.nan, np.float32)
+    product(wide)(found, x, panels, spare[: _panels.SPARE_FLOATS], int(add))
+    assert np.isnan(spare[_panels.SPARE_FLOATS :]).all()
     exact = x.astype(np.float64) @ weight.T.astype(np.float64) + before
     assert_as_accurate(found, before + x @ weight.T, exact, 8)
     assert np.isnan(whole[[0, -1]]).all()

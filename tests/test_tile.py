@@ -66,7 +66,7 @@ def test_short_product_matches_numpy(name, seed, rows, depth, dim, turned, beta)
     assert_untouched(out, whole)
 
 
-@pytest.mark.parametrize(("width", "height"), [(16, 6), (16, 16), (32, 2), (32, 8), (32, 12)])
+@pytest.mark.parametrize(("width", "height"), [(16, 6), (16, 16), (32, 12)])
 @given(
     seed=seeds, rows=st.integers(0, 27), depth=st.integers(1, 5), taps=st.integers(1, 3), accumulate=st.booleans(),
 )  # fmt: skip
@@ -91,7 +91,7 @@ def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, dep
     want = np.einsum("tmk,tkw->mw", a[3:].reshape(taps, rows, depth).astype(float), b[5:].reshape(taps, depth, width))
     got = found(height)
     np.testing.assert_allclose(got, want + before * accumulate, atol=1e-5)
-    np.testing.assert_array_equal(got, found({16: 6, 32: 2}[width]))
+    np.testing.assert_array_equal(got, found({16: 6, 32: 12}[width]))
 
 
 @functools.cache

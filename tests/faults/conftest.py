@@ -11,7 +11,12 @@ from programs import INJECTED, begin, train_command
 def pytest_terminal_summary(terminalreporter):
     """How many faults there were, and how many tests found something lost or a traceback."""
     if INJECTED:
-        lost = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, []) if "faults" in r.nodeid]
+        lost = [
+            r
+            for kind in ("failed", "error")
+            for r in terminalreporter.stats.get(kind, [])
+            if "tests/faults/" in r.nodeid
+        ]
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(INJECTED.items()))
         terminalreporter.write_line(
             f"faults injected: {INJECTED.total():,} ({kinds}); tests that lost something: {len(lost)}"
