@@ -237,6 +237,8 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
         click.echo(f"Wrong result: {wrong}.", err=True)
         sys.exit(1)
     machine = timing.environment(threads)
+    # before PyTorch's threads, which wait for work by spinning
+    read = None if plot_path is None else bandwidth.read_bandwidth(threads, repeats=repeats)
     gemm = timing.gemm_rate(threads, repeats=repeats)
     click.echo(f"{machine['cpu']}, {threads} threads; GEMM {gemm['best']:.0f} GFLOP/s; largest error {error:.2g}")
     rates = measure(model, threads, repeats)
@@ -251,9 +253,8 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
         "machine": machine, "gemm_gflops": gemm["best"], "batch": [ROWS, LENGTH], "flop_per_token": flop,
         "tokens_per_s": rates, "largest_error": error,
     }  # fmt: skip
-    if plot_path is not None:
+    if read is not None:
         run_ours(model, *make_batch(model.config, ROWS, LENGTH))
-        read = bandwidth.read_bandwidth(threads, repeats=repeats)
         points = roofline(model, rates["ours"]["median"], repeats)
         result |= {"read_gbytes_per_s": read["best"], "roofline": points}
         for name, point in points.items():
