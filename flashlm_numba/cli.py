@@ -301,9 +301,7 @@ def train(
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embeddings={embeddings}"] if embeddings else []
     run = RunConfig.recipe_named(recipe or "default").with_settings([*changes, *settings])
-    _check_settings(
-        run.head.name, settings, {"name": head or tree, "tree": tree, "embeddings": embeddings, "seed": seed}
-    )
+    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embeddings": embeddings})
     from flashlm_numba.train import start_run
 
     status = start_run(
@@ -319,7 +317,7 @@ def train(
     raise SystemExit(status)
 
 
-def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str | int | None]) -> None:
+def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str | None]) -> None:
     """Raise UsageError for a setting that an option has set already, or that would change nothing with this head."""
     names = {setting.partition("=")[0].strip().split(".")[-1] for setting in settings}
     twice = sorted(name for name in names if options.get(name) is not None)

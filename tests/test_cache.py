@@ -94,6 +94,7 @@ def test_training_without_a_writable_cache_says_so_once_and_works(blocked, tmp_p
 def test_the_built_in_text_is_prepared_apart_whatever_else_the_cache_holds(tmp_path, monkeypatch):
     """Training keeps no memory of preparing: a corpus of another key, or a damaged one, does not count as there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))  # the cache in its place, if there is one
     (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef").mkdir(parents=True)
     (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef" / "manifest.json").write_text("{}")
     apart, notes = [], []

@@ -55,7 +55,6 @@ def test_help_loads_no_numerical_package():
         (["train", "--head", "dense", "--set", "full_share=1"], "give --head sampled."),
         (["train", "--head", "dense", "--set", "head.name=tree"], "--set name says again what an option says"),
         (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree says again"),
-        (["train", "--seed", "1", "--set", "seed=2"], "--set seed says again"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
         (["train", "--minutes", "0"], "--minutes"),
         (["prepare", "somewhere"], "Give --out DIR"),

@@ -145,6 +145,6 @@ def test_a_full_disk_leaves_no_half_file(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packed.os, "fsync", full)
-    with pytest.raises(UserError, match=r"could not be written.*No space left on device; make room"):
+    with pytest.raises(UserError, match=r"could not be written.*No space left on device; choose another file"):
         packed.write(tmp_path / "model.safetensors", tensors, config, state)
     assert not list(tmp_path.iterdir())
