@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from helpers import TINY
@@ -44,6 +45,14 @@ def lines(folder: Path) -> list[dict]:
 def count_lines(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_lines(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    """Until the log has so many lines, or the process has ended."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and count_lines(folder) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def losses(folder: Path) -> list[tuple]:

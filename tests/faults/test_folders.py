@@ -5,16 +5,30 @@ import signal
 import time
 
 import pytest
-from programs import INJECTED, assert_every_checkpoint_is_whole, begin, bits, count_lines, losses, resume_command
-from programs import train_command as command_to_train
+from programs import (
+    INJECTED,
+    assert_every_checkpoint_is_whole,
+    begin,
+    bits,
+    count_lines,
+    losses,
+    resume_command,
+    train_command,
+    wait_for_lines,
+)
 
 
-def _until(process, folder, count):
-    deadline = time.monotonic() + 240
-    while process.poll() is None and count_lines(folder) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def _started(tokens, folder):
+    """A training process that is at work."""
+    process = begin(train_command(tokens, folder))
+    wait_for_lines(process, folder, 20)
     assert process.poll() is None, process.communicate()
+    return process
+
+
+def _stop(process):
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
 
 
 def _end(command):
@@ -33,10 +47,7 @@ def tokens(corpus, tmp_path):
 def test_data_moved_away_after_a_stop_is_missed_by_name_and_the_run_goes_on_when_it_is_back(tokens, whole, tmp_path):
     INJECTED["folders moved away"] += 1
     folder = tmp_path / "run"
-    process = begin(command_to_train(tokens, folder))
-    _until(process, folder, 20)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    _stop(_started(tokens, folder))
     tokens.rename(tmp_path / "elsewhere")
     code, said = _end(resume_command(folder))
     assert code == 1
@@ -53,8 +64,7 @@ def test_data_removed_under_a_run_does_not_disturb_it(tokens, whole, tmp_path):
     """The shards are mapped when it starts, and Linux keeps a mapped file until nobody reads it."""
     INJECTED["folders removed"] += 1
     folder = tmp_path / "run"
-    process = begin(command_to_train(tokens, folder))
-    _until(process, folder, 20)
+    process = _started(tokens, folder)
     shutil.rmtree(tokens)
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 0, said
@@ -65,10 +75,7 @@ def test_data_removed_under_a_run_does_not_disturb_it(tokens, whole, tmp_path):
 def test_a_shard_changed_between_a_stop_and_a_resume_is_refused(tokens, tmp_path):
     INJECTED["shards changed"] += 1
     folder = tmp_path / "run"
-    process = begin(command_to_train(tokens, folder))
-    _until(process, folder, 20)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    _stop(_started(tokens, folder))
     before = bits(folder)
     shard = tokens / "train-00000.bin"
     content = bytearray(shard.read_bytes())
@@ -83,9 +90,8 @@ def test_a_shard_changed_between_a_stop_and_a_resume_is_refused(tokens, tmp_path
 def test_a_second_run_in_the_folder_is_refused_and_the_first_undisturbed(corpus, whole, tmp_path):
     INJECTED["two runs in a folder"] += 2
     folder = tmp_path / "run"
-    first = begin(command_to_train(corpus, folder))
-    _until(first, folder, 20)
-    for command in (resume_command(folder), command_to_train(corpus, folder)):
+    first = _started(corpus, folder)
+    for command in (resume_command(folder), train_command(corpus, folder)):
         code, said = _end(command)
         assert code in (1, 2)
         assert str(folder) in said.replace("\n", "")
@@ -98,8 +104,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_undisturbed(corpus,
 def test_a_process_that_sleeps(corpus, whole, tmp_path):
     INJECTED["sleeps"] += 1
     folder = tmp_path / "run"
-    process = begin(command_to_train(corpus, folder))
-    _until(process, folder, 20)
+    process = _started(corpus, folder)
     process.send_signal(signal.SIGSTOP)
     time.sleep(1)
     asleep = count_lines(folder)

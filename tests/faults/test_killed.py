@@ -18,15 +18,8 @@ from programs import (
     losses,
     resume_command,
     train_command,
+    wait_for_lines,
 )
-
-
-def _wait_for_lines(process, folder, count):
-    """Until the log has so many lines, or the process has ended."""
-    deadline = time.monotonic() + 240
-    while process.poll() is None and count_lines(folder) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_killed_at_random_moments_ends_as_if_nothing_had_happened(corpus, whole, tmp_path):
@@ -39,7 +32,7 @@ def test_killed_at_random_moments_ends_as_if_nothing_had_happened(corpus, whole,
         if killed % 5 == 4:  # while it starts
             time.sleep(dice.uniform(0, 2))
         else:
-            _wait_for_lines(process, folder, before + dice.randrange(1, max(2, 2 * STEPS // (KILLS + 1))))
+            wait_for_lines(process, folder, before + dice.randrange(1, max(2, 2 * STEPS // (KILLS + 1))))
             time.sleep(dice.uniform(0, 0.05))
         if process.poll() is not None:  # it was done before
             process.communicate()
@@ -63,7 +56,7 @@ def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
     folder = tmp_path / "stopped"
     for command in (train_command(corpus, folder), resume_command(folder)):
         process = begin(command)
-        _wait_for_lines(process, folder, count_lines(folder) + 10)
+        wait_for_lines(process, folder, count_lines(folder) + 10)
         process.send_signal(number)
         INJECTED["signals"] += 1
         _, said = process.communicate(timeout=60)
@@ -80,7 +73,7 @@ def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
 def test_a_second_signal_at_once_ends_without_saving_and_loses_no_checkpoint(corpus, whole, tmp_path):
     folder = tmp_path / "impatient"
     process = begin(train_command(corpus, folder))
-    _wait_for_lines(process, folder, 20)
+    wait_for_lines(process, folder, 20)
     process.send_signal(signal.SIGINT)
     INJECTED["signals"] += 1
     said = ""
