@@ -48,6 +48,8 @@ class ModelConfig:
     taps: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # of the mixer's convolutions, in order
     recursions: int = 2  # passes through the one block
+    mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
+    glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class OptimizerConfig:
     normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
     normuon_iterations: int = _in(5, 0, 20, later=True)  # Newton-Schulz iterations a step
     adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
+    trunk_lr_factor: float = _in(1.0, 0, 1e3, later=True)  # times adamw_lr: for the convolutions and norms
     adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
     adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
     lazy_rows: bool = field(default=False, metadata={"later": True})  # AdamW leaves rows without a gradient alone
@@ -288,8 +291,12 @@ RECIPES: dict[str, RunConfig] = {
     # the best known now
     "default": RunConfig(
         recipe="default",
-        model=ModelConfig(activations="int8"),
-        optimizer=OptimizerConfig(lazy_rows=True, normuon_iterations=3),
+        # scales of about fan_in**-0.5 for each ternary matrix that a branch goes through
+        model=ModelConfig(mixer_scale=2**-4, glu_scale=2**-18, activations="int8"),
+        optimizer=OptimizerConfig(
+            normuon_iterations=3, trunk_lr_factor=4.0, adamw_beta1=0.0, adamw_beta2=0.99, lazy_rows=True
+        ),
+        training=TrainingConfig(phases=(Phase(rows=8, length=256),)),
     ),
     # FlashLM v3 as published; without --embeddings the start of E is ours and is not frozen
     "v3": RunConfig(

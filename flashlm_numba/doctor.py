@@ -118,7 +118,7 @@ def _check_trunk() -> float:
     from flashlm_numba.dense_head import DenseHead
     from flashlm_numba.model import Model, initial_parameters
 
-    config = ModelConfig(vocab_size=97, dim=48, inner=70, groups=3, dilations=(1, 2, 8))
+    config = ModelConfig(97, 48, 70, 3, dilations=(1, 2, 8), mixer_scale=2**-3, glu_scale=2**-10)
 
     def make_head(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return DenseHead(weight, dweight)
@@ -250,7 +250,7 @@ def examine(threads: int) -> dict[str, Any]:
     for place in {*caches.values(), os.getcwd()}:
         free = shutil.disk_usage(place).free
         if free < ROOM:
-            notes.append(f"Only {free / 1e9:.1f} GB are free at {place}; a run takes about half a gigabyte.")
+            notes.append(f"Only {free / 1e9:.1f} GB are free at {place}; a run takes up to half a gigabyte.")
     memory = _memory_mb()
     if memory and memory["total"] < 2_000:
         notes.append(f"This machine has {memory['total']:,} MB of memory; training takes about 1,000.")

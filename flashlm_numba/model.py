@@ -94,7 +94,8 @@ class Model:
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
-        self._weights = TrunkWeights(config.dim, config.inner, config.groups, config.taps, config.dilations)
+        branches = config.mixer_scale, config.glu_scale
+        self._weights = TrunkWeights(config.dim, config.inner, config.groups, config.taps, config.dilations, branches)
         self._buffers: TrunkBuffers | None = None
         self._rows: np.ndarray | None = None
         self.use_activations(config.activations)

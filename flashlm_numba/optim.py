@@ -28,6 +28,7 @@ class OptimizerSettings:
     normuon_decay: float = 0.0  # decoupled weight decay
     normuon_iterations: int = 5  # Newton-Schulz iterations a step
     adamw_lr: float = 3e-4  # learning rate of AdamW at full scale
+    adamw_trunk_factor: float = 1.0  # times the rate, for what is no table of rows: convolutions and norms
     adamw_beta1: float = 0.9  # share of the first moment that a step keeps
     adamw_beta2: float = 0.95  # share of the second moment that a step keeps
     adamw_eps: float = 1e-8  # added to the root of the second moment
@@ -39,7 +40,9 @@ class OptimizerSettings:
         for name in ("normuon_momentum", "normuon_beta2", "adamw_beta1", "adamw_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("normuon_lr", "adamw_lr", "normuon_decay", "adamw_decay", "normuon_iterations"):
+        for name in (
+            "normuon_lr", "adamw_lr", "adamw_trunk_factor", "normuon_decay", "adamw_decay", "normuon_iterations",
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("normuon_eps", "adamw_eps", "normuon_update_rms", "clip"):
@@ -159,7 +162,7 @@ class Optimizer:
         self.settings = settings or PRESETS["v3"]
         self.groups = parameter_groups(params)
         self.steps: dict[str, int] = {}  # steps that a tensor has had; absent: none
-        # momentum or AdamW's first moment, in the shape of the tensor
+        # momentum or AdamW's first moment, in the shape of the tensor; where adamw_beta1 is 0, AdamW's has none
         self._first: dict[str, np.ndarray] = {}
         # AdamW's second moment in the shape of the tensor, NorMuon's (rows,)
         self._second: dict[str, np.ndarray] = {}
@@ -213,10 +216,14 @@ class Optimizer:
         shape = self.params[name].shape
         return shape[:1] if name in self.groups[NORMUON] else shape
 
+    def _has_first(self, name: str) -> bool:
+        return name in self.groups[NORMUON] or self.settings.adamw_beta1 > 0
+
     def _count_step(self, name: str) -> None:
         """Count a step of this tensor, making its moments at the first."""
         if name not in self.steps:
-            self._first[name] = np.zeros(self.params[name].shape, np.float32)
+            if self._has_first(name):
+                self._first[name] = np.zeros(self.params[name].shape, np.float32)
             self._second[name] = np.zeros(self._second_shape(name), np.float32)
         self.steps[name] = self.steps.get(name, 0) + 1
 
@@ -241,23 +248,26 @@ class Optimizer:
         s = self.settings
         for name in names:
             self._count_step(name)
+            table = self.params[name].ndim == 2 and _is_row_table(name)
             adamw_step(
-                self.params[name], self._first[name], self._second[name], self.grads[name],
-                step=self.steps[name], lr=lr, beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps,
-                decay=decay, scale=scale, lazy=s.adamw_lazy and self.params[name].ndim == 2 and _is_row_table(name),
+                self.params[name], self._first.get(name), self._second[name], self.grads[name],
+                step=self.steps[name], lr=lr if table else s.adamw_trunk_factor * lr,
+                beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps,
+                decay=decay, scale=scale, lazy=s.adamw_lazy and table,
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The whole state as flat arrays, for safetensors: `first.NAME`, `second.NAME` and `steps.NAME`.
 
         first is the momentum or AdamW's first moment, second the second moment (NorMuon's has one number per
-        row), steps (1,) int64. A tensor that was never stepped has no entries. The moments
-        are the live arrays, no copies.
+        row), steps (1,) int64. A tensor that was never stepped has no entries, and one of AdamW's with beta1 = 0 no
+        first. The moments are the live arrays, no copies.
         """
         state: dict[str, np.ndarray] = {}
         for name in self.params:
             if name in self.steps:
-                state[f"first.{name}"] = self._first[name]
+                if name in self._first:
+                    state[f"first.{name}"] = self._first[name]
                 state[f"second.{name}"] = self._second[name]
                 state[f"steps.{name}"] = np.array([self.steps[name]], np.int64)
         return state
@@ -267,12 +277,16 @@ class Optimizer:
 
         Raises UserError, before anything is changed, if the state is not of these parameters.
         """
+        # a run with beta1 = 0 from before such moments were left out has them still
+        needless = {f"first.{name}" for name in self.params if not self._has_first(name)}
+        state = {key: value for key, value in state.items() if key not in needless}
         names = [key.removeprefix("steps.") for key in state if key.startswith("steps.")]
         expected: dict[str, tuple[tuple[int, ...], type]] = {}
         for name in names:
             if name not in self.params:
                 raise UserError(self._misfit(f"it has a parameter {name} that the model lacks"))
-            expected[f"first.{name}"] = self.params[name].shape, np.float32
+            if self._has_first(name):
+                expected[f"first.{name}"] = self.params[name].shape, np.float32
             expected[f"second.{name}"] = self._second_shape(name), np.float32
             expected[f"steps.{name}"] = (1,), np.int64
         if expected.keys() != state.keys():
@@ -285,7 +299,7 @@ class Optimizer:
                     self._misfit(f"{key} is {value.dtype} {value.shape}, expected {np.dtype(dtype)} {shape}")
                 )
         self.steps = {name: int(state[f"steps.{name}"][0]) for name in names}
-        self._first = {name: np.array(state[f"first.{name}"], order="C") for name in names}
+        self._first = {name: np.array(state[f"first.{name}"], order="C") for name in names if self._has_first(name)}
         self._second = {name: np.array(state[f"second.{name}"], order="C") for name in names}
 
     @staticmethod

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 20.0  # a run of no stated length
 CHECKPOINT_SECONDS = 120.0  # training time between checkpoints where checkpoint_every is 0
-WINDOW, BATCH = 1_024, 2_048  # positions in validating: no more memory than a step of 16 x 128 takes
+WINDOW, BATCH = 1_024, 2_048  # positions in validating: no more memory than a step of 8 x 256 takes
 # what --resume may change: how much is written, and, after a divergence, the size of the steps
 CHANGEABLE = {
     "training": (
@@ -53,7 +53,7 @@ CHANGEABLE = {
         "sample_tokens",
         "keep_minutes",
     ),
-    "optimizer": ("normuon_lr", "adamw_lr", "clip"),
+    "optimizer": ("normuon_lr", "adamw_lr", "trunk_lr_factor", "clip"),
 }
 EMBEDDING = "embedding.weight"
 _POSITIONS, _CANDIDATES = 1, 2  # the random streams of the positions and of the head, beside the batches' own
@@ -103,6 +103,7 @@ def optimizer_settings(run: RunConfig) -> OptimizerSettings:
         normuon_lr=o.normuon_lr,
         normuon_iterations=o.normuon_iterations,
         adamw_lr=o.adamw_lr,
+        adamw_trunk_factor=o.trunk_lr_factor,
         adamw_beta1=o.adamw_beta1,
         adamw_beta2=o.adamw_beta2,
         adamw_decay=o.weight_decay,

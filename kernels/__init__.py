@@ -19,7 +19,7 @@
                     NumPy twins: the executable specification (decode: by trunk)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
-    _rows           rows cleared, copied, gathered
+    _rows           rows cleared, copied, scaled, gathered
     _ternary_dots   packed rows times int8, one variant a processor
     _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers
     _panels         large ones in registers, with a weight laid out once a step

@@ -1,4 +1,4 @@
-"""Rows of a matrix, (N, C) float32: cleared, copied, gathered by helpers, called from kernels only; aligned memory."""
+"""Rows of a matrix, (N, C) float32: cleared, copied, scaled, gathered by helpers, called from kernels only; memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     spare = np.zeros(size + LINE, np.uint8)
     first = -spare.ctypes.data % LINE
     return spare[first : first + size].view(dtype).reshape(shape)
+
+
+@helper
+def scale_rows(out, x, scale):
+    """out (M, C) = scale * x (M, C); they may be the same."""
+    for m in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            out[m, c] = scale * x[m, c]
 
 
 @helper

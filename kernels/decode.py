@@ -17,6 +17,7 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._rows import scale_rows
 from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
@@ -65,8 +66,8 @@ def _linear(out, x, columns, weight, packed, q, scales, sums, variant):
 @serial_kernel
 def _decode_step(
     out, rings, starts, lengths, position, x, m_long, normed_long, delta, groups, gv, gate_up_long, hidden_long, rstd,
-    q, scales, sums, embedding, row, norms, conv, dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, inner,
-    variant,
+    q, scales, sums, embedding, row, norms, branches, conv, dilations, w_out, w_gate_up, w_down,
+    p_out, p_gate_up, p_down, inner, variant,
 ):  # fmt: skip
     """out (1, C): hidden state of the token with this row of the embedding, the position-th of its text.
 
@@ -98,11 +99,12 @@ def _decode_step(
                         1, size, taps, 0,
                     )  # fmt: skip
             gate_sequence(m, gv, m, width)
+        scale_rows(m, m, branches[0])
         _linear(delta, m_long, dim, w_out, p_out, q, scales, sums, variant)
         _add(x, delta)
         rmsnorm_rows(normed, rstd, x, norms[1])
         _linear(gate_up_long, normed_long, dim, w_gate_up, p_gate_up, q, scales, sums, variant)
-        glu_rows(hidden, gate_up)
+        glu_rows(hidden, gate_up, branches[1])
         _linear(delta, hidden_long, inner, w_down, p_down, q, scales, sums, variant)
         _add(x, delta)
     rmsnorm_rows(out, rstd, x, norms[2])
@@ -196,7 +198,7 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
     _decode_step(
         state.out, state.rings, state.starts, state.lengths, state.position, *state.scratch,
-        embedding, row, weights.norms, weights.conv, weights.dilations, *state.ternary, *state.packed,
+        embedding, row, weights.norms, weights.branches, weights.conv, weights.dilations, *state.ternary, *state.packed,
         weights.w_down.shape[1], weights.variant,
     )  # fmt: skip
     state.position += 1

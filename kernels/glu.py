@@ -10,41 +10,42 @@ import numpy as np
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
 
-_ZERO, _TWO = np.float32(0), np.float32(2)
+_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 @helper
-def glu_rows(out, gate_up):
-    """out (N, I) for gate_up (N, 2 I), the gate's columns first."""
+def glu_rows(out, gate_up, scale):
+    """out (N, I), times scale, for gate_up (N, 2 I), the gate's columns first."""
     rows, inner = out.shape
     for n in range(rows):
         for i in range(inner):
             g = max(gate_up[n, i], _ZERO)
-            out[n, i] = g * g * gate_up[n, inner + i]
+            out[n, i] = scale * (g * g * gate_up[n, inner + i])
 
 
 @helper
-def glu_backward_rows(out, dgate_up, dout, gate_up):
+def glu_backward_rows(out, dgate_up, dout, gate_up, scale):
     """dgate_up (N, 2 I), and out (N, I) computed again, for dout (N, I)."""
     rows, inner = out.shape
     for n in range(rows):
         for i in range(inner):
             g = max(gate_up[n, i], _ZERO)
             u = gate_up[n, inner + i]
-            # forward: out = g**2 u with g = relu(gate)
-            out[n, i] = g * g * u
-            dgate_up[n, i] = _TWO * dout[n, i] * g * u
-            dgate_up[n, inner + i] = dout[n, i] * g * g
+            d = scale * dout[n, i]
+            # forward: out = scale g**2 u with g = relu(gate)
+            out[n, i] = scale * (g * g * u)
+            dgate_up[n, i] = _TWO * d * g * u
+            dgate_up[n, inner + i] = d * g * g
 
 
 @serial_kernel
 def _glu_forward(out, gate_up):
-    glu_rows(out, gate_up)
+    glu_rows(out, gate_up, _ONE)
 
 
 @serial_kernel
 def _glu_backward(out, dgate_up, dout, gate_up):
-    glu_backward_rows(out, dgate_up, dout, gate_up)
+    glu_backward_rows(out, dgate_up, dout, gate_up, _ONE)
 
 
 def glu_forward(gate_up: np.ndarray) -> np.ndarray:

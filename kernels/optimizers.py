@@ -96,6 +96,16 @@ def sum_of_squares(x: np.ndarray) -> float:
 
 @helper
 def _adamw_range(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps):
+    """first (N,), or (0,): the gradient itself takes its place."""
+    if first.shape[0] == 0:
+        for i in range(weight.shape[0]):
+            g = grad[i] * scale
+            g = np.float32(0) if abs(g) <= TINY else g
+            v = second[i] * beta2 + blend2 * g * g
+            v = np.float32(0) if v <= TINY_SQUARE else v
+            second[i] = v
+            weight[i] = weight[i] * keep - step_size * g / (np.sqrt(v) * root_scale + eps)
+        return
     for i in range(weight.shape[0]):
         g = grad[i] * scale
         g = np.float32(0) if abs(g) <= TINY else g
@@ -110,7 +120,7 @@ def _adamw_range(weight, first, second, grad, scale, keep, blend1, beta2, blend2
 
 @kernel
 def _adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps, threads):
-    """Step weight, first, second (N,) by grad (N,) in one pass over memory. Parallel over n."""
+    """Step weight, first, second (N,) by grad (N,) in one pass over memory; first may be (0,). Parallel over n."""
     for th in prange(threads):
         lo, hi = _slice(weight.shape[0], th, threads)
         _adamw_range(
@@ -123,7 +133,9 @@ def _adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2, step
 def _adamw_rows(
     weight, first, second, grad, bits, scale, keep, blend1, beta2, blend2, step_size, root_scale, eps, threads
 ):  # fmt: skip
-    """As _adamw for the rows of (R, C) where grad is not all zero; bits is grad as int32. Parallel over blocks of r."""
+    """As _adamw for the rows of (R, C) where grad is not all zero; first may be (R, 0); bits is grad as int32. Parallel
+    over blocks of r.
+    """
     blocks = (grad.shape[0] + TABLE_ROWS - 1) // TABLE_ROWS
     for th in prange(threads):
         for b in range(th, blocks, threads):
@@ -146,7 +158,7 @@ def _small_adamw(weight, first, second, grad, scale, keep, blend1, beta2, blend2
 
 def adamw_step(
     weight: np.ndarray,
-    first: np.ndarray,
+    first: np.ndarray | None,
     second: np.ndarray,
     grad: np.ndarray,
     *,
@@ -161,13 +173,14 @@ def adamw_step(
 ) -> None:
     """One AdamW step, in place, with torch.optim.AdamW's meaning of every number.
 
-    weight, first, second, grad : float32, one shape; first and second are the moments, zeros before step 1
+    weight, first, second, grad : float32, one shape; first and second are the moments, zeros before step 1; first may
+        be None where beta1 is 0: the first moment is then the gradient, and is not kept
     step : number of this step of this tensor, from 1;  lr : learning rate;  decay : decoupled weight decay
     scale : factor of the gradient (the clip)
     lazy : rows (of a tensor with two axes) whose gradient is zero are left as they are, moments too, as
         torch.optim.SparseAdam does with the rows that a batch has not touched
     A gradient or first moment of at most 1e-18 counts as zero, as does a second moment of at most 1e-37.
-    Raises ValueError if a shape or dtype is wrong or step < 1. Moves 28 bytes per element.
+    Raises ValueError if a shape or dtype is wrong or step < 1. Moves 28 bytes per element, without first 20.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
 
     >>> w, m, v, g = np.ones(1, "f"), np.zeros(1, "f"), np.zeros(1, "f"), np.full(1, 7, "f")
@@ -177,11 +190,17 @@ def adamw_step(
     """
     if step < 1:
         raise ValueError(f"adamw_step: step counts from 1, got {step}")
-    for name, value in (("weight", weight), ("first", first), ("second", second), ("grad", grad)):
+    for name, value in (("weight", weight), ("second", second), ("grad", grad)):
         _check.array("adamw_step", name, value, weight.shape)
     f = np.float32
     if lazy and weight.ndim != 2:
         raise ValueError(f"adamw_step: lazy is for tables (rows, columns), got the shape {weight.shape}")
+    if first is not None:
+        _check.array("adamw_step", "first", first, weight.shape)
+    elif beta1:
+        raise ValueError(f"adamw_step: beta1 must be 0 where there is no first moment, got {beta1}")
+    else:
+        first = np.empty((len(weight), 0) if lazy else 0, f)
     arrays = weight.reshape(-1), first.reshape(-1), second.reshape(-1), grad.reshape(-1)
     scalars = (
         f(scale), f(1 - lr * decay), f(1 - beta1), f(beta2), f(1 - beta2),

@@ -22,7 +22,7 @@ def sum_of_squares(x: np.ndarray) -> float:
 
 def adamw_step(
     weight: np.ndarray,
-    first: np.ndarray,
+    first: np.ndarray | None,
     second: np.ndarray,
     grad: np.ndarray,
     *,
@@ -37,18 +37,24 @@ def adamw_step(
 ) -> None:
     """One step of torch.optim.AdamW: decoupled decay, bias correction, eps added to the corrected root.
 
+    first : None, with beta1 = 0, keeps no first moment.
     lazy : only the rows with a gradient that is not zero take part, as in torch.optim.SparseAdam.
     """
     if lazy:
         rows = (grad != 0).any(axis=1)
-        parts = weight[rows], first[rows], second[rows]
+        parts = weight[rows], None if first is None else first[rows], second[rows]
         settings = {"step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
         adamw_step(*parts, grad[rows], **settings, scale=scale)  # type: ignore[arg-type]
-        weight[rows], first[rows], second[rows] = parts
+        weight[rows], second[rows] = parts[0], parts[2]
+        if first is not None:
+            first[rows] = parts[1]
         return
     g = grad * scale
     weight *= 1 - lr * decay
-    first += (1 - beta1) * (g - first)
+    if first is None:
+        first = g
+    else:
+        first += (1 - beta1) * (g - first)
     second *= beta2
     second += (1 - beta2) * g * g
     root = np.sqrt(second) / math.sqrt(1 - beta2**step) + eps

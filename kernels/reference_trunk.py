@@ -13,7 +13,7 @@ from flashlm_numba.kernels import reference as r
 TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
 
 
-def trunk_forward(parameters, ids, *, groups, dilations, recursions):
+def trunk_forward(parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0):
     """Hidden states (N, C) for token ids (B, T), and what the backward pass needs; parameters by the model's names."""
     p = dict(parameters) | {name: r.ternarize(parameters[name]) for name in TERNARY}
     x, passes = r.embedding_forward(p["embedding.weight"], ids.reshape(-1)), []
@@ -26,24 +26,25 @@ def trunk_forward(parameters, ids, *, groups, dilations, recursions):
             mixed.append((m, rstd_m, seen))
             gate, value = p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"]
             m = m + r.gated_conv_forward(seen, gate, value, groups, dilation).reshape(m.shape)
+        m = m * m.dtype.type(mixer_scale)
         x1 = x + m @ p["mixer.out.weight"].T
         n, rstd_n = r.rmsnorm_forward(x1, p["norm2.weight"])
         gate_up = n @ np.concatenate([p["glu.gate.weight"], p["glu.up.weight"]]).T
-        hidden = r.glu_forward(gate_up)
+        hidden = r.glu_forward(gate_up) * m.dtype.type(glu_scale)
         passes.append((x, rstd, mixed, m, x1, n, rstd_n, gate_up, hidden))
         x = x1 + hidden @ p["glu.down.weight"].T
     out, rstd = r.rmsnorm_forward(x, p["final_norm.weight"])
-    return out, (p, ids, groups, dilations, passes, x, rstd)
+    return out, (p, ids, groups, dilations, (mixer_scale, glu_scale), passes, x, rstd)
 
 
 def trunk_backward(dout, saved):
     """Gradients by name of sum(dout * hidden states), dout (N, C); the router has none."""
-    p, ids, groups, dilations, passes, x, rstd = saved
+    p, ids, groups, dilations, (mixer_scale, glu_scale), passes, x, rstd = saved
     g = {name: np.zeros_like(value) for name, value in p.items() if not name.startswith("router.")}
     dx, g["final_norm.weight"] = r.rmsnorm_backward(dout, x, p["final_norm.weight"], rstd)
     for x, rstd, mixed, m, x1, n, rstd_n, gate_up, hidden in reversed(passes):
         g["glu.down.weight"] += dx.T @ hidden
-        dgate_up = r.glu_backward(dx @ p["glu.down.weight"], gate_up)
+        dgate_up = r.glu_backward(dx @ p["glu.down.weight"] * dx.dtype.type(glu_scale), gate_up)
         dgate, dup = np.split(dgate_up.T @ n, 2)
         g["glu.gate.weight"] += dgate
         g["glu.up.weight"] += dup
@@ -52,7 +53,7 @@ def trunk_backward(dout, saved):
         g["norm2.weight"] += dweight
         dx = dx + back
         g["mixer.out.weight"] += dx.T @ m
-        dm = dx @ p["mixer.out.weight"]
+        dm = dx @ p["mixer.out.weight"] * dx.dtype.type(mixer_scale)
         for i in reversed(range(len(dilations))):
             before, rstd_m, seen = mixed[i]
             gate, value = p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"]

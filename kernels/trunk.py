@@ -2,7 +2,7 @@
 
     x = E[rows]
     R times:  m = rmsnorm(x);  for every dilation:  m = m + gated_conv(rmsnorm(m))
-              x1 = x + m Wo';  h = relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
+              x1 = x + a m Wo';  h = b relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
     out = rmsnorm(x)
 
 One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
@@ -23,7 +23,7 @@ from numba import prange
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
 from flashlm_numba.kernels._panels import SPARE_FLOATS, empty_panels, fill_panels, panel_product
-from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows
+from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows, scale_rows
 from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
 from flashlm_numba.kernels.conv import (
     conv_sequence,
@@ -72,7 +72,7 @@ def _linear(out, x, panels, codes, plain, add, rounding, variant, blas):
 @helper
 def _forward_rows(
     low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, rounding,
-    embedding, rows, norms, conv, dilations, panels, codes, plain, variant, blas,
+    embedding, rows, norms, branches, conv, dilations, panels, codes, plain, variant, blas,
 ):  # fmt: skip
     """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and rounding are this thread's
     scratch.
@@ -89,11 +89,11 @@ def _forward_rows(
                 conv_sequence(gv[r, d, b], n, conv[d], dilations[d])
                 gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
         copy_rows(x1[r, low:high], x[r, low:high])
-        mixed = xm[r, dilations.shape[0], low:high]
-        _linear(x1[r, low:high], mixed, panels[0], codes[0], plain[0], 1, rounding, variant, blas)
+        scale_rows(normed[:size], xm[r, dilations.shape[0], low:high], branches[0])
+        _linear(x1[r, low:high], normed[:size], panels[0], codes[0], plain[0], 1, rounding, variant, blas)
         rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
         _linear(gu[r, low:high], normed[:size], panels[1], codes[1], plain[1], 0, rounding, variant, blas)
-        glu_rows(h[:size], gu[r, low:high])
+        glu_rows(h[:size], gu[r, low:high], branches[1])
         copy_rows(x[r + 1, low:high], x1[r, low:high])
         _linear(x[r + 1, low:high], h[:size], panels[2], codes[2], plain[2], 1, rounding, variant, blas)
     rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
@@ -102,7 +102,7 @@ def _forward_rows(
 @kernel
 def _trunk_forward(
     out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums, spare,
-    embedding, rows, norms, conv, dilations, panels, codes, plain, variant, blas, time, tile, threads,
+    embedding, rows, norms, branches, conv, dilations, panels, codes, plain, variant, blas, time, tile, threads,
 ):  # fmt: skip
     """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
     batch = rows.shape[0] // time
@@ -112,14 +112,14 @@ def _trunk_forward(
             _forward_rows(
                 start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
                 normed[thread], n[thread], h[thread], (q[thread], scales[thread], sums[thread], spare[thread]),
-                embedding, rows, norms, conv, dilations, panels, codes, plain, variant, blas,
+                embedding, rows, norms, branches, conv, dilations, panels, codes, plain, variant, blas,
             )  # fmt: skip
 
 
 @helper
 def _backward_rows(
     low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, rounding,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, panels_t, codes_t, plain_t,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations, panels_t, codes_t, plain_t,
     variant, blas,
 ):  # fmt: skip
     """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
@@ -129,17 +129,19 @@ def _backward_rows(
     rmsnorm_backward_rows(dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False)
     for step in range(passes):
         r = passes - 1 - step
-        # forward: x = x1 + h Wd', h = relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
+        # forward: x = x1 + h Wd', h = b relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
         _linear(dh[:size], dx_tile, panels_t[2], codes_t[2], plain_t[2], 0, rounding, variant, blas)
-        glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high])
+        glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high], branches[1])
         gemm_tn(blas, dw_down, dx_tile, h[:size], one)
         rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
         gemm_tn(blas, dw_gate_up, dgu[:size], normed_tile, one)
         _linear(dm_tile, dgu[:size], panels_t[1], codes_t[1], plain_t[1], 0, rounding, variant, blas)
         rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
-        # forward: x1 = x + m Wo'
-        gemm_tn(blas, dw_out, dx_tile, xm[r, dilations.shape[0], low:high], one)
+        # forward: x1 = x + a m Wo'
+        scale_rows(normed_tile, xm[r, dilations.shape[0], low:high], branches[0])
+        gemm_tn(blas, dw_out, dx_tile, normed_tile, one)
         _linear(dm_tile, dx_tile, panels_t[0], codes_t[0], plain_t[0], 0, rounding, variant, blas)
+        scale_rows(dm_tile, dm_tile, branches[0])
         for start in range(low, high, time):
             b, end = start // time, start + time
             dm_sequence = dm[start - low : end - low]
@@ -162,7 +164,7 @@ def _backward_rows(
 @kernel
 def _trunk_backward(
     dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, panels_t, codes_t, plain_t,
+    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations, panels_t, codes_t, plain_t,
     variant, blas, time, tile, threads,
 ):  # fmt: skip
     """Weight gradients are per thread, (P, ...), and cleared here."""
@@ -180,8 +182,8 @@ def _trunk_backward(
                 dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
                 dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
                 (q[thread], scales[thread], sums[thread], spare[thread]),
-                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, conv_t, dilations, panels_t, codes_t, plain_t,
-                variant, blas,
+                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations,
+                panels_t, codes_t, plain_t, variant, blas,
             )  # fmt: skip
 
 
@@ -189,6 +191,7 @@ class TrunkWeights:
     """The trunk's weights as the kernels read them; set once a step.
 
     norms (3 + D, C): of the block's input, before the GLU, final, then one per convolution.
+    branches (2,): a and b, what the mixer and the GLU are multiplied by before they are added.
     conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I', C), w_down (C, I'), ternary, where
     I' is I rounded up to whole registers: rows of activations then begin at their boundaries. w_gate, w_up and
     w_down_inner are views without the padding, which is zero.
@@ -197,12 +200,21 @@ class TrunkWeights:
     or with int8 their codes by pack_columns, and where no int8 instruction serves they themselves; empty otherwise.
     """
 
-    def __init__(self, dim: int, inner: int, groups: int, taps: int, dilations: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        inner: int,
+        groups: int,
+        taps: int,
+        dilations: tuple[int, ...],
+        branches: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         size, count = padded_width(dim, groups), len(dilations)
         padded = -(-inner // REGISTER) * REGISTER
         self.groups, self.inner = groups, inner
         self.dilations = np.array(dilations, np.int64)
         self.norms = np.empty((3 + count, dim), np.float32)
+        self.branches = np.array(branches, np.float32)
         self.conv = aligned_zeros((count, groups, taps, size, 2 * size), np.float32)
         self.conv_t = aligned_zeros((count, groups, taps, 2 * size, size), np.float32)
         self.w_out = np.empty((dim, dim), np.float32)
@@ -299,8 +311,8 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
     _trunk_forward(
         b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h,
         b.q, b.scales, b.sums, b.spare,
-        embedding, rows, weights.norms, weights.conv, weights.dilations, *weights.layouts, weights.variant,
-        sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        embedding, rows, weights.norms, weights.branches, weights.conv, weights.dilations, *weights.layouts,
+        weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     return b.out
 
@@ -315,8 +327,8 @@ def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarra
     _trunk_backward(
         b.dx, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm, b.dn,
         b.dgv, b.q, b.scales, b.sums, b.spare, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu,
-        weights.norms, weights.conv_t, weights.dilations, *weights.layouts_t, weights.variant, sgemm_address(),
-        b.shape[1], b.tile, b.shape[2],
+        weights.norms, weights.branches, weights.conv_t, weights.dilations, *weights.layouts_t, weights.variant,
+        sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     width = weights.norms.shape[1] // weights.groups
     convs = [unpack_conv_gradient(dconv, width) for dconv in b.dconv.sum(0)]

@@ -35,7 +35,7 @@ def one_torch_thread():
 
 CONFIGS = {
     "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
-    "odd": ModelConfig(vocab_size=100, dim=36, inner=41, groups=3, taps=3, dilations=(2, 5), recursions=3),
+    "odd": ModelConfig(100, 36, 41, 3, taps=3, dilations=(2, 5), recursions=3, mixer_scale=0.3, glu_scale=0.01),
     "v3": ModelConfig(),
 }
 LOSSES = {
@@ -303,6 +303,8 @@ def test_gradients_of_a_random_shape_agree_with_autograd(seed):
         taps=int(rng.integers(1, 6)),
         dilations=tuple(int(d) for d in rng.integers(1, 20, rng.integers(1, 4))),
         recursions=int(rng.integers(1, 4)),
+        mixer_scale=float(rng.choice([1.0, 0.1])),
+        glu_scale=float(rng.choice([1.0, 1e-3])),
     )
     options = {
         "label_smoothing": float(rng.choice([0.0, 0.1])),

@@ -6,6 +6,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from flashlm_numba.config import RunConfig
 from flashlm_numba.evaluate import evaluate_run
 from tools import bench_train
 
@@ -84,6 +85,19 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     assert "was begun with other marks" in done.stderr
 
 
+def test_the_peers_are_given_what_the_default_recipe_does():
+    run = RunConfig.recipe_named("default")
+    (phase,) = run.training.phases
+    assert bench_train.TORCH["batch"] == f"{phase.rows}x{phase.length}"
+    assert phase.tokens == bench_train.TOKENS_PER_STEP
+    for name, option in bench_train.TORCH_OPTION.items():
+        if name != "phases":
+            section = run.model if hasattr(run.model, name) else run.optimizer
+            value = bench_train.TORCH.get(option, "0.02")  # NorMuon's rate is the peer's own default
+            assert float(value) == getattr(section, name), name
+    assert bench_train.TORCH.keys() <= bench_train.TORCH_V3.keys()  # the published recipe takes nothing over
+
+
 def test_the_published_peer_keeps_its_schedule():
     words = bench_train.Job("torch:v3", (), 1, None, 72.0, 2, (10.0,)).command
     for name, value in (
@@ -92,6 +106,11 @@ def test_the_published_peer_keeps_its_schedule():
         ("positions", "0.25"),
         ("minutes", "72"),
         ("mark", "10"),
+        ("mixer-scale", "1"),
+        ("glu-scale", "1"),
+        ("trunk-lr-factor", "1"),
+        ("adamw-beta1", "0.9"),
+        ("adamw-beta2", "0.95"),
     ):
         assert words[words.index(f"--{name}") + 1] == value
     assert "--steps" not in words

@@ -13,7 +13,7 @@ from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.tokenizer import EOT, Tokenizer
 from flashlm_numba.tree import build_tree
 
-CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
+CONFIG = ModelConfig(61, 32, 40, 4, taps=3, dilations=(1, 2), recursions=2, mixer_scale=0.25, glu_scale=0.01)
 
 
 @pytest.fixture(scope="module")

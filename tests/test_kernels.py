@@ -132,7 +132,9 @@ def test_pack_unpack_round_trip_and_matvec(seed, n, columns):
     np.testing.assert_array_equal(packed, reference.pack_ternary(weight))
     np.testing.assert_array_equal(ternary.unpack_ternary(packed, columns), weight)
     got = ternary_matmul.ternary_matvec(packed, x)
-    assert_as_accurate(got, reference.ternary_matvec(weight, x), reference.ternary_matvec(*doubles(weight, x)), 8)
+    # a sum that cancels, which plain NumPy may hit by luck: an ulp of what is summed, where a wrong weight is far more
+    room = np.finfo(np.float32).eps * (np.abs(weight) @ np.abs(x))
+    assert (np.abs(got - reference.ternary_matvec(*doubles(weight, x))) <= room).all()
 
 
 @given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), scales)

@@ -11,7 +11,7 @@ from flashlm_numba.kernels import ternary
 from flashlm_numba.model import Model, initial_parameters, parameter_shapes
 from flashlm_numba.tree import build_tree
 
-SMALL = ModelConfig(vocab_size=97, dim=24, inner=37, groups=3, taps=4, dilations=(1, 2, 8), recursions=2)
+SMALL = ModelConfig(97, 24, 37, 3, taps=4, dilations=(1, 2, 8), recursions=2, mixer_scale=0.25, glu_scale=2**-7)
 
 
 def small_model(seed=0, config=SMALL, std=0.5):

@@ -75,9 +75,10 @@ def train(optimizer: Optimizer, steps: range, frozen_until: int = 0) -> None:
         optimizer.step(0.02, 3e-3, 1.0, frozen={E} if step < frozen_until else ())
 
 
-def tiny(preset: str = "v3", node_rows: int = 5, seed: int = 0) -> Optimizer:
+def tiny(preset: str = "v3", node_rows: int = 5, seed: int = 0, **changes) -> Optimizer:
     params = tensors(shapes_of(TINY, node_rows), seed)
-    return Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, PRESETS[preset])
+    settings = dataclasses.replace(PRESETS[preset], **changes)
+    return Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
 
 
 # --- groups ---
@@ -154,7 +155,7 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
     """AdamW's tensors and the clip against torch; NorMuon's against the reference with torch's clip."""
     torch = pytest.importorskip("torch")
     for preset in ("v3", "published"):
-        settings = dataclasses.replace(PRESETS[preset], normuon_decay=0.05)
+        settings = dataclasses.replace(PRESETS[preset], normuon_decay=0.05, adamw_trunk_factor=3.0)
         shapes = shapes_of(TINY, node_rows=5)
         params = tensors(shapes, 0)
         optimizer = Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
@@ -162,11 +163,9 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
         truth = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in params.items()}
         adamw = torch.optim.AdamW(
             [
-                {
-                    "params": [truth[name] for name in groups[ADAMW_DECAY]],
-                    "weight_decay": settings.adamw_decay,
-                },
-                {"params": [truth[name] for name in groups[ADAMW_PLAIN]], "weight_decay": 0.0},
+                {"params": [truth[name]], "weight_decay": decay, "factor": 1 if name in (E, "head.nodes.weight") else 3}
+                for group, decay in ((ADAMW_DECAY, settings.adamw_decay), (ADAMW_PLAIN, 0.0))
+                for name in groups[group]
             ],
             betas=(settings.adamw_beta1, settings.adamw_beta2),
             eps=settings.adamw_eps,
@@ -188,7 +187,7 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
             assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
             assert (found["clip_scale"] < 1) == bool(step % 2)
             for group in adamw.param_groups:
-                group["lr"] = lr_adamw
+                group["lr"] = group["factor"] * lr_adamw
             adamw.step()
             reference_optim.normuon_step(
                 [truth[name].detach().numpy() for name in matrices], momenta, seconds,
@@ -338,6 +337,31 @@ def test_state_round_trip_continues_bit_for_bit(preset, stop):
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_with_beta1_of_zero_adamw_keeps_no_first_moment(lazy):
+    def make():
+        return tiny("published", adamw_beta1=0.0, adamw_lazy=lazy)
+
+    whole, stopped = make(), make()
+    train(whole, range(8))
+    train(stopped, range(5))
+    weights, state = save(stopped.params), save(stopped.state_dict())
+    kept = {key for key in load(state) if key.startswith("first.")}
+    assert kept == {f"first.{name}" for name in stopped.groups[NORMUON] if not name.startswith("router.")}
+    # such a run saved them once; they are not missed, and do no harm
+    for also in ({}, {f"first.{E}": np.ones_like(stopped.params[E])}):
+        second = make()
+        for name, value in load(weights).items():
+            second.params[name][:] = value
+        second.load_state_dict(load(state) | also)
+        train(second, range(5, 8))
+        for name, value in whole.params.items():
+            np.testing.assert_array_equal(second.params[name], value, err_msg=name)
+        assert second.state_dict().keys() == whole.state_dict().keys()
+    with pytest.raises(UserError, match="missing or stand alone: first"):
+        tiny("published").load_state_dict(load(state))
 
 
 def test_load_state_dict_refuses_a_state_of_another_model():

@@ -108,6 +108,28 @@ def test_lazy_adamw_leaves_rows_without_a_gradient_alone(rows, columns, seed, de
         np.testing.assert_array_equal(a[idle], before[idle], err_msg=name)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 5), *((n // 8, 8) for n in LARGE[:1])])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_adamw_without_a_first_moment_is_adamw_with_beta1_of_zero(shape, lazy):
+    rng = np.random.default_rng(shape[0])
+    weight, second, grad = arrays(rng, [shape] * 3)
+    grad[::3] = 0
+    settings = {"lr": 0.01, "beta1": 0.0, "beta2": 0.99, "eps": 1e-8, "decay": 0.1, "scale": 0.3, "lazy": lazy}
+    start = [[weight, np.square(second)]]
+    (got,), (ref32,), ref64, (kept,) = copies(start), copies(start), wide(start)[0], copies(start)
+    first = np.zeros(shape, np.float32)
+    for step in (1, 2, 3):
+        optimizers.adamw_step(got[0], None, got[1], grad, step=step, **settings)
+        optimizers.adamw_step(kept[0], first, kept[1], grad, step=step, **settings)
+        reference_optim.adamw_step(ref32[0], None, ref32[1], grad, step=step, **settings)
+        reference_optim.adamw_step(ref64[0], None, ref64[1], grad.astype(np.float64), step=step, **settings)
+    for name, a, b, c, d in zip(("weight", "second"), got, ref32, ref64, kept, strict=True):
+        assert_as_accurate(a, b, c, name=name)
+        np.testing.assert_allclose(a, d, rtol=1e-6, atol=1e-7, err_msg=name)
+    with pytest.raises(ValueError, match="beta1 must be 0 where there is no first moment"):
+        optimizers.adamw_step(got[0], None, got[1], grad, step=1, **settings | {"beta1": 0.9})
+
+
 def test_lazy_adamw_sees_gradients_of_any_size_and_hides_no_nan():
     weight, first, second = (np.zeros((3, 4), np.float32) for _ in range(3))
     grad = np.zeros((3, 4), np.float32)

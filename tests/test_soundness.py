@@ -22,7 +22,13 @@ MOST = 32  # times what plain float32 NumPy errs, in any one step; NumPy is luck
 
 
 def layout(config):
-    return {"groups": config.groups, "dilations": config.dilations, "recursions": config.recursions}
+    return {
+        "groups": config.groups,
+        "dilations": config.dilations,
+        "recursions": config.recursions,
+        "mixer_scale": config.mixer_scale,
+        "glu_scale": config.glu_scale,
+    }
 
 
 def recompute(model, ids, targets, weights, dtype):
@@ -96,7 +102,7 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
 
 def test_the_references_gradients_are_the_derivatives():
     """Central differences of the whole trunk in float64, for every weight that is not made ternary."""
-    config = ModelConfig(vocab_size=7, dim=6, inner=5, groups=2, taps=2, dilations=(1, 2), recursions=2)
+    config = ModelConfig(7, 6, 5, 2, taps=2, dilations=(1, 2), recursions=2, mixer_scale=0.3, glu_scale=0.2)
     parameters = {n: v.astype(np.float64) for n, v in initial_parameters(config, 0, embedding_std=0.5).items()}
     rng = np.random.default_rng(1)
     ids, dout = rng.integers(0, 7, (2, 5)), rng.standard_normal((10, 6))

@@ -117,13 +117,16 @@ def make_session(
 def measure_steps(
     data: TokenData, threads: int, repeats: int, batch: Phase = STEP
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole training steps: tokens/s and shares of the step's time, ours and torch's, by candidate."""
+    """Whole training steps: tokens/s and shares of the step's time, ours and torch's, by candidate.
+
+    Ours take the default recipe's AdamW, without a first moment, torch's the fused one, which always keeps it.
+    """
     rates: dict[str, Any] = {}
     shares: dict[str, Any] = {}
     ours: dict[str, dict[str, Any]] = {
         "dense": {"head": "dense"},
         "dense@0.25": {"head": "dense", "positions": 0.25},
-        "tree": {"head": "tree", "activations": "int8"},  # the default recipe
+        "tree": {"head": "tree", "activations": "int8"},  # the default recipe, but for the shape of its batches
         "tree@float": {"head": "tree"},  # with float32 products, as the peers
     }
     for name, options in ours.items():

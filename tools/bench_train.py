@@ -42,32 +42,47 @@ from tools import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TOKENS_PER_STEP = 16 * 128  # of every candidate's default batch
+TOKENS_PER_STEP = 8 * 256  # of every candidate's default batch
 WARMUP, DECAY_SHARE = 100, 0.4  # of the default recipe; the torch peers get the same schedule
-# what our default recipe does, in the peer's words: the same batches, start of E, loss and schedule, and the rules as
-# published (five Newton-Schulz iterations, every row stepped)
+# what our default recipe does, in the peer's words: the same trunk, batches, start of E, loss, schedule and AdamW, and
+# the rules as published (five Newton-Schulz iterations, every row stepped)
 TORCH = {
-    "batch": "16x128",
+    "batch": "8x256",
+    "mixer-scale": "0.0625",
+    "glu-scale": "3.814697265625e-06",
     "start": "corpus",
     "positions": "1",
     "label-smoothing": "0",
     "z-loss": "0",
     "normuon": "published",
     "adamw-lr": "2e-3",
+    "trunk-lr-factor": "4",
+    "adamw-beta1": "0",
+    "adamw-beta2": "0.99",
     "weight-decay": "0",
     "warmup": str(WARMUP),
 }
 # the name of a setting of ours in the peer's command line
-TORCH_OPTION = {"adamw_lr": "adamw-lr", "normuon_lr": "normuon-lr", "phases": "batch", "warmup_steps": "warmup"}
+TORCH_OPTION = {"phases": "batch", "warmup_steps": "warmup"} | {
+    name: name.replace("_", "-")
+    for name in (
+        "adamw_lr", "trunk_lr_factor", "adamw_beta1", "adamw_beta2", "normuon_lr", "mixer_scale", "glu_scale",
+    )
+}  # fmt: skip
 # FlashLM v3 as published, in the peer's words; these are also its own defaults
 TORCH_V3 = {
     "batch": "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8",
+    "mixer-scale": "1",
+    "glu-scale": "1",
     "start": "random",
     "positions": "0.25",
     "label-smoothing": "0.1",
     "z-loss": "1e-4",
     "normuon": "v3",
     "adamw-lr": "3e-4",
+    "trunk-lr-factor": "1",
+    "adamw-beta1": "0.9",
+    "adamw-beta2": "0.95",
     "weight-decay": "0.1",
     "warmup": "200",
     "decay": "1000",
@@ -123,6 +138,11 @@ class Job:
         budget = {"tokens_asked": self.tokens} if self.tokens is not None else {"minutes_asked": self.minutes}
         threads = {} if self.tokens is not None else {"threads": self.threads}
         return {"name": self.name, "settings": list(self.settings), "seed": self.seed, **budget, **threads}
+
+    def made(self, row: dict[str, Any]) -> bool:
+        """Whether a row of a results file is this job's, its settings in any order."""
+        ordered = {**self.key, "settings": sorted(self.settings)}
+        return ordered.items() <= {**row, "settings": sorted(row["settings"])}.items()
 
     @property
     def command(self) -> list[str]:
@@ -396,8 +416,7 @@ def main(
         for name in names
     ]
     for number, job in enumerate(jobs, 1):
-        rows = read_rows(path)
-        if any(job.key.items() <= row.items() for row in rows):
+        if any(job.made(row) for row in read_rows(path)):
             continue
         click.echo(f"[{number}/{len(jobs)}] {' '.join(job.command)}", err=True)
         began = time.time()

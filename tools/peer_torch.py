@@ -147,8 +147,8 @@ class PeerModel(nn.Module):
         """ids (B, T) -> hidden states (B*T, C)."""
         x = self.embedding(ids)  # (B, T, C)
         for _ in range(self.config.recursions):
-            x = x + self.mixer(self.norm1(x))
-            x = x + self.glu(self.norm2(x))
+            x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.config.mixer_scale)
+            x = torch.add(x, self.glu(self.norm2(x)), alpha=self.config.glu_scale)
         return self.final_norm(x).flatten(0, 1)
 
     def losses(
@@ -497,6 +497,7 @@ class Optimizers:
         normuon: str = "v3",
         normuon_lr: float = 0.02,
         adamw_lr: float = 3e-4,
+        trunk_factor: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         clip: float | None = 1.0,
@@ -507,12 +508,15 @@ class Optimizers:
         self.parameters = list(named.values())
         self.clip = clip
         self.normuon = NorMuon([named[n] for n in names["normuon"]], lr=normuon_lr, variant=normuon)
+        tables = [n for n in names["decay"] if named[n].ndim == 2]
+        trunk = [n for n in names["decay"] if n not in tables]
         self.adamw = torch.optim.AdamW(
             [
-                {"params": [named[n] for n in names["decay"]], "weight_decay": weight_decay},
+                {"params": [named[n] for n in tables], "weight_decay": weight_decay, "lr": adamw_lr},
+                {"params": [named[n] for n in trunk], "weight_decay": weight_decay},
                 {"params": [named[n] for n in names["no_decay"]], "weight_decay": 0.0},
             ],
-            lr=adamw_lr,
+            lr=adamw_lr * trunk_factor,
             betas=betas,
             fused=fused,
         )
@@ -877,8 +881,12 @@ def measure_step(
 @click.option("--log-prior", is_flag=True, help="Add the log frequency of the tokens to the logits.")
 @click.option("--normuon", type=click.Choice(["v3", "published"]), default="v3", show_default=True)
 @click.option("--normuon-lr", default=0.02, show_default=True)
+@click.option("--mixer-scale", default=1.0, show_default=True, help="Factor of the mixer's output; v3 has none.")
+@click.option("--glu-scale", default=1.0, show_default=True, help="Factor of the GLU's output; v3 has none.")
 @click.option("--adamw-lr", default=3e-4, show_default=True)
-@click.option("--betas", type=(float, float), default=(0.9, 0.95), show_default=True)
+@click.option("--trunk-lr-factor", default=1.0, show_default=True, help="Times AdamW's: of convolutions and norms.")
+@click.option("--adamw-beta1", default=0.9, show_default=True)
+@click.option("--adamw-beta2", default=0.95, show_default=True)
 @click.option("--weight-decay", default=0.1, show_default=True)
 @click.option("--fused", is_flag=True, help="torch's fused AdamW.")
 @click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
@@ -914,8 +922,12 @@ def train(
     log_prior: bool,
     normuon: str,
     normuon_lr: float,
+    mixer_scale: float,
+    glu_scale: float,
     adamw_lr: float,
-    betas: tuple[float, float],
+    trunk_lr_factor: float,
+    adamw_beta1: float,
+    adamw_beta2: float,
     weight_decay: float,
     fused: bool,
     clip: float,
@@ -940,7 +952,7 @@ def train(
     end = steps if steps is not None else phases[-1].last_step
     if end is None and minutes is None:
         raise click.UsageError("give --steps or --minutes: the last phase has no end")
-    config = ModelConfig()
+    config = ModelConfig(mixer_scale=mixer_scale, glu_scale=glu_scale)
     counts = tokens.train.counts(config.vocab_size)
     adaptive = head == "adaptive"
     model = PeerModel(
@@ -969,7 +981,8 @@ def train(
         normuon=normuon,
         normuon_lr=normuon_lr,
         adamw_lr=adamw_lr,
-        betas=betas,
+        trunk_factor=trunk_lr_factor,
+        betas=(adamw_beta1, adamw_beta2),
         weight_decay=weight_decay,
         clip=clip,
         fused=fused,

@@ -38,12 +38,15 @@ def points(row: Row) -> list[tuple[float, float, float]]:
 
 
 def label(row: Row) -> str:
-    """Name and settings of a run, and its budget.
+    """Name and settings of a run, if these are few, and its budget.
 
     >>> label({"name": "tree", "settings": ["clip=1"], "minutes_asked": 10.0, "seed": 1})
     'tree clip=1, 10 minutes'
     """
-    words = " ".join([row["name"], *row["settings"]])
+    settings = (
+        row["settings"] if len(row["settings"]) <= 2 else [f"with {len(row['settings'])} settings (see Commands)"]
+    )
+    words = " ".join([row["name"], *settings])
     return f"{words}, {row['minutes_asked']:g} minutes" + (f", seed {row['seed']}" if row["seed"] != 1 else "")
 
 
