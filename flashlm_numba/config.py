@@ -50,6 +50,7 @@ class ModelConfig:
     recursions: int = 2  # passes through the one block
     mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
+    average_decay: float = _in(0.0, 0, 0.9999, later=True)  # of the running average in the mixer, a token; 0: none
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
@@ -67,8 +68,14 @@ class ModelConfig:
 
     @property
     def receptive_field(self) -> int:
-        """Tokens that a hidden state can see, its own included (415 for v3)."""
-        return 1 + self.recursions * (self.taps - 1) * sum(self.dilations)
+        """Tokens that a hidden state can see, its own included (415 for v3).
+
+        A running average is taken to end where a token's share of it is below 2**-24, float32's rounding.
+        """
+        reach = (self.taps - 1) * sum(self.dilations)
+        if self.average_decay:
+            reach += math.ceil(math.log(2**-24) / math.log(self.average_decay))
+        return 1 + self.recursions * reach
 
 
 @dataclass(frozen=True)

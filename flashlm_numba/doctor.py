@@ -118,12 +118,14 @@ def _check_trunk() -> float:
     from flashlm_numba.dense_head import DenseHead
     from flashlm_numba.model import Model, initial_parameters
 
-    config = ModelConfig(97, 48, 70, 3, dilations=(1, 2, 8), mixer_scale=2**-3, glu_scale=2**-10)
+    config = ModelConfig(97, 48, 70, 3, dilations=(1, 2, 8), mixer_scale=2**-3, glu_scale=2**-10, average_decay=0.9)
 
     def make_head(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return DenseHead(weight, dweight)
 
-    model = Model(config, initial_parameters(config, 0, embedding_std=0.5), make_head)
+    parameters = initial_parameters(config, 0, embedding_std=0.5)
+    parameters["mixer.average.weight"][:] = 0.5  # it starts at zero
+    model = Model(config, parameters, make_head)
     ids = np.random.default_rng(2).integers(0, 97, (1, 40)).astype(np.int32)
     whole = model.forward(ids).copy()
     state, first = model.prefill(ids[0, :1])

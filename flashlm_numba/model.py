@@ -27,6 +27,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {
         "embedding.weight": (config.vocab_size, c),
         "norm1.weight": (c,),
+        **({"mixer.average.weight": (c,)} if config.average_decay else {}),
         **{f"mixer.norms.{i}.weight": (c,) for i in convs},
         **{f"mixer.gates.{i}.weight": (c, width, config.taps) for i in convs},
         **{f"mixer.values.{i}.weight": (c, width, config.taps) for i in convs},
@@ -46,7 +47,8 @@ def initial_parameters(
 ) -> dict[str, np.ndarray]:
     """Starting values by FlashLM v3's rules, from a generator of their own per tensor.
 
-    Norms are one; convolutions, gate and up have std fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
+    Norms are one, the running average's gains zero; convolutions, gate and up have std fan_in**-0.5; mixer.out and
+    glu.down 0.01; the router is small.
     embedding (V, C): the rows to start from, else normal with embedding_std.
     """
     parameters = {}
@@ -57,7 +59,7 @@ def initial_parameters(
             parameters[name] = embedding.copy()
             continue
         if len(shape) == 1:
-            value = np.zeros(shape) if name == "router.bias" else np.ones(shape)
+            value = np.zeros(shape) if name in ("router.bias", "mixer.average.weight") else np.ones(shape)
             parameters[name] = value.astype(np.float32)
             continue
         std = float(np.prod(shape[1:])) ** -0.5
@@ -95,7 +97,9 @@ class Model:
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
         branches = config.mixer_scale, config.glu_scale
-        self._weights = TrunkWeights(config.dim, config.inner, config.groups, config.taps, config.dilations, branches)
+        self._weights = TrunkWeights(
+            config.dim, config.inner, config.groups, config.taps, config.dilations, branches, config.average_decay
+        )
         self._buffers: TrunkBuffers | None = None
         self._rows: np.ndarray | None = None
         self.use_activations(config.activations)
@@ -120,6 +124,8 @@ class Model:
         for i in range(len(self.config.dilations)):
             w.norms[3 + i] = p[f"mixer.norms.{i}.weight"]
             w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
+        if self.config.average_decay:
+            w.norms[-1] = p["mixer.average.weight"]
         ternarize(p["mixer.out.weight"], w.w_out)
         ternarize(p["glu.gate.weight"], w.w_gate)
         ternarize(p["glu.up.weight"], w.w_up)
@@ -186,6 +192,8 @@ class Model:
             g[f"mixer.norms.{i}.weight"] += found["norms"][3 + i]
             g[f"mixer.gates.{i}.weight"] += found["gates"][i]
             g[f"mixer.values.{i}.weight"] += found["values"][i]
+        if self.config.average_decay:
+            g["mixer.average.weight"] += found["norms"][-1]
         # ternarize passes the gradient straight through
         g["mixer.out.weight"] += found["w_out"]
         g["glu.gate.weight"] += found["w_gate"]

@@ -2,6 +2,7 @@
 
     embedding       rows gathered, scattered without races, cleared
     rmsnorm, glu    rows of the trunk
+    average         a running average of the tokens so far
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
     ternary_matmul  packed matrix times vectors of int8 or float32
@@ -29,6 +30,7 @@ Nothing is imported here: a program loads the kernels that it uses, and Numba wi
 """
 
 __all__ = [
+    "average",
     "conv",
     "decode",
     "dense_head",

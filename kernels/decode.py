@@ -1,7 +1,8 @@
 """Decoding: one token through the trunk, with a state whose size does not depend on the length of the text.
 
-The arithmetic is that of kernels/trunk.py for a single row. Of the past only the convolutions still need something: the
-last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. They stand in rings of 2 L rows
+The arithmetic is that of kernels/trunk.py for a single row. Of the past only the running average is needed, a row for
+every pass, and what the convolutions still see: the last L = (K - 1) * dilation + 1 of their normalised inputs, for
+every pass and dilation. They stand in rings of 2 L rows
 that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
 convolution are one product with even strides. Rows before the text are zero, as in training. The ternary weights are
 read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would overflow. Where
@@ -19,6 +20,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._rows import scale_rows
 from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
+from flashlm_numba.kernels.average import add_average_next
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
@@ -65,8 +67,8 @@ def _linear(out, x, columns, weight, packed, q, scales, sums, variant):
 
 @serial_kernel
 def _decode_step(
-    out, rings, starts, lengths, position, x, m_long, normed_long, delta, groups, gv, gate_up_long, hidden_long, rstd,
-    q, scales, sums, embedding, row, norms, branches, conv, dilations, w_out, w_gate_up, w_down,
+    out, rings, averages, starts, lengths, position, x, m_long, normed_long, delta, groups, gv, gate_up_long,
+    hidden_long, rstd, q, scales, sums, embedding, row, norms, branches, conv, dilations, w_out, w_gate_up, w_down,
     p_out, p_gate_up, p_down, inner, variant,
 ):  # fmt: skip
     """out (1, C): hidden state of the token with this row of the embedding, the position-th of its text.
@@ -84,6 +86,8 @@ def _decode_step(
         x[0, c] = embedding[row, c]
     for r in range(passes):
         rmsnorm_rows(m, rstd, x, norms[0])
+        if branches[2] > 0:
+            add_average_next(m[0], averages[r], norms[3 + count], branches[2], branches[3])
         for d in range(count):
             rmsnorm_rows(normed, rstd, m, norms[3 + d])
             length = lengths[d]
@@ -111,11 +115,17 @@ def _decode_step(
 
 
 @serial_kernel
-def _fill_rings(rings, starts, lengths, normed, groups, xm, rstd_m, norms):
-    """The rings after a text of T tokens, from what its forward pass saved: xm (R, D + 1, T, C), rstd_m (R, D, T)."""
+def _fill_state(rings, averages, starts, lengths, normed, groups, x, rstd, xm, rstd_m, norms, branches):
+    """The rings and averages after a text of T tokens, from what its forward pass saved: x (R + 1, T, C),
+    rstd (R, 2, T), xm (R, D + 1, T, C), rstd_m (R, D, T).
+    """
     passes, count = starts.shape
     time, width = xm.shape[2], xm.shape[3] // groups.shape[0]
     for r in range(passes):
+        if branches[2] > 0:
+            for t in range(time):
+                rmsnorm_rows_again(normed, x[r, t : t + 1], norms[0], rstd[r, 0, t : t + 1])
+                add_average_next(normed[0], averages[r], norms[3 + count], branches[2], branches[3])
         for d in range(count):
             for t in range(max(0, time - lengths[d]), time):
                 rmsnorm_rows_again(normed, xm[r, d, t : t + 1], norms[3 + d], rstd_m[r, d, t : t + 1])
@@ -124,9 +134,12 @@ def _fill_rings(rings, starts, lengths, normed, groups, xm, rstd_m, norms):
 
 @dataclass
 class DecodeState:
-    """Where a text stands: the rings, the number of tokens so far; and weights and scratch. 1.5 MB for v3's shape."""
+    """Where a text stands: the rings, the averages, the number of tokens so far; and weights and scratch. 1.5 MB for
+    v3's shape.
+    """
 
     rings: np.ndarray  # (any,)
+    averages: np.ndarray  # (R, C): the running average of every pass
     starts: np.ndarray  # (R, D) int64: where a ring begins
     lengths: np.ndarray  # (D,) int64
     ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8, padded; or else empty, and
@@ -181,8 +194,9 @@ def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
         ternary = tuple(_as_int8(weight) for weight in matrices)
     starts = starts[:-1].reshape(passes, count).astype(np.int64)
     return DecodeState(
-        zeros(int(starts[-1, -1] + floats[-1])), starts, lengths, ternary, packed, scratch, zeros(1, dim)
-    )
+        zeros(int(starts[-1, -1] + floats[-1])), zeros(passes, dim), starts, lengths, ternary, packed, scratch,
+        zeros(1, dim),
+    )  # fmt: skip
 
 
 def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
@@ -197,7 +211,7 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
     if not 0 <= row < len(embedding):
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
     _decode_step(
-        state.out, state.rings, state.starts, state.lengths, state.position, *state.scratch,
+        state.out, state.rings, state.averages, state.starts, state.lengths, state.position, *state.scratch,
         embedding, row, weights.norms, weights.branches, weights.conv, weights.dilations, *state.ternary, *state.packed,
         weights.w_down.shape[1], weights.variant,
     )  # fmt: skip
@@ -215,6 +229,9 @@ def prefill(weights: TrunkWeights, buffers: TrunkBuffers) -> DecodeState:
         raise ValueError(f"prefill: the batch must hold one sequence, got {batch}")
     state = new_state(weights, buffers.x1.shape[0])
     normed, groups = np.empty((1, weights.w_out.shape[0]), np.float32), state.scratch[4]
-    _fill_rings(state.rings, state.starts, state.lengths, normed, groups, buffers.xm, buffers.rstd_m, weights.norms)
+    _fill_state(
+        state.rings, state.averages, state.starts, state.lengths, normed, groups,
+        buffers.x, buffers.rstd, buffers.xm, buffers.rstd_m, weights.norms, weights.branches,
+    )  # fmt: skip
     state.position = time
     return state

@@ -80,6 +80,25 @@ def ternary_matvec(weight, x):
     return weight @ x
 
 
+def _running_average(x, decay):
+    """y (B, T, C): y[t] = decay * y[t - 1] + sqrt(1 - decay**2) * x[t]."""
+    d, share = x.dtype.type(decay), x.dtype.type(np.sqrt(1 - decay**2))
+    y, state = np.empty_like(x), np.zeros_like(x[:, 0] if x.shape[1] else x.sum(1))
+    for t in range(x.shape[1]):
+        state = y[:, t] = d * state + share * x[:, t]
+    return y
+
+
+def average_forward(x, gain, decay):
+    return x + gain * _running_average(x, decay)
+
+
+def average_backward(dout, x, gain, decay):
+    """dx, dgain."""
+    back = _running_average((gain * dout)[:, ::-1], decay)[:, ::-1]
+    return dout + back, (dout * _running_average(x, decay)).sum((0, 1))
+
+
 def _conv(x, weight, groups, dilation):
     """Causal grouped convolution of x (B, T, C) with weight (C, C/groups, K)."""
     batch, time, channels = x.shape

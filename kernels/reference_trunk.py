@@ -13,12 +13,15 @@ from flashlm_numba.kernels import reference as r
 TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
 
 
-def trunk_forward(parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0):
+def trunk_forward(parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0, average_decay=0.0):
     """Hidden states (N, C) for token ids (B, T), and what the backward pass needs; parameters by the model's names."""
     p = dict(parameters) | {name: r.ternarize(parameters[name]) for name in TERNARY}
     x, passes = r.embedding_forward(p["embedding.weight"], ids.reshape(-1)), []
     for _ in range(recursions):
         m, rstd = r.rmsnorm_forward(x, p["norm1.weight"])
+        first = m.reshape(*ids.shape, -1)
+        if average_decay:
+            m = r.average_forward(first, p["mixer.average.weight"], average_decay).reshape(m.shape)
         mixed = []
         for i, dilation in enumerate(dilations):
             normed, rstd_m = r.rmsnorm_forward(m, p[f"mixer.norms.{i}.weight"])
@@ -31,18 +34,18 @@ def trunk_forward(parameters, ids, *, groups, dilations, recursions, mixer_scale
         n, rstd_n = r.rmsnorm_forward(x1, p["norm2.weight"])
         gate_up = n @ np.concatenate([p["glu.gate.weight"], p["glu.up.weight"]]).T
         hidden = r.glu_forward(gate_up) * m.dtype.type(glu_scale)
-        passes.append((x, rstd, mixed, m, x1, n, rstd_n, gate_up, hidden))
+        passes.append((x, rstd, first, mixed, m, x1, n, rstd_n, gate_up, hidden))
         x = x1 + hidden @ p["glu.down.weight"].T
     out, rstd = r.rmsnorm_forward(x, p["final_norm.weight"])
-    return out, (p, ids, groups, dilations, (mixer_scale, glu_scale), passes, x, rstd)
+    return out, (p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, passes, x, rstd)
 
 
 def trunk_backward(dout, saved):
     """Gradients by name of sum(dout * hidden states), dout (N, C); the router has none."""
-    p, ids, groups, dilations, (mixer_scale, glu_scale), passes, x, rstd = saved
+    p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, passes, x, rstd = saved
     g = {name: np.zeros_like(value) for name, value in p.items() if not name.startswith("router.")}
     dx, g["final_norm.weight"] = r.rmsnorm_backward(dout, x, p["final_norm.weight"], rstd)
-    for x, rstd, mixed, m, x1, n, rstd_n, gate_up, hidden in reversed(passes):
+    for x, rstd, first, mixed, m, x1, n, rstd_n, gate_up, hidden in reversed(passes):
         g["glu.down.weight"] += dx.T @ hidden
         dgate_up = r.glu_backward(dx @ p["glu.down.weight"] * dx.dtype.type(glu_scale), gate_up)
         dgate, dup = np.split(dgate_up.T @ n, 2)
@@ -67,6 +70,10 @@ def trunk_backward(dout, saved):
             )
             g[f"mixer.norms.{i}.weight"] += dweight
             dm = dm + back
+        if average_decay:
+            back, dgain = r.average_backward(dm.reshape(first.shape), first, p["mixer.average.weight"], average_decay)
+            dm = back.reshape(dm.shape)
+            g["mixer.average.weight"] += dgain
         back, dweight = r.rmsnorm_backward(dm, x, p["norm1.weight"], rstd)
         g["norm1.weight"] += dweight
         dx = dx + back

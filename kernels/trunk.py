@@ -1,9 +1,11 @@
 """The trunk, forward and backward: R passes of one block, then the final norm.
 
     x = E[rows]
-    R times:  m = rmsnorm(x);  for every dilation:  m = m + gated_conv(rmsnorm(m))
+    R times:  m = rmsnorm(x);  m = m + gain * average(m);  for every dilation:  m = m + gated_conv(rmsnorm(m))
               x1 = x + a m Wo';  h = b relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
     out = rmsnorm(x)
+
+The running average (average.py) is left out where its decay is 0, as in FlashLM v3.
 
 One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
 of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over weights
@@ -25,6 +27,7 @@ from flashlm_numba.kernels._jit import helper, kernel
 from flashlm_numba.kernels._panels import SPARE_FLOATS, empty_panels, fill_panels, panel_product
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows, scale_rows
 from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
+from flashlm_numba.kernels.average import add_average, add_average_backward, average_share
 from flashlm_numba.kernels.conv import (
     conv_sequence,
     conv_sequence_dinput,
@@ -83,6 +86,8 @@ def _forward_rows(
         rmsnorm_rows(xm[r, 0, low:high], rstd[r, 0, low:high], x[r, low:high], norms[0])
         for start in range(low, high, time):
             b, end = start // time, start + time
+            if branches[2] > 0:
+                add_average(xm[r, 0, start:end], normed[:time], norms[3 + dilations.shape[0]], branches[2], branches[3])
             for d in range(dilations.shape[0]):
                 rmsnorm_rows(normed[:time], rstd_m[r, d, start:end], xm[r, d, start:end], norms[3 + d])
                 to_groups(n, normed[:time], width)
@@ -158,6 +163,10 @@ def _backward_rows(
                     dm_sequence, dnorms[3 + d], normed[:time], xm[r, d, start:end], norms[3 + d],
                     rstd_m[r, d, start:end], True,
                 )  # fmt: skip
+            if branches[2] > 0:
+                gain = 3 + dilations.shape[0]
+                rmsnorm_rows_again(normed[:time], x[r, start:end], norms[0], rstd[r, 0, start:end])
+                add_average_backward(dm_sequence, dnorms[gain], normed[:time], norms[gain], branches[2], branches[3])
         rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
 
 
@@ -190,8 +199,9 @@ def _trunk_backward(
 class TrunkWeights:
     """The trunk's weights as the kernels read them; set once a step.
 
-    norms (3 + D, C): of the block's input, before the GLU, final, then one per convolution.
-    branches (2,): a and b, what the mixer and the GLU are multiplied by before they are added.
+    norms (4 + D, C): of the block's input, before the GLU, final, then one per convolution; last the average's gain.
+    branches (4,): a and b, what the mixer and the GLU are multiplied by before they are added; the average's decay (0:
+    there is none) and the new token's share of it.
     conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I', C), w_down (C, I'), ternary, where
     I' is I rounded up to whole registers: rows of activations then begin at their boundaries. w_gate, w_up and
     w_down_inner are views without the padding, which is zero.
@@ -208,13 +218,14 @@ class TrunkWeights:
         taps: int,
         dilations: tuple[int, ...],
         branches: tuple[float, float] = (1.0, 1.0),
+        average_decay: float = 0.0,
     ) -> None:
         size, count = padded_width(dim, groups), len(dilations)
         padded = -(-inner // REGISTER) * REGISTER
         self.groups, self.inner = groups, inner
         self.dilations = np.array(dilations, np.int64)
-        self.norms = np.empty((3 + count, dim), np.float32)
-        self.branches = np.array(branches, np.float32)
+        self.norms = np.zeros((4 + count, dim), np.float32)
+        self.branches = np.array([*branches, average_decay, average_share(average_decay)], np.float32)
         self.conv = aligned_zeros((count, groups, taps, size, 2 * size), np.float32)
         self.conv_t = aligned_zeros((count, groups, taps, 2 * size, size), np.float32)
         self.w_out = np.empty((dim, dim), np.float32)
@@ -293,7 +304,7 @@ class TrunkBuffers:
         self.sums = np.zeros((threads, tile_rows), np.int32)
         self.spare = zeros(threads, max(SPARE_FLOATS, spare_floats(weights.variant, tile_rows, widest)))
         # weight gradients, one per thread
-        self.dnorms = zeros(threads, 3 + count, dim)
+        self.dnorms = zeros(threads, 4 + count, dim)
         self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
         self.dw_out, self.dw_down = zeros(threads, dim, dim), zeros(threads, dim, inner)
         self.dw_gate_up = zeros(threads, 2 * inner, dim)
@@ -320,7 +331,7 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
 def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarray) -> dict[str, np.ndarray]:
     """Gradients for dout (N, C) float32 after trunk_forward with the same buffers and weights.
 
-    Returns `dx` (N, C), the gradient of the embedded rows (a view of buffers.dx), `norms` (3 + D, C), `w_out` (C, C),
+    Returns `dx` (N, C), the gradient of the embedded rows (a view of buffers.dx), `norms` (4 + D, C), `w_out` (C, C),
     `w_gate`, `w_up` (I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K).
     """
     b = buffers

@@ -36,6 +36,7 @@ def one_torch_thread():
 CONFIGS = {
     "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
     "odd": ModelConfig(100, 36, 41, 3, taps=3, dilations=(2, 5), recursions=3, mixer_scale=0.3, glu_scale=0.01),
+    "average": ModelConfig(150, 24, 30, 3, dilations=(1, 2), mixer_scale=0.3, average_decay=0.9),
     "v3": ModelConfig(),
 }
 LOSSES = {
@@ -305,6 +306,7 @@ def test_gradients_of_a_random_shape_agree_with_autograd(seed):
         recursions=int(rng.integers(1, 4)),
         mixer_scale=float(rng.choice([1.0, 0.1])),
         glu_scale=float(rng.choice([1.0, 1e-3])),
+        average_decay=float(rng.choice([0.0, 0.95])),
     )
     options = {
         "label_smoothing": float(rng.choice([0.0, 0.1])),

@@ -98,6 +98,13 @@ def test_the_peers_are_given_what_the_default_recipe_does():
     assert bench_train.TORCH.keys() <= bench_train.TORCH_V3.keys()  # the published recipe takes nothing over
 
 
+def test_a_list_in_brackets_is_one_setting():
+    assert bench_train.expand(["dilations=[1,4,16],[1,4,64]", "clip=1"]) == [
+        ("dilations=[1,4,16]", "clip=1"),
+        ("dilations=[1,4,64]", "clip=1"),
+    ]
+
+
 def test_the_published_peer_keeps_its_schedule():
     words = bench_train.Job("torch:v3", (), 1, None, 72.0, 2, (10.0,)).command
     for name, value in (

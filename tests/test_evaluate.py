@@ -1,5 +1,6 @@
 """The rule of eval: every token once, contexts of one document, no influence of windows and batches."""
 
+import dataclasses
 import math
 import shutil
 
@@ -21,10 +22,14 @@ EOT = 0
 CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=["plain", "average"])
+def model(request):
     """A model with large embeddings, so that a wrong context shows in every score."""
-    return Model(CONFIG, initial_parameters(CONFIG, seed=1, embedding_std=1.0), DenseHead)
+    config = dataclasses.replace(CONFIG, average_decay=request.param)
+    parameters = initial_parameters(config, seed=1, embedding_std=1.0)
+    if request.param:
+        parameters["mixer.average.weight"][:] = np.random.default_rng(2).standard_normal(config.dim)
+    return Model(config, parameters, DenseHead)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def _one_by_one(model, documents):
     for document in documents:
         context = [EOT]
         for token in document.tolist():
-            ids = np.array([context[-CONFIG.receptive_field :]], np.int32)
+            ids = np.array([context[-model.config.receptive_field :]], np.int32)
             h = model.forward(ids)[-1:].copy()
             total -= float(model.head.log_prob(h, np.array([token], np.int32))[0])
             context.append(token)

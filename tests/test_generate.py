@@ -53,17 +53,31 @@ def test_greedy_ids_are_those_of_the_whole_context(model):
 SHAPES = [(32, 4, 3, (1, 2)), (24, 3, 2, (3,)), (20, 1, 4, (1, 5))]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(SHAPES), st.integers(1, 3))
-def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recursions):
+def with_gains(parameters):
+    """The same with gains of the running average, where there is one: they start at zero."""
+    if "mixer.average.weight" in parameters:
+        gains = parameters["mixer.average.weight"]
+        gains[:] = np.random.default_rng(3).standard_normal(len(gains))
+    return parameters
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 60),
+    st.sampled_from(SHAPES),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.3, 0.98]),
+)
+def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recursions, decay):
     """Hidden states token by token after a prompt of any length, far beyond the receptive field."""
     dim, groups, taps, dilations = shape
     config = ModelConfig(
-        vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=recursions
-    )
+        vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=recursions,
+        average_decay=decay,
+    )  # fmt: skip
     tree = build_tree("two-level", np.arange(61))
-    model = Model(
-        config, initial_parameters(config, seed % 100, embedding_std=1.0), lambda w, dw: TreeHead(tree, w, dw)
-    )
+    parameters = with_gains(initial_parameters(config, seed % 100, embedding_std=1.0))
+    model = Model(config, parameters, lambda w, dw: TreeHead(tree, w, dw))
     ids = np.random.default_rng(seed).integers(0, 61, prompt + 30).astype(np.int32)
     want = model.forward(ids[None]).copy()
     state, h = model.prefill(ids[:prompt])

@@ -6,7 +6,7 @@ from helpers import assert_as_accurate, numeric_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _math, conv, embedding, glu, reference, rmsnorm, ternary, ternary_matmul
+from flashlm_numba.kernels import _math, average, conv, embedding, glu, reference, rmsnorm, ternary, ternary_matmul
 
 rows = st.integers(0, 9)
 seeds = st.integers(0, 2**32 - 1)
@@ -19,6 +19,44 @@ def normal(rng, *shape, scale=1.0):
 
 def doubles(*arrays):
     return [array.astype(np.float64) for array in arrays]
+
+
+@given(seeds, st.integers(0, 3), st.sampled_from([0, 1, 2, 7, 40]), st.sampled_from([1, 5, 16]), scales)
+def test_average_matches_reference(seed, batch, time, dim, scale):
+    rng = np.random.default_rng(seed)
+    decay = float(rng.choice([0.0, 0.5, 0.9, 0.98]))
+    x, gain, dout = normal(rng, batch, time, dim, scale=scale), normal(rng, dim), normal(rng, batch, time, dim)
+    out = average.average_forward(x, gain, decay)
+    dx, dgain = average.average_backward(dout, x, gain, decay)
+    x64, gain64, dout64 = doubles(x, gain, dout)
+    assert_as_accurate(out, reference.average_forward(x, gain, decay), reference.average_forward(x64, gain64, decay), 8)
+    dx32, dgain32 = reference.average_backward(dout, x, gain, decay)
+    dx64, dgain64 = reference.average_backward(dout64, x64, gain64, decay)
+    assert_as_accurate(dx, dx32, dx64, 8, "dx")
+    assert_as_accurate(dgain, dgain32, dgain64, 8, "dgain")
+
+
+def test_average_reference_backward_is_the_derivative():
+    rng = np.random.default_rng(1)
+    x, gain, dout = rng.standard_normal((2, 6, 3)), rng.standard_normal(3), rng.standard_normal((2, 6, 3))
+
+    def loss():
+        return float((reference.average_forward(x, gain, 0.8) * dout).sum())
+
+    dx, dgain = reference.average_backward(dout, x, gain, 0.8)
+    np.testing.assert_allclose(dx, numeric_gradient(loss, x), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(dgain, numeric_gradient(loss, gain), rtol=1e-6, atol=1e-8)
+
+
+def test_average_keeps_the_size_of_independent_tokens():
+    x = normal(np.random.default_rng(0), 1, 20_000, 1)
+    y = average.average_forward(x, np.ones(1, np.float32), 0.9) - x
+    assert np.std(y) == pytest.approx(1, abs=0.05)
+
+
+def test_average_refuses_a_decay_that_does_not_fade():
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+        average.average_forward(np.zeros((1, 2, 3), np.float32), np.zeros(3, np.float32), 1.0)
 
 
 def test_exp_is_exact_to_two_units_over_the_whole_range():

@@ -38,10 +38,13 @@ def test_v3_has_the_published_number_of_parameters():
     assert ModelConfig().receptive_field == 415
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("length", [1, 7, 40])
-def test_hidden_states_see_nothing_of_the_future(length, activations):
-    model = small_model()
+def test_hidden_states_see_nothing_of_the_future(length, activations, decay):
+    model = small_model(config=dataclasses.replace(SMALL, average_decay=decay))
+    if decay:
+        model.parameters["mixer.average.weight"][:] = 1
     model.use_activations(activations)
     ids, _ = batch(1, 3, length)
     before = model.forward(ids).copy().reshape(3, length, -1)
@@ -113,6 +116,20 @@ def test_a_token_outside_the_receptive_field_has_no_influence():
     np.testing.assert_array_equal(before, model.forward(ids)[-1])
     ids[0, 1] = (ids[0, 1] + 1) % SMALL.vocab_size
     assert (before != model.forward(ids)[-1]).any()
+
+
+def test_a_running_average_fades_within_the_receptive_field():
+    model = small_model(config=dataclasses.replace(SMALL, average_decay=0.5))
+    model.parameters["mixer.average.weight"][:] = 1
+    model.prepare()
+    field = model.config.receptive_field
+    assert field == SMALL.receptive_field + 2 * 24  # 0.5**24 = 2**-24
+    ids, _ = batch(3, 1, field + 1)
+    before = model.forward(ids)[-1].copy()
+    ids[0, 0] = (ids[0, 0] + 1) % SMALL.vocab_size
+    np.testing.assert_allclose(model.forward(ids)[-1], before, rtol=0, atol=1e-5)
+    ids[0, -SMALL.receptive_field - 1] = (ids[0, -SMALL.receptive_field - 1] + 1) % SMALL.vocab_size
+    assert (model.forward(ids)[-1] != before).any()
 
 
 def test_weights_of_zero_leave_positions_out():

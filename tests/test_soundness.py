@@ -1,5 +1,7 @@
 """Numbers stay sound: along two thousand steps, and between ways to compute the same NLL that share nothing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import assert_as_accurate, command, numeric_gradient
@@ -16,7 +18,7 @@ from flashlm_numba.optim import PRESETS, Optimizer
 from flashlm_numba.tokenizer import EOT
 from flashlm_numba.tree import build_tree
 
-SHAPE = ModelConfig(vocab_size=61, dim=16, inner=24, groups=4, dilations=(1, 3), recursions=2)
+SHAPE = ModelConfig(vocab_size=61, dim=16, inner=24, groups=4, dilations=(1, 3), recursions=2, average_decay=0.8)
 STEPS, EVERY = 2_000, 50
 MOST = 32  # times what plain float32 NumPy errs, in any one step; NumPy is lucky in some
 
@@ -28,6 +30,7 @@ def layout(config):
         "recursions": config.recursions,
         "mixer_scale": config.mixer_scale,
         "glu_scale": config.glu_scale,
+        "average_decay": config.average_decay,
     }
 
 
@@ -103,8 +106,10 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
 def test_the_references_gradients_are_the_derivatives():
     """Central differences of the whole trunk in float64, for every weight that is not made ternary."""
     config = ModelConfig(7, 6, 5, 2, taps=2, dilations=(1, 2), recursions=2, mixer_scale=0.3, glu_scale=0.2)
+    config = dataclasses.replace(config, average_decay=0.7)
     parameters = {n: v.astype(np.float64) for n, v in initial_parameters(config, 0, embedding_std=0.5).items()}
     rng = np.random.default_rng(1)
+    parameters["mixer.average.weight"][:] = rng.standard_normal(6)
     ids, dout = rng.integers(0, 7, (2, 5)), rng.standard_normal((10, 6))
 
     def value():

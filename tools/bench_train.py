@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -353,13 +354,15 @@ def expand(settings: Iterable[str]) -> list[tuple[str, ...]]:
 
     >>> expand(["adamw_lr=1e-3,2e-3", "clip=1"])
     [('adamw_lr=1e-3', 'clip=1'), ('adamw_lr=2e-3', 'clip=1')]
+    >>> expand(["dilations=[1,4,16],[1,4,64]"])  # commas in brackets belong to the value
+    [('dilations=[1,4,16]',), ('dilations=[1,4,64]',)]
     """
     lists = []
     for text in settings:
         name, equals, values = text.partition("=")
         if not equals:
             raise click.UsageError(f"--set takes key=value or key=value,value, got '{text}'.")
-        lists.append([f"{name}={value}" for value in values.split(",")])
+        lists.append([f"{name}={value}" for value in re.split(r",(?![^\[]*\])", values)])
     return list(itertools.product(*lists))
 
 
@@ -370,7 +373,9 @@ def expand(settings: Iterable[str]) -> list[tuple[str, ...]]:
 @click.option("--marks", default="", metavar="A,B", help="Score each run at these minutes of training too.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), help="Keep the runs here, and resume them.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(1,), show_default=True)
-@click.option("--set", "settings", multiple=True, metavar="KEY=A,B", help="A setting, or several to try in turn.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=A,B", help="A setting, or several in turn; [A,B] is one."
+)
 @click.option("--threads", type=click.IntRange(min=1), default=timing.available_cores(), show_default=True)
 @click.option("--table", "table_path", type=click.Path(path_type=Path, exists=True), help="Print this file's rows.")
 def main(

@@ -72,8 +72,25 @@ class TernaryLinear(nn.Module):
         return F.linear(x, self.weight + to_ternary)
 
 
+class Average(nn.Module):
+    """x + weight * y with y[t] = decay * y[t - 1] + sqrt(1 - decay**2) * x[t], as one product with a (T, T) matrix."""
+
+    def __init__(self, dim: int, decay: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.decay = decay
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        ages = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        shares = (self.decay ** ages.clamp(min=0).double()).tril() * (1 - self.decay**2) ** 0.5
+        return x + self.weight * (shares.to(x.dtype) @ x)
+
+
 class Mixer(nn.Module):
-    """Gated causal dilated grouped convolutions, each with a residual, then a ternary projection."""
+    """Gated causal dilated grouped convolutions, each with a residual, then a ternary projection.
+
+    A running average of the tokens so far comes first, where the configuration has one.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -86,6 +103,7 @@ class Mixer(nn.Module):
             nn.init.normal_(layer.weight, std=(per_group * config.taps) ** -0.5)
             return layer
 
+        self.average = Average(dim, config.average_decay) if config.average_decay else nn.Identity()
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in config.dilations)
         self.gates = nn.ModuleList(convolution(d) for d in config.dilations)
         self.values = nn.ModuleList(convolution(d) for d in config.dilations)
@@ -93,6 +111,7 @@ class Mixer(nn.Module):
         self.left_padding = [(config.taps - 1) * d for d in config.dilations]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        x = self.average(x)
         for norm, gate, value, padding in zip(self.norms, self.gates, self.values, self.left_padding, strict=True):
             n = F.pad(norm(x).mT, (padding, 0))  # (B, C, padding + T)
             x = x + (gate(n).sigmoid() * value(n)).mT
@@ -883,6 +902,8 @@ def measure_step(
 @click.option("--normuon-lr", default=0.02, show_default=True)
 @click.option("--mixer-scale", default=1.0, show_default=True, help="Factor of the mixer's output; v3 has none.")
 @click.option("--glu-scale", default=1.0, show_default=True, help="Factor of the GLU's output; v3 has none.")
+@click.option("--dilations", default="1,4,64", show_default=True, help="Of the mixer's convolutions.")
+@click.option("--average-decay", default=0.0, show_default=True, help="Of the running average; 0, as in v3: none.")
 @click.option("--adamw-lr", default=3e-4, show_default=True)
 @click.option("--trunk-lr-factor", default=1.0, show_default=True, help="Times AdamW's: of convolutions and norms.")
 @click.option("--adamw-beta1", default=0.9, show_default=True)
@@ -924,6 +945,8 @@ def train(
     normuon_lr: float,
     mixer_scale: float,
     glu_scale: float,
+    dilations: str,
+    average_decay: float,
     adamw_lr: float,
     trunk_lr_factor: float,
     adamw_beta1: float,
@@ -952,7 +975,12 @@ def train(
     end = steps if steps is not None else phases[-1].last_step
     if end is None and minutes is None:
         raise click.UsageError("give --steps or --minutes: the last phase has no end")
-    config = ModelConfig(mixer_scale=mixer_scale, glu_scale=glu_scale)
+    config = ModelConfig(
+        dilations=tuple(int(dilation) for dilation in dilations.strip("[]").split(",")),
+        mixer_scale=mixer_scale,
+        glu_scale=glu_scale,
+        average_decay=average_decay,
+    )
     counts = tokens.train.counts(config.vocab_size)
     adaptive = head == "adaptive"
     model = PeerModel(

@@ -1,0 +1,103 @@
+"""A running average of the tokens so far, added channel by channel: what the text is about, beyond the convolutions.
+
+    y[t] = d y[t - 1] + sqrt(1 - d**2) x[t],   out[t] = x[t] + gain * y[t]
+
+with y zero before the sequence begins. The square root keeps y at the size of x where the tokens are independent.
+Letters: T time, C channels. Source: a linear recurrence with one fixed decay, the simplest of those of Gu et al. 2021,
+arXiv:2111.00396, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._jit import helper, serial_kernel
+
+
+@helper
+def add_average(x, y, gain, decay, share):
+    """x (T, C) += gain * y, where y (T, C) is the average; gain (C,), share = sqrt(1 - decay**2)."""
+    for t in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            before = y[t - 1, c] if t > 0 else np.float32(0)
+            y[t, c] = decay * before + share * x[t, c]
+            x[t, c] += gain[c] * y[t, c]
+
+
+@helper
+def add_average_next(x, y, gain, decay, share):
+    """add_average for the next token: x (C,) += gain * y, after y (C,) has taken x in."""
+    for c in range(x.shape[0]):
+        y[c] = decay * y[c] + share * x[c]
+        x[c] += gain[c] * y[c]
+
+
+@helper
+def add_average_backward(dx, dgain, x, gain, decay, share):
+    """dx (T, C), the gradient of what add_average made of x, becomes that of x; dgain (C,) +=. Destroys x (T, C)."""
+    last = x.shape[0] - 1
+    for t in range(last + 1):
+        for c in range(x.shape[1]):
+            before = x[t - 1, c] if t > 0 else np.float32(0)
+            x[t, c] = decay * before + share * x[t, c]  # the average
+            dgain[c] += dx[t, c] * x[t, c]
+    for back in range(last + 1):
+        t = last - back
+        for c in range(x.shape[1]):
+            # forward: y[t + 1] = d y[t] + ..., so dy[t] = gain * dout[t] + d dy[t + 1]
+            after = x[t + 1, c] if t < last else np.float32(0)
+            x[t, c] = gain[c] * dx[t, c] + decay * after
+            dx[t, c] += share * x[t, c]
+
+
+@serial_kernel
+def _average_forward(out, y, gain, decay, share):
+    for b in range(out.shape[0]):
+        add_average(out[b], y, gain, decay, share)
+
+
+@serial_kernel
+def _average_backward(dx, dgain, x, gain, decay, share):
+    for b in range(dx.shape[0]):
+        add_average_backward(dx[b], dgain, x[b], gain, decay, share)
+
+
+def average_share(decay: float) -> np.float32:
+    """The new token's share sqrt(1 - decay**2) of the average."""
+    return np.float32(math.sqrt(1 - decay * decay))
+
+
+def _check_decay(where: str, decay: float) -> None:
+    if not 0 <= decay < 1:
+        raise ValueError(f"{where}: decay must be in [0, 1), got {decay}")
+
+
+def average_forward(x: np.ndarray, gain: np.ndarray, decay: float) -> np.ndarray:
+    """x + gain * (running average of x over time), causal, for x (B, T, C) and gain (C,), float32; 0 <= decay < 1.
+
+    Raises ValueError if a shape, a dtype or the decay is wrong.
+
+    >>> x = np.array([[[1], [0], [0]]], np.float32)
+    >>> average_forward(x, np.ones(1, np.float32), 0.8).ravel().round(3).tolist()
+    [1.6, 0.48, 0.384]
+    """
+    _check.array("average_forward", "x", x, (None, None, None))
+    _check.array("average_forward", "gain", gain, (x.shape[2],))
+    _check_decay("average_forward", decay)
+    out = x.copy()
+    _average_forward(out, np.empty(x.shape[1:], np.float32), gain, np.float32(decay), average_share(decay))
+    return out
+
+
+def average_backward(dout: np.ndarray, x: np.ndarray, gain: np.ndarray, decay: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients dx (B, T, C) and dgain (C,) for dout (B, T, C), all float32. Raises ValueError as average_forward."""
+    _check.array("average_backward", "dout", dout, (None, None, None))
+    _check.array("average_backward", "x", x, dout.shape)
+    _check.array("average_backward", "gain", gain, (x.shape[2],))
+    _check_decay("average_backward", decay)
+    dx, dgain = dout.copy(), np.zeros_like(gain)
+    _average_backward(dx, dgain, x.copy(), gain, np.float32(decay), average_share(decay))
+    return dx, dgain
