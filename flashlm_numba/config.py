@@ -299,7 +299,7 @@ RECIPES: dict[str, RunConfig] = {
     "default": RunConfig(
         recipe="default",
         # scales of about fan_in**-0.5 for each ternary matrix that a branch goes through
-        model=ModelConfig(mixer_scale=2**-4, glu_scale=2**-18, activations="int8"),
+        model=ModelConfig(mixer_scale=2**-4, glu_scale=2**-18, average_decay=0.98, activations="int8"),
         optimizer=OptimizerConfig(
             normuon_iterations=3, trunk_lr_factor=4.0, adamw_beta1=0.0, adamw_beta2=0.99, lazy_rows=True
         ),

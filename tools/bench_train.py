@@ -51,6 +51,8 @@ TORCH = {
     "batch": "8x256",
     "mixer-scale": "0.0625",
     "glu-scale": "3.814697265625e-06",
+    "average-decay": "0.98",
+    "dilations": "1,4,64",
     "start": "corpus",
     "positions": "1",
     "label-smoothing": "0",
@@ -68,6 +70,7 @@ TORCH_OPTION = {"phases": "batch", "warmup_steps": "warmup"} | {
     name: name.replace("_", "-")
     for name in (
         "adamw_lr", "trunk_lr_factor", "adamw_beta1", "adamw_beta2", "normuon_lr", "mixer_scale", "glu_scale",
+        "average_decay", "dilations",
     )
 }  # fmt: skip
 # FlashLM v3 as published, in the peer's words; these are also its own defaults
@@ -75,6 +78,8 @@ TORCH_V3 = {
     "batch": "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8",
     "mixer-scale": "1",
     "glu-scale": "1",
+    "average-decay": "0",
+    "dilations": "1,4,64",
     "start": "random",
     "positions": "0.25",
     "label-smoothing": "0.1",
