@@ -95,7 +95,8 @@ def export_run(folder: Path, out: Path, checkpoint_name: str | None = None, *, e
         raise UserError(f"{out} exists already; choose another file, or remove it.")
     loaded = load_model(folder, checkpoint_name, ema=ema)
     tensors = tensors_of(loaded.model)
-    tensors |= {name: ternarize(tensors[name]) for name in packed.TERNARY}
+    threshold = loaded.run.model.ternary_threshold
+    tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in packed.TERNARY}
     start = loaded.run.training.embeddings
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # of a path on this machine

@@ -51,6 +51,7 @@ class ModelConfig:
     mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
     average_decay: float = _in(0.0, 0, 0.9999, later=True)  # of the running average in the mixer, a token; 0: none
+    ternary_threshold: float = _in(1.0, 0, 1, later=True)  # times a matrix's mean magnitude: where a weight is +1 or -1
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
@@ -299,7 +300,9 @@ RECIPES: dict[str, RunConfig] = {
     "default": RunConfig(
         recipe="default",
         # scales of about fan_in**-0.5 for each ternary matrix that a branch goes through
-        model=ModelConfig(mixer_scale=2**-4, glu_scale=2**-18, average_decay=0.98, activations="int8"),
+        model=ModelConfig(
+            mixer_scale=2**-4, glu_scale=2**-18, average_decay=0.98, ternary_threshold=0.5, activations="int8"
+        ),
         optimizer=OptimizerConfig(
             normuon_iterations=3, trunk_lr_factor=4.0, adamw_beta1=0.0, adamw_beta2=0.99, lazy_rows=True
         ),

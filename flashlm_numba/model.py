@@ -126,10 +126,11 @@ class Model:
             w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
         if self.config.average_decay:
             w.norms[-1] = p["mixer.average.weight"]
-        ternarize(p["mixer.out.weight"], w.w_out)
-        ternarize(p["glu.gate.weight"], w.w_gate)
-        ternarize(p["glu.up.weight"], w.w_up)
-        w.w_down_inner[...] = ternarize(p["glu.down.weight"])
+        share = self.config.ternary_threshold
+        ternarize(p["mixer.out.weight"], w.w_out, threshold=share)
+        ternarize(p["glu.gate.weight"], w.w_gate, threshold=share)
+        ternarize(p["glu.up.weight"], w.w_up, threshold=share)
+        w.w_down_inner[...] = ternarize(p["glu.down.weight"], threshold=share)
         w.pack()
         self.head.prepare()
 

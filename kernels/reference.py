@@ -47,10 +47,10 @@ def embedding_backward(dweight, dout, rows):
     np.add.at(dweight, rows, dout)
 
 
-def ternarize(weight):
+def ternarize(weight, threshold=1.0):
     total = np.cumsum(np.abs(weight).ravel(), dtype=np.float64)[-1] if weight.size else 0.0  # in order
-    threshold = weight.dtype.type(np.float32(total / max(weight.size, 1)))
-    return ((weight > threshold).astype(weight.dtype) - (weight < -threshold)).astype(weight.dtype)
+    t = weight.dtype.type(np.float32(threshold) * np.float32(total / max(weight.size, 1)))
+    return ((weight > t).astype(weight.dtype) - (weight < -t)).astype(weight.dtype)
 
 
 def pack_ternary(weight):

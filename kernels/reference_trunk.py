@@ -13,9 +13,12 @@ from flashlm_numba.kernels import reference as r
 TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
 
 
-def trunk_forward(parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0, average_decay=0.0):
+def trunk_forward(
+    parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0, average_decay=0.0,
+    ternary_threshold=1.0,
+):  # fmt: skip
     """Hidden states (N, C) for token ids (B, T), and what the backward pass needs; parameters by the model's names."""
-    p = dict(parameters) | {name: r.ternarize(parameters[name]) for name in TERNARY}
+    p = dict(parameters) | {name: r.ternarize(parameters[name], ternary_threshold) for name in TERNARY}
     x, passes = r.embedding_forward(p["embedding.weight"], ids.reshape(-1)), []
     for _ in range(recursions):
         m, rstd = r.rmsnorm_forward(x, p["norm1.weight"])

@@ -1,4 +1,4 @@
-"""Ternary weights: {-1, 0, +1} by a threshold at the mean magnitude, and their packed form.
+"""Ternary weights: {-1, 0, +1} by a threshold at a share of the mean magnitude, and their packed form.
 
 Packing (2 bits a weight): codes 0, 1, 2 stand for -1, 0, +1. A row of K weights is padded with zeros to whole blocks
 of 256; byte j (0 <= j < 64) of a block holds the weights j, j + 64, j + 128, j + 192 at bits 0, 2, 4, 6, so that one
@@ -16,25 +16,26 @@ from flashlm_numba.kernels._ternary_dots import BLOCK, BLOCK_BYTES
 
 
 @exact_kernel
-def _ternarize(out, weight):
-    """out = sign(weight) where |weight| > mean|weight|, else 0; both 1-D. Returns the threshold."""
+def _ternarize(out, weight, share):
+    """out = sign(weight) where |weight| > share * mean|weight|, else 0; both 1-D. Returns the threshold."""
     total = 0.0  # float64, in order: the same threshold for any thread count
     for i in range(weight.shape[0]):
         total += abs(weight[i])
-    threshold = np.float32(total / max(weight.shape[0], 1))
+    threshold = share * np.float32(total / max(weight.shape[0], 1))
     for i in range(weight.shape[0]):
         w = weight[i]
         out[i] = np.float32(1 if w > threshold else 0) - np.float32(1 if w < -threshold else 0)
     return threshold
 
 
-def ternarize(weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Ternary values of weight (any shape) float32: +1 where w > mean|w|, -1 where w < -mean|w|, else 0 (float32).
+def ternarize(weight: np.ndarray, out: np.ndarray | None = None, *, threshold: float = 1.0) -> np.ndarray:
+    """Ternary values of weight (any shape) float32: +1 where w > t, -1 where w < -t, else 0; t = threshold * mean|w|.
 
     The gradient is passed straight through: d weight = d out (Bengio et al. 2013, arXiv:1308.3432), so there is no
-    backward function. Its own result it leaves as it is: some element is zero there, so the mean is below one.
-    Writes to out if given. Raises ValueError if an array is not contiguous float32.
-    Source of the rule: FlashLM v3; the mean is summed in float64 in order and rounded to float32.
+    backward function. Its own result it leaves as it is: the mean is below one there, or the threshold is.
+    threshold is in [0, 1]. Writes to out (float32) if given. Raises ValueError if an array is not contiguous float32.
+    Source of the rule: FlashLM v3, with threshold 1; 0.5 is what rounding w / mean|w| comes to (Ma et al. 2024,
+    arXiv:2402.17764, section 2). The mean is summed in float64 in order and rounded to float32.
 
     >>> ternarize(np.array([[0.1, -2, 3, 0.2]], np.float32)).tolist()
     [[0.0, -1.0, 1.0, 0.0]]
@@ -42,7 +43,9 @@ def ternarize(weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     out = np.empty_like(weight) if out is None else out
     _check.array("ternarize", "weight", weight, weight.shape)
     _check.array("ternarize", "out", out, weight.shape)
-    _ternarize(out.reshape(-1), weight.reshape(-1))
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"ternarize: threshold must be in [0, 1], got {threshold}")
+    _ternarize(out.reshape(-1), weight.reshape(-1), np.float32(threshold))
     return out
 
 

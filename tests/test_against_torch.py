@@ -36,7 +36,7 @@ def one_torch_thread():
 CONFIGS = {
     "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
     "odd": ModelConfig(100, 36, 41, 3, taps=3, dilations=(2, 5), recursions=3, mixer_scale=0.3, glu_scale=0.01),
-    "average": ModelConfig(150, 24, 30, 3, dilations=(1, 2), mixer_scale=0.3, average_decay=0.9),
+    "average": ModelConfig(150, 24, 30, 3, dilations=(1, 2), average_decay=0.9, ternary_threshold=0.5),
     "v3": ModelConfig(),
 }
 LOSSES = {
@@ -54,7 +54,7 @@ def weights_away_from_the_threshold(config, seed=0):
         if value.ndim == 1:
             value += rng.standard_normal(value.shape).astype(np.float32) * np.float32(0.1)
         if value.ndim == 2 and not name.startswith("embedding"):
-            threshold = np.abs(value).mean()
+            threshold = config.ternary_threshold * np.abs(value).mean()
             near = np.abs(np.abs(value) - threshold) < 0.05 * threshold
             value[near] *= np.float32(0.8)
     return parameters
@@ -307,6 +307,7 @@ def test_gradients_of_a_random_shape_agree_with_autograd(seed):
         mixer_scale=float(rng.choice([1.0, 0.1])),
         glu_scale=float(rng.choice([1.0, 1e-3])),
         average_decay=float(rng.choice([0.0, 0.95])),
+        ternary_threshold=float(rng.choice([1.0, 0.7])),
     )
     options = {
         "label_smoothing": float(rng.choice([0.0, 0.1])),

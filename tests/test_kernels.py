@@ -175,23 +175,33 @@ def test_pack_unpack_round_trip_and_matvec(seed, n, columns):
     assert (np.abs(got - reference.ternary_matvec(*doubles(weight, x))) <= room).all()
 
 
-@given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), scales)
-def test_ternarize_matches_reference_exactly(seed, shape, scale):
+thresholds = st.sampled_from([0.0, 0.5, 0.7, 1.0])
+
+
+@given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), scales, thresholds)
+def test_ternarize_matches_reference_exactly(seed, shape, scale, threshold):
     weight = normal(np.random.default_rng(seed), *shape, scale=scale)
-    np.testing.assert_array_equal(ternary.ternarize(weight), reference.ternarize(weight))
+    found = ternary.ternarize(weight, threshold=threshold)
+    np.testing.assert_array_equal(found, reference.ternarize(weight, threshold))
 
 
-@given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), st.booleans())
-def test_ternarize_leaves_its_own_result_as_it_is(seed, shape, equal):
+@given(seeds, st.sampled_from([(0, 3), (1, 1), (5, 7), (64, 33)]), st.booleans(), thresholds)
+def test_ternarize_leaves_its_own_result_as_it_is(seed, shape, equal, threshold):
     weight = normal(np.random.default_rng(seed), *shape)
     if equal:  # every magnitude the same, as rounding allows
         weight = np.copysign(np.float32(0.1), weight)
-    once = ternary.ternarize(weight)
-    np.testing.assert_array_equal(ternary.ternarize(once), once)
+    once = ternary.ternarize(weight, threshold=threshold)
+    np.testing.assert_array_equal(ternary.ternarize(once, threshold=threshold), once)
 
 
 def test_ternarize_at_the_threshold_is_zero():
     assert ternary.ternarize(np.array([1, -1, 1, -1], np.float32)).tolist() == [0, 0, 0, 0]
+    assert ternary.ternarize(np.array([1, -3, 0, 4], np.float32), threshold=0.5).tolist() == [0, -1, 0, 1]
+
+
+def test_ternarize_refuses_a_threshold_that_would_not_keep_its_result():
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
+        ternary.ternarize(np.ones(2, np.float32), threshold=1.5)
 
 
 def test_pack_rejects_what_is_not_ternary():

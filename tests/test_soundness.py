@@ -19,6 +19,7 @@ from flashlm_numba.tokenizer import EOT
 from flashlm_numba.tree import build_tree
 
 SHAPE = ModelConfig(vocab_size=61, dim=16, inner=24, groups=4, dilations=(1, 3), recursions=2, average_decay=0.8)
+SHAPE = dataclasses.replace(SHAPE, ternary_threshold=0.5)
 STEPS, EVERY = 2_000, 50
 MOST = 32  # times what plain float32 NumPy errs, in any one step; NumPy is lucky in some
 
@@ -31,6 +32,7 @@ def layout(config):
         "mixer_scale": config.mixer_scale,
         "glu_scale": config.glu_scale,
         "average_decay": config.average_decay,
+        "ternary_threshold": config.ternary_threshold,
     }
 
 

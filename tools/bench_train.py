@@ -52,6 +52,7 @@ TORCH = {
     "mixer-scale": "0.0625",
     "glu-scale": "3.814697265625e-06",
     "average-decay": "0.98",
+    "ternary-threshold": "0.5",
     "dilations": "1,4,64",
     "start": "corpus",
     "positions": "1",
@@ -70,7 +71,7 @@ TORCH_OPTION = {"phases": "batch", "warmup_steps": "warmup"} | {
     name: name.replace("_", "-")
     for name in (
         "adamw_lr", "trunk_lr_factor", "adamw_beta1", "adamw_beta2", "normuon_lr", "mixer_scale", "glu_scale",
-        "average_decay", "dilations",
+        "average_decay", "dilations", "ternary_threshold",
     )
 }  # fmt: skip
 # FlashLM v3 as published, in the peer's words; these are also its own defaults
@@ -79,6 +80,7 @@ TORCH_V3 = {
     "mixer-scale": "1",
     "glu-scale": "1",
     "average-decay": "0",
+    "ternary-threshold": "1",
     "dilations": "1,4,64",
     "start": "random",
     "positions": "0.25",

@@ -58,15 +58,19 @@ class RMSNorm(nn.Module):
 
 
 class TernaryLinear(nn.Module):
-    """x @ ternary(weight).T without scale; the gradient goes straight through to weight (n_out, n_in)."""
+    """x @ ternary(weight).T without scale; the gradient goes straight through to weight (n_out, n_in).
 
-    def __init__(self, n_in: int, n_out: int, std: float) -> None:
+    threshold: times the mean magnitude, where a weight becomes +1 or -1.
+    """
+
+    def __init__(self, n_in: int, n_out: int, std: float, threshold: float) -> None:
         super().__init__()
+        self.threshold = threshold
         self.weight = nn.Parameter(torch.empty(n_out, n_in).normal_(std=std))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            threshold = torch.mean(self.weight.abs(), dtype=torch.float64).to(self.weight.dtype)
+            threshold = self.threshold * torch.mean(self.weight.abs(), dtype=torch.float64).to(self.weight.dtype)
             ternary = (self.weight > threshold).to(x.dtype) - (self.weight < -threshold).to(x.dtype)
             to_ternary = ternary - self.weight
         return F.linear(x, self.weight + to_ternary)
@@ -107,7 +111,7 @@ class Mixer(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in config.dilations)
         self.gates = nn.ModuleList(convolution(d) for d in config.dilations)
         self.values = nn.ModuleList(convolution(d) for d in config.dilations)
-        self.out = TernaryLinear(dim, dim, std=0.01)
+        self.out = TernaryLinear(dim, dim, 0.01, config.ternary_threshold)
         self.left_padding = [(config.taps - 1) * d for d in config.dilations]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
@@ -121,11 +125,11 @@ class Mixer(nn.Module):
 class GLU(nn.Module):
     """down(relu(gate(x))**2 * up(x)), all three ternary."""
 
-    def __init__(self, dim: int, inner: int) -> None:
+    def __init__(self, dim: int, inner: int, threshold: float) -> None:
         super().__init__()
-        self.gate = TernaryLinear(dim, inner, std=dim**-0.5)
-        self.up = TernaryLinear(dim, inner, std=dim**-0.5)
-        self.down = TernaryLinear(inner, dim, std=0.01)
+        self.gate = TernaryLinear(dim, inner, dim**-0.5, threshold)
+        self.up = TernaryLinear(dim, inner, dim**-0.5, threshold)
+        self.down = TernaryLinear(inner, dim, 0.01, threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.gate(x).relu().square() * self.up(x))
@@ -154,7 +158,7 @@ class PeerModel(nn.Module):
         self.norm1 = RMSNorm(config.dim)
         self.mixer = Mixer(config)
         self.norm2 = RMSNorm(config.dim)
-        self.glu = GLU(config.dim, config.inner)
+        self.glu = GLU(config.dim, config.inner, config.ternary_threshold)
         self.router = nn.Linear(config.dim, 1)
         self.final_norm = RMSNorm(config.dim)
         self.adaptive: nn.AdaptiveLogSoftmaxWithLoss | None = None
@@ -904,6 +908,7 @@ def measure_step(
 @click.option("--glu-scale", default=1.0, show_default=True, help="Factor of the GLU's output; v3 has none.")
 @click.option("--dilations", default="1,4,64", show_default=True, help="Of the mixer's convolutions.")
 @click.option("--average-decay", default=0.0, show_default=True, help="Of the running average; 0, as in v3: none.")
+@click.option("--ternary-threshold", default=1.0, show_default=True, help="Times the mean magnitude of a matrix.")
 @click.option("--adamw-lr", default=3e-4, show_default=True)
 @click.option("--trunk-lr-factor", default=1.0, show_default=True, help="Times AdamW's: of convolutions and norms.")
 @click.option("--adamw-beta1", default=0.9, show_default=True)
@@ -947,6 +952,7 @@ def train(
     glu_scale: float,
     dilations: str,
     average_decay: float,
+    ternary_threshold: float,
     adamw_lr: float,
     trunk_lr_factor: float,
     adamw_beta1: float,
@@ -980,6 +986,7 @@ def train(
         mixer_scale=mixer_scale,
         glu_scale=glu_scale,
         average_decay=average_decay,
+        ternary_threshold=ternary_threshold,
     )
     counts = tokens.train.counts(config.vocab_size)
     adaptive = head == "adaptive"
