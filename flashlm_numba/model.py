@@ -17,7 +17,7 @@ from flashlm_numba.kernels import _check, decode
 from flashlm_numba.kernels.decode import DecodeState
 from flashlm_numba.kernels.embedding import embedding_backward, zero
 from flashlm_numba.kernels.ternary import ternarize
-from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, buffers_for, trunk_backward, trunk_forward
+from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, trunk_backward, trunk_forward
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -150,7 +150,9 @@ class Model:
         if self.head.row_of_token is not None:
             rows = self.head.row_of_token[rows]
         self._rows = np.ascontiguousarray(rows, np.int32)
-        self._buffers = buffers_for(self._buffers, self._weights, self.config.recursions, *ids.shape)
+        if self._buffers is None or not self._buffers.fits(self._weights, *ids.shape):
+            self._buffers = None  # the old ones' memory is free before new ones are made
+            self._buffers = TrunkBuffers(self._weights, self.config.recursions, *ids.shape)
         return trunk_forward(self._buffers, self._weights, self.parameters["embedding.weight"], self._rows)
 
     def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:

@@ -274,10 +274,10 @@ class TrunkWeights:
 class TrunkBuffers:
     """Saved activations and scratch for batches of one shape (B, T); about 40 KB a token for v3's shape."""
 
-    def __init__(self, weights: TrunkWeights, passes: int, batch: int, time: int, threads: int) -> None:
+    def __init__(self, weights: TrunkWeights, passes: int, batch: int, time: int) -> None:
         count, groups, taps, size, _ = weights.conv.shape
         dim, inner = weights.w_down.shape
-        rows = batch * time
+        rows, threads = batch * time, numba.get_num_threads()
         self.shape = (batch, time, threads, weights.int8, weights.variant)
         self.tile = max(1, TILE_ROWS // max(time, 1))  # sequences
         tile_rows = self.tile * time
@@ -308,6 +308,10 @@ class TrunkBuffers:
         self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
         self.dw_out, self.dw_down = zeros(threads, dim, dim), zeros(threads, dim, inner)
         self.dw_gate_up = zeros(threads, 2 * inner, dim)
+
+    def fits(self, weights: TrunkWeights, batch: int, time: int) -> bool:
+        """Whether they serve for this shape of batch, these weights' arithmetic and the threads in use."""
+        return self.shape == (batch, time, numba.get_num_threads(), weights.int8, weights.variant)
 
 
 def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -354,13 +358,3 @@ def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarra
         "gates": np.stack([gate for gate, _ in convs]),
         "values": np.stack([value for _, value in convs]),
     }
-
-
-def buffers_for(
-    previous: TrunkBuffers | None, weights: TrunkWeights, passes: int, batch: int, time: int
-) -> TrunkBuffers:
-    """previous where it fits this batch shape and thread count, else new buffers."""
-    shape = (batch, time, numba.get_num_threads(), weights.int8, weights.variant)
-    if previous is not None and previous.shape == shape:
-        return previous
-    return TrunkBuffers(weights, passes, *shape[:3])

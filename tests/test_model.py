@@ -1,10 +1,12 @@
 """The whole model without torch: counts, causality, and what the parts have to agree on."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
 
+from flashlm_numba import model as model_module
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
 from flashlm_numba.kernels import ternary
@@ -130,6 +132,23 @@ def test_a_running_average_fades_within_the_receptive_field():
     np.testing.assert_allclose(model.forward(ids)[-1], before, rtol=0, atol=1e-5)
     ids[0, -SMALL.receptive_field - 1] = (ids[0, -SMALL.receptive_field - 1] + 1) % SMALL.vocab_size
     assert (model.forward(ids)[-1] != before).any()
+
+
+def test_buffers_of_another_shape_are_freed_before_new_ones_are_made(monkeypatch):
+    net = small_model()
+    net.forward(batch(1, 2, 8)[0])
+    old, alive = weakref.ref(net._buffers), []
+
+    class Watched(model_module.TrunkBuffers):
+        def __init__(self, *args):
+            alive.append(old())
+            super().__init__(*args)
+
+    monkeypatch.setattr(model_module, "TrunkBuffers", Watched)
+    net.forward(batch(1, 2, 8)[0])
+    assert not alive  # the same shape: the same buffers
+    net.forward(batch(1, 1, 9)[0])
+    assert alive == [None]
 
 
 def test_weights_of_zero_leave_positions_out():

@@ -133,7 +133,7 @@ def test_the_sampled_head_draws_until_its_full_stretch_and_is_scored_as_dense(ti
     assert _losses(tmp_path / "full") == _losses(tmp_path / "dense")
     losses = [loss for _, loss, *_ in _losses(tmp_path / "sampled")]
     exact = [loss for _, loss, *_ in _losses(tmp_path / "dense")]
-    # 70 % of 6 steps draw, and say so; an estimate is near the loss (its partition sum is unbiased, test_sampled_head.py)
+    # 70 % of 6 steps draw, and say so; their loss is an estimate (its partition sum is unbiased: test_sampled_head.py)
     assert [line.get("sampled") for line in _lines(tmp_path / "sampled")] == [True] * 4 + [None] * 2
     assert losses[0] != exact[0]
     assert all(abs(a - b) < 0.1 for a, b in zip(losses, exact, strict=True))
