@@ -7,6 +7,7 @@
     ternary         ternary values of a weight, 2-bit packing
     ternary_matmul  packed matrix times vectors of int8 or float32
     ternary_linear  the same for many rows, from codes laid out by columns
+    weight_gradient gradients of the ternary weights, from operands rounded to int8
     trunk           all passes of the block, one parallel region each way
     decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
@@ -51,4 +52,5 @@ __all__ = [
     "tree_head",
     "tree_inference",
     "trunk",
+    "weight_gradient",
 ]

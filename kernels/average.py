@@ -81,7 +81,7 @@ def average_forward(x: np.ndarray, gain: np.ndarray, decay: float) -> np.ndarray
     Raises ValueError if a shape, a dtype or the decay is wrong.
 
     >>> x = np.array([[[1], [0], [0]]], np.float32)
-    >>> average_forward(x, np.ones(1, np.float32), 0.8).ravel().round(3).tolist()
+    >>> [round(float(value), 3) for value in average_forward(x, np.ones(1, np.float32), 0.8).ravel()]
     [1.6, 0.48, 0.384]
     """
     _check.array("average_forward", "x", x, (None, None, None))

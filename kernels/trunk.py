@@ -48,6 +48,7 @@ from flashlm_numba.kernels.ternary_linear import (
     spare_floats,
     ternary_linear_rows,
 )
+from flashlm_numba.kernels.weight_gradient import VNNI, codes_words, weight_gradient_rows
 
 TILE_ROWS = 256
 REGISTER = 16  # floats of the widest
@@ -70,6 +71,17 @@ def _linear(out, x, panels, codes, plain, add, rounding, variant, blas):
         ternary_linear_rows(out, x, plain, codes, q, scales, sums, spare, add, variant, blas)
     else:
         panel_product(out, x, panels, spare.reshape(-1), add)
+
+
+@helper
+def _weight_gradient(out, a, b, rounding, pair, variant, blas):
+    """out (R, K) += a (M, R).T @ b (M, K), both rounded to int8 where there is room for them."""
+    q, scales, sums, spare = rounding
+    codes, shares = pair
+    if codes.shape[0] > 0:
+        weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
+    else:
+        gemm_tn(blas, out, a, b, np.float32(1))
 
 
 @helper
@@ -123,13 +135,12 @@ def _trunk_forward(
 
 @helper
 def _backward_rows(
-    low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, rounding,
+    low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, rounding, pair,
     dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations, panels_t, codes_t, plain_t,
     variant, blas,
 ):  # fmt: skip
     """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
-    one = np.float32(1)
     dx_tile, dm_tile, normed_tile = dx[low:high], dm[:size], normed[:size]
     rmsnorm_backward_rows(dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False)
     for step in range(passes):
@@ -137,14 +148,14 @@ def _backward_rows(
         # forward: x = x1 + h Wd', h = b relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
         _linear(dh[:size], dx_tile, panels_t[2], codes_t[2], plain_t[2], 0, rounding, variant, blas)
         glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high], branches[1])
-        gemm_tn(blas, dw_down, dx_tile, h[:size], one)
+        _weight_gradient(dw_down, dx_tile, h[:size], rounding, pair, variant, blas)
         rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
-        gemm_tn(blas, dw_gate_up, dgu[:size], normed_tile, one)
+        _weight_gradient(dw_gate_up, dgu[:size], normed_tile, rounding, pair, variant, blas)
         _linear(dm_tile, dgu[:size], panels_t[1], codes_t[1], plain_t[1], 0, rounding, variant, blas)
         rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
         # forward: x1 = x + a m Wo'
         scale_rows(normed_tile, xm[r, dilations.shape[0], low:high], branches[0])
-        gemm_tn(blas, dw_out, dx_tile, normed_tile, one)
+        _weight_gradient(dw_out, dx_tile, normed_tile, rounding, pair, variant, blas)
         _linear(dm_tile, dx_tile, panels_t[0], codes_t[0], plain_t[0], 0, rounding, variant, blas)
         scale_rows(dm_tile, dm_tile, branches[0])
         for start in range(low, high, time):
@@ -173,8 +184,8 @@ def _backward_rows(
 @kernel
 def _trunk_backward(
     dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations, panels_t, codes_t, plain_t,
-    variant, blas, time, tile, threads,
+    codes, shares, dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations,
+    panels_t, codes_t, plain_t, variant, blas, time, tile, threads,
 ):  # fmt: skip
     """Weight gradients are per thread, (P, ...), and cleared here."""
     batch = dx.shape[0] // time
@@ -190,7 +201,7 @@ def _trunk_backward(
                 start * time, min(start + tile, last) * time, time, dx, dnorms[thread], dconv[thread],
                 dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
                 dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
-                (q[thread], scales[thread], sums[thread], spare[thread]),
+                (q[thread], scales[thread], sums[thread], spare[thread]), (codes[thread], shares[thread]),
                 dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations,
                 panels_t, codes_t, plain_t, variant, blas,
             )  # fmt: skip
@@ -300,8 +311,12 @@ class TrunkBuffers:
         self.dgu = zeros(threads, tile_rows, 2 * inner)
         # of int8 products
         widest = max(dim, 2 * inner) + 3 if weights.int8 else 0
-        self.q, self.scales = np.zeros((threads, tile_rows * widest), np.int8), zeros(threads, tile_rows)
-        self.sums = np.zeros((threads, tile_rows), np.int32)
+        scaled = max(tile_rows, widest)
+        self.q = aligned_zeros((threads, (tile_rows + 3) * widest), np.int8)
+        self.scales, self.sums = zeros(threads, scaled), np.zeros((threads, scaled), np.int32)
+        both = codes_words(tile_rows, max(dim, inner)) if weights.int8 and weights.variant == VNNI else 0
+        self.codes = aligned_zeros((threads, both), np.int32)
+        self.shares = zeros(threads, tile_rows + 3)
         self.spare = zeros(threads, max(SPARE_FLOATS, spare_floats(weights.variant, tile_rows, widest)))
         # weight gradients, one per thread
         self.dnorms = zeros(threads, 4 + count, dim)
@@ -341,8 +356,9 @@ def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarra
     b = buffers
     _trunk_backward(
         b.dx, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm, b.dn,
-        b.dgv, b.q, b.scales, b.sums, b.spare, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu,
-        weights.norms, weights.branches, weights.conv_t, weights.dilations, *weights.layouts_t, weights.variant,
+        b.dgv, b.q, b.scales, b.sums, b.spare, b.codes, b.shares, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out,
+        b.gv, b.gu, weights.norms, weights.branches, weights.conv_t, weights.dilations, *weights.layouts_t,
+        weights.variant,
         sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     width = weights.norms.shape[1] // weights.groups

@@ -12,6 +12,7 @@ from helpers import assert_as_accurate
 
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.heads import DenseHead, TreeHead
+from flashlm_numba.kernels.reference_trunk import TERNARY
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.optim import PRESETS, Optimizer, lr_scale
 from flashlm_numba.tree import build_tree
@@ -162,7 +163,8 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
         if name.startswith("router"):
             continue
         size = np.linalg.norm(want)
-        assert np.linalg.norm(found["int8"][name] - want) < 8e-3 * size, name
+        # the ternary weights' gradients are rounded once more: test_ternary_linear.py
+        assert np.linalg.norm(found["int8"][name] - want) < (3e-2 if name in TERNARY else 8e-3) * size, name
         if name.startswith(("mixer", "glu")):
             assert np.linalg.norm(found["float"][name] - want) > 1e-2 * size, name
 

@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashlm_numba.kernels import _ternary_dots, reference, ternary_linear
+from flashlm_numba.kernels.weight_gradient import weight_gradient
 
 VARIANTS = _ternary_dots.available()
 seeds = st.integers(0, 2**32 - 1)
@@ -78,3 +79,18 @@ def test_what_does_not_fit_is_refused():
         ternary_linear.ternary_linear(np.ones((2, 7), np.float32), weight, codes)
     with pytest.raises(ValueError, match="codes must have shape"):
         ternary_linear.ternary_linear(np.ones((2, 8), np.float32), weight, codes[:1])
+
+
+@given(seeds, st.integers(0, 70), st.integers(0, 70), st.integers(0, 130))
+def test_weight_gradient_errs_by_its_rounding_only(seed, rows, outputs, columns):
+    rng = np.random.default_rng(seed)
+    a = (rng.standard_normal((rows, outputs)) * np.exp(2 * rng.standard_normal((rows, 1)))).astype(np.float32)
+    b = (rng.standard_normal((rows, columns)) * np.exp(2 * rng.standard_normal((rows, 1)))).astype(np.float32)
+    want = a.astype(np.float64).T @ b.astype(np.float64)
+    found = weight_gradient(a, b)
+    # half a unit of each operand's rounding
+    s = np.abs(b).max(1, initial=0)[:, None] / 127
+    t = np.abs(a * s).max(0, initial=0)[:, None] / 127
+    p = np.abs(b) / np.where(s > 0, s, 1)
+    room = 0.5 * t * p.sum(0) + 0.5 * np.abs(a.T) @ np.broadcast_to(s, b.shape) + 0.25 * rows * t
+    assert (np.abs(found - want) <= 1.01 * room + 1e-5 * np.abs(want).max(initial=0) + 1e-30).all()

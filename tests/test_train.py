@@ -441,7 +441,8 @@ def test_zero_learning_rate_changes_no_parameter(tiny_run, corpus, tmp_path):
 
 def test_micro_batches_and_a_share_of_positions_average_the_positions_kept(tiny_run, corpus, tmp_path):
     """The step's gradient is that of the mean loss over all positions kept, computed here in one batch."""
-    session = _session(tiny_run.with_settings(["head.name=dense", "positions=0.5"]), corpus, tmp_path)
+    settings = ["head.name=dense", "positions=0.5", "activations=float"]
+    session = _session(tiny_run.with_settings(settings), corpus, tmp_path)
     model, phase = session.model, Phase(None, 2, 8, 3)
     done = train.do_step(session, phase, 5, lr=0.0)
     got = {name: value.copy() for name, value in model.gradients.items()}
