@@ -110,8 +110,8 @@ def test_one_core_of_several(usual):
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_without_a_compiler(activations):
-    """As plain Python, which is slow. int8's products are whole numbers and rounding moves them by whole steps; after the
-    first step it also tells that plain Python does not round the weights' gradients.
+    """As plain Python, which is slow. int8's products are whole numbers and rounding moves them by whole steps; plain
+    Python does not round the weights' gradients, which tells after the first step.
     """
     compiled, plain = steps(activations), steps(activations, NUMBA_DISABLE_JIT="1")
     assert plain["layer"] == "none"
