@@ -72,6 +72,18 @@ def quantize_rows(x):
     return np.where(usable[:, None], q, 0).astype(np.int8), scale.astype(x.dtype)
 
 
+def weight_gradient_int8(a, b):
+    """a.T @ b with b rounded to int8 row by row, and a times b's scales column by column."""
+
+    def rounded(x, axis):
+        scale = np.abs(x).max(axis, keepdims=True, initial=0) * x.dtype.type(1 / 127)
+        return np.rint(x / np.where(scale > 0, scale, 1)).astype(np.int64), scale
+
+    p, s = rounded(b, 1)
+    q, t = rounded(a * s, 0)
+    return t.T * (q.T @ p).astype(b.dtype)
+
+
 def ternary_matmul_int8(weight, q):
     return q.astype(np.int32) @ weight.astype(np.int32).T
 
