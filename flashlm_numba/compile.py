@@ -56,7 +56,8 @@ def main() -> None:
     ids = np.arange(64, dtype=np.int32).reshape(2, 32)
     for make_head in (make_tree, make_dense, make_sampled):
         model = Model(config, initial_parameters(config, 0), make_head)
-        for preset in (*PRESETS.values(), replace(PRESETS["published"], adamw_lazy=True)):
+        lazy = replace(PRESETS["published"], adamw_lazy=True)
+        for preset in (*PRESETS.values(), lazy, replace(lazy, adamw_rows=True)):
             model.head.begin(np.random.default_rng(0), full=False)
             model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32), accumulate=False)
             Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)

@@ -112,10 +112,18 @@ class OptimizerConfig:
     adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
     adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
     lazy_rows: bool = field(default=False, metadata={"later": True})  # AdamW leaves rows without a gradient alone
+    row_moments: bool = field(default=False, metadata={"later": True})  # one second moment a row; needs lazy_rows
     weight_decay: float = _in(0.0, 0, 1)  # of AdamW's matrices, times the learning rate
     clip: float = _in(1.0, 0, open_low=True)  # largest global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear rise from 0 to the peak
     decay_share: float = _in(0.4, 0, 1)  # last share of the steps, in which the rate falls linearly to 0
+
+    def __post_init__(self) -> None:
+        if self.row_moments and not self.lazy_rows:
+            raise ValueError(
+                "optimizer.row_moments needs lazy_rows: a row with moments of its own is stepped when it has a "
+                "gradient; add --set row_moments=false"
+            )
 
 
 @dataclass(frozen=True)
@@ -304,7 +312,12 @@ RECIPES: dict[str, RunConfig] = {
             mixer_scale=2**-4, glu_scale=2**-18, average_decay=0.98, ternary_threshold=0.5, activations="int8"
         ),
         optimizer=OptimizerConfig(
-            normuon_iterations=3, trunk_lr_factor=4.0, adamw_beta1=0.0, adamw_beta2=0.99, lazy_rows=True
+            normuon_iterations=3,
+            trunk_lr_factor=4.0,
+            adamw_beta1=0.0,
+            adamw_beta2=0.99,
+            lazy_rows=True,
+            row_moments=True,
         ),
         training=TrainingConfig(phases=(Phase(rows=8, length=256),)),
     ),

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashlm_numba.errors import UserError
-from flashlm_numba.kernels.optimizers import NorMuonWorkspace, adamw_step, normuon_step, sum_of_squares
+from flashlm_numba.kernels.optimizers import (
+    NorMuonWorkspace,
+    adamw_rows_step,
+    adamw_step,
+    normuon_step,
+    sum_of_squares,
+)
 
 NORMUON, ADAMW_DECAY, ADAMW_PLAIN = "normuon", "adamw with decay", "adamw without decay"
 
@@ -33,10 +39,13 @@ class OptimizerSettings:
     adamw_beta2: float = 0.95  # share of the second moment that a step keeps
     adamw_eps: float = 1e-8  # added to the root of the second moment
     adamw_lazy: bool = False  # rows of a table without a gradient are left alone, moments too
+    adamw_rows: bool = False  # with adamw_lazy: each row of a table has one second moment, and counts its own steps
     adamw_decay: float = 0.1  # decoupled weight decay of tensors with more than one axis
     clip: float | None = 1.0  # largest norm of all gradients together; None: no clipping
 
     def __post_init__(self) -> None:
+        if self.adamw_rows and not self.adamw_lazy:
+            raise ValueError("optimizer.adamw_rows needs optimizer.adamw_lazy")
         for name in ("normuon_momentum", "normuon_beta2", "adamw_beta1", "adamw_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
@@ -164,8 +173,9 @@ class Optimizer:
         self.steps: dict[str, int] = {}  # steps that a tensor has had; absent: none
         # momentum or AdamW's first moment, in the shape of the tensor; where adamw_beta1 is 0, AdamW's has none
         self._first: dict[str, np.ndarray] = {}
-        # AdamW's second moment in the shape of the tensor, NorMuon's (rows,)
+        # AdamW's second moment in the shape of the tensor; NorMuon's, and that of adamw_rows, (rows,)
         self._second: dict[str, np.ndarray] = {}
+        self._row_steps: dict[str, np.ndarray] = {}  # steps that each row of a table has had, where adamw_rows
         self._workspaces: dict[tuple[str, ...], NorMuonWorkspace] = {}
 
     def summary(self) -> str:
@@ -214,7 +224,13 @@ class Optimizer:
 
     def _second_shape(self, name: str) -> tuple[int, ...]:
         shape = self.params[name].shape
-        return shape[:1] if name in self.groups[NORMUON] else shape
+        return shape[:1] if name in self.groups[NORMUON] or self._by_rows(name) else shape
+
+    def _is_table(self, name: str) -> bool:
+        return self.params[name].ndim == 2 and _is_row_table(name)
+
+    def _by_rows(self, name: str) -> bool:
+        return self.settings.adamw_rows and self._is_table(name)
 
     def _has_first(self, name: str) -> bool:
         return name in self.groups[NORMUON] or self.settings.adamw_beta1 > 0
@@ -225,6 +241,8 @@ class Optimizer:
             if self._has_first(name):
                 self._first[name] = np.zeros(self.params[name].shape, np.float32)
             self._second[name] = np.zeros(self._second_shape(name), np.float32)
+            if self._by_rows(name):
+                self._row_steps[name] = np.zeros(len(self.params[name]), np.int64)
         self.steps[name] = self.steps.get(name, 0) + 1
 
     def _step_normuon(self, names: list[str], lr: float, scale: float) -> None:
@@ -248,20 +266,28 @@ class Optimizer:
         s = self.settings
         for name in names:
             self._count_step(name)
-            table = self.params[name].ndim == 2 and _is_row_table(name)
-            adamw_step(
-                self.params[name], self._first.get(name), self._second[name], self.grads[name],
-                step=self.steps[name], lr=lr if table else s.adamw_trunk_factor * lr,
-                beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps,
-                decay=decay, scale=scale, lazy=s.adamw_lazy and table,
-            )  # fmt: skip
+            weight, grad, first, second = self.params[name], self.grads[name], self._first.get(name), self._second[name]
+            table = self._is_table(name)
+            rate = lr if table else s.adamw_trunk_factor * lr
+            if self._by_rows(name):
+                adamw_rows_step(
+                    weight, first, second, self._row_steps[name], grad, lr=rate,
+                    beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps, decay=decay, scale=scale,
+                )  # fmt: skip
+            else:
+                adamw_step(
+                    weight, first, second, grad, step=self.steps[name], lr=rate,
+                    beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps, decay=decay, scale=scale,
+                    lazy=s.adamw_lazy and table,
+                )  # fmt: skip
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The whole state as flat arrays, for safetensors: `first.NAME`, `second.NAME` and `steps.NAME`.
+        """The whole state as flat arrays, for safetensors: `first.`, `second.`, `steps.` and `row_steps.NAME`.
 
-        first is the momentum or AdamW's first moment, second the second moment (NorMuon's has one number per
-        row), steps (1,) int64. A tensor that was never stepped has no entries, and one of AdamW's with beta1 = 0 no
-        first. The moments are the live arrays, no copies.
+        first is the momentum or AdamW's first moment, second the second moment (NorMuon's, and a table's with
+        adamw_rows, has one number per row), steps (1,) int64, row_steps (rows,) int64. A tensor that was never stepped
+        has no entries, one of AdamW's with beta1 = 0 no first, and only a table with adamw_rows has row_steps. The
+        arrays are the live ones, no copies.
         """
         state: dict[str, np.ndarray] = {}
         for name in self.params:
@@ -270,6 +296,8 @@ class Optimizer:
                     state[f"first.{name}"] = self._first[name]
                 state[f"second.{name}"] = self._second[name]
                 state[f"steps.{name}"] = np.array([self.steps[name]], np.int64)
+                if name in self._row_steps:
+                    state[f"row_steps.{name}"] = self._row_steps[name]
         return state
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -289,6 +317,8 @@ class Optimizer:
                 expected[f"first.{name}"] = self.params[name].shape, np.float32
             expected[f"second.{name}"] = self._second_shape(name), np.float32
             expected[f"steps.{name}"] = (1,), np.int64
+            if self._by_rows(name):
+                expected[f"row_steps.{name}"] = self._second_shape(name), np.int64
         if expected.keys() != state.keys():
             odd = ", ".join(sorted(expected.keys() ^ state.keys()))
             raise UserError(self._misfit(f"these entries are missing or stand alone: {odd}"))
@@ -301,6 +331,7 @@ class Optimizer:
         self.steps = {name: int(state[f"steps.{name}"][0]) for name in names}
         self._first = {name: np.array(state[f"first.{name}"], order="C") for name in names if self._has_first(name)}
         self._second = {name: np.array(state[f"second.{name}"], order="C") for name in names}
+        self._row_steps = {name: state[f"row_steps.{name}"].copy() for name in names if self._by_rows(name)}
 
     @staticmethod
     def _misfit(why: str) -> str:

@@ -108,6 +108,7 @@ def optimizer_settings(run: RunConfig) -> OptimizerSettings:
         adamw_beta2=o.adamw_beta2,
         adamw_decay=o.weight_decay,
         adamw_lazy=o.lazy_rows,
+        adamw_rows=o.row_moments,
         clip=o.clip,
     )
 

@@ -214,6 +214,90 @@ def adamw_step(
         _adamw(*arrays, *scalars, numba.get_num_threads())
 
 
+# --- AdamW with one second moment a row ---
+
+
+@helper
+def _adamw_row(weight, first, grad, scale, keep, blend1, step_size, root):
+    """As _adamw_range for one row (C,), with the corrected root given; first may be (0,)."""
+    if first.shape[0] == 0:
+        for i in range(weight.shape[0]):
+            weight[i] = weight[i] * keep - step_size * (grad[i] * scale) / root
+        return
+    for i in range(weight.shape[0]):
+        m = first[i] + blend1 * (grad[i] * scale - first[i])
+        m = np.float32(0) if abs(m) <= TINY else m
+        first[i] = m
+        weight[i] = weight[i] * keep - step_size * m / root
+
+
+@kernel
+def _adamw_by_rows(weight, first, second, steps, grad, scale, keep, beta1, beta2, lr, eps, threads):
+    """Step the rows of weight (R, C), first (R, C) or (R, 0), second (R,) and steps (R,) int64 where grad (R, C) is not
+    all zero. What is one number a row is computed in float64. Parallel over blocks of r.
+    """
+    blocks = (grad.shape[0] + TABLE_ROWS - 1) // TABLE_ROWS
+    for th in prange(threads):
+        for b in range(th, blocks, threads):
+            for r in range(b * TABLE_ROWS, min((b + 1) * TABLE_ROWS, grad.shape[0])):
+                squares = _block_squares(grad[r])
+                if squares == 0:  # no square of a float32 is 0 in float64, but 0's
+                    continue
+                steps[r] += 1
+                v = beta2 * second[r] + (1 - beta2) * (scale * scale * squares / grad.shape[1])
+                second[r] = np.float32(v)
+                root = math.sqrt(v / (1 - beta2 ** steps[r])) + eps
+                _adamw_row(
+                    weight[r], first[r], grad[r], np.float32(scale), np.float32(keep), np.float32(1 - beta1),
+                    np.float32(lr / (1 - beta1 ** steps[r])), np.float32(root),
+                )  # fmt: skip
+
+
+def adamw_rows_step(
+    weight: np.ndarray,
+    first: np.ndarray | None,
+    second: np.ndarray,
+    steps: np.ndarray,
+    grad: np.ndarray,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    scale: float = 1.0,
+) -> None:
+    """One step, in place, of a table whose every row has an AdamW of its own, with one second moment for the row.
+
+    weight, first, grad : (R, C) float32; first may be None where beta1 is 0, as in adamw_step
+    second : (R,) float32, the moving average of the mean square of the row's gradient, zeros before step 1
+    steps : (R,) int64, the steps that each row has had, zeros before step 1: bias correction counts those
+    lr, beta1, beta2, eps, decay, scale : as in adamw_step
+    Rows whose gradient is zero are left as they are, their moments and steps too.
+    Raises ValueError if a shape or dtype is wrong. Moves 12 bytes per element that is stepped, with first 20.
+    Source: Zhang et al. 2024, "Adam-mini", arXiv:2406.16793: one second moment, a mean of squares, for a block of
+    parameters. That every row of a table is one, with a count of its own steps, is ours.
+
+    >>> w, v, n, g = np.ones((2, 1), "f"), np.zeros(2, "f"), np.zeros(2, int), np.array([[7], [0]], "f")
+    >>> adamw_rows_step(w, None, v, n, g, lr=0.5, beta1=0.0, beta2=0.95, eps=1e-8, decay=0.0)
+    >>> w.ravel().tolist(), n.tolist()
+    ([0.5, 1.0], [1, 0])
+    """
+    _check.array("adamw_rows_step", "weight", weight, (None, None))
+    _check.array("adamw_rows_step", "second", second, weight.shape[:1])
+    _check.array("adamw_rows_step", "steps", steps, weight.shape[:1], np.int64)
+    _check.array("adamw_rows_step", "grad", grad, weight.shape)
+    if first is not None:
+        _check.array("adamw_rows_step", "first", first, weight.shape)
+    elif beta1:
+        raise ValueError(f"adamw_rows_step: beta1 must be 0 where there is no first moment, got {beta1}")
+    else:
+        first = np.empty((len(weight), 0), np.float32)
+    if weight.size:
+        scalars = float(scale), 1.0 - lr * decay, float(beta1), float(beta2), float(lr), float(eps)
+        _adamw_by_rows(weight, first, second, steps, grad, *scalars, numba.get_num_threads())
+
+
 # --- moving average of the weights ---
 
 

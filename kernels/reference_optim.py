@@ -61,6 +61,40 @@ def adamw_step(
     weight -= lr / (1 - beta1**step) * first / root
 
 
+def adamw_rows_step(
+    weight: np.ndarray,
+    first: np.ndarray | None,
+    second: np.ndarray,
+    steps: np.ndarray,
+    grad: np.ndarray,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    scale: float = 1.0,
+) -> None:
+    """adamw_step of each row of a table (R, C) whose gradient is not zero, its step counted in steps (R,) int64.
+
+    second (R,) takes the mean square over the row in place of each element's square.
+    """
+    rows = (grad != 0).any(axis=1)
+    if not rows.any():
+        return
+    g = grad[rows] * scale
+    steps[rows] += 1
+    t = steps[rows, None]
+    second[rows] = beta2 * second[rows] + (1 - beta2) * np.square(g).mean(axis=1)
+    if first is None:
+        mean = g
+    else:
+        first[rows] += (1 - beta1) * (g - first[rows])
+        mean = first[rows]
+    root = np.sqrt(second[rows, None] / (1 - beta2**t)) + eps
+    weight[rows] = (1 - lr * decay) * weight[rows] - lr / (1 - beta1**t) * mean / root
+
+
 def newton_schulz(x: np.ndarray, steps: int) -> np.ndarray:
     """X <- aX + (bA + cA^2) X with A = X X^T, `steps` times, on the smaller side of x (m, n)."""
     a, b, c = NEWTON_SCHULZ

@@ -149,13 +149,14 @@ def test_settings_that_came_later_mean_what_was_done_before():
     old = json.loads(RunConfig.recipe_named("default").to_json())
     for name in ("activations", "mixer_scale", "glu_scale", "average_decay", "ternary_threshold"):
         del old["model"][name]
-    for name in ("lazy_rows", "normuon_iterations", "trunk_lr_factor"):
+    for name in ("lazy_rows", "row_moments", "normuon_iterations", "trunk_lr_factor"):
         del old["optimizer"][name]
     run = RunConfig.from_json(json.dumps(old))
     assert run.model.activations == "float"
     assert (run.model.mixer_scale, run.model.glu_scale, run.optimizer.trunk_lr_factor) == (1, 1, 1)
     assert (run.model.average_decay, run.model.ternary_threshold) == (0, 1)
     assert not run.optimizer.lazy_rows
+    assert not run.optimizer.row_moments
     assert run.optimizer.normuon_iterations == 5
     with pytest.raises(UserError, match=r"model\.activations must be one of float, int8"):
         RunConfig.recipe_named("default").with_settings(["activations=int4"])

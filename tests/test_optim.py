@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numba
@@ -295,15 +296,50 @@ def test_lazy_rows_agree_with_torchs_sparse_adam():
             np.testing.assert_allclose(params[name], parameter.detach().numpy(), atol=2e-6, err_msg=f"{name} {step}")
 
 
+def test_rows_with_moments_of_their_own_are_stepped_by_the_reference_and_the_rest_as_before():
+    changes = {"adamw_lazy": True, "adamw_beta1": 0.0, "adamw_decay": 0.1, "adamw_trunk_factor": 3.0}
+    ours, before = tiny("published", adamw_rows=True, **changes), tiny("published", **changes)
+    tables = (E, "head.nodes.weight")
+    truth = {name: ours.params[name].astype(np.float64) for name in tables}
+    seconds, steps = ({name: np.zeros(len(truth[name]), kind) for name in tables} for kind in (float, np.int64))
+    rng = np.random.default_rng(1)
+    for step in range(6):
+        for name, value in gradients({name: value.shape for name, value in ours.params.items()}, step).items():
+            if name in tables:
+                value[rng.random(len(value)) < 0.6] = 0
+            ours.grads[name][:] = before.grads[name][:] = value
+        scale = ours.step(0.02, 0.01, 1.0)["clip_scale"]
+        before.step(0.02, 0.01, 1.0)
+        for name, value in truth.items():
+            reference_optim.adamw_rows_step(
+                value, None, seconds[name], steps[name], ours.grads[name].astype(np.float64), lr=0.01,
+                beta1=0.0, beta2=0.95, eps=ours.settings.adamw_eps, decay=0.1, scale=scale,
+            )  # fmt: skip
+            np.testing.assert_allclose(ours.params[name], value, atol=2e-6, err_msg=f"{name} {step}")
+    for name in ours.params.keys() - set(tables):
+        np.testing.assert_array_equal(ours.params[name], before.params[name], err_msg=name)
+    state = ours.state_dict()
+    for name in tables:
+        assert (ours.params[name] != before.params[name]).any()
+        np.testing.assert_array_equal(state[f"row_steps.{name}"], steps[name])
+        assert state[f"second.{name}"].shape == steps[name].shape
+    with pytest.raises(UserError, match=r"missing or stand alone: row_steps\.embedding\.weight"):
+        before.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"adamw_rows needs optimizer\.adamw_lazy"):
+        OptimizerSettings(adamw_rows=True)
+
+
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python has one thread")
-def test_step_is_the_same_for_any_thread_count():
+@pytest.mark.parametrize("rows", [False, True])
+def test_step_is_the_same_for_any_thread_count(rows):
     config = dataclasses.replace(TINY, vocab_size=30_000, inner=150)  # E is large enough for the parallel kernels
     before, results = numba.get_num_threads(), []
     try:
         for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
             numba.set_num_threads(threads)
             params = tensors(shapes_of(config), 0)
-            train(Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}), range(2))
+            settings = dataclasses.replace(PRESETS["v3"], adamw_lazy=rows, adamw_rows=rows)
+            train(Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings), range(2))
             results.append(params)
     finally:
         numba.set_num_threads(before)
@@ -315,15 +351,17 @@ def test_step_is_the_same_for_any_thread_count():
 # --- state ---
 
 
-@pytest.mark.parametrize("preset", ["v3", "published"])
+@pytest.mark.parametrize("preset", ["v3", "published", "rows"])
 @pytest.mark.parametrize("stop", [0, 2, 5])  # before the first step, while E is frozen, after
 def test_state_round_trip_continues_bit_for_bit(preset, stop):
-    whole = tiny(preset)
+    rows = preset == "rows"
+    make = functools.partial(tiny, "v3" if rows else preset, adamw_lazy=rows, adamw_rows=rows)
+    whole = make()
     train(whole, range(8), frozen_until=4)
-    first = tiny(preset)
+    first = make()
     train(first, range(stop), frozen_until=4)
     weights, state = save(first.params), save(first.state_dict())
-    second = tiny(preset, seed=1)
+    second = make(seed=1)
     for name, value in load(weights).items():
         second.params[name][:] = value
     train(second, range(2))  # what was there before must not matter

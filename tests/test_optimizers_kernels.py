@@ -147,6 +147,79 @@ def test_lazy_adamw_sees_gradients_of_any_size_and_hides_no_nan():
         )  # fmt: skip
 
 
+@given(
+    rows=st.integers(0, 150),
+    columns=st.integers(0, 20),
+    seed=st.integers(0, 99),
+    decay=st.sampled_from([0.0, 0.1]),
+    beta1=st.sampled_from([None, 0.0, 0.9]),
+    beta2=st.sampled_from([0.0, 0.99]),
+)
+def test_adamw_rows_step_matches_reference(rows, columns, seed, decay, beta1, beta2):
+    rng = np.random.default_rng(seed)
+    weight, first, grad = arrays(rng, [(rows, columns)] * 3)
+    (second,) = arrays(rng, [(rows,)])
+    first = None if beta1 is None else first * np.float32(0.1)
+    steps = rng.integers(1, 2_000, rows)
+    settings = {"lr": 0.01, "beta1": beta1 or 0.0, "beta2": beta2, "eps": 1e-8, "decay": decay, "scale": 0.3}
+    starts = [weight, first, np.square(second), steps]
+    got, ref32 = ([None if x is None else x.copy() for x in starts] for _ in range(2))
+    ref64 = [x if x is None or x is steps else x.astype(np.float64) for x in starts]
+    ref64[3] = steps.copy()
+    stepped = np.zeros(rows, int)
+    for share in (0.5, 0.9, 1.0):
+        now = grad.copy()
+        now[rng.random(rows) < share] = 0
+        now[rng.random((rows, columns)) < 0.8] = -0.0  # single numbers too, and zeros of both signs
+        before = [x if x is None else x.copy() for x in got]
+        optimizers.adamw_rows_step(*got, now, **settings)
+        reference_optim.adamw_rows_step(*ref32, now, **settings)
+        reference_optim.adamw_rows_step(*ref64, now.astype(np.float64), **settings)
+        idle = ~(now != 0).any(axis=1)
+        stepped += ~idle
+        for name, old, new in zip(("weight", "first", "second", "steps"), before, got, strict=True):
+            if new is not None:
+                np.testing.assert_array_equal(new[idle], old[idle], err_msg=name)
+    np.testing.assert_array_equal(got[3], steps + stepped)
+    for name, a, b, c in zip(("weight", "first", "second"), got, ref32, ref64, strict=False):
+        if a is not None:
+            assert_as_accurate(a, b, c, name=name)
+
+
+def test_adamw_rows_step_of_one_column_is_adamw_of_each_row():
+    rng = np.random.default_rng(0)
+    (weight,) = arrays(rng, [(200, 1)])
+    first, second, steps = np.zeros((200, 1), np.float32), np.zeros(200, np.float32), np.zeros(200, np.int64)
+    single = [[weight[[r]], first[[r]], second[[r], None]] for r in range(200)]
+    settings = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": 0.1, "scale": 0.3}
+    for _ in range(4):
+        (grad,) = arrays(rng, [(200, 1)])
+        grad[rng.random(200) < 0.5] = 0
+        optimizers.adamw_rows_step(weight, first, second, steps, grad, **settings)
+        for r in np.flatnonzero(grad):
+            optimizers.adamw_step(*single[r], grad[[r]], step=int(steps[r]), **settings)
+    np.testing.assert_allclose(weight[:, 0], [w.item() for w, _, _ in single], rtol=1e-6)
+    np.testing.assert_allclose(second, [v.item() for _, _, v in single], rtol=1e-6)
+
+
+def test_adamw_rows_step_sees_gradients_of_any_size_and_hides_no_nan():
+    grad = np.zeros((5, 4), np.float32)
+    grad[0, 3], grad[1, 0], grad[2, 1], grad[3, 2] = np.nan, 1e-10, 1e-44, 1e30
+    weight, second, steps = np.zeros((5, 4), np.float32), np.zeros(5, np.float32), np.zeros(5, np.int64)
+    settings = {"lr": 0.1, "beta1": 0.0, "beta2": 0.9, "eps": 1e-12, "decay": 0.0}
+    optimizers.adamw_rows_step(weight, None, second, steps, grad, **settings)
+    assert np.isnan(weight[0]).all()  # the row's one moment is NaN
+    assert weight[1, 0] < -0.19  # 0.1 times the root of the 4 columns
+    assert np.abs(weight[2]).max() < 1e-30
+    assert weight[3, 2] < -0.19
+    assert not weight[4].any()
+    assert steps.tolist() == [1, 1, 1, 1, 0]
+    with pytest.raises(ValueError, match="beta1 must be 0 where there is no first moment"):
+        optimizers.adamw_rows_step(weight, None, second, steps, grad, **settings | {"beta1": 0.9})
+    with pytest.raises(ValueError, match=r"adamw_rows_step: steps must be int64, got int32"):
+        optimizers.adamw_rows_step(weight, None, second, steps.astype(np.int32), grad, **settings)
+
+
 def test_adamw_step_of_zero_gradient_only_decays():
     weight = np.full(40, 2, np.float32)
     zeros = [np.zeros(40, np.float32) for _ in range(3)]

@@ -31,7 +31,8 @@ CASES = {
     "awkward": ("head.name=dense", *AWKWARD),
     "sampled": ("head.name=sampled", "candidates=1000", "full_share=0.3"),
     "tree": ("head.name=tree",),
-    "float": ("activations=float", "lazy_rows=false"),
+    "float": ("activations=float", "lazy_rows=false", "row_moments=false"),
+    "moments of elements": ("row_moments=false", "adamw_beta1=0.9"),
     "low rank": ("head.name=tree", "tree_rank=3", "ema=0.9"),
 }
 
