@@ -50,6 +50,8 @@ class ModelConfig:
     recursions: int = 2  # passes through the one block
     mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
+    induction_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
+    induction_reach: int = _in(1024, 1, 65536, later=True)  # tokens that they may lie back
     average_decay: float = _in(0.0, 0, 0.995, later=True)  # of the running average in the mixer, a token; 0: none
     ternary_threshold: float = _in(1.0, 0, 1, later=True)  # times a matrix's mean magnitude: where a weight is +1 or -1
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
@@ -66,6 +68,9 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
         if not self.dilations or not 1 <= min(self.dilations) <= max(self.dilations) <= 4096:
             raise ValueError(f"model.dilations must be numbers from 1 to 4096, got {self.dilations}")
+        orders = self.induction_orders
+        if len(orders) > 16 or not all(1 <= order <= 16 for order in orders):
+            raise ValueError(f"model.induction_orders must be at most 16 numbers from 1 to 16, got {orders}")
 
     @property
     def receptive_field(self) -> int:
@@ -76,7 +81,8 @@ class ModelConfig:
         reach = (self.taps - 1) * sum(self.dilations)
         if self.average_decay:
             reach += math.ceil(math.log(2**-24) / math.log(self.average_decay))
-        return 1 + self.recursions * reach
+        look_up = self.induction_reach + max(self.induction_orders) - 1 if self.induction_orders else 0
+        return 1 + self.recursions * reach + look_up
 
 
 @dataclass(frozen=True)
@@ -309,7 +315,12 @@ RECIPES: dict[str, RunConfig] = {
         recipe="default",
         # scales of about fan_in**-0.5 for each ternary matrix that a branch goes through
         model=ModelConfig(
-            mixer_scale=2**-4, glu_scale=2**-18, average_decay=0.98, ternary_threshold=0.5, activations="int8"
+            mixer_scale=2**-4,
+            glu_scale=2**-18,
+            average_decay=0.98,
+            ternary_threshold=0.5,
+            activations="int8",
+            induction_orders=(1, 2, 3),
         ),
         optimizer=OptimizerConfig(
             normuon_iterations=3,

@@ -118,13 +118,18 @@ def _check_trunk() -> float:
     from flashlm_numba.dense_head import DenseHead
     from flashlm_numba.model import Model, initial_parameters
 
-    config = ModelConfig(97, 48, 70, 3, dilations=(1, 2, 8), mixer_scale=2**-3, glu_scale=2**-10, average_decay=0.9)
+    config = ModelConfig(
+        97, 48, 70, 3, dilations=(1, 2, 8), mixer_scale=2**-3, glu_scale=2**-10, average_decay=0.9,
+        induction_orders=(1,),
+    )  # fmt: skip
 
     def make_head(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return DenseHead(weight, dweight)
 
     parameters = initial_parameters(config, 0, embedding_std=0.5)
-    parameters["mixer.average.weight"][:] = 0.5  # it starts at zero
+    for name, value in parameters.items():
+        if name.startswith(("mixer.average.", "induction.")):
+            value[:] = 0.5  # they start at zero
     model = Model(config, parameters, make_head)
     ids = np.random.default_rng(2).integers(0, 97, (1, 40)).astype(np.int32)
     whole = model.forward(ids).copy()

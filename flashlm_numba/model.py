@@ -16,8 +16,11 @@ from flashlm_numba.heads import Head
 from flashlm_numba.kernels import _check, decode
 from flashlm_numba.kernels.decode import DecodeState
 from flashlm_numba.kernels.embedding import embedding_backward, zero
+from flashlm_numba.kernels.induction import scatter_followers
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, trunk_backward, trunk_forward
+
+ENDS = ("inputs", "outputs")  # of the trunk, where the rows of followers are added
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -39,6 +42,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "router.weight": (1, c),
         "router.bias": (1,),
         "final_norm.weight": (c,),
+        **{f"induction.{end}.{i}.weight": (c,) for end in ENDS for i in range(len(config.induction_orders))},
     }
 
 
@@ -47,8 +51,8 @@ def initial_parameters(
 ) -> dict[str, np.ndarray]:
     """Starting values by FlashLM v3's rules, from a generator of their own per tensor.
 
-    Norms are one, the running average's gains zero; convolutions, gate and up have std fan_in**-0.5; mixer.out and
-    glu.down 0.01; the router is small.
+    Norms are one, the gains of the running average and of followers zero; convolutions, gate and up have std
+    fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
     embedding (V, C): the rows to start from, else normal with embedding_std.
     """
     parameters = {}
@@ -59,7 +63,8 @@ def initial_parameters(
             parameters[name] = embedding.copy()
             continue
         if len(shape) == 1:
-            value = np.zeros(shape) if name in ("router.bias", "mixer.average.weight") else np.ones(shape)
+            zeros = name in ("router.bias", "mixer.average.weight") or name.startswith("induction.")
+            value = np.zeros(shape) if zeros else np.ones(shape)
             parameters[name] = value.astype(np.float32)
             continue
         std = float(np.prod(shape[1:])) ** -0.5
@@ -98,8 +103,9 @@ class Model:
             self.gradients[f"head.{name}"] = self.head.gradients[name]
         branches = config.mixer_scale, config.glu_scale
         self._weights = TrunkWeights(
-            config.dim, config.inner, config.groups, config.taps, config.dilations, branches, config.average_decay
-        )
+            config.dim, config.inner, config.groups, config.taps, config.dilations, branches, config.average_decay,
+            config.induction_orders, config.induction_reach,
+        )  # fmt: skip
         self._buffers: TrunkBuffers | None = None
         self._rows: np.ndarray | None = None
         self.use_activations(config.activations)
@@ -126,6 +132,8 @@ class Model:
             w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
         if self.config.average_decay:
             w.norms[-1] = p["mixer.average.weight"]
+        for e, o, name in self._inductions():
+            w.gains[e, o] = p[name]
         share = self.config.ternary_threshold
         ternarize(p["mixer.out.weight"], w.w_out, threshold=share)
         ternarize(p["glu.gate.weight"], w.w_gate, threshold=share)
@@ -133,6 +141,11 @@ class Model:
         w.w_down_inner[...] = ternarize(p["glu.down.weight"], threshold=share)
         w.pack()
         self.head.prepare()
+
+    def _inductions(self) -> list[tuple[int, int, str]]:
+        """End, kind and name of the gains of followers."""
+        orders = range(len(self.config.induction_orders))
+        return [(e, o, f"induction.{end}.{o}.weight") for e, end in enumerate(ENDS) for o in orders]
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, in one place."""
@@ -166,7 +179,8 @@ class Model:
             raise ValueError("Model.prefill: ids must hold at least one token; a text begins with <|endoftext|>")
         h = self.forward(ids[None, -self.config.receptive_field :])
         assert self._buffers is not None
-        return decode.prefill(self._weights, self._buffers), h[-1:].copy()
+        assert self._rows is not None
+        return decode.prefill(self._weights, self._buffers, self._rows), h[-1:].copy()
 
     def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
         """Feed one token id to a state that prefill made: its hidden state (1, C) float32, valid until the next call.
@@ -184,11 +198,21 @@ class Model:
             raise ValueError("Model.backward: call forward first")
         _check.array("Model.backward", "dh", dh, self._buffers.out.shape)
         self._trunk_backward(dh)
-        embedding_backward(self.gradients["embedding.weight"], self._buffers.dx, self._rows)
+        self._embedding_backward(dh)
+
+    def _embedding_backward(self, dh: np.ndarray) -> None:
+        """What the embedding gets from its rows at the input, and from those of followers at both ends."""
+        assert self._buffers is not None
+        assert self._rows is not None
+        b, gradient, gains = self._buffers, self.gradients["embedding.weight"], self._weights.gains
+        embedding_backward(gradient, b.dx, self._rows)
+        for o, followers in enumerate(b.followers):
+            scatter_followers(gradient, b.dx, dh, followers, gains[0, o], gains[1, o])
 
     def _trunk_backward(self, dh: np.ndarray) -> None:
         assert self._buffers is not None
-        found, g = trunk_backward(self._buffers, self._weights, dh), self.gradients
+        g = self.gradients
+        found = trunk_backward(self._buffers, self._weights, dh, self.parameters["embedding.weight"])
         for i, name in enumerate(("norm1", "norm2", "final_norm")):
             g[f"{name}.weight"] += found["norms"][i]
         for i in range(len(self.config.dilations)):
@@ -197,6 +221,8 @@ class Model:
             g[f"mixer.values.{i}.weight"] += found["values"][i]
         if self.config.average_decay:
             g["mixer.average.weight"] += found["norms"][-1]
+        for e, o, name in self._inductions():
+            g[name] += found["gains"][e, o]
         # ternarize passes the gradient straight through
         g["mixer.out.weight"] += found["w_out"]
         g["glu.gate.weight"] += found["w_gate"]
@@ -236,9 +262,7 @@ class Model:
                     zero(gradient)
         self._trunk_backward(dh)
         after_trunk = time.perf_counter()
-        assert self._buffers is not None
-        assert self._rows is not None
-        embedding_backward(self.gradients["embedding.weight"], self._buffers.dx, self._rows)
+        self._embedding_backward(dh)
         end = time.perf_counter()
         seconds = {
             "embedding": end - after_trunk,

@@ -3,6 +3,7 @@
     embedding       rows gathered, scattered without races, cleared
     rmsnorm, glu    rows of the trunk
     average         a running average of the tokens so far
+    induction       what followed the last time
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
     ternary_matmul  packed matrix times vectors of int8 or float32
@@ -39,6 +40,7 @@ __all__ = [
     "draw",
     "embedding",
     "glu",
+    "induction",
     "low_rank",
     "optimizers",
     "reference",

@@ -1,13 +1,15 @@
 """Decoding: one token through the trunk, with a state whose size does not depend on the length of the text.
 
 The arithmetic is that of kernels/trunk.py for a single row. Of the past only the running average is needed, a row for
-every pass, and what the convolutions still see: the last L = (K - 1) * dilation + 1 of their normalised inputs, for
-every pass and dilation. They stand in rings of 2 L rows
-that are written twice, at p and at p + L, so that the last L rows always lie one after another and the taps of a
-convolution are one product with even strides. Rows before the text are zero, as in training. The ternary weights are
-read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would overflow. Where
-the trunk rounds the inputs of its ternary products to int8 (TrunkWeights.int8), so does this, with packed weights.
-Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width.
+every pass, the tokens among which a follower is looked for (induction.py), and what the convolutions still see: the
+last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. These and the tokens stand in
+rings of 2 L rows that are written twice, at p and at p + L, so that the last L rows always lie one after another and
+the taps of a convolution are one product with even strides. Rows before the text are zero, as in training. The ternary
+weights are read as int8: both passes then find them in the second cache, which float32's 2.4 MB (v3's shape) would
+overflow. Where the trunk rounds the inputs of its ternary products to int8 (TrunkWeights.int8), so does this, with
+packed weights.
+Letters: C channels, I inner width, R passes, D convolutions, G groups, K taps, S padded group width, O kinds of
+followers, H tokens of history.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
 from flashlm_numba.kernels.average import add_average_next
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
+from flashlm_numba.kernels.induction import follower
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
 from flashlm_numba.kernels.ternary import pack_ternary, packed_width
 from flashlm_numba.kernels.ternary_matmul import quantize, ternary_products
@@ -40,6 +43,25 @@ def _put(rings, start, length, position, row, groups, width):
     for place in (position % length, position % length + length):
         for i in range(stride):
             rings[start + place * stride + i] = flat[i]
+
+
+@helper
+def _find(found, history, position, row, orders, reach):
+    """Put the position-th token's row into history (2 H,), in both places; found (O,) = its followers or -1."""
+    length = history.shape[0] // 2
+    place = position % length
+    history[place], history[place + length] = row, row
+    for o in range(orders.shape[0]):
+        found[o] = follower(history[place + 1 : place + 1 + length], length - 1, orders[o, 0], orders[o, 1], reach)
+
+
+@helper
+def _add_rows(x, embedding, rows, gains):
+    """x (1, C) += the sum of gains (O, C) * embedding[rows], where rows (O,) are not -1."""
+    for o in range(rows.shape[0]):
+        if rows[o] >= 0:
+            for c in range(x.shape[1]):
+                x[0, c] += gains[o, c] * embedding[rows[o], c]
 
 
 @helper
@@ -67,9 +89,9 @@ def _linear(out, x, columns, weight, packed, q, scales, sums, variant):
 
 @serial_kernel
 def _decode_step(
-    out, rings, averages, starts, lengths, position, x, m_long, normed_long, delta, groups, gv, gate_up_long,
-    hidden_long, rstd, q, scales, sums, embedding, row, norms, branches, conv, dilations, w_out, w_gate_up, w_down,
-    p_out, p_gate_up, p_down, inner, variant,
+    out, rings, averages, history, found, starts, lengths, position, x, m_long, normed_long, delta, groups, gv,
+    gate_up_long, hidden_long, rstd, q, scales, sums, embedding, row, orders, reach, gains, norms, branches, conv,
+    dilations, w_out, w_gate_up, w_down, p_out, p_gate_up, p_down, inner, variant,
 ):  # fmt: skip
     """out (1, C): hidden state of the token with this row of the embedding, the position-th of its text.
 
@@ -84,6 +106,9 @@ def _decode_step(
     flat_gv = gv.reshape(-1)
     for c in range(x.shape[1]):
         x[0, c] = embedding[row, c]
+    if found.shape[0] > 0:
+        _find(found, history, position, row, orders, reach)
+        _add_rows(x, embedding, found, gains[0])
     for r in range(passes):
         rmsnorm_rows(m, rstd, x, norms[0])
         if branches[2] > 0:
@@ -112,6 +137,7 @@ def _decode_step(
         _linear(delta, hidden_long, inner, w_down, p_down, q, scales, sums, variant)
         _add(x, delta)
     rmsnorm_rows(out, rstd, x, norms[2])
+    _add_rows(out, embedding, found, gains[1])
 
 
 @serial_kernel
@@ -134,12 +160,14 @@ def _fill_state(rings, averages, starts, lengths, normed, groups, x, rstd, xm, r
 
 @dataclass
 class DecodeState:
-    """Where a text stands: the rings, the averages, the number of tokens so far; and weights and scratch. 1.5 MB for
+    """Where a text stands: the rings, the averages, the last tokens, their number; and weights and scratch. 1.5 MB for
     v3's shape.
     """
 
     rings: np.ndarray  # (any,)
     averages: np.ndarray  # (R, C): the running average of every pass
+    history: np.ndarray  # (2 H,) int32: rows of the last H tokens, twice, as in a ring; -1 before the text
+    found: np.ndarray  # (O,) int32: the followers of the last token
     starts: np.ndarray  # (R, D) int64: where a ring begins
     lengths: np.ndarray  # (D,) int64
     ternary: tuple[np.ndarray, ...]  # w_out, w_gate_up, w_down as int8, padded; or else empty, and
@@ -192,10 +220,12 @@ def new_state(weights: TrunkWeights, passes: int) -> DecodeState:
         packed = tuple(pack_ternary(weight) for weight in matrices)
     else:
         ternary = tuple(_as_int8(weight) for weight in matrices)
+    found = np.full(len(weights.orders), -1, np.int32)
+    history = np.full(2 * (weights.reach + int(weights.orders[:, 0].max())) if len(found) else 0, -1, np.int32)
     starts = starts[:-1].reshape(passes, count).astype(np.int64)
     return DecodeState(
-        zeros(int(starts[-1, -1] + floats[-1])), zeros(passes, dim), starts, lengths, ternary, packed, scratch,
-        zeros(1, dim),
+        zeros(int(starts[-1, -1] + floats[-1])), zeros(passes, dim), history, found, starts, lengths, ternary, packed,
+        scratch, zeros(1, dim),
     )  # fmt: skip
 
 
@@ -211,16 +241,16 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
     if not 0 <= row < len(embedding):
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
     _decode_step(
-        state.out, state.rings, state.averages, state.starts, state.lengths, state.position, *state.scratch,
-        embedding, row, weights.norms, weights.branches, weights.conv, weights.dilations, *state.ternary, *state.packed,
-        weights.w_down.shape[1], weights.variant,
+        state.out, state.rings, state.averages, state.history, state.found, state.starts, state.lengths, state.position,
+        *state.scratch, embedding, row, weights.orders, weights.reach, weights.gains, weights.norms, weights.branches,
+        weights.conv, weights.dilations, *state.ternary, *state.packed, weights.w_down.shape[1], weights.variant,
     )  # fmt: skip
     state.position += 1
     return state.out
 
 
-def prefill(weights: TrunkWeights, buffers: TrunkBuffers) -> DecodeState:
-    """The state after a text that trunk_forward has just read into buffers, a batch of one sequence.
+def prefill(weights: TrunkWeights, buffers: TrunkBuffers, rows: np.ndarray) -> DecodeState:
+    """The state after a text, rows (T,) int32, that trunk_forward has just read into buffers, a batch of one sequence.
 
     Raises ValueError if the batch holds more. A text cut to the receptive field serves as well as the whole.
     """
@@ -233,5 +263,8 @@ def prefill(weights: TrunkWeights, buffers: TrunkBuffers) -> DecodeState:
         state.rings, state.averages, state.starts, state.lengths, normed, groups,
         buffers.x, buffers.rstd, buffers.xm, buffers.rstd_m, weights.norms, weights.branches,
     )  # fmt: skip
+    length = len(state.history) // 2
+    for t in range(max(0, time - length), time):
+        state.history[t % length] = state.history[t % length + length] = rows[t]
     state.position = time
     return state

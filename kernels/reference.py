@@ -111,6 +111,32 @@ def average_backward(dout, x, gain, decay):
     return dout + back, (dout * _running_average(x, decay)).sum((0, 1))
 
 
+def followers(rows, order, reach, skip=0):
+    """(B, T): rows[b, j + 1] for the last j < t, no more than reach back, where the `order` rows that end at j equal
+    those that end at t, or for the one `skip` such j before it; -1 where there is none.
+    """
+    found = np.full_like(rows, -1)
+    for b, t in np.ndindex(rows.shape):
+        now = rows[b, t - order + 1 : t + 1]
+        before = range(max(order - 1, t - reach), t)
+        same = [j for j in before if np.array_equal(rows[b, j - order + 1 : j + 1], now)]
+        if len(same) > skip:
+            found[b, t] = rows[b, same[-1 - skip] + 1]
+    return found
+
+
+def add_followers(x, embedding, found, gain):
+    """x (N, C) + gain (C,) * embedding[found], for found (N,) that are not -1."""
+    return x + gain * np.where(found[:, None] >= 0, embedding[found], 0).astype(x.dtype)
+
+
+def add_followers_backward(dout, dembedding, embedding, found, gain):
+    """dgain (C,); the embedding's gradient is added to dembedding (V, C)."""
+    at = np.flatnonzero(found >= 0)
+    np.add.at(dembedding, found[at], gain * dout[at])
+    return (dout[at] * embedding[found[at]]).sum(0)
+
+
 def _conv(x, weight, groups, dilation):
     """Causal grouped convolution of x (B, T, C) with weight (C, C/groups, K)."""
     batch, time, channels = x.shape

@@ -15,11 +15,19 @@ TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.wei
 
 def trunk_forward(
     parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0, average_decay=0.0,
-    ternary_threshold=1.0,
+    ternary_threshold=1.0, induction_orders=(), induction_reach=1,
 ):  # fmt: skip
     """Hidden states (N, C) for token ids (B, T), and what the backward pass needs; parameters by the model's names."""
     p = dict(parameters) | {name: r.ternarize(parameters[name], ternary_threshold) for name in TERNARY}
-    x, passes = r.embedding_forward(p["embedding.weight"], ids.reshape(-1)), []
+    e, passes = p["embedding.weight"], []
+    before = [induction_orders[:i].count(order) for i, order in enumerate(induction_orders)]
+    found = [
+        r.followers(ids, order, induction_reach, skip).reshape(-1)
+        for order, skip in zip(induction_orders, before, strict=True)
+    ]
+    x = r.embedding_forward(e, ids.reshape(-1))
+    for o, rows in enumerate(found):
+        x = r.add_followers(x, e, rows, p[f"induction.inputs.{o}.weight"])
     for _ in range(recursions):
         m, rstd = r.rmsnorm_forward(x, p["norm1.weight"])
         first = m.reshape(*ids.shape, -1)
@@ -40,13 +48,19 @@ def trunk_forward(
         passes.append((x, rstd, first, mixed, m, x1, n, rstd_n, gate_up, hidden))
         x = x1 + hidden @ p["glu.down.weight"].T
     out, rstd = r.rmsnorm_forward(x, p["final_norm.weight"])
-    return out, (p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, passes, x, rstd)
+    for o, rows in enumerate(found):
+        out = r.add_followers(out, e, rows, p[f"induction.outputs.{o}.weight"])
+    return out, (p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, found, passes, x, rstd)
 
 
 def trunk_backward(dout, saved):
     """Gradients by name of sum(dout * hidden states), dout (N, C); the router has none."""
-    p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, passes, x, rstd = saved
+    p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, found, passes, x, rstd = saved
     g = {name: np.zeros_like(value) for name, value in p.items() if not name.startswith("router.")}
+    e, de = p["embedding.weight"], g["embedding.weight"]
+    for o, rows in enumerate(found):
+        name = f"induction.outputs.{o}.weight"
+        g[name] += r.add_followers_backward(dout, de, e, rows, p[name])
     dx, g["final_norm.weight"] = r.rmsnorm_backward(dout, x, p["final_norm.weight"], rstd)
     for x, rstd, first, mixed, m, x1, n, rstd_n, gate_up, hidden in reversed(passes):
         g["glu.down.weight"] += dx.T @ hidden
@@ -80,5 +94,8 @@ def trunk_backward(dout, saved):
         back, dweight = r.rmsnorm_backward(dm, x, p["norm1.weight"], rstd)
         g["norm1.weight"] += dweight
         dx = dx + back
-    r.embedding_backward(g["embedding.weight"], dx, ids.reshape(-1))
+    for o, rows in enumerate(found):
+        name = f"induction.inputs.{o}.weight"
+        g[name] += r.add_followers_backward(dx, de, e, rows, p[name])
+    r.embedding_backward(de, dx, ids.reshape(-1))
     return g

@@ -1,11 +1,12 @@
 """The trunk, forward and backward: R passes of one block, then the final norm.
 
-    x = E[rows]
+    x = E[rows] + gains * E[followers]
     R times:  m = rmsnorm(x);  m = m + gain * average(m);  for every dilation:  m = m + gated_conv(rmsnorm(m))
               x1 = x + a m Wo';  h = b relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
-    out = rmsnorm(x)
+    out = rmsnorm(x) + gains * E[followers]
 
-The running average (average.py) is left out where its decay is 0, as in FlashLM v3.
+The followers (induction.py) are found for each of O kinds; FlashLM v3 has none. The running average (average.py) is
+left out where its decay is 0, as in v3.
 
 One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
 of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over weights
@@ -13,7 +14,7 @@ laid out once a step (_panels.py) or int8 (ternary_linear.py), and single-thread
 convolutions work on group-major copies (conv.py). The gradients of the weights are summed per thread and reduced in
 thread order: the same bits on every run with the same number of threads.
 Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
-S padded group width, P threads, M rows of a tile.
+S padded group width, P threads, M rows of a tile; O kinds of followers.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from flashlm_numba.kernels.conv import (
     unpack_conv_gradient,
 )
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
+from flashlm_numba.kernels.induction import add_followers, add_followers_backward, find_followers, kinds
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
 from flashlm_numba.kernels.ternary_linear import (
     empty_columns,
@@ -86,14 +88,20 @@ def _weight_gradient(out, a, b, rounding, pair, variant, blas):
 
 @helper
 def _forward_rows(
-    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, rounding,
-    embedding, rows, norms, branches, conv, dilations, panels, codes, plain, variant, blas,
+    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, normed, n, h, rounding,
+    embedding, rows, orders, reach, gains, norms, branches, conv, dilations, panels, codes, plain, variant, blas,
 ):  # fmt: skip
     """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and rounding are this thread's
     scratch.
     """
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
     gather_rows(x[0, low:high], embedding, rows[low:high])
+    for o in range(orders.shape[0]):
+        for start in range(low, high, time):
+            find_followers(
+                followers[o, start : start + time], rows[start : start + time], orders[o, 0], orders[o, 1], reach
+            )
+        add_followers(x[0, low:high], embedding, followers[o, low:high], gains[0, o])
     for r in range(passes):
         rmsnorm_rows(xm[r, 0, low:high], rstd[r, 0, low:high], x[r, low:high], norms[0])
         for start in range(low, high, time):
@@ -114,12 +122,14 @@ def _forward_rows(
         copy_rows(x[r + 1, low:high], x1[r, low:high])
         _linear(x[r + 1, low:high], h[:size], panels[2], codes[2], plain[2], 1, rounding, variant, blas)
     rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
+    for o in range(orders.shape[0]):
+        add_followers(out[low:high], embedding, followers[o, low:high], gains[1, o])
 
 
 @kernel
 def _trunk_forward(
-    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, normed, n, h, q, scales, sums, spare,
-    embedding, rows, norms, branches, conv, dilations, panels, codes, plain, variant, blas, time, tile, threads,
+    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, normed, n, h, q, scales, sums, spare, embedding, rows,
+    orders, reach, gains, norms, branches, conv, dilations, panels, codes, plain, variant, blas, time, tile, threads,
 ):  # fmt: skip
     """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
     batch = rows.shape[0] // time
@@ -128,20 +138,23 @@ def _trunk_forward(
         for start in range(first, last, tile):
             _forward_rows(
                 start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
-                normed[thread], n[thread], h[thread], (q[thread], scales[thread], sums[thread], spare[thread]),
-                embedding, rows, norms, branches, conv, dilations, panels, codes, plain, variant, blas,
+                followers, normed[thread], n[thread], h[thread],
+                (q[thread], scales[thread], sums[thread], spare[thread]), embedding, rows, orders, reach, gains,
+                norms, branches, conv, dilations, panels, codes, plain, variant, blas,
             )  # fmt: skip
 
 
 @helper
 def _backward_rows(
-    low, high, time, dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, rounding, pair,
-    dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations, panels_t, codes_t, plain_t,
-    variant, blas,
+    low, high, time, dx, dgains, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv,
+    rounding, pair, dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, embedding, norms, branches, conv_t,
+    dilations, panels_t, codes_t, plain_t, variant, blas,
 ):  # fmt: skip
     """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
     passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
     dx_tile, dm_tile, normed_tile = dx[low:high], dm[:size], normed[:size]
+    for o in range(followers.shape[0]):
+        add_followers_backward(dgains[1, o], dout[low:high], embedding, followers[o, low:high])
     rmsnorm_backward_rows(dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False)
     for step in range(passes):
         r = passes - 1 - step
@@ -179,18 +192,21 @@ def _backward_rows(
                 rmsnorm_rows_again(normed[:time], x[r, start:end], norms[0], rstd[r, 0, start:end])
                 add_average_backward(dm_sequence, dnorms[gain], normed[:time], norms[gain], branches[2], branches[3])
         rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
+    for o in range(followers.shape[0]):
+        add_followers_backward(dgains[0, o], dx_tile, embedding, followers[o, low:high])
 
 
 @kernel
 def _trunk_backward(
-    dx, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
-    codes, shares, dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations,
-    panels_t, codes_t, plain_t, variant, blas, time, tile, threads,
+    dx, dgains, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
+    codes, shares, dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, embedding, norms, branches, conv_t,
+    dilations, panels_t, codes_t, plain_t, variant, blas, time, tile, threads,
 ):  # fmt: skip
     """Weight gradients are per thread, (P, ...), and cleared here."""
     batch = dx.shape[0] // time
     for thread in prange(threads):
         first, last = thread * batch // threads, (thread + 1) * batch // threads
+        clear_rows(dgains[thread].reshape(-1, dx.shape[1]))
         clear_rows(dnorms[thread])
         clear_rows(dconv[thread].reshape(-1, dconv.shape[-1]))
         clear_rows(dw_out[thread])
@@ -198,12 +214,12 @@ def _trunk_backward(
         clear_rows(dw_down[thread])
         for start in range(first, last, tile):
             _backward_rows(
-                start * time, min(start + tile, last) * time, time, dx, dnorms[thread], dconv[thread],
+                start * time, min(start + tile, last) * time, time, dx, dgains[thread], dnorms[thread], dconv[thread],
                 dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
                 dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
                 (q[thread], scales[thread], sums[thread], spare[thread]), (codes[thread], shares[thread]),
-                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, norms, branches, conv_t, dilations,
-                panels_t, codes_t, plain_t, variant, blas,
+                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, embedding, norms, branches, conv_t,
+                dilations, panels_t, codes_t, plain_t, variant, blas,
             )  # fmt: skip
 
 
@@ -211,6 +227,8 @@ class TrunkWeights:
     """The trunk's weights as the kernels read them; set once a step.
 
     norms (4 + D, C): of the block's input, before the GLU, final, then one per convolution; last the average's gain.
+    gains (2, O, C): of the followers at the input and at the output, of each kind, in orders (O, 2) int64 as
+    induction.kinds says; reach: tokens that they may lie back.
     branches (4,): a and b, what the mixer and the GLU are multiplied by before they are added; the average's decay (0:
     there is none) and the new token's share of it.
     conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I', C), w_down (C, I'), ternary, where
@@ -230,11 +248,15 @@ class TrunkWeights:
         dilations: tuple[int, ...],
         branches: tuple[float, float] = (1.0, 1.0),
         average_decay: float = 0.0,
+        orders: tuple[int, ...] = (),
+        reach: int = 0,
     ) -> None:
         size, count = padded_width(dim, groups), len(dilations)
         padded = -(-inner // REGISTER) * REGISTER
         self.groups, self.inner = groups, inner
         self.dilations = np.array(dilations, np.int64)
+        self.orders, self.reach = np.array(kinds(orders), np.int64).reshape(-1, 2), reach
+        self.gains = np.zeros((2, len(orders), dim), np.float32)
         self.norms = np.zeros((4 + count, dim), np.float32)
         self.branches = np.array([*branches, average_decay, average_share(average_decay)], np.float32)
         self.conv = aligned_zeros((count, groups, taps, size, 2 * size), np.float32)
@@ -303,6 +325,7 @@ class TrunkBuffers:
         self.rstd_out = zeros(rows)
         self.gv = zeros(passes, count, batch, groups, 2, time, size)
         self.gu = zeros(passes, rows, 2 * inner)
+        self.followers = np.zeros((len(weights.orders), rows), np.int32)
         # scratch, one per thread; the padding of n and dgv stays zero
         self.normed, self.dm = zeros(threads, tile_rows, dim), zeros(threads, tile_rows, dim)
         self.n, self.dn = zeros(threads, groups, time, size), zeros(threads, groups, time, size)
@@ -319,6 +342,7 @@ class TrunkBuffers:
         self.shares = zeros(threads, tile_rows + 3)
         self.spare = zeros(threads, max(SPARE_FLOATS, spare_floats(weights.variant, tile_rows, widest)))
         # weight gradients, one per thread
+        self.dgains = zeros(threads, 2, len(weights.orders), dim)
         self.dnorms = zeros(threads, 4 + count, dim)
         self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
         self.dw_out, self.dw_down = zeros(threads, dim, dim), zeros(threads, dim, inner)
@@ -339,33 +363,36 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
     """
     b = buffers
     _trunk_forward(
-        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.normed, b.n, b.h,
-        b.q, b.scales, b.sums, b.spare,
-        embedding, rows, weights.norms, weights.branches, weights.conv, weights.dilations, *weights.layouts,
-        weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.followers, b.normed, b.n, b.h,
+        b.q, b.scales, b.sums, b.spare, embedding, rows, weights.orders, weights.reach, weights.gains,
+        weights.norms, weights.branches, weights.conv, weights.dilations, *weights.layouts, weights.variant,
+        sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     return b.out
 
 
-def trunk_backward(buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarray) -> dict[str, np.ndarray]:
-    """Gradients for dout (N, C) float32 after trunk_forward with the same buffers and weights.
+def trunk_backward(
+    buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarray, embedding: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Gradients for dout (N, C) float32 after trunk_forward with the same buffers, weights and embedding.
 
-    Returns `dx` (N, C), the gradient of the embedded rows (a view of buffers.dx), `norms` (4 + D, C), `w_out` (C, C),
-    `w_gate`, `w_up` (I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K).
+    Returns `dx` (N, C), the gradient of the trunk's input (a view of buffers.dx), `gains` (2, O, C), `norms`
+    (4 + D, C), `w_out` (C, C), `w_gate`, `w_up` (I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K). The
+    embedding's is left to the caller: of dx by its rows, of dx and dout by the followers (induction.scatter_followers).
     """
     b = buffers
     _trunk_backward(
-        b.dx, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm, b.dn,
-        b.dgv, b.q, b.scales, b.sums, b.spare, b.codes, b.shares, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out,
-        b.gv, b.gu, weights.norms, weights.branches, weights.conv_t, weights.dilations, *weights.layouts_t,
-        weights.variant,
-        sgemm_address(), b.shape[1], b.tile, b.shape[2],
+        b.dx, b.dgains, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm,
+        b.dn, b.dgv, b.q, b.scales, b.sums, b.spare, b.codes, b.shares, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m,
+        b.rstd_out, b.gv, b.gu, b.followers, embedding, weights.norms, weights.branches, weights.conv_t,
+        weights.dilations, *weights.layouts_t, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
     )  # fmt: skip
     width = weights.norms.shape[1] // weights.groups
     convs = [unpack_conv_gradient(dconv, width) for dconv in b.dconv.sum(0)]
     dw_gate_up, inner = b.dw_gate_up.sum(0), weights.inner
     return {
         "dx": b.dx,
+        "gains": b.dgains.sum(0),
         "norms": b.dnorms.sum(0),
         "w_out": b.dw_out.sum(0),
         "w_gate": dw_gate_up[:inner],

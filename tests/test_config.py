@@ -147,14 +147,14 @@ def test_every_setting_is_in_the_manual():
 
 def test_settings_that_came_later_mean_what_was_done_before():
     old = json.loads(RunConfig.recipe_named("default").to_json())
-    for name in ("activations", "mixer_scale", "glu_scale", "average_decay", "ternary_threshold"):
+    for name in ("activations", "mixer_scale", "glu_scale", "average_decay", "ternary_threshold", "induction_orders"):
         del old["model"][name]
     for name in ("lazy_rows", "row_moments", "normuon_iterations", "trunk_lr_factor"):
         del old["optimizer"][name]
     run = RunConfig.from_json(json.dumps(old))
     assert run.model.activations == "float"
     assert (run.model.mixer_scale, run.model.glu_scale, run.optimizer.trunk_lr_factor) == (1, 1, 1)
-    assert (run.model.average_decay, run.model.ternary_threshold) == (0, 1)
+    assert (run.model.average_decay, run.model.ternary_threshold, run.model.induction_orders) == (0, 1, ())
     assert not run.optimizer.lazy_rows
     assert not run.optimizer.row_moments
     assert run.optimizer.normuon_iterations == 5

@@ -22,13 +22,18 @@ EOT = 0
 CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.3], ids=["plain", "average"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"average_decay": 0.3}, {"induction_orders": (1, 2, 1), "induction_reach": 9}],
+    ids=["plain", "average", "induction"],
+)
 def model(request):
     """A model with large embeddings, so that a wrong context shows in every score."""
-    config = dataclasses.replace(CONFIG, average_decay=request.param)
+    config = dataclasses.replace(CONFIG, **request.param)
     parameters = initial_parameters(config, seed=1, embedding_std=1.0)
-    if request.param:
-        parameters["mixer.average.weight"][:] = np.random.default_rng(2).standard_normal(config.dim)
+    for name, value in parameters.items():
+        if name.startswith(("mixer.average.", "induction.")):
+            value[:] = np.random.default_rng(2).standard_normal(config.dim)
     return Model(config, parameters, DenseHead)
 
 

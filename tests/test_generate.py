@@ -54,10 +54,11 @@ SHAPES = [(32, 4, 3, (1, 2)), (24, 3, 2, (3,)), (20, 1, 4, (1, 5))]
 
 
 def with_gains(parameters):
-    """The same with gains of the running average, where there is one: they start at zero."""
-    if "mixer.average.weight" in parameters:
-        gains = parameters["mixer.average.weight"]
-        gains[:] = np.random.default_rng(3).standard_normal(len(gains))
+    """The same with gains of the running average and of followers, where there are any: they start at zero."""
+    rng = np.random.default_rng(3)
+    for name, value in parameters.items():
+        if name.startswith(("mixer.average.", "induction.")):
+            value[:] = rng.standard_normal(len(value))
     return parameters
 
 
@@ -67,18 +68,21 @@ def with_gains(parameters):
     st.sampled_from(SHAPES),
     st.integers(1, 3),
     st.sampled_from([0.0, 0.3, 0.98]),
+    st.sampled_from([(), (1,), (3, 1, 1, 1)]),
+    st.sampled_from([1, 8, 200]),
+    st.sampled_from([2, 61]),
 )
-def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recursions, decay):
+def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recursions, decay, orders, reach, tokens):
     """Hidden states token by token after a prompt of any length, far beyond the receptive field."""
     dim, groups, taps, dilations = shape
     config = ModelConfig(
         vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=recursions,
-        average_decay=decay,
+        average_decay=decay, induction_orders=orders, induction_reach=reach,
     )  # fmt: skip
     tree = build_tree("two-level", np.arange(61))
     parameters = with_gains(initial_parameters(config, seed % 100, embedding_std=1.0))
     model = Model(config, parameters, lambda w, dw: TreeHead(tree, w, dw))
-    ids = np.random.default_rng(seed).integers(0, 61, prompt + 30).astype(np.int32)
+    ids = np.random.default_rng(seed).integers(0, tokens, prompt + 30).astype(np.int32)
     want = model.forward(ids[None]).copy()
     state, h = model.prefill(ids[:prompt])
     np.testing.assert_allclose(h[0], want[prompt - 1], atol=2e-5)
@@ -124,7 +128,7 @@ def test_decoding_refuses_what_is_no_token(model):
         model.prefill(np.empty(0, np.int32))
     model.forward(np.zeros((2, 4), np.int32))
     with pytest.raises(ValueError, match="one sequence"):
-        decode.prefill(model._weights, model._buffers)
+        decode.prefill(model._weights, model._buffers, np.zeros(8, np.int32))
 
 
 def test_same_seed_same_ids_and_top_k_one_is_greedy(model):

@@ -6,7 +6,18 @@ from helpers import assert_as_accurate, numeric_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _math, average, conv, embedding, glu, reference, rmsnorm, ternary, ternary_matmul
+from flashlm_numba.kernels import (
+    _math,
+    average,
+    conv,
+    embedding,
+    glu,
+    induction,
+    reference,
+    rmsnorm,
+    ternary,
+    ternary_matmul,
+)
 
 rows = st.integers(0, 9)
 seeds = st.integers(0, 2**32 - 1)
@@ -57,6 +68,81 @@ def test_average_keeps_the_size_of_independent_tokens():
 def test_average_refuses_a_decay_that_does_not_fade():
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         average.average_forward(np.zeros((1, 2, 3), np.float32), np.zeros(3, np.float32), 1.0)
+
+
+@given(
+    seeds,
+    st.integers(0, 3),
+    st.integers(0, 40),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 7, 50]),
+    st.integers(0, 3),
+)
+def test_followers_match_reference(seed, batch, time, vocabulary, order, reach, skip):
+    rows = np.random.default_rng(seed).integers(0, vocabulary, (batch, time)).astype(np.int32)
+    found = induction.followers(rows, order, reach, skip)
+    np.testing.assert_array_equal(found, reference.followers(rows, order, reach, skip))
+    if time:  # nothing is seen of what comes later, nor of what lies further back
+        at = time // 2
+        changed = rows.copy()
+        changed[:, at] += 1
+        np.testing.assert_array_equal(induction.followers(changed, order, reach, skip)[:, :at], found[:, :at])
+        after = at + reach + order
+        np.testing.assert_array_equal(induction.followers(changed, order, reach, skip)[:, after:], found[:, after:])
+
+
+def test_followers_of_a_text():
+    text = np.frombuffer(b"the cat saw the cow and the cat ran", np.uint8).astype(np.int32)[None]
+    found = induction.followers(text, 5, 100)[0]
+    assert bytes(found[-6:-3].tolist()) == b"t s"  # after "he ca", "e cat" and " cat "
+    assert found[-3:].tolist() == [-1, -1, -1]
+    assert (induction.followers(text, 5, 10)[0] == -1).all()
+
+
+@given(seeds, st.integers(0, 30), st.integers(1, 20), st.integers(1, 6))
+def test_gradients_of_followers_match_reference(seed, rows, dim, vocabulary):
+    rng = np.random.default_rng(seed)
+    found = rng.integers(-1, vocabulary, rows).astype(np.int32)
+    dx, dh = normal(rng, rows, dim), normal(rng, rows, dim)
+    weight, gain_in, gain_out, start = (
+        normal(rng, vocabulary, dim),
+        normal(rng, dim),
+        normal(rng, dim),
+        normal(rng, vocabulary, dim),
+    )
+    got, want32, want64 = start.copy(), start.copy(), start.astype(np.float64)
+    induction.scatter_followers(got, dx, dh, found, gain_in, gain_out)
+    for want, kind in ((want32, np.float32), (want64, np.float64)):
+        for d, gain in ((dx, gain_in), (dh, gain_out)):
+            reference.add_followers_backward(d.astype(kind), want, weight.astype(kind), found, gain.astype(kind))
+    assert_as_accurate(got, want32, want64, 8, "dweight")
+
+
+def test_the_references_gradients_of_followers_are_the_derivatives():
+    rng = np.random.default_rng(1)
+    x, weight, gain, dout = (rng.standard_normal(shape) for shape in ((6, 3), (4, 3), (3,), (6, 3)))
+    found = np.array([-1, 2, 0, 2, -1, 3])
+
+    def loss():
+        return float((reference.add_followers(x, weight, found, gain) * dout).sum())
+
+    dweight = np.zeros_like(weight)
+    dgain = reference.add_followers_backward(dout, dweight, weight, found, gain)
+    np.testing.assert_allclose(dweight, numeric_gradient(loss, weight), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(dgain, numeric_gradient(loss, gain), rtol=1e-6, atol=1e-8)
+
+
+def test_followers_refuse_what_they_cannot_read():
+    rows, zeros = np.zeros((1, 4), np.int32), np.zeros((4, 3), np.float32)
+    with pytest.raises(ValueError, match="followers: order must be at least 1, got 0"):
+        induction.followers(rows, 0, 5)
+    with pytest.raises(ValueError, match="followers: skip must be at least 0, got -1"):
+        induction.followers(rows, 1, 5, -1)
+    with pytest.raises(ValueError, match="followers: reach must be at least 1, got 0"):
+        induction.followers(rows, 1, 0)
+    with pytest.raises(ValueError, match=r"rows must be in \[-1, 4\), got 0 to 4"):
+        induction.scatter_followers(zeros, zeros, zeros, np.array([0, 1, 4, 2], np.int32), zeros[0], zeros[0])
 
 
 def test_exp_is_exact_to_two_units_over_the_whole_range():

@@ -40,15 +40,16 @@ def test_v3_has_the_published_number_of_parameters():
     assert ModelConfig().receptive_field == 415
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize(("decay", "orders"), [(0.0, ()), (0.9, ()), (0.9, (1, 2))])
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("length", [1, 7, 40])
-def test_hidden_states_see_nothing_of_the_future(length, activations, decay):
-    model = small_model(config=dataclasses.replace(SMALL, average_decay=decay))
-    if decay:
-        model.parameters["mixer.average.weight"][:] = 1
+def test_hidden_states_see_nothing_of_the_future(length, activations, decay, orders):
+    model = small_model(config=dataclasses.replace(SMALL, average_decay=decay, induction_orders=orders))
+    for name, value in model.parameters.items():
+        if name.startswith(("mixer.average", "induction.")):
+            value[:] = 1
     model.use_activations(activations)
-    ids, _ = batch(1, 3, length)
+    ids, _ = batch(1, 3, length, vocab=4 if orders else SMALL.vocab_size)
     before = model.forward(ids).copy().reshape(3, length, -1)
     at = length // 2
     changed = ids.copy()
@@ -132,6 +133,28 @@ def test_a_running_average_fades_within_the_receptive_field():
     np.testing.assert_allclose(model.forward(ids)[-1], before, rtol=0, atol=1e-5)
     ids[0, -SMALL.receptive_field - 1] = (ids[0, -SMALL.receptive_field - 1] + 1) % SMALL.vocab_size
     assert (model.forward(ids)[-1] != before).any()
+
+
+def test_a_follower_is_looked_up_within_the_receptive_field():
+    config = dataclasses.replace(SMALL, induction_orders=(2,), induction_reach=9)
+    model = small_model(config=config)
+    field = config.receptive_field
+    assert field == SMALL.receptive_field + 9 + 1
+    rng = np.random.default_rng(4)
+    for name, value in model.parameters.items():
+        if name.startswith("induction."):
+            value[:] = rng.standard_normal(value.shape)
+    model.prepare()
+    ids = np.arange(field + 1, dtype=np.int32)[None] % 90
+    # the first token that the last hidden state reads is looked up: the pair that ends there was there 9 tokens before
+    at = 1 + 10
+    ids[0, at - 1 : at + 1] = ids[0, at - 10 : at - 8]
+    before = model.forward(ids)[-1].copy()
+    changed = ids.copy()
+    changed[0, 0] = 91
+    np.testing.assert_array_equal(model.forward(changed)[-1], before)
+    changed[0, 0], changed[0, 1] = ids[0, 0], 91  # the pair differs now
+    assert (model.forward(changed)[-1] != before).any()
 
 
 def test_buffers_of_another_shape_are_freed_before_new_ones_are_made(monkeypatch):

@@ -19,7 +19,7 @@ from flashlm_numba.tokenizer import EOT
 from flashlm_numba.tree import build_tree
 
 SHAPE = ModelConfig(vocab_size=61, dim=16, inner=24, groups=4, dilations=(1, 3), recursions=2, average_decay=0.8)
-SHAPE = dataclasses.replace(SHAPE, ternary_threshold=0.5)
+SHAPE = dataclasses.replace(SHAPE, ternary_threshold=0.5, induction_orders=(1, 2, 1), induction_reach=15)
 STEPS, EVERY = 2_000, 50
 MOST = 32  # times what plain float32 NumPy errs, in any one step; NumPy is lucky in some
 
@@ -33,6 +33,8 @@ def layout(config):
         "glu_scale": config.glu_scale,
         "average_decay": config.average_decay,
         "ternary_threshold": config.ternary_threshold,
+        "induction_orders": config.induction_orders,
+        "induction_reach": config.induction_reach,
     }
 
 
@@ -108,11 +110,13 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
 def test_the_references_gradients_are_the_derivatives():
     """Central differences of the whole trunk in float64, for every weight that is not made ternary."""
     config = ModelConfig(7, 6, 5, 2, taps=2, dilations=(1, 2), recursions=2, mixer_scale=0.3, glu_scale=0.2)
-    config = dataclasses.replace(config, average_decay=0.7)
+    config = dataclasses.replace(config, average_decay=0.7, induction_orders=(1, 2, 1), induction_reach=4)
     parameters = {n: v.astype(np.float64) for n, v in initial_parameters(config, 0, embedding_std=0.5).items()}
     rng = np.random.default_rng(1)
-    parameters["mixer.average.weight"][:] = rng.standard_normal(6)
-    ids, dout = rng.integers(0, 7, (2, 5)), rng.standard_normal((10, 6))
+    for name, gains in parameters.items():
+        if name.startswith(("mixer.average.", "induction.")):
+            gains[:] = rng.standard_normal(6)
+    ids, dout = rng.integers(0, 3, (2, 8)), rng.standard_normal((16, 6))
 
     def value():
         return float((dout * trunk_forward(parameters, ids, **layout(config))[0]).sum())
@@ -128,7 +132,7 @@ def test_the_references_gradients_are_the_derivatives():
 def test_a_wrong_gradient_of_the_trunk_would_be_seen():
     """The check above fails where a gradient is off by a thousandth."""
     model = Model(SHAPE, initial_parameters(SHAPE, 0), DenseHead)
-    ids, targets = text(np.random.default_rng(0), 2, 24)
+    ids, targets = (part % 6 for part in text(np.random.default_rng(0), 2, 24))  # so that some repeat
     weights = np.full(48, 1 / 48, np.float32)
     model.loss_and_grad(ids, targets, weights, accumulate=False)
     _, truth = recompute(model, ids, targets, weights, np.float64)

@@ -52,6 +52,8 @@ TORCH = {
     "mixer-scale": "0.0625",
     "glu-scale": "3.814697265625e-06",
     "average-decay": "0.98",
+    "induction-orders": "1,2,3",
+    "induction-reach": "1024",
     "ternary-threshold": "0.5",
     "dilations": "1,4,64",
     "start": "corpus",
@@ -71,7 +73,7 @@ TORCH_OPTION = {"phases": "batch", "warmup_steps": "warmup"} | {
     name: name.replace("_", "-")
     for name in (
         "adamw_lr", "trunk_lr_factor", "adamw_beta1", "adamw_beta2", "normuon_lr", "mixer_scale", "glu_scale",
-        "average_decay", "dilations", "ternary_threshold",
+        "average_decay", "induction_orders", "induction_reach", "dilations", "ternary_threshold",
     )
 }  # fmt: skip
 # FlashLM v3 as published, in the peer's words; these are also its own defaults

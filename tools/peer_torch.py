@@ -31,6 +31,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.display import peak_rss_mb
+from flashlm_numba.kernels.induction import followers, kinds
 from tools import timing
 
 if TYPE_CHECKING:
@@ -88,6 +89,32 @@ class Average(nn.Module):
         ages = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
         shares = (self.decay ** ages.clamp(min=0).double()).tril() * (1 - self.decay**2) ** 0.5
         return x + self.weight * (shares.to(x.dtype) @ x)
+
+
+class Gain(nn.Module):
+    """x * weight, channel by channel, from zero."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Induction(nn.Module):
+    """Gains of the embedded followers, one for each kind: at the input, and at the output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kinds, self.reach = kinds(config.induction_orders), config.induction_reach
+        self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
+        self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
+
+    def forward(self, ids: Tensor, embedding: Tensor) -> list[Tensor]:  # (B, T, C) for each kind
+        rows = np.ascontiguousarray(ids.numpy(), np.int32)
+        found = [torch.from_numpy(followers(rows, order, self.reach, skip)).long() for order, skip in self.kinds]
+        return [F.embedding(f.clamp(min=0), embedding) * (f >= 0)[..., None] for f in found]
 
 
 class Mixer(nn.Module):
@@ -161,6 +188,7 @@ class PeerModel(nn.Module):
         self.glu = GLU(config.dim, config.inner, config.ternary_threshold)
         self.router = nn.Linear(config.dim, 1)
         self.final_norm = RMSNorm(config.dim)
+        self.induction = Induction(config)
         self.adaptive: nn.AdaptiveLogSoftmaxWithLoss | None = None
         if ranks is not None:
             self.register_buffer("ranks", torch.as_tensor(ranks, dtype=torch.int64), persistent=False)
@@ -169,10 +197,16 @@ class PeerModel(nn.Module):
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> hidden states (B*T, C)."""
         x = self.embedding(ids)  # (B, T, C)
+        followed = self.induction(ids, self.embedding.weight)
+        for gain, row in zip(self.induction.inputs, followed, strict=True):
+            x = x + gain(row)
         for _ in range(self.config.recursions):
             x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.config.mixer_scale)
             x = torch.add(x, self.glu(self.norm2(x)), alpha=self.config.glu_scale)
-        return self.final_norm(x).flatten(0, 1)
+        x = self.final_norm(x)
+        for gain, row in zip(self.induction.outputs, followed, strict=True):
+            x = x + gain(row)
+        return x.flatten(0, 1)
 
     def losses(
         self, h: Tensor, targets: Tensor, *, want_nll: bool = True, **options: Any
@@ -908,6 +942,8 @@ def measure_step(
 @click.option("--glu-scale", default=1.0, show_default=True, help="Factor of the GLU's output; v3 has none.")
 @click.option("--dilations", default="1,4,64", show_default=True, help="Of the mixer's convolutions.")
 @click.option("--average-decay", default=0.0, show_default=True, help="Of the running average; 0, as in v3: none.")
+@click.option("--induction-orders", default="", help="Orders of followers, such as 1,2,3; v3 has none.")
+@click.option("--induction-reach", default=1024, show_default=True, help="Tokens that followers are looked for in.")
 @click.option("--ternary-threshold", default=1.0, show_default=True, help="Times the mean magnitude of a matrix.")
 @click.option("--adamw-lr", default=3e-4, show_default=True)
 @click.option("--trunk-lr-factor", default=1.0, show_default=True, help="Times AdamW's: of convolutions and norms.")
@@ -952,6 +988,8 @@ def train(
     glu_scale: float,
     dilations: str,
     average_decay: float,
+    induction_orders: str,
+    induction_reach: int,
     ternary_threshold: float,
     adamw_lr: float,
     trunk_lr_factor: float,
@@ -986,6 +1024,8 @@ def train(
         mixer_scale=mixer_scale,
         glu_scale=glu_scale,
         average_decay=average_decay,
+        induction_orders=tuple(int(order) for order in induction_orders.strip("[]").split(",") if order),
+        induction_reach=induction_reach,
         ternary_threshold=ternary_threshold,
     )
     counts = tokens.train.counts(config.vocab_size)
@@ -1029,6 +1069,7 @@ def train(
         parameters=sum(p.numel() for p in model.parameters()),
         groups={name: len(members) for name, members in parameter_groups(model).items()},
     )
+    followers(np.zeros((1, 1), np.int32), 1, 1)  # compiled outside the clock
     seen, step, due, start_seconds = 0, 0, seconds, seconds
     left = sorted(marks)
     clock: dict[str, float] = {}

@@ -1,0 +1,139 @@
+"""What followed the last time: for every token, the row of the one that came after the last earlier occurrence of the
+same token, or of the same n tokens, in its sequence; or after the time before that.
+
+Attention would learn to look this up (Olsson et al. 2022, "In-context Learning and Induction Heads",
+arXiv:2209.11895); a trunk of convolutions cannot, since how far back it lies depends on the text. Here it is wired in,
+as by Akyürek et al. 2024, arXiv:2401.12973 ("n-gram heads"): where there is such a token, its embedded row, times a
+trained gain a channel, is added to the input of the trunk and to the hidden state:
+
+    x[t] += gain_in * E[follower[t]],   h[t] += gain_out * E[follower[t]]
+
+Letters: B batch, T time, N = B*T rows, M some of them, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+from numba import prange
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
+
+
+@helper
+def follower(rows, t, order, skip, reach):
+    """rows[j + 1] for the last j in [t - reach, t) but skip where the `order` rows up to j equal those up to t; or -1.
+
+    rows (T,): of one sequence.
+    """
+    for j in range(t - 1, max(order - 1, t - reach) - 1, -1):
+        if rows[j] == rows[t]:
+            same = 1
+            while same < order and rows[j - same] == rows[t - same]:
+                same += 1
+            if same == order:
+                if skip == 0:
+                    return rows[j + 1]
+                skip -= 1
+    return np.int32(-1)
+
+
+@helper
+def find_followers(out, rows, order, skip, reach):
+    """out (T,) = the follower of each of rows (T,), a sequence."""
+    for t in range(rows.shape[0]):
+        out[t] = follower(rows, t, order, skip, reach)
+
+
+@helper
+def add_followers(x, embedding, rows, gain):
+    """x (M, C) += gain (C,) * embedding[rows], where rows (M,) is not -1."""
+    for m in range(rows.shape[0]):
+        row = rows[m]
+        if row >= 0:
+            for c in range(x.shape[1]):
+                x[m, c] += gain[c] * embedding[row, c]
+
+
+@helper
+def add_followers_backward(dgain, dx, embedding, rows):
+    """dgain (C,) += the sum of dx (M, C) * embedding[rows], where rows (M,) is not -1."""
+    for m in range(rows.shape[0]):
+        row = rows[m]
+        if row >= 0:
+            for c in range(dx.shape[1]):
+                dgain[c] += dx[m, c] * embedding[row, c]
+
+
+@kernel
+def _scatter_followers(dweight, dx, dh, rows, gain_in, gain_out, threads):
+    # a thread owns a range of columns, as in embedding.py
+    dim = dweight.shape[1]
+    for thread in prange(threads):
+        low, high = thread * dim // threads, (thread + 1) * dim // threads
+        for n in range(rows.shape[0]):
+            if rows[n] >= 0:
+                target, source, source_out = dweight[rows[n], low:high], dx[n, low:high], dh[n, low:high]
+                for c in range(high - low):
+                    target[c] += gain_in[low + c] * source[c] + gain_out[low + c] * source_out[c]
+
+
+@serial_kernel
+def _followers(out, rows, order, skip, reach):
+    for b in range(rows.shape[0]):
+        find_followers(out[b], rows[b], order, skip, reach)
+
+
+def kinds(orders: Sequence[int]) -> list[tuple[int, int]]:
+    """Order and skip of each kind of follower: an order that stands a second time means the time before the last.
+
+    >>> kinds((1, 2, 1))
+    [(1, 0), (2, 0), (1, 1)]
+    """
+    return [(order, list(orders[:i]).count(order)) for i, order in enumerate(orders)]
+
+
+def followers(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.ndarray:
+    """The token after the last earlier occurrence of the last `order` tokens, (B, T) int32; -1 where there is none.
+
+    rows (B, T) int32: token ids, or whatever stands for them, one for one
+    order : tokens that must be the same, at least 1;  reach : tokens that the occurrence may lie back, at least 1
+    skip : later occurrences that are passed over
+    Position t reads tokens t - reach - order + 1 to t, nothing after. At most B * T * reach comparisons.
+    Raises ValueError if a shape, a dtype or a number is wrong.
+
+    >>> followers(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=1, reach=9).tolist()
+    [[-1, -1, 6, -1, 7, 5]]
+    >>> followers(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=2, reach=9).tolist()
+    [[-1, -1, -1, -1, -1, 5]]
+    """
+    _check.array("followers", "rows", rows, (None, None), np.int32)
+    for name, value, least in (("order", order, 1), ("reach", reach, 1), ("skip", skip, 0)):
+        if value < least:
+            raise ValueError(f"followers: {name} must be at least {least}, got {value}")
+    out = np.empty_like(rows)
+    _followers(out, rows, order, skip, reach)
+    return out
+
+
+def scatter_followers(
+    dweight: np.ndarray, dx: np.ndarray, dh: np.ndarray, rows: np.ndarray, gain_in: np.ndarray, gain_out: np.ndarray
+) -> None:
+    """Add to dweight (V, C) what the followers' rows (N,) int32 get: gain_in * dx + gain_out * dh; -1 gets nothing.
+
+    dx, dh (N, C): gradients of the trunk's input and of the hidden states; gains (C,). All but rows float32.
+    The same bits for any number of threads. Raises ValueError if a shape, a dtype or a row is wrong.
+    """
+    where = "scatter_followers"
+    _check.array(where, "dweight", dweight, (None, None))
+    _check.array(where, "rows", rows, (None,), np.int32)
+    for name, value in (("dx", dx), ("dh", dh)):
+        _check.array(where, name, value, (len(rows), dweight.shape[1]))
+    for name, value in (("gain_in", gain_in), ("gain_out", gain_out)):
+        _check.array(where, name, value, dweight.shape[1:])
+    if rows.size and not -1 <= rows.min() <= rows.max() < len(dweight):
+        raise ValueError(f"{where}: rows must be in [-1, {len(dweight)}), got {rows.min()} to {rows.max()}")
+    _scatter_followers(dweight, dx, dh, rows, gain_in, gain_out, numba.get_num_threads())
