@@ -320,7 +320,7 @@ RECIPES: dict[str, RunConfig] = {
             average_decay=0.98,
             ternary_threshold=0.5,
             activations="int8",
-            induction_orders=(1, 2, 3),
+            induction_orders=(1, 1, 1, 2, 2, 3),
         ),
         optimizer=OptimizerConfig(
             normuon_iterations=3,

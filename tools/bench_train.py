@@ -52,7 +52,7 @@ TORCH = {
     "mixer-scale": "0.0625",
     "glu-scale": "3.814697265625e-06",
     "average-decay": "0.98",
-    "induction-orders": "1,2,3",
+    "induction-orders": "1,1,1,2,2,3",
     "induction-reach": "1024",
     "ternary-threshold": "0.5",
     "dilations": "1,4,64",
