@@ -82,6 +82,7 @@ TORCH_V3 = {
     "mixer-scale": "1",
     "glu-scale": "1",
     "average-decay": "0",
+    "induction-orders": "",
     "ternary-threshold": "1",
     "dilations": "1,4,64",
     "start": "random",
