@@ -83,6 +83,7 @@ TORCH_V3 = {
     "glu-scale": "1",
     "average-decay": "0",
     "induction-orders": "",
+    "induction-reach": "1024",
     "ternary-threshold": "1",
     "dilations": "1,4,64",
     "start": "random",
