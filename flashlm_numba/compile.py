@@ -40,7 +40,8 @@ def main() -> None:
     from flashlm_numba.tree import build_tree
 
     set_threads(None)
-    config = ModelConfig(vocab_size=5_000, dim=16, inner=8, groups=1)  # an embedding beyond the serial optimiser's size
+    # an embedding beyond the serial optimiser's size
+    config = ModelConfig(vocab_size=5_000, dim=16, inner=8, groups=1, induction_orders=(1,))
     tree = build_tree("default", np.arange(config.vocab_size))
     prior = np.full(config.vocab_size, -8.5, np.float32)
 

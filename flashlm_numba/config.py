@@ -51,7 +51,7 @@ class ModelConfig:
     mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
     induction_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
-    induction_reach: int = _in(1024, 1, 65536, later=True)  # tokens that they may lie back
+    induction_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back
     average_decay: float = _in(0.0, 0, 0.995, later=True)  # of the running average in the mixer, a token; 0: none
     ternary_threshold: float = _in(1.0, 0, 1, later=True)  # times a matrix's mean magnitude: where a weight is +1 or -1
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
@@ -70,7 +70,12 @@ class ModelConfig:
             raise ValueError(f"model.dilations must be numbers from 1 to 4096, got {self.dilations}")
         orders = self.induction_orders
         if len(orders) > 16 or not all(1 <= order <= 16 for order in orders):
-            raise ValueError(f"model.induction_orders must be at most 16 numbers from 1 to 16, got {orders}")
+            raise ValueError(
+                f"model.induction_orders must be at most 16 numbers from 1 to 16, such as [1,2], got {list(orders)}"
+            )
+        # windows of twice as many tokens are scored, at some 60 KB a token
+        if not 1 <= self.induction_reach <= 8192:
+            raise ValueError(f"model.induction_reach must be a number from 1 to 8192, got {self.induction_reach}")
 
     @property
     def receptive_field(self) -> int:
@@ -127,8 +132,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.row_moments and not self.lazy_rows:
             raise ValueError(
-                "optimizer.row_moments needs lazy_rows: a row with moments of its own is stepped when it has a "
-                "gradient; add --set row_moments=false"
+                "optimizer.row_moments needs lazy_rows, since a row with moments of its own is stepped when it has a "
+                "gradient; add --set row_moments=false or --set lazy_rows=true"
             )
 
 

@@ -328,6 +328,8 @@ class Optimizer:
                 raise UserError(
                     self._misfit(f"{key} is {value.dtype} {value.shape}, expected {np.dtype(dtype)} {shape}")
                 )
+            if np.dtype(dtype).kind == "i" and value.min(initial=0) < 0:
+                raise UserError(self._misfit(f"{key} counts {value.min()} steps"))
         self.steps = {name: int(state[f"steps.{name}"][0]) for name in names}
         self._first = {name: np.array(state[f"first.{name}"], order="C") for name in names if self._has_first(name)}
         self._second = {name: np.array(state[f"second.{name}"], order="C") for name in names}

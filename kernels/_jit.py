@@ -32,9 +32,12 @@ def target_features() -> set[str]:
 
 
 def _complete() -> str:
-    """Name of the file that marks a cache with every kernel in it: for one compiler and one processor."""
+    """Name of the file that marks a cache with every kernel in it: for one compiler, processor and folder of sources.
+
+    Numba keeps what it compiled by the sources' folder, so a second checkout finds nothing of the first one's.
+    """
     processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(), ",".join(sorted(target_features()))
-    parts = " ".join([numba.__version__, llvmlite.__version__, *processor])
+    parts = " ".join([numba.__version__, llvmlite.__version__, *processor, str(Path(__file__).parent)])
     return f"complete-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 

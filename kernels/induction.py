@@ -102,7 +102,7 @@ def followers(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.nda
     rows (B, T) int32: token ids, or whatever stands for them, one for one
     order : tokens that must be the same, at least 1;  reach : tokens that the occurrence may lie back, at least 1
     skip : later occurrences that are passed over
-    Position t reads tokens t - reach - order + 1 to t, nothing after. At most B * T * reach comparisons.
+    Position t reads tokens t - reach - order + 1 to t, nothing after. At most B * T * reach * order comparisons.
     Raises ValueError if a shape, a dtype or a number is wrong.
 
     >>> followers(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=1, reach=9).tolist()

@@ -274,7 +274,8 @@ def adamw_rows_step(
     steps : (R,) int64, the steps that each row has had, zeros before step 1: bias correction counts those
     lr, beta1, beta2, eps, decay, scale : as in adamw_step
     Rows whose gradient is zero are left as they are, their moments and steps too.
-    Raises ValueError if a shape or dtype is wrong. Moves 12 bytes per element that is stepped, with first 20.
+    Raises ValueError if a shape or dtype is wrong, or steps are negative. Moves 12 bytes per element that is stepped,
+    with first 20.
     Source: Zhang et al. 2024, "Adam-mini", arXiv:2406.16793: one second moment, a mean of squares, for a block of
     parameters. That every row of a table is one, with a count of its own steps, is ours.
 
@@ -287,6 +288,8 @@ def adamw_rows_step(
     _check.array("adamw_rows_step", "second", second, weight.shape[:1])
     _check.array("adamw_rows_step", "steps", steps, weight.shape[:1], np.int64)
     _check.array("adamw_rows_step", "grad", grad, weight.shape)
+    if steps.min(initial=0) < 0:
+        raise ValueError(f"adamw_rows_step: steps must be 0 or more, got {steps.min()}")
     if first is not None:
         _check.array("adamw_rows_step", "first", first, weight.shape)
     elif beta1:

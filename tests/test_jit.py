@@ -92,8 +92,9 @@ def test_a_cache_is_complete_for_one_compiler_and_processor(monkeypatch):
         (_jit.numba, "__version__", "99.0"),
         (_jit.llvmlite, "__version__", "99.0"),
         (_jit.llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+        (_jit, "__file__", "another/checkout/kernels/_jit.py"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             names.add(_jit._complete())
-    assert len(names) == 4
+    assert len(names) == 5

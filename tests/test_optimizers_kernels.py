@@ -216,6 +216,8 @@ def test_adamw_rows_step_sees_gradients_of_any_size_and_hides_no_nan():
     assert steps.tolist() == [1, 1, 1, 1, 0]
     with pytest.raises(ValueError, match="beta1 must be 0 where there is no first moment"):
         optimizers.adamw_rows_step(weight, None, second, steps, grad, **settings | {"beta1": 0.9})
+    with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
+        optimizers.adamw_rows_step(weight, None, second, steps - 1, grad, **settings)
     with pytest.raises(ValueError, match=r"adamw_rows_step: steps must be int64, got int32"):
         optimizers.adamw_rows_step(weight, None, second, steps.astype(np.int32), grad, **settings)
 

@@ -49,10 +49,14 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 def make_model(data: TokenData, head: str) -> Model:
-    """v3's shape with this head, as before its first step."""
+    """The recipe default's shape with this head, as before its first step, but for gains that would be zero."""
     settings = [f"head.name={head}", "log_prior=true", "activations=float"]
     run = RunConfig.recipe_named("default").with_settings(settings)
-    return assemble.new_model(run, data, lambda line: None)[0]
+    model = assemble.new_model(run, data, lambda line: None)[0]
+    for name, value in model.parameters.items():
+        if name.startswith(("mixer.average.", "induction.")):
+            value[:] = 0.1
+    return model
 
 
 def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:
@@ -116,12 +120,13 @@ def reading_again(model: Model, context: list[int]) -> Callable[[int], None]:
 
 
 def torch_reading_again(context: list[int]) -> Callable[[int], None]:
-    """The same in PyTorch, with its dense head."""
+    """The same in PyTorch, with its dense head and FlashLM v3's trunk, over the 415 tokens that this one sees."""
     import torch
 
     from tools import peer_torch
 
-    model, window = peer_torch.PeerModel(), torch.tensor(context)
+    model = peer_torch.PeerModel()
+    window = torch.tensor(context[-model.config.receptive_field :])
 
     @torch.no_grad()
     def run(count: int) -> None:
