@@ -25,7 +25,7 @@ from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
 from flashlm_numba.kernels.average import add_average_next
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
-from flashlm_numba.kernels.induction import follower
+from flashlm_numba.kernels.induction import add_followers, follower
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
 from flashlm_numba.kernels.ternary import pack_ternary, packed_width
 from flashlm_numba.kernels.ternary_matmul import quantize, ternary_products
@@ -53,15 +53,6 @@ def _find(found, history, position, row, orders, reach):
     history[place], history[place + length] = row, row
     for o in range(orders.shape[0]):
         found[o] = follower(history[place + 1 : place + 1 + length], length - 1, orders[o, 0], orders[o, 1], reach)
-
-
-@helper
-def _add_rows(x, embedding, rows, gains):
-    """x (1, C) += the sum of gains (O, C) * embedding[rows], where rows (O,) are not -1."""
-    for o in range(rows.shape[0]):
-        if rows[o] >= 0:
-            for c in range(x.shape[1]):
-                x[0, c] += gains[o, c] * embedding[rows[o], c]
 
 
 @helper
@@ -108,7 +99,8 @@ def _decode_step(
         x[0, c] = embedding[row, c]
     if found.shape[0] > 0:
         _find(found, history, position, row, orders, reach)
-        _add_rows(x, embedding, found, gains[0])
+        for o in range(found.shape[0]):
+            add_followers(x, embedding, found[o : o + 1], gains[0, o])
     for r in range(passes):
         rmsnorm_rows(m, rstd, x, norms[0])
         if branches[2] > 0:
@@ -137,7 +129,8 @@ def _decode_step(
         _linear(delta, hidden_long, inner, w_down, p_down, q, scales, sums, variant)
         _add(x, delta)
     rmsnorm_rows(out, rstd, x, norms[2])
-    _add_rows(out, embedding, found, gains[1])
+    for o in range(found.shape[0]):
+        add_followers(out, embedding, found[o : o + 1], gains[1, o])
 
 
 @serial_kernel
