@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 from click.testing import CliRunner, Result
 
 from flashlm_numba.cli import main
@@ -14,6 +18,13 @@ TINY = (
     "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
     "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
 )  # fmt: skip
+
+
+def import_torch() -> Any:
+    """PyTorch; the calling test, or test file, is skipped where it is not installed, but in CI, which must have it."""
+    if "CI" in os.environ:
+        return importlib.import_module("torch")
+    return pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
 
 
 def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "result") -> None:

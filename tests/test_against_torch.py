@@ -1,14 +1,13 @@
-"""The model, its gradients and the optimisers against autograd in PyTorch (tools/peer_torch.py), from shared weights.
+"""The model, its gradients and the optimisers against autograd in PyTorch (tools/peer_model.py), from shared weights.
 
 Torch in float64 is the truth, and torch in float32 shows how far plain float32 is from it.
 """
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, import_torch
 
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.heads import DenseHead, TreeHead
@@ -17,12 +16,9 @@ from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.optim import PRESETS, Optimizer, lr_scale
 from flashlm_numba.tree import build_tree
 
-if "CI" in os.environ:
-    import torch  # CI must not skip
-else:
-    torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[peer]'")
+torch = import_torch()
 
-from tools import peer_torch
+from tools import peer_model, peer_optim  # noqa: E402  both need torch
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +66,7 @@ def batch(config, seed, rows, length):
 
 
 def peer(config, parameters, dtype):
-    model = peer_torch.PeerModel(config).to(dtype)
+    model = peer_model.PeerModel(config).to(dtype)
     model.state_from_numpy(parameters)
     return model
 
@@ -159,8 +155,8 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
         model = Model(dataclasses.replace(config, activations=kind), copies, DenseHead)
         loss, _, _ = model.loss_and_grad(ids, targets, weights)
         found[kind] = {"loss": loss, **model.gradients}
-    monkeypatch.setattr(peer_torch.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self)))
-    monkeypatch.setattr(peer_torch.GLU, "forward", glu)
+    monkeypatch.setattr(peer_model.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self)))
+    monkeypatch.setattr(peer_model.GLU, "forward", glu)
     loss, _, gradients = peer_gradients(config, parameters, torch.float32, ids, targets, weights, {})
     for name, want in {"loss": loss, **gradients}.items():
         if name.startswith("router"):
@@ -252,7 +248,7 @@ def both_optimizers(config, preset, frozen_first):
     ours = Model(config, {name: value.copy() for name, value in parameters.items()}, DenseHead)
     optimizer = Optimizer(ours.parameters, ours.gradients, settings)
     theirs = peer(config, parameters, torch.float32)
-    peers = peer_torch.Optimizers(theirs, normuon=preset, clip=settings.clip)
+    peers = peer_optim.Optimizers(theirs, normuon=preset, clip=settings.clip)
     losses = []
     for step in range(10):
         ids, targets = batch(config, 10 + step, 4, 24)
@@ -267,7 +263,7 @@ def both_optimizers(config, preset, frozen_first):
         theirs.embedding.weight.requires_grad_(not frozen)
         peer_loss, _ = theirs.loss_and_grad(ids, targets)
         peer_norm = peers.step(scale)
-        assert peer_torch.schedule(step, warmup=3, total=10, decay=4) == pytest.approx(scale)
+        assert peer_optim.schedule(step, warmup=3, total=10, decay=4) == pytest.approx(scale)
         losses.append((float(loss.mean()), float(peer_loss.mean()), norm["grad_norm"], peer_norm))
         if step == 0:
             first = {name: value.copy() for name, value in ours.parameters.items()}, theirs.params_to_numpy()

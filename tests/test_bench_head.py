@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import import_torch
 
 from flashlm_numba.kernels import reference
 from tools import bench_head, head_candidates, head_report, timing
@@ -90,10 +91,10 @@ def test_a_wrong_result_ends_with_status_1(corpus, monkeypatch, no_gemm, wrong, 
 
 
 def test_a_wrong_gradient_of_the_torch_tree_ends_with_status_1(corpus, monkeypatch, no_gemm):
-    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
-    from tools import peer_torch
+    import_torch()
+    from tools import peer_heads
 
-    right = peer_torch.tree_head
+    right = peer_heads.tree_head
 
     def planted(*arguments, **options):
         call = right(*arguments, **options)
@@ -105,7 +106,7 @@ def test_a_wrong_gradient_of_the_torch_tree_ends_with_status_1(corpus, monkeypat
 
         return run
 
-    monkeypatch.setattr(peer_torch, "tree_head", planted)
+    monkeypatch.setattr(peer_heads, "tree_head", planted)
     result = CliRunner().invoke(bench_head.main, [*SMALL, "--head", "torch:tree", "--data", str(corpus)])
     assert result.exit_code == 1
     assert "torch:tree: nodes.weight errs" in result.output

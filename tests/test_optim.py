@@ -9,6 +9,7 @@ import math
 import numba
 import numpy as np
 import pytest
+from helpers import import_torch
 from safetensors.numpy import load, save
 
 from flashlm_numba.config import ModelConfig
@@ -154,7 +155,7 @@ def test_settings_reject_what_cannot_train(change):
 
 def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
     """AdamW's tensors and the clip against torch; NorMuon's against the reference with torch's clip."""
-    torch = pytest.importorskip("torch")
+    torch = import_torch()
     for preset in ("v3", "published"):
         settings = dataclasses.replace(PRESETS[preset], normuon_decay=0.05, adamw_trunk_factor=3.0)
         shapes = shapes_of(TINY, node_rows=5)
@@ -273,7 +274,7 @@ def test_step_and_optimizer_refuse_unknown_names():
 
 def test_lazy_rows_agree_with_torchs_sparse_adam():
     """Tables of rows only: any other tensor without a gradient goes on by its momentum."""
-    torch = pytest.importorskip("torch")
+    torch = import_torch()
     settings = dataclasses.replace(PRESETS["published"], adamw_lazy=True, adamw_decay=0.0, clip=None)
     shapes = shapes_of(TINY, node_rows=5)
     params, rng = tensors(shapes, 0), np.random.default_rng(1)

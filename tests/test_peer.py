@@ -1,45 +1,41 @@
-"""The PyTorch peer of the benchmarks and what all benchmarks share; its gradients: test_against_torch.py."""
+"""The PyTorch peer of the benchmarks; its gradients: test_against_torch.py."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, import_torch
 
 from flashlm_numba.config import ModelConfig
-from flashlm_numba.display import peak_rss_mb
 from flashlm_numba.kernels.reference_tree import tree_head_forward_backward
 from flashlm_numba.tree import SHAPES, build_tree, tree_from_lists
-from tools import timing
+
+torch = import_torch()
+
+from tools import peer_heads, peer_model, peer_optim, peer_torch  # noqa: E402  all need torch
 
 SMALL = ModelConfig(vocab_size=50_257, dim=8, inner=12, groups=2, taps=3, dilations=(1, 3))  # field 17
 
 
-@pytest.fixture(scope="module")
-def peer():
-    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
-    from tools import peer_torch
-
-    peer_torch.torch.set_num_threads(1)  # small shapes: threads would only wait for one another
-    return peer_torch
-
-
-@pytest.fixture
-def torch(peer):
-    peer.torch.manual_seed(0)
-    return peer.torch
+@pytest.fixture(autouse=True)
+def one_thread_and_a_seed():
+    """Small shapes: torch's threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_peer_counts_are_those_of_flashlm_v3(peer):
-    model = peer.PeerModel()
+def test_peer_counts_are_those_of_flashlm_v3():
+    model = peer_model.PeerModel()
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 13_555_969
-    groups = peer.parameter_groups(model)
+    groups = peer_optim.parameter_groups(model)
     assert {group: sum(sizes[n] for n in names) for group, names in groups.items()} == {
         "normuon": 590_336,
         "decay": 12_964_096,
@@ -49,10 +45,12 @@ def test_peer_counts_are_those_of_flashlm_v3(peer):
     assert sorted(n for names in groups.values() for n in names) == sorted(sizes)
 
 
-def test_dense_loss_is_its_definition_in_float64(peer, torch):
+def test_dense_loss_is_its_definition_in_float64():
     h, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets, prior = torch.randint(0, 11, (7,)), torch.randn(11, dtype=torch.float64)
-    loss, nll = peer.dense_loss(h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior)
+    loss, nll = peer_heads.dense_loss(
+        h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior
+    )
     logits = 2 * np.tanh(h.numpy() @ weight.numpy().T / 2) + prior.numpy()
     log_z = np.log(np.exp(logits).sum(axis=1))
     log_p = logits - log_z[:, None]
@@ -62,8 +60,8 @@ def test_dense_loss_is_its_definition_in_float64(peer, torch):
     np.testing.assert_allclose(loss.numpy(), smoothed)
 
 
-def test_peer_takes_its_state_from_numpy_and_weighs_positions(peer, torch):
-    first, second = peer.PeerModel(SMALL), peer.PeerModel(SMALL)
+def test_peer_takes_its_state_from_numpy_and_weighs_positions():
+    first, second = peer_model.PeerModel(SMALL), peer_model.PeerModel(SMALL)
     second.state_from_numpy(first.params_to_numpy())
     ids, targets = np.random.default_rng(0).integers(0, 50_257, (2, 2, 5), dtype=np.int32)
     weights = np.linspace(0, 0.2, 10, dtype=np.float32)
@@ -79,11 +77,11 @@ def test_peer_takes_its_state_from_numpy_and_weighs_positions(peer, torch):
         second.state_from_numpy(halved)
 
 
-def test_adaptive_head_scores_the_frequency_rank_of_a_token(peer, torch):
+def test_adaptive_head_scores_the_frequency_rank_of_a_token():
     counts = np.random.default_rng(0).integers(0, 1000, SMALL.vocab_size)
-    ranks = peer.frequency_ranks(counts)
+    ranks = peer_heads.frequency_ranks(counts)
     assert counts[np.argsort(ranks)][:-1].tolist() == sorted(counts, reverse=True)[:-1]
-    model = peer.PeerModel(SMALL, ranks=ranks, div_value=2.0)
+    model = peer_model.PeerModel(SMALL, ranks=ranks, div_value=2.0)
     h, targets = torch.randn(6, 8), torch.tensor([0, 5, 1_000, 20_000, 50_256, 7])
     _, nll = model.losses(h, targets)
     everything = model.adaptive.log_prob(h)
@@ -106,8 +104,8 @@ def some_tree(shape, vocab):
     ("shape", "vocab"), [(s, 300) for s in SHAPES] + [("uneven", 7), ("balanced", 5), ("huffman", 2)]
 )
 @pytest.mark.parametrize("n", [1, 40])
-def test_tree_head_by_hand_agrees_with_the_reference(peer, monkeypatch, shape, vocab, n):
-    monkeypatch.setattr(peer, "SHARED_FLOP", 6.0 * 6 * 20 * 20)  # some nodes on either side
+def test_tree_head_by_hand_agrees_with_the_reference(monkeypatch, shape, vocab, n):
+    monkeypatch.setattr(peer_heads, "SHARED_FLOP", 6.0 * 6 * 20 * 20)  # some nodes on either side
     tree = some_tree(shape, vocab)
     rng = np.random.default_rng(0)
     h, weight, nodes = (rng.standard_normal((rows, 6)) for rows in (n, vocab, tree.n_nodes - 1))
@@ -119,7 +117,7 @@ def test_tree_head_by_hand_agrees_with_the_reference(peer, monkeypatch, shape, v
         weights = np.full(n, 1 / n, dtype)
         loss, _, dx = tree_head_forward_backward(x, w, m, tree.spans, rows, weights, dw, dm)
         expected[dtype] = (loss.mean(), dx, dw, dm)
-        call = peer.tree_head(x, w, m, tree.spans, rows, threads=1)
+        call = peer_heads.tree_head(x, w, m, tree.spans, rows, threads=1)
         for _ in range(2):  # the second call starts from a clean gradient too
             got = [tensor.numpy() for tensor in call()]
         if dtype is np.float64:
@@ -133,9 +131,9 @@ def test_tree_head_by_hand_agrees_with_the_reference(peer, monkeypatch, shape, v
 
 @pytest.mark.parametrize("variant", ["v3", "published"])
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
-def test_normuon_steps_have_the_norm_of_their_variant(peer, torch, variant, shape):
+def test_normuon_steps_have_the_norm_of_their_variant(variant, shape):
     parameter = torch.nn.Parameter(torch.randn(shape))
-    optimizer = peer.NorMuon([parameter], lr=0.5, variant=variant)
+    optimizer = peer_optim.NorMuon([parameter], lr=0.5, variant=variant)
     for _ in range(3):
         before = parameter.detach().clone()
         parameter.grad = torch.randn(shape)
@@ -148,14 +146,14 @@ def test_normuon_steps_have_the_norm_of_their_variant(peer, torch, variant, shap
             assert norm == pytest.approx(expected, rel=0.35)
 
 
-def test_newton_schulz_gives_singular_values_near_one(peer, torch):
+def test_newton_schulz_gives_singular_values_near_one():
     for shape in ((20, 6), (6, 20)):
-        s = torch.linalg.svdvals(peer.newton_schulz(torch.randn(shape)))
+        s = torch.linalg.svdvals(peer_optim.newton_schulz(torch.randn(shape)))
         assert 0.6 < float(s.min()) <= float(s.max()) < 1.3
 
 
-def test_schedule_warms_up_holds_and_decays(peer):
-    rates = [peer.schedule(step, warmup=4, total=20, decay=5) for step in range(20)]
+def test_schedule_warms_up_holds_and_decays():
+    rates = [peer_optim.schedule(step, warmup=4, total=20, decay=5) for step in range(20)]
     np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1])
     np.testing.assert_allclose(rates[14:], [1, 1, 0.8, 0.6, 0.4, 0.2])
 
@@ -173,31 +171,31 @@ class Documents:
         return iter(self.list)
 
 
-def test_score_counts_every_token_once_whatever_the_windows(peer, torch):
+def test_score_counts_every_token_once_whatever_the_windows():
     rng = np.random.default_rng(0)
     split = Documents(*(rng.integers(0, 50_256, n) for n in (1, 16, 17, 18, 70, 131)))
-    model = peer.PeerModel(SMALL, embedding_std=0.5).double()
+    model = peer_model.PeerModel(SMALL, embedding_std=0.5).double()
     total = 0.0
     for document in split.list:  # one pass over each whole document
-        inputs = np.concatenate([[peer.EOT], document[:-1]])
+        inputs = np.concatenate([[peer_torch.EOT], document[:-1]])
         total += model.loss_and_grad(inputs[None], document[None])[1].sum()
     expected = total / 253
     for length, rows in ((32, 1), (33, 4), (200, 8)):
-        got = peer.score(model, split, length=length, rows=rows)
+        got = peer_torch.score(model, split, length=length, rows=rows)
         assert got["tokens"] == 253
         assert got["nll"] == pytest.approx(expected, abs=1e-9)
     assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / 1_000)
     with pytest.raises(ValueError, match="leave none to score"):
-        next(peer.scored_windows(split.list[0], context=16, length=16))
+        next(peer_torch.scored_windows(split.list[0], context=16, length=16))
 
 
-def test_training_step_at_a_share_of_the_positions_trains(peer, torch):
-    model = peer.PeerModel(SMALL)
-    optimizers = peer.Optimizers(model, adamw_lr=0.02)
+def test_training_step_at_a_share_of_the_positions_trains():
+    model = peer_model.PeerModel(SMALL)
+    optimizers = peer_optim.Optimizers(model, adamw_lr=0.02)
     ids = torch.randint(0, 30, (2, 4, 16))
     clock = {}
     losses = [
-        peer.training_step(
+        peer_torch.training_step(
             model, optimizers, [(ids[0], ids[0]), (ids[1], ids[1])], positions=0.5, clock=clock, z_loss=1e-4
         )
         for _ in range(30)
@@ -206,17 +204,17 @@ def test_training_step_at_a_share_of_the_positions_trains(peer, torch):
     assert set(clock) == {"trunk", "head", "optimizer"}
 
 
-def run(peer, *arguments):
+def run(*arguments):
     """Lines of JSON that a command prints."""
-    result = CliRunner().invoke(peer.main, [str(a) for a in arguments], catch_exceptions=False)
+    result = CliRunner().invoke(peer_torch.main, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.output.splitlines()]
 
 
-def test_train_command_reads_our_shards_and_validates(peer, corpus):
+def test_train_command_reads_our_shards_and_validates(corpus):
     for head in ("dense", "adaptive"):
         lines = run(
-            peer, "train", corpus, "--head", head, "--steps", 2, "--batch", "1:2x8x2,2:1x16", "--no-final",
+            "train", corpus, "--head", head, "--steps", 2, "--batch", "1:2x8x2,2:1x16", "--no-final",
             "--validate-tokens", 30, "--validate-every", 0, "--normuon", "published", "--threads", 1,
         )  # fmt: skip
         assert lines[0]["versions"]["torch"]
@@ -225,7 +223,7 @@ def test_train_command_reads_our_shards_and_validates(peer, corpus):
         assert all(6 < m["val_nll"] < 13 and m["val_tokens"] == 30 for m in marks)
         assert marks[-1]["loss"] > 0
     lines = run(
-        peer, "train", corpus, "--steps", 3, "--batch", "2x8", "--validate-tokens", 30, "--validate-every", 1e9,
+        "train", corpus, "--steps", 3, "--batch", "2x8", "--validate-tokens", 30, "--validate-every", 1e9,
         "--mark", 1e-9, "--mark", 2e-9, "--mark", 60, "--threads", 1,
     )[2:]  # fmt: skip
     # a mark is due at the end of the first step that passes it; one that the end comes before is left out
@@ -233,12 +231,11 @@ def test_train_command_reads_our_shards_and_validates(peer, corpus):
     assert [m["val_tokens"] > 30 for m in lines] == [False, True, True, True]
 
 
-def test_benchmark_commands_print_rates(peer):
-    lines = run(peer, "head", "--rows", 8, "--vocab", 2_000, "--dim", 16, "--repeats", 1, "--threads", 1)
+def test_benchmark_commands_print_rates():
+    lines = run("head", "--rows", 8, "--vocab", 2_000, "--dim", 16, "--repeats", 1, "--threads", 1)
     assert {line["head"] for line in lines[1:]} == {"torch:eager", "torch:adaptive", "torch:adaptive-div4"}
     assert all(line["positions_per_s"]["median"] > 0 for line in lines[1:])
     (step,) = run(
-        peer,
         "step",
         "--batch",
         "1x8x2",
@@ -252,46 +249,4 @@ def test_benchmark_commands_print_rates(peer):
         1,
     )[1:]
     assert sum(step["shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert run(peer, "trunk", "--batch", "1x8", "--repeats", 1, "--threads", 1)[1]["tokens_per_s"]["median"] > 0
-
-
-def test_measure_alternates_the_candidates_and_leaves_out_the_warm_up():
-    calls = []
-    slow = [0.03]  # only the first call is slow
-
-    def first():
-        calls.append("a")
-        timing.time.sleep(slow.pop() if slow else 0.001)
-
-    result = timing.measure({"a": first, "b": lambda: calls.append("b")}, repeats=3, warmup=1, pause=0, burst=0.01)
-    assert calls.count("a") > 4  # a short call is made again, to fill the burst
-    assert [name for name, _ in itertools.groupby(calls)] == ["a", "b"] * 4
-    assert result["a"]["repeats"] == 3
-    assert result["b"]["p20"] <= result["b"]["median"] <= result["b"]["p80"] < result["a"]["min"]
-    assert result["a"]["min"] < 0.03
-
-    def long():
-        calls.append("long")
-        timing.time.sleep(0.01)
-
-    calls.clear()
-    timing.measure({"long": long}, repeats=2, warmup=0, pause=0, burst=0.005)
-    assert calls == ["long"] * 2  # a call as long as a burst counts at once
-    rates = timing.rate(result["a"], 10)
-    assert rates["p20"] <= rates["median"] <= rates["p80"]
-    with pytest.raises(ValueError, match="repeats must be"):
-        timing.measure({}, repeats=0)
-
-
-def test_gemm_rate_and_environment_describe_the_machine(tmp_path):
-    result = timing.gemm_rate(1, rows=16, dim=8, vocab_size=100, repeats=1)
-    assert result["best"] >= result["2048 cubed"]["median"] > 1
-    described = timing.environment(1)
-    assert described["cpu"]
-    assert described["blas"]
-    assert described["cores"] >= 1
-    assert peak_rss_mb() is None or peak_rss_mb() > 20
-    timing.write_json(tmp_path / "out.json", {"gemm": result, **described})
-    assert json.loads((tmp_path / "out.json").read_text())["gemm"] == result
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        timing.write_json(tmp_path / "out.json", {"x": math.nan})
+    assert run("trunk", "--batch", "1x8", "--repeats", 1, "--threads", 1)[1]["tokens_per_s"]["median"] > 0

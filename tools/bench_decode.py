@@ -123,9 +123,9 @@ def torch_reading_again(context: list[int]) -> Callable[[int], None]:
     """The same in PyTorch, with its dense head and FlashLM v3's trunk, over the 415 tokens that this one sees."""
     import torch
 
-    from tools import peer_torch
+    from tools.peer_model import PeerModel
 
-    model = peer_torch.PeerModel()
+    model = PeerModel()
     window = torch.tensor(context[-model.config.receptive_field :])
 
     @torch.no_grad()

@@ -73,10 +73,10 @@ def torch_call(model: Model, ids: np.ndarray, dh: np.ndarray, **options: Any) ->
     """The same in PyTorch, and a call that returns the gradients too. options: dtype, or compile."""
     import torch
 
-    from tools import peer_torch
+    from tools.peer_model import PeerModel
 
     dtype = options.get("dtype", torch.float32)
-    peer = peer_torch.PeerModel(model.config).to(dtype)
+    peer = PeerModel(model.config).to(dtype)
     peer.state_from_numpy({name: model.parameters[name] for name in peer.params_to_numpy()})
     hidden = torch.compile(peer.hidden) if options.get("compile") else peer.hidden
     tokens, gradient = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(dh).to(dtype)

@@ -238,16 +238,16 @@ def tree_candidate(problem: Problem, shape: str) -> Candidate:
     return Candidate(lambda: run_head(head, problem), truth, *tree_cost(problem, head.tree), lambda: scratch_mb(head))
 
 
-# --- PyTorch's, from tools/peer_torch.py ---
+# --- PyTorch's, from tools/peer_heads.py ---
 
 
 def peer() -> Any:
-    """tools.peer_torch, where torch is installed."""
+    """tools.peer_heads, where torch is installed."""
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError("torch is not installed: pip install -e '.[peer]'")
-    from tools import peer_torch
+    from tools import peer_heads
 
-    return peer_torch
+    return peer_heads
 
 
 def named(call: Callable[[], tuple[Any, ...]], names: tuple[str, ...]) -> Callable[[], Found]:
@@ -271,10 +271,10 @@ def mean_loss(truth: Callable[[type], Found]) -> Callable[[type], Found]:
 
 def torch_dense_candidate(problem: Problem, *, compiled: bool = False) -> Candidate:
     """cross_entropy(linear(h, weight)), eager or through torch.compile."""
-    peer_torch = peer()
+    peer_heads = peer()
     if compiled and not shutil.which(os.environ.get("CXX", "g++")):
         raise UnavailableError("torch.compile needs a C++ compiler (g++, or CXX)")
-    call = peer_torch.dense_head(problem.h, problem.weight, problem.targets, compiled=compiled)
+    call = peer_heads.dense_head(problem.h, problem.weight, problem.targets, compiled=compiled)
     if compiled:
         try:
             call()
@@ -287,22 +287,22 @@ def torch_dense_candidate(problem: Problem, *, compiled: bool = False) -> Candid
 
 def torch_tree_candidate(problem: Problem, threads: int | None = None) -> Candidate:
     """The default tree by hand in PyTorch, on torch's threads or on fewer."""
-    peer_torch = peer()
+    peer_heads = peer()
     head = make_tree_head(problem, "default")
     rows = head.row_of_token[problem.targets]
-    call = peer_torch.tree_head(problem.h, head.weight, head.nodes, head.tree.spans, rows, threads=threads)
+    call = peer_heads.tree_head(problem.h, head.weight, head.nodes, head.tree.spans, rows, threads=threads)
     truth = mean_loss(functools.partial(tree_reference, problem, head))
     return Candidate(named(call, ("loss", "dh", "dweight", "nodes.weight")), truth, *tree_cost(problem, head.tree))
 
 
 def torch_adaptive_candidate(problem: Problem, div_value: float) -> Candidate:
     """AdaptiveLogSoftmaxWithLoss at torch's usual cut-offs, with random weights of its own."""
-    peer_torch = peer()
-    torch, cross_entropy = peer_torch.torch, peer_torch.F.cross_entropy
+    peer_heads = peer()
+    torch, cross_entropy = peer_heads.torch, peer_heads.F.cross_entropy
     torch.manual_seed(0)
     (n, dim), vocab = problem.h.shape, len(problem.weight)
-    head = peer_torch.adaptive_head(dim, vocab, div_value)
-    ranks = peer_torch.frequency_ranks(problem.counts)[problem.targets]
+    head = peer_heads.adaptive_head(dim, vocab, div_value)
+    ranks = peer_heads.frequency_ranks(problem.counts)[problem.targets]
     names = ("dh", *(name for name, _ in head.named_parameters()))
 
     clusters = list(itertools.pairwise(head.cutoffs))
@@ -329,7 +329,7 @@ def torch_adaptive_candidate(problem: Problem, div_value: float) -> Candidate:
         here = int(((ranks >= low) & (ranks < high)).sum())
         products += here * sum(p.numel() for p in tail.parameters())
     parameters = sum(p.numel() for p in head.parameters())
-    run = named(peer_torch.adaptive_loss(problem.h, head, ranks), ("loss", *names))
+    run = named(peer_heads.adaptive_loss(problem.h, head, ranks), ("loss", *names))
     return Candidate(run, truth, 6.0 * products, 4.0 * (2 * n * dim + 2 * parameters))
 
 

@@ -1,0 +1,230 @@
+"""Output heads in PyTorch: dense, adaptive softmax, and our tree written by hand; for peer_torch.py and bench_head.py.
+
+N positions, C channels, V vocabulary, M inner nodes of a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ADAPTIVE_CUTOFFS = (1_024, 4_096, 16_384)
+SHARED_FLOP = 5e7  # of a tree's node, in its three products, from which on all threads share it
+
+
+def dense_loss(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    log_prior: Tensor | None = None,
+    want_nll: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss (N,) and nll (N,; no graph) of softmax(cap(h @ weight.T) + log_prior) against targets (N,).
+
+    h (N, C), weight (V, C), log_prior (V,) fixed. The cap is soft_cap * tanh(logit / soft_cap) and acts on
+    the learned part only. loss = (1 - s) * nll + s * mean over V of -log p + z_loss * logsumexp**2. nll is
+    None unless `want_nll`: with smoothing it costs one more pass over the logits, which a benchmark leaves
+    out.
+    """
+    logits = F.linear(h, weight)  # (N, V)
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if log_prior is not None:
+        logits = logits + log_prior
+    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    nll = None
+    if want_nll:
+        with torch.no_grad():
+            nll = F.cross_entropy(logits, targets, reduction="none") if label_smoothing else loss.detach().clone()
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(dim=-1).square()
+    return loss, nll
+
+
+def adaptive_head(dim: int, vocab_size: int, div_value: float = 4.0) -> nn.AdaptiveLogSoftmaxWithLoss:
+    """Torch's adaptive softmax (Grave et al. 2017) at its usual cut-offs; targets are frequency ranks."""
+    cutoffs = [c for c in ADAPTIVE_CUTOFFS if c < vocab_size - 1]
+    if not cutoffs:
+        cutoffs = [max(1, vocab_size // 4)]  # a test's vocabulary
+    head = nn.AdaptiveLogSoftmaxWithLoss(dim, vocab_size, cutoffs, div_value=div_value)
+    for p in head.parameters():
+        nn.init.normal_(p, std=0.02)
+    return head
+
+
+def frequency_ranks(counts: np.ndarray) -> np.ndarray:
+    """counts (V,) -> rank (V,) int64 of every token id, 0 the most frequent; ties by id."""
+    ranks = np.empty(len(counts), np.int64)
+    ranks[np.argsort(-np.asarray(counts, np.int64), kind="stable")] = np.arange(len(counts))
+    return ranks
+
+
+def dense_head(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, *, compiled: bool = False
+) -> Callable[[], tuple[Tensor, ...]]:
+    """cross_entropy(linear(h, weight)): a call gives the mean loss and the gradients dh and dweight of it.
+
+    h (N, C), weight (V, C), targets (N,). compiled: through torch.compile, which needs a C++ compiler.
+    """
+    x, w = torch.tensor(h, requires_grad=True), torch.tensor(weight, requires_grad=True)
+    y = torch.as_tensor(targets, dtype=torch.int64)
+
+    def linear_cross_entropy(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    loss_of = torch.compile(linear_cross_entropy) if compiled else linear_cross_entropy
+
+    def run() -> tuple[Tensor, ...]:
+        loss = loss_of(x, w)
+        return loss.detach(), *torch.autograd.grad(loss, [x, w])
+
+    return run
+
+
+def adaptive_loss(
+    h: np.ndarray, head: nn.AdaptiveLogSoftmaxWithLoss, ranks: np.ndarray
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The adaptive head on h (N, C) and targets given as frequency ranks (N,).
+
+    A call gives the mean loss and the gradients of h and of head.parameters().
+    """
+    x, y = torch.tensor(h, requires_grad=True), torch.as_tensor(ranks, dtype=torch.int64)
+    parameters = list(head.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        loss = head(x, y).loss
+        return loss.detach(), *torch.autograd.grad(loss, [x, *parameters], materialize_grads=True)
+
+    return run
+
+
+def head_candidates(
+    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, ranks: np.ndarray, *, compiled: bool = False
+) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Benchmarks of a head: name -> call that gives the mean loss and its gradients, that of h first.
+
+    h (N, C), weight (V, C), targets (N,), ranks (V,).
+    """
+    vocab_size, dim = weight.shape
+    candidates = {"torch:eager": dense_head(h, weight, targets)}
+    if compiled:
+        candidates["torch:compile"] = dense_head(h, weight, targets, compiled=True)
+    for name, div_value in (("torch:adaptive", 1.0), ("torch:adaptive-div4", 4.0)):
+        candidates[name] = adaptive_loss(h, adaptive_head(dim, vocab_size, div_value), ranks[targets])
+    return candidates
+
+
+def tree_plan(spans: np.ndarray, rows: Tensor) -> list[tuple[int, int, Tensor]]:
+    """Which positions meet at which node: (node, first position, choices (n, 1)) for every visited node.
+
+    spans (M + 1, 5): token_start, token_end, child_start, child_end, leaf_end of every node, numbered breadth first;
+    rows (N,) int64: the targets' leaf rows, sorted, so that the n positions of a node follow one another. A choice is
+    a child's number, tokens before child nodes. Level by level, each with a handful of torch calls.
+    """
+    token_start, token_end, child_start, child_end, _ = torch.as_tensor(spans.astype(np.int64)).T.contiguous()
+    first, last = 0, 1  # nodes of this level
+    node, position = torch.zeros_like(rows), torch.arange(len(rows))
+    plan: list[tuple[int, int, Tensor]] = []
+    while len(rows):
+        ids, counts = torch.unique_consecutive(node, return_counts=True)
+        first, last = last, int(child_end[last - 1])  # nodes of the level below, in order of their leaf rows
+        choice, leaf = rows - token_start[node], rows < token_end[node]
+        if last > first:
+            child = first + torch.searchsorted(token_start[first:last], rows, right=True) - 1
+            below = token_end[node] - token_start[node] + child - child_start[node]
+            choice = torch.where(leaf, choice, below)
+        starts = position[torch.cumsum(counts, 0) - counts].tolist()
+        plan += zip(ids.tolist(), starts, torch.split(choice[:, None], counts.tolist()), strict=True)
+        if last == first:
+            break
+        inner = ~leaf
+        rows, node, position = rows[inner], child[inner], position[inner]
+    return plan
+
+
+def tree_head(
+    h: np.ndarray,
+    weight: np.ndarray,
+    nodes: np.ndarray,
+    spans: np.ndarray,
+    rows: np.ndarray,
+    *,
+    threads: int | None = None,
+) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Our tree head by hand in PyTorch: a call gives the mean loss and the gradients dh, dweight and dnodes of it.
+
+    h (N, C); weight (V, C) in leaf order; nodes (M, C); spans (M + 1, 5) int; rows (N,): the targets' leaf rows. Any
+    floating dtype. dweight and dnodes are the same tensors at every call, cleared first. threads: default torch's.
+
+    Positions are sorted by leaf row, so each node is one product of a slice; its loss and gradients are written out,
+    since a node's gradient can then go straight into its slice of dweight. Tried on the default and the two-level tree
+    at N = 4,096, 2 threads of a busy machine (best of seven calls), and dropped: autograd with `weight[a:b]` at each
+    node, which makes a zero-filled (V, C) gradient per slice (50 to 100 times slower); autograd with all slices taken
+    at once by torch.split (3 to 4 times slower); nodes with few positions gathered into padded batches for torch.bmm,
+    which copies their rows (1.2 to 1.6 times slower). Two products into one buffer, instead of concatenating the rows
+    of a node that has both tokens and child nodes, took the same time. Nodes below SHARED_FLOP run on one thread: there
+    torch's threads mostly wait for one another. Whether large nodes gain from more than one depends on how quiet the
+    machine is: on a loaded one, one thread throughout was several times faster, so the benchmark measures both.
+    """
+    x_all, w, w_nodes = (torch.tensor(array) for array in (h, weight, nodes))
+    targets = torch.as_tensor(rows, dtype=torch.int64)
+    dw, dw_nodes = torch.zeros_like(w), torch.zeros_like(w_nodes)
+    ranges = spans.tolist()
+    n_all = len(x_all)
+    minus_one = x_all.new_full((n_all, 1), -1.0)
+
+    def work(visit: tuple[int, int, Tensor]) -> float:
+        """flop of a node's three products."""
+        a, b, c, d, _ = ranges[visit[0]]
+        return 6.0 * len(visit[2]) * (b - a + d - c) * x_all.shape[1]
+
+    def visit_all(plan: list[tuple[int, int, Tensor]], sorted_x: Tensor, sorted_dx: Tensor, loss: Tensor) -> None:
+        """Loss and gradients of these nodes, added to loss and sorted_dx and put into dw and dw_nodes."""
+        for node, first, choice in plan:
+            a, b, c, d, _ = ranges[node]
+            tokens, kids = slice(a, b), slice(c - 1, d - 1)
+            k = b - a
+            if k + d - c == 1:  # a single child has probability one
+                continue
+            here = slice(first, first + len(choice))
+            x = sorted_x[here]
+            matrix = w[tokens] if c == d else w_nodes[kids] if not k else torch.cat([w[tokens], w_nodes[kids]])
+            log_p = torch.log_softmax(x @ matrix.T, 1)
+            loss[here] -= log_p.gather(1, choice)[:, 0]
+            dlogits = log_p.exp_().scatter_add_(1, choice, minus_one[: len(choice)])
+            sorted_dx[here].addmm_(dlogits, matrix, alpha=1 / n_all)
+            if k:
+                dw[tokens].addmm_(dlogits[:, :k].T, x, beta=0, alpha=1 / n_all)
+            if d > c:
+                dw_nodes[kids].addmm_(dlogits[:, k:].T, x, beta=0, alpha=1 / n_all)
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        sorted_rows, order = torch.sort(targets)
+        sorted_x = x_all[order]
+        sorted_dx, loss = torch.zeros_like(sorted_x), x_all.new_zeros(n_all)
+        dw.zero_()
+        dw_nodes.zero_()
+        plan = tree_plan(spans, sorted_rows)
+        large = [visit for visit in plan if work(visit) >= SHARED_FLOP]
+        small = [visit for visit in plan if work(visit) < SHARED_FLOP]
+        visit_all(large, sorted_x, sorted_dx, loss)
+        torch.set_num_threads(1)
+        visit_all(small, sorted_x, sorted_dx, loss)
+        torch.set_num_threads(threads or before)
+        dx = torch.empty_like(sorted_x)
+        dx[order] = sorted_dx
+        torch.set_num_threads(before)
+        return loss.mean(), dx, dw, dw_nodes
+
+    return run

@@ -1,0 +1,225 @@
+"""FlashLM v3's model in PyTorch, with what its trunk got since: the oracle of the tests and the peer of the benchmarks.
+
+B batch, T time, N = B*T positions, C channels, V vocabulary, I width of the GLU, K taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashlm_numba.config import ModelConfig
+from flashlm_numba.kernels.induction import followers, kinds
+from tools.peer_heads import adaptive_head, dense_loss
+
+NORM_EPS = 1e-8
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x**2) + 1e-8) over the last axis."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * (x.pow(2).mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt())
+
+
+class TernaryLinear(nn.Module):
+    """x @ ternary(weight).T without scale; the gradient goes straight through to weight (n_out, n_in).
+
+    threshold: times the mean magnitude, where a weight becomes +1 or -1.
+    """
+
+    def __init__(self, n_in: int, n_out: int, std: float, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.weight = nn.Parameter(torch.empty(n_out, n_in).normal_(std=std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            threshold = self.threshold * torch.mean(self.weight.abs(), dtype=torch.float64).to(self.weight.dtype)
+            ternary = (self.weight > threshold).to(x.dtype) - (self.weight < -threshold).to(x.dtype)
+            to_ternary = ternary - self.weight
+        return F.linear(x, self.weight + to_ternary)
+
+
+class Average(nn.Module):
+    """x + weight * y with y[t] = decay * y[t - 1] + sqrt(1 - decay**2) * x[t], as one product with a (T, T) matrix."""
+
+    def __init__(self, dim: int, decay: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.decay = decay
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        ages = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        shares = (self.decay ** ages.clamp(min=0).double()).tril() * (1 - self.decay**2) ** 0.5
+        return x + self.weight * (shares.to(x.dtype) @ x)
+
+
+class Gain(nn.Module):
+    """A number a channel, from zero."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+
+class Induction(nn.Module):
+    """Embedded followers, and the gains of each kind: at the input, and at the output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kinds, self.reach = kinds(config.induction_orders), config.induction_reach
+        self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
+        self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
+
+    def forward(self, ids: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of ids (B, T): their own (B, T, C), and those of their followers (kinds, B, T, C), zero where none is.
+
+        One look-up for all, so that the embedding gets one gradient.
+        """
+        tokens = np.ascontiguousarray(ids.numpy(), np.int32)
+        found = np.stack([tokens, *(followers(tokens, order, self.reach, skip) for order, skip in self.kinds)])
+        rows = F.embedding(torch.from_numpy(np.maximum(found, 0)), embedding)
+        return rows[0], rows[1:] * torch.from_numpy(found[1:] >= 0)[..., None]
+
+    def add(self, x: Tensor, gains: nn.ModuleList, rows: Tensor) -> Tensor:
+        """x (B, T, C) + the sum over kinds of gain * rows."""
+        for gain, row in zip(gains, rows, strict=True):
+            x = torch.addcmul(x, gain.get_parameter("weight"), row)  # a third of an einsum's time
+        return x
+
+
+class Mixer(nn.Module):
+    """Gated causal dilated grouped convolutions, each with a residual, then a ternary projection.
+
+    A running average of the tokens so far comes first, where the configuration has one.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, per_group = config.dim, config.dim // config.groups
+
+        def convolution(dilation: int) -> nn.Conv1d:
+            layer = nn.Conv1d(
+                dim, dim, config.taps, dilation=dilation, groups=config.groups, bias=False
+            )  # weight (C, C/groups, K)
+            nn.init.normal_(layer.weight, std=(per_group * config.taps) ** -0.5)
+            return layer
+
+        self.average = Average(dim, config.average_decay) if config.average_decay else nn.Identity()
+        self.norms = nn.ModuleList(RMSNorm(dim) for _ in config.dilations)
+        self.gates = nn.ModuleList(convolution(d) for d in config.dilations)
+        self.values = nn.ModuleList(convolution(d) for d in config.dilations)
+        self.out = TernaryLinear(dim, dim, 0.01, config.ternary_threshold)
+        self.left_padding = [(config.taps - 1) * d for d in config.dilations]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        x = self.average(x)
+        for norm, gate, value, padding in zip(self.norms, self.gates, self.values, self.left_padding, strict=True):
+            n = F.pad(norm(x).mT, (padding, 0))  # (B, C, padding + T)
+            x = x + (gate(n).sigmoid() * value(n)).mT
+        return self.out(x)
+
+
+class GLU(nn.Module):
+    """down(relu(gate(x))**2 * up(x)), all three ternary."""
+
+    def __init__(self, dim: int, inner: int, threshold: float) -> None:
+        super().__init__()
+        self.gate = TernaryLinear(dim, inner, dim**-0.5, threshold)
+        self.up = TernaryLinear(dim, inner, dim**-0.5, threshold)
+        self.down = TernaryLinear(inner, dim, 0.01, threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(x).relu().square() * self.up(x))
+
+
+class PeerModel(nn.Module):
+    """FlashLM v3 with the parameter names of flashlm_numba.model.
+
+    With `ranks` (V,) (frequency rank of every token id, 0 the most frequent) the head is torch's
+    AdaptiveLogSoftmaxWithLoss with its own untied weights (`adaptive.*`), otherwise dense and tied to
+    `embedding.weight`. The router is there for the count of parameters; the loss does not use it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        *,
+        ranks: np.ndarray | None = None,
+        div_value: float = 4.0,
+        embedding_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or ModelConfig()
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embedding.weight, std=embedding_std)
+        self.norm1 = RMSNorm(config.dim)
+        self.mixer = Mixer(config)
+        self.norm2 = RMSNorm(config.dim)
+        self.glu = GLU(config.dim, config.inner, config.ternary_threshold)
+        self.router = nn.Linear(config.dim, 1)
+        self.final_norm = RMSNorm(config.dim)
+        self.induction = Induction(config)
+        self.adaptive: nn.AdaptiveLogSoftmaxWithLoss | None = None
+        if ranks is not None:
+            self.register_buffer("ranks", torch.as_tensor(ranks, dtype=torch.int64), persistent=False)
+            self.adaptive = adaptive_head(config.dim, config.vocab_size, div_value)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> hidden states (B*T, C)."""
+        x, followed = self.induction(ids, self.embedding.weight)  # (B, T, C), (kinds, B, T, C)
+        x = self.induction.add(x, self.induction.inputs, followed)
+        for _ in range(self.config.recursions):
+            x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.config.mixer_scale)
+            x = torch.add(x, self.glu(self.norm2(x)), alpha=self.config.glu_scale)
+        return self.induction.add(self.final_norm(x), self.induction.outputs, followed).flatten(0, 1)
+
+    def losses(
+        self, h: Tensor, targets: Tensor, *, want_nll: bool = True, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """loss (N,) and nll (N,) of targets (N,) at h (N, C); `options` are those of dense_loss."""
+        if self.adaptive is not None:
+            if any(options.values()):
+                raise ValueError(f"the adaptive head knows no {sorted(options)}; its loss is the plain NLL")
+            loss = -self.adaptive(h, self.get_buffer("ranks")[targets]).output
+            return loss, loss.detach()
+        return dense_loss(h, self.embedding.weight, targets, want_nll=want_nll, **options)
+
+    def loss_and_grad(
+        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Loss (N,) and nll (N,) of a batch; adds the gradients of sum(weights * loss).
+
+        ids, targets (B, T); weights (N,), by default 1/N each; `options` are those of dense_loss.
+        """
+        h = self.hidden(torch.as_tensor(ids, dtype=torch.int64))
+        y = torch.as_tensor(targets, dtype=torch.int64).flatten()
+        w = torch.full((len(y),), 1 / len(y)) if weights is None else torch.as_tensor(weights)
+        loss, nll = self.losses(h, y, **options)
+        assert nll is not None
+        (loss * w.to(loss.dtype)).sum().backward()
+        return loss.detach().numpy(), nll.numpy()
+
+    def state_from_numpy(self, params: dict[str, np.ndarray]) -> None:
+        """Copy params (name -> array, all of them and no others) into the model, in the model's dtype."""
+        self.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in params.items()}, strict=True)
+
+    def params_to_numpy(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters by name."""
+        return {name: p.detach().numpy().copy() for name, p in self.named_parameters()}
+
+    def grads_to_numpy(self) -> dict[str, np.ndarray]:
+        """Copies of all gradients by name; zeros where there is none (router, frozen embedding)."""
+        return {
+            name: np.zeros_like(p.detach().numpy()) if p.grad is None else p.grad.numpy().copy()
+            for name, p in self.named_parameters()
+        }
