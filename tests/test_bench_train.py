@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -84,19 +85,60 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     done = invoke(*command)
     assert done.exit_code == 1
     assert "was begun with other marks" in done.stderr
+    command[command.index("0.03")] = "0.02,0.05"
+    config = json.loads((run / "config.json").read_text())
+    config["optimizer"]["clip"] = 0.5  # as a recipe of another day might have had
+    (run / "config.json").write_text(json.dumps(config))
+    done = invoke(*command)
+    assert done.exit_code == 1
+    assert "was begun with other settings ({'optimizer.clip': 0.5}, not {'optimizer.clip': None})" in done.stderr
 
 
 def test_the_peers_are_given_what_the_default_recipe_does():
     run = RunConfig.recipe_named("default")
     (phase,) = run.training.phases
     assert bench_train.TORCH["batch"] == f"{phase.rows}x{phase.length}"
-    assert phase.tokens == bench_train.TOKENS_PER_STEP
     for name, option in bench_train.TORCH_OPTION.items():
         if name != "phases":
             section = run.model if hasattr(run.model, name) else run.optimizer
             value = bench_train.TORCH.get(option, "0.02")  # NorMuon's rate is the peer's own default
             assert [float(part) for part in value.split(",")] == np.ravel(getattr(section, name)).tolist(), name
     assert bench_train.TORCH.keys() <= bench_train.TORCH_V3.keys()  # the published recipe takes nothing over
+
+
+def test_no_setting_of_the_default_recipe_is_forgotten_for_the_peers():
+    ours = {
+        "activations",
+        "lazy_rows",
+        "row_moments",
+        "normuon_iterations",
+    }  # how it is computed
+    changed = {name.partition(".") for name in bench_train.differences(RunConfig.recipe_named("default"))}
+    settings = {name for section, _, name in changed if section in ("model", "optimizer")}
+    assert settings
+    assert settings - ours <= bench_train.TORCH_OPTION.keys()
+
+
+def test_a_row_is_known_by_its_recipe_however_it_was_asked_for():
+    def job(name="tree", *settings):
+        return bench_train.Job(name, settings, 1, 300_000, None, 2)
+
+    row = {**job().key, "recipe": job().recipe}
+    assert job().made(row)
+    assert job("tree", "average_decay=0.98").made(row)  # as it is
+    assert not job("tree", "average_decay=0.9").made(row)
+    assert not job("tree:adaptive").made(row)
+    assert not job("dense").made({**row, "name": "dense"})
+    assert job().made(job().key)  # a row of before recipes were written down
+    assert not job("tree", "average_decay=0.98").made(job().key)
+    peer = job("torch:adaptive@random", "adamw_lr=4e-3")
+    assert peer.made({**peer.key, "recipe": peer.recipe})
+    assert not job("torch:adaptive@random").made({**peer.key, "recipe": peer.recipe})
+
+
+def test_a_peers_budget_is_in_tokens_of_its_own_batches():
+    words = bench_train.Job("torch:adaptive", ("phases=8x512",), 3, 300_000, None, 2).command
+    assert words[words.index("--steps") + 1] == "74"  # of 4,096 tokens
 
 
 def test_a_list_in_brackets_is_one_setting():
@@ -170,3 +212,19 @@ def test_rows_of_several_sessions_are_merged(tmp_path):
     path.write_text(json.dumps({"rows": [{"name": "dense"}]}))
     bench_train.add_row(path, {"name": "tree"})
     assert [row["name"] for row in bench_train.read_rows(path)] == ["dense", "tree"]
+
+
+def test_rows_written_at_once_are_all_kept(tmp_path):
+    path = tmp_path / "rows.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: bench_train.add_row(path, {"name": i}), range(40)))
+    assert sorted(row["name"] for row in bench_train.read_rows(path)) == list(range(40))
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_row_that_cannot_be_written_leaves_the_others(tmp_path):
+    path = tmp_path / "rows.json"
+    bench_train.add_row(path, {"name": "tree"})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        bench_train.add_row(path, {"name": "dense", "nll": float("nan")})
+    assert [row["name"] for row in bench_train.read_rows(path)] == ["tree"]

@@ -1,5 +1,6 @@
 """What README.md and docs/ say can be run, and what they link to is there."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flashlm_numba import cli, tree
-from tools import command_reference
+from flashlm_numba.config import RunConfig
+from tools import bench_train, command_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +40,20 @@ def test_commands_parse(page):
                 if "--help" not in words:  # raises for an option that is not there
                     context = command.make_context(words[1], words[2:], resilient_parsing=False)  # converts values too
                     context.close()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "experiments.md"], ids=lambda p: p.name)
+def test_commands_of_the_tools_have_these_options(page):
+    """Of every `python tools/...`, wherever it stands; experiments.md keeps the commands of their day."""
+    for script, words in re.findall(r"python tools/(\w+)\.py([^`\n#]*)", page.read_text(encoding="utf-8")):
+        main = importlib.import_module(f"tools.{script}").main
+        known = {
+            option for parameter in getattr(main, "params", ()) for option in parameter.opts + parameter.secondary_opts
+        }
+        asked = {word for word in shlex.split(words) if word.startswith("--")}
+        assert asked <= known, (script, asked - known)
+        for settings in bench_train.expand(re.findall(r"--set (\S+)", words)):  # raises for one that is not there
+            RunConfig.recipe_named("default").with_settings(settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

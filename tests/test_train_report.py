@@ -25,7 +25,7 @@ def row(name, minutes, nll, marks=(), **more):
 
 ROWS = [
     row("tree", 10.0, 5.25, [(1.0, 6.5), (5.0, 5.75)], text="The * end\nof it"),
-    row("torch:v3", 72.0, 6.75, [(5.0, 7.25)]),
+    row("torch:v3", 72.0, 6.75, [(5.0, 7.25)]) | {"remark": "stopped early."},
 ]
 
 
@@ -52,6 +52,7 @@ def test_the_page_and_the_chart_show_every_run(results, tmp_path):
     )
     assert "| torch:v3, 72 minutes | 13,600,000 | 139 | 700 | - | 7.250 (2.417) | 6.750 (2.250), 72.0 min |" in text
     assert "- 5 min: *The end of it*" in text
+    assert "- torch:v3, 72 minutes: stopped early." in text
     assert "A CPU, 2 cores, 2 threads: 2 runs" in text
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     axes = train_report.draw(ROWS).axes[0]

@@ -105,6 +105,7 @@ def make_session(
 ) -> train.Session:
     """A model of v3's shape with this head and both optimisers, on the data's first step."""
     settings = [f"head.name={head}", f"positions={positions}", "log_prior=false", f"activations={activations}"]
+    settings += ["average_decay=0", "induction_orders=[]"]  # v3's trunk, as the peers'
     if head == "dense":
         settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
     run = RunConfig.recipe_named("default").with_settings(settings)

@@ -12,15 +12,19 @@ interrupted goes on there.
 
 DATA is a folder that `flashlm-numba prepare` made. Every run is a process of its own, scored on all validation
 documents by the rule of `flashlm-numba eval`. A row is written as soon as its run has ended, and a run whose row is in
-the file already is left out: after an interruption, or on another day, the same command goes on. Runs on equal tokens
-may share the machine with other work (their times then mean nothing); runs on equal time need it alone.
+the file already, by the recipe as it is today, is left out: after an interruption, or on another day, the same command
+goes on. Runs on equal tokens may share the machine with other work (their times then mean nothing); runs on equal time
+need it alone. A peer that is interrupted begins anew.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -38,12 +42,13 @@ import click
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flashlm_numba.config import SECTIONS, RunConfig
 from flashlm_numba.data import open_tokens
+from flashlm_numba.threads import available_cores
 from tools import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TOKENS_PER_STEP = 8 * 256  # of every candidate's default batch
 WARMUP, DECAY_SHARE = 100, 0.4  # of the default recipe; the torch peers get the same schedule
 # what our default recipe does, in the peer's words: the same trunk, batches, start of E, loss, schedule and AdamW, and
 # the rules as published (five Newton-Schulz iterations, every row stepped)
@@ -125,6 +130,9 @@ PEERS: dict[str, dict[str, str]] = {
 }
 
 
+QUIET = ("validate_every", "sample_tokens", "log_every", "keep_minutes")  # settings that change no result
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: what is trained, with which settings, for how long."""
@@ -151,8 +159,27 @@ class Job:
         threads = {} if self.tokens is not None else {"threads": self.threads}
         return {"name": self.name, "settings": list(self.settings), "seed": self.seed, **budget, **threads}
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is trained: of ours every setting that differs from FlashLM v3's, of a peer its options."""
+        if self.name in PEERS:
+            return self.peer_settings
+        words, recipe, settings = OURS[self.name], "default", list(self.settings)
+        for option, value in zip(words[::2], words[1::2], strict=True):
+            if option == "--recipe":
+                recipe = value
+            else:
+                settings.insert(0, {"--head": f"head.name={value}", "--tree": f"head.tree={value}"}.get(option, value))
+        return differences(RunConfig.recipe_named(recipe).with_settings(settings))
+
     def made(self, row: dict[str, Any]) -> bool:
-        """Whether a row of a results file is this job's, its settings in any order."""
+        """Whether a row of a results file is this job's: the same run by the same recipe, however it was asked for.
+
+        Rows made before recipes were written down say by their settings how they differ from the recipe of the day.
+        """
+        if "recipe" in row:
+            asked = {**self.key, "recipe": self.recipe, "settings": row["settings"]}
+            return asked.items() <= row.items()
         ordered = {**self.key, "settings": sorted(self.settings)}
         return ordered.items() <= {**row, "settings": sorted(row["settings"])}.items()
 
@@ -165,7 +192,7 @@ class Job:
             return ["train", *OURS[self.name], *sets, *budget, "--seed", str(self.seed), "--threads", str(self.threads)]
         if self.published:
             return ["train", *self.peer_options(None), "--minutes", f"{self.minutes:g}", *self.peer_marks]
-        return ["train", *self.peer_options(-(-(self.tokens or 0) // TOKENS_PER_STEP))]
+        return ["train", *self.peer_options(-(-(self.tokens or 0) // self.peer_tokens))]
 
     @property
     def published(self) -> bool:
@@ -177,18 +204,40 @@ class Job:
         """The peer's options for marks."""
         return [word for mark in self.marks for word in ("--mark", f"{mark:g}")]
 
-    def peer_options(self, steps: int | None) -> list[str]:
-        """The torch peer's options for so many steps; None: its own schedule."""
+    @property
+    def peer_settings(self) -> dict[str, str]:
+        """The torch peer's options, but for its length."""
         options = {**TORCH, **PEERS[self.name]}
         for setting in self.settings:
             name, _, value = setting.partition("=")
             if name not in TORCH_OPTION:
                 raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(TORCH_OPTION)}.")
             options[TORCH_OPTION[name]] = value
+        return options
+
+    @property
+    def peer_tokens(self) -> int:
+        """Tokens of a step of the torch peer, of batches of one shape."""
+        return math.prod(int(size) for size in self.peer_settings["batch"].split("x"))
+
+    def peer_options(self, steps: int | None) -> list[str]:
+        """The torch peer's command line for so many steps; None: its own schedule."""
+        options = self.peer_settings
         if steps is not None:
             options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
         options |= {"seed": str(self.seed), "threads": str(self.threads)}
         return ["--fused", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
+
+
+def differences(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run that differ from FlashLM v3's, as JSON gives them back; those of QUIET are left out."""
+    found = {}
+    for section in SECTIONS:
+        part = getattr(run, section)
+        for item in dataclasses.fields(part):
+            if item.name not in QUIET and getattr(part, item.name) != item.default:
+                found[f"{section}.{item.name}"] = getattr(part, item.name)
+    return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
 def run_process(arguments: list[str]) -> tuple[str, float]:
@@ -254,16 +303,20 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
 
 def check_same(run: Path, job: Job, data: Path) -> None:
     """ClickException if a run that was kept is another than this job's: it would go on under the wrong name."""
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = RunConfig.from_json((run / "config.json").read_text(encoding="utf-8"), run / "config.json")
+    there, wanted = differences(config), job.recipe
+    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
     pairs = {
-        "threads": (config["threads"], job.threads),
-        "marks": (tuple(config["training"]["keep_minutes"]), job.marks),
-        "data": (config["data_hash"], open_tokens(data).hash),
+        "seed": (config.seed, job.seed),
+        "threads": (config.threads, job.threads),
+        "marks": (config.training.keep_minutes, job.marks),
+        "data": (config.data_hash, open_tokens(data).hash),
+        "settings": ({n: there.get(n) for n in names}, {n: wanted.get(n) for n in names}),
     }
-    for name, (there, wanted) in pairs.items():
-        if there != wanted:
+    for name, (begun, asked) in pairs.items():
+        if begun != asked:
             raise click.ClickException(
-                f"{run} was begun with other {name} ({there}, not {wanted}); use the same, or another --runs."
+                f"{run} was begun with other {name} ({begun}, not {asked}); use the same, or another --runs."
             )
 
 
@@ -292,9 +345,9 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
         words = ["train", *job.peer_options(1_000_000), *rehearsal, str(data), "--validate-every", "1e9"]
         text, _ = run_process(["tools/peer_torch.py", *words])
         last = json.loads(text.splitlines()[-1])
-        steps = int((60 * job.minutes - last["start_seconds"]) * last["tokens_per_s"] / TOKENS_PER_STEP)
+        steps = int((60 * job.minutes - last["start_seconds"]) * last["tokens_per_s"] / job.peer_tokens)
         command = ["train", *job.peer_options(max(1, steps)), *job.peer_marks]
-    text, peak = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
+    text, _ = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
     lines = [json.loads(line) for line in text.splitlines()]
     last = lines[-1]
     at_marks = [
@@ -316,7 +369,7 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
         "tokens": last["tokens"],
         "seconds": last["seconds"],
         "parameters": next(line["parameters"] for line in lines if "parameters" in line),
-        "peak_rss_mb": peak,
+        "peak_rss_mb": last["peak_rss_mb"],
         "command": command,
         **({"marks": at_marks} if at_marks else {}),
     }
@@ -335,9 +388,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the file as it is now: another process may have added its own."""
+    """Add a row to the file as it is now: another process may have added its own. All of it is written, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    timing.write_json(path, {"rows": [*read_rows(path), row]})
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+        timing.write_json(path, {"rows": [*read_rows(path), row]})
+    finally:
+        os.close(folder)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -387,7 +445,7 @@ def expand(settings: Iterable[str]) -> list[tuple[str, ...]]:
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=A,B", help="A setting, or several in turn; [A,B] is one."
 )
-@click.option("--threads", type=click.IntRange(min=1), default=timing.available_cores(), show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=available_cores(), show_default=True)
 @click.option("--table", "table_path", type=click.Path(path_type=Path, exists=True), help="Print this file's rows.")
 def main(
     data_and_results: tuple[str, ...],
@@ -449,6 +507,8 @@ def main(
             "command": job.command,
             **result,
             "data": {name: part["text_tokens"] for name, part in manifest["splits"].items()},
+            "recipe": job.recipe,
+            "commit": timing.commit(),
             "machine": timing.environment(threads),
             "date": time.strftime("%Y-%m-%d", time.localtime(began)),
         }

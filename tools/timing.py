@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,19 +21,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from flashlm_numba.doctor import blas_libraries, cpu_name, package_versions
+from flashlm_numba.files import write_atomically
+from flashlm_numba.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 
 
 class WrongResultError(Exception):
     """A candidate's result differs from the reference: it is not timed."""
-
-
-def available_cores() -> int:
-    """Logical cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
@@ -51,6 +46,17 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "blas": blas_libraries(),
         "versions": package_versions(PACKAGES),
     }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with a + where files differ from it; None outside a clone."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed else "")
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -154,5 +160,6 @@ def check_writable(path: Path) -> None:
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Write one object, indented; a number that is not finite raises ValueError, since JSON has none."""
-    Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write one object, indented, whole or not at all; ValueError for a number that is not finite: JSON has none."""
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    write_atomically(Path(path), lambda file: file.write(text.encode()))

@@ -27,7 +27,8 @@ Written by `tools/train_report.py` from [results/{name}](../results/{name}); don
 NLL in nats per token and bits per byte (in brackets) of all validation documents by the rule of `flashlm-numba eval`,
 after so many minutes of training. The clock counts making the start of the embedding, building the tree, steps and
 checkpoints; it stands still for compiling, preparing and scoring. A value at a mark inside a run is taken while the
-learning rate is still high: the last column is what the run ends with.
+learning rate is still high; our runs, and peers without a schedule of their own, end with a rate that has fallen to 0.
+Peak memory is of training, without scoring.
 """
 
 
@@ -75,6 +76,12 @@ def machines(rows: Sequence[Row]) -> str:
     return "\n".join(f"- {machine}: {len(names)} runs" for machine, names in found.items())
 
 
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Lines on what must be known of a run to read its numbers; a row's "remark" is written by hand."""
+    lines = [f"- {label(row)}: {row['remark']}" for row in rows if "remark" in row]
+    return ["", *lines] if lines else []
+
+
 def samples(rows: Sequence[Row]) -> str:
     """What each run wrote at its marks."""
     parts = []
@@ -111,6 +118,7 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
         [
             HEADER.format(name=results.name),
             table(rows),
+            *remarks(rows),
             "",
             f"![NLL against minutes of training]({chart})",
             "",
