@@ -51,7 +51,7 @@ class ModelConfig:
     mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
     induction_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
-    induction_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back
+    induction_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back; scoring reads twice as many
     average_decay: float = _in(0.0, 0, 0.995, later=True)  # of the running average in the mixer, a token; 0: none
     ternary_threshold: float = _in(1.0, 0, 1, later=True)  # times a matrix's mean magnitude: where a weight is +1 or -1
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
@@ -73,9 +73,6 @@ class ModelConfig:
             raise ValueError(
                 f"model.induction_orders must be at most 16 numbers from 1 to 16, such as [1,2], got {list(orders)}"
             )
-        # windows of twice as many tokens are scored, at some 60 KB a token
-        if not 1 <= self.induction_reach <= 8192:
-            raise ValueError(f"model.induction_reach must be a number from 1 to 8192, got {self.induction_reach}")
 
     @property
     def receptive_field(self) -> int:
@@ -431,7 +428,10 @@ def _parse(where: str, text: str, hint: Any) -> Any:
         parts = [part for part in text.strip("()[]").split(",") if part.strip()]
         if item is Phase:
             return tuple(_build(Phase, dataclasses.asdict(Phase.parse(part)), where) for part in parts)
-        return tuple(_parse(where, part.strip(), item) for part in parts)
+        try:
+            return tuple(_parse(where, part.strip(), item) for part in parts)
+        except UserError:
+            raise UserError(f"{where} must be whole numbers with commas between them, got '{text}'.") from None
     if hint is bool:
         words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
         if text.lower() not in words:

@@ -354,6 +354,15 @@ def sample_batch(
 # ---------- the built-in text
 
 
+def open_run_tokens(folder: Path | str) -> TokenData:
+    """open_tokens of the folder that a run was trained on; where it was the built-in text's and is gone, as when the
+    cache has been emptied, that is prepared again.
+    """
+    if not Path(folder).is_dir() and Path(folder).name == _corpus_name():
+        folder = default_corpus()
+    return open_tokens(folder)
+
+
 def default_corpus(progress: bool = True) -> Path:
     """Folder of the built-in text's token shards in the cache (see cache.py), prepared when it is first asked for.
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.display import Display
+from flashlm_numba.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "tiktoken", "datasets", "safetensors", "torch")
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")  # what the kernels care about
@@ -112,8 +113,8 @@ def _check_tree_head() -> float:
     return _worst(_relative(found, truth) for found, truth in pairs)
 
 
-def _check_trunk() -> float:
-    """A pass over a text against the decoder, which shares none of its products."""
+def _small_model() -> Any:
+    """A narrow model with all that a trunk can have, none of it zero."""
     from flashlm_numba.config import ModelConfig
     from flashlm_numba.dense_head import DenseHead
     from flashlm_numba.model import Model, initial_parameters
@@ -130,12 +131,48 @@ def _check_trunk() -> float:
     for name, value in parameters.items():
         if name.startswith(("mixer.average.", "induction.")):
             value[:] = 0.5  # they start at zero
-    model = Model(config, parameters, make_head)
+    return Model(config, parameters, make_head)
+
+
+def _check_trunk() -> float:
+    """A pass over a text against the decoder, which shares none of its products."""
+    model = _small_model()
     ids = np.random.default_rng(2).integers(0, 97, (1, 40)).astype(np.int32)
     whole = model.forward(ids).copy()
     state, first = model.prefill(ids[0, :1])
     steps = [first[0].copy(), *(model.decode_step(state, int(token))[0].copy() for token in ids[0, 1:])]
     return _relative(np.array(steps), whole.astype(np.float64))
+
+
+def _check_trunk_gradients() -> float:
+    """Hidden states and all gradients against the plain NumPy of the kernels' reference, in float64."""
+    from flashlm_numba.kernels import reference_trunk
+
+    model = _small_model()
+    config = model.config
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few different ones: they repeat, and have followers
+    dout = rng.standard_normal((ids.size, config.dim), np.float32)
+    want, saved = reference_trunk.trunk_forward(
+        {name: value.astype(np.float64) for name, value in model.parameters.items()}, ids, groups=config.groups,
+        dilations=config.dilations, recursions=config.recursions, mixer_scale=config.mixer_scale,
+        glu_scale=config.glu_scale, average_decay=config.average_decay, ternary_threshold=config.ternary_threshold,
+        induction_orders=config.induction_orders, induction_reach=config.induction_reach,
+    )  # fmt: skip
+    error = _relative(model.forward(ids), want)
+    model.backward(dout)
+    gradients = reference_trunk.trunk_backward(dout.astype(np.float64), saved)
+    return _worst([error, *(_relative(model.gradients[name], truth) for name, truth in gradients.items())])
+
+
+def _check_weight_gradients() -> float:
+    """The int8 gradients of ternary weights, of whole numbers that rounding leaves as they are: exact, or not."""
+    from flashlm_numba.kernels.weight_gradient import weight_gradient
+
+    rng = np.random.default_rng(4)
+    a, b = (rng.integers(-127, 128, (37, columns)).astype(np.float32) for columns in (21, 70))
+    a[0], b[:, 0] = 127, 127  # the largest of each column, and of each row
+    return _relative(weight_gradient(a, b), a.astype(np.float64).T @ b)
 
 
 def _check_ternary() -> float:
@@ -149,6 +186,8 @@ CHECKS: dict[str, Callable[[], float]] = {
     "dense head": _check_dense_head,
     "tree head": _check_tree_head,
     "trunk": _check_trunk,
+    "trunk's gradients": _check_trunk_gradients,
+    "int8 gradients": _check_weight_gradients,
     "ternary products": _check_ternary,
 }
 
@@ -245,7 +284,7 @@ def examine(threads: int) -> dict[str, Any]:
         notes.append(
             "No fast int8 products for this processor: train with --set activations=float, which is faster here."
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if threads < cores:
         notes.append(f"{threads} of {cores} cores are used (NUMBA_NUM_THREADS, or --threads).")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -249,7 +249,8 @@ def cached_start(
     sentence when work begins and after each stage. A damaged cache file is made anew. Raises UserError if no
     folder can be written.
     """
-    name = cache_name(data.hash, dim, seed, vocab_size)
+    threads = threads or os.cpu_count() or 1
+    name = cache_name(data.hash, dim, seed, vocab_size, threads)
     found = from_cache(f"{CACHE}/{name}", lambda path: _load(path, (vocab_size, dim)))
     if found is not None:
         return found
@@ -263,10 +264,13 @@ def cached_start(
     return found
 
 
-def cache_name(data_hash: str, dim: int, seed: int, vocab_size: int) -> str:
-    """The file that cached_start keeps in CACHE: named by data, shape, seed and the settings of this module."""
+def cache_name(data_hash: str, dim: int, seed: int, vocab_size: int, threads: int) -> str:
+    """The file that cached_start keeps in CACHE: named by data, shape, seed and the settings of this module.
+
+    And by the threads, since another number of them changes last digits.
+    """
     settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, EOT)
-    key = hashlib.sha256(f"{data_hash} {vocab_size} {dim} {seed} {settings}".encode()).hexdigest()
+    key = hashlib.sha256(f"{data_hash} {vocab_size} {dim} {seed} {threads} {settings}".encode()).hexdigest()
     return f"corpus-{key[:24]}.npz"
 
 
@@ -284,10 +288,10 @@ def _load(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, float] | None
 
 
 def _run_apart(
-    folder: Path, out: Path, dim: int, seed: int, vocab_size: int, threads: int | None, report: Report | None
+    folder: Path, out: Path, dim: int, seed: int, vocab_size: int, threads: int, report: Report | None
 ) -> None:
     """Run this module as a process, handing on the sentences that it prints."""
-    count = str(threads or os.cpu_count() or 1)
+    count = str(threads)
     command = [sys.executable, "-m", "flashlm_numba.embeddings", str(folder), str(out)]
     command += ["--dim", str(dim), "--seed", str(seed), "--vocab-size", str(vocab_size), "--threads", count]
     # PYTHONPATH: a checkout that is not installed must find the package as this process did

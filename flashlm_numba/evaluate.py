@@ -197,7 +197,7 @@ def evaluate_run(
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
     from flashlm_numba.assemble import load_model
-    from flashlm_numba.data import is_prepared, open_tokens
+    from flashlm_numba.data import is_prepared, open_run_tokens, open_tokens
     from flashlm_numba.display import Display
     from flashlm_numba.tokenizer import EOT
 
@@ -215,7 +215,7 @@ def evaluate_run(
         raise UserError("subset, lines and column are for a source of documents, and this is prepared; leave them out.")
     if data is None or is_prepared(data):
         where = _own_data(run, loaded.run) if data is None else data
-        tokens = open_tokens(Path(where))
+        tokens = open_run_tokens(where) if data is None else open_tokens(where)
         if data is None and tokens.hash != loaded.run.data_hash:
             raise UserError(
                 f"The tokens in {where} are not those that {run} was trained on; prepare the same data there, or name "

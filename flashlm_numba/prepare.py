@@ -39,6 +39,7 @@ from flashlm_numba.display import plural
 from flashlm_numba.errors import UserError
 from flashlm_numba.sources import ALL
 from flashlm_numba.splitting import VALIDATION_SHARE, Document, Place, Plan, SplitChoice, Tally
+from flashlm_numba.threads import available_cores
 from flashlm_numba.tokenizer import EOT, Tokenizer, split_text
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out, wait):
-            return _prepare(plan, out, identity, shard_tokens, workers or _cores(), report)
+            return _prepare(plan, out, identity, shard_tokens, workers or available_cores(), report)
     except KeyboardInterrupt:
         raise UserError(f"Stopped; what is done is kept in {out}: run the same command again to continue.") from None
     except OSError as error:
@@ -572,11 +573,6 @@ def _locked(out: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(manifest: Manifest) -> str:

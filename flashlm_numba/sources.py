@@ -257,16 +257,14 @@ def _hidden(path: Path) -> bool:
 
 
 def _role(name: str) -> str | None:
-    """Role that a file's name, or else the name of a folder above it, gives; train*, validation*, test*.
+    """Role that a file's name, or else the name of a folder above it, gives by its first word: train, validation, test.
 
-    The usual short names of a validation file count too, so that none is trained on by mistake.
+    The usual short names of a validation file count too, so that none is trained on by mistake. A book's
+    `testament.txt` has no role.
     """
     for part in reversed(name.lower().split("/")):
-        for role in ROLES:
-            if part.startswith(role):
-                return role
-        if re.match(r"(valid|val|dev)([^a-z]|$)", part):
-            return "validation"
+        if word := re.match(r"(train|validation|valid|val|dev|test)([^a-z]|$)", part):
+            return word[1] if word[1] in ROLES else "validation"
     return None
 
 

@@ -7,12 +7,16 @@ import os
 from flashlm_numba.errors import UserError
 
 
+def available_cores() -> int:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_threads() -> int:
     """Threads to use when nobody says how many: every core of this process, as far as Numba was started with them."""
     import numba
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, numba.config.NUMBA_NUM_THREADS)
+    return min(available_cores(), numba.config.NUMBA_NUM_THREADS)
 
 
 def set_threads(threads: int | None = None) -> int:

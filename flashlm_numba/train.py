@@ -27,7 +27,7 @@ import numpy as np
 from flashlm_numba import assemble, checkpoint
 from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import Phase, Plan, RunConfig, plan_for
-from flashlm_numba.data import TokenData, is_prepared, open_tokens, sample_batch
+from flashlm_numba.data import TokenData, is_prepared, open_run_tokens, open_tokens, sample_batch
 from flashlm_numba.display import Display
 from flashlm_numba.errors import UserError
 from flashlm_numba.evaluate import score, validation_subset
@@ -270,7 +270,7 @@ def resume_run(
                 f"The run used {run.threads} threads, now {using}{why}: last digits of the results will differ."
             )
         run = replace(_changed(run, settings), threads=using)
-        token_data = open_tokens(Path(run.data))
+        token_data = open_run_tokens(run.data)
         if token_data.hash != run.data_hash:
             raise UserError(
                 f"The tokens in {run.data} are not those that {folder} was trained on; prepare the same data "
@@ -427,6 +427,7 @@ def _loop(session: Session, display: Display) -> int:
     saved_step = clock.step if checkpoint.any_in(session.folder) else -1
     metrics = session.folder / "metrics.jsonl"
     with (
+        _writing_to(session.folder, f"make room there and go on with: flashlm-numba train --resume {session.folder}"),
         _signals() as caught,
         metrics.open("a", encoding="utf-8") as log,
         display.steps(plan.steps, clock.step),

@@ -20,9 +20,11 @@ _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 # exp saturates here, so that 2**n stays a normal number; below the low end the result is zero
 _LOW, _HIGH = np.float32(-87.0), np.float32(88.0)
-# x + _MAGIC is x rounded to a whole number, in the low bits of the sum: two additions instead of a rounding and two
-# conversions (by way of 64-bit integers, which is what Numba makes of floor; exp took half as long again)
-_MAGIC = np.float32(1.5 * 2**23)
+# x + ROUNDING is x rounded to a whole number, halves to even, in the low bits of the sum, for |x| < 2**22: two
+# additions instead of a rounding and two conversions (by way of 64-bit integers, which is what Numba makes of floor;
+# exp took half as long again)
+ROUNDING = np.float32(1.5 * 2**23)
+SMALLEST = np.float32(2.0**-100)  # numbers below throughout count as zero when rounded to int8: 127 / max is finite
 # exp(r) on |r| <= ln(2)/2 as 1 + r + r**2 * p(r); Taylor coefficients, remainder 5e-9 relative to float32's 6e-8
 _P = tuple(np.float32(1 / math.factorial(i)) for i in range(2, 8))
 
@@ -161,8 +163,8 @@ else:
         Vectorises in a plain loop. Source: Cody & Waite 1980, Software Manual for the Elementary Functions, ch. 6.
         """
         y = min(max(x, _LOW), _HIGH)
-        shifted = y * _LOG2_E + _MAGIC
-        n = shifted - _MAGIC
+        shifted = y * _LOG2_E + ROUNDING
+        n = shifted - ROUNDING
         r = (y - n * _LN2_HIGH) - n * _LN2_LOW
         p = _P[5]
         p = p * r + _P[4]

@@ -19,7 +19,7 @@ from numba import prange
 
 from flashlm_numba.kernels import _check, _ternary_dots
 from flashlm_numba.kernels._jit import exact_kernel, helper, kernel, serial_kernel, strict_helper
-from flashlm_numba.kernels._math import largest_magnitude
+from flashlm_numba.kernels._math import ROUNDING, SMALLEST, largest_magnitude
 from flashlm_numba.kernels._ternary_dots import (
     BLOCK,
     VARIANTS,
@@ -30,9 +30,7 @@ from flashlm_numba.kernels._ternary_dots import (
 )
 from flashlm_numba.kernels.ternary import packed_width
 
-SMALLEST = np.float32(2.0**-100)  # a row whose largest magnitude is below counts as zero: 127 / max|x| must be finite
 PARALLEL = 2**20  # weights times rows from which on threads are worth waking
-_MAGIC = np.float32(1.5 * 2**23)  # x + _MAGIC is x rounded to a whole number, halves to even, for |x| < 2**22
 
 
 @strict_helper
@@ -50,7 +48,7 @@ def quantize(q, scales, x):
             scales[n] = largest * np.float32(1 / 127)
             factor = np.float32(127) / largest
             for k in range(x.shape[1]):
-                q[n, k] = np.int8(np.int32((x[n, k] * factor + _MAGIC) - _MAGIC))
+                q[n, k] = np.int8(np.int32((x[n, k] * factor + ROUNDING) - ROUNDING))
             for k in range(x.shape[1], q.shape[1]):
                 q[n, k] = 0
 

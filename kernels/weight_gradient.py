@@ -21,22 +21,21 @@ import numpy as np
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
-from flashlm_numba.kernels._math import _bits_from_float, _float_from_bits, largest_magnitude
+from flashlm_numba.kernels._math import ROUNDING, SMALLEST, _bits_from_float, _float_from_bits, largest_magnitude
 from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
 from flashlm_numba.kernels.ternary_linear import COLUMNS, products_vnni
 
 VNNI = VARIANTS.index("vnni")
 _FINITE = np.float32(3.4028235e38)
-SMALLEST = np.float32(2.0**-100)  # what is smaller throughout counts as zero: 127 / max must be finite
-_MAGIC = np.float32(1.5 * 2**23)  # x + _MAGIC - _MAGIC is x rounded, halves to even, for |x| < 2**22
+MOST_ROWS = 2**31 // (127 * 255)  # whose products, each of at most that, an int32 can add up
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
 @strict_helper
 def _byte(x, factor):
     """round(x * factor) as int32."""
-    return np.int32((x * factor + _MAGIC) - _MAGIC)
+    return np.int32((x * factor + ROUNDING) - ROUNDING)
 
 
 @strict_helper
@@ -107,10 +106,11 @@ else:
     def weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
         """out (R, K) += a (M, R).T @ b (M, K), rounded where the variant (its index in VARIANTS) is vnni.
 
+        More than MOST_ROWS rows are exact too.
         Scratch: codes int32 (M / 4 * K' or more,), shares (M + 3,), q int8 (R * (M + 3),), scales and sums (R,).
         """
         rows, columns, outputs = a.shape[0], b.shape[1], out.shape[0]
-        if variant == VNNI and rows > 0:
+        if variant == VNNI and 0 < rows <= MOST_ROWS:
             groups = (rows + 3) // 4
             width = (columns + COLUMNS - 1) // COLUMNS * COLUMNS
             words = codes[: groups * width].reshape(groups, width)

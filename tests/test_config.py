@@ -64,6 +64,8 @@ def test_settings_are_typed_and_take_dotted_or_plain_names():
         ("optimiser.clip=1", "did you mean 'optimizer.clip'?"),
         ("clip", "--set takes key=value"),
         ("warmup_steps=many", "optimizer.warmup_steps must be a whole number, got 'many'."),
+        ("dilations=1,x", "model.dilations must be whole numbers with commas between them, got '1,x'."),
+        ("induction_reach=9000", "model.induction_reach must be at least 1 and at most 8192, got 9000."),
         ("clip=0", "optimizer.clip must be above 0, got 0."),
         ("positions=1.5", "head.positions must be above 0 and at most 1, got 1.5."),
         ("adamw_lr=nan", "optimizer.adamw_lr must be at least 0, got nan."),

@@ -23,9 +23,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashlm_numba import data as token_data
 from flashlm_numba import prepare as preparing
 from flashlm_numba import sources, splitting
-from flashlm_numba.data import Manifest, Split, default_corpus, open_tokens, sample_batch
+from flashlm_numba.data import Manifest, Split, default_corpus, open_run_tokens, open_tokens, sample_batch
 from flashlm_numba.errors import UserError
 from flashlm_numba.prepare import prepare
 from flashlm_numba.tokenizer import EOT, VOCAB_SIZE, Tokenizer
@@ -526,6 +527,14 @@ def test_default_corpus_is_the_whole_built_in_text_and_made_once(tmp_path, monke
         patch.setattr(preparing, "prepare", None)
         assert default_corpus(progress=False) == folder
     assert sources.resolve(None).content_hash == tokens.manifest.source["sha256"]
+
+
+def test_a_run_finds_the_built_in_text_again_after_the_cache_was_emptied(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_data, "_corpus_name", lambda: "corpus-0")
+    monkeypatch.setattr(token_data, "default_corpus", lambda: corpus)
+    assert open_run_tokens(tmp_path / "gone" / "corpus-0").hash == open_tokens(corpus).hash
+    with pytest.raises(UserError, match="There is no folder"):
+        open_run_tokens(tmp_path / "gone" / "tokens")
 
 
 def test_default_corpus_is_made_anew_where_it_is_damaged(tmp_path, monkeypatch):

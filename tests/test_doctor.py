@@ -1,5 +1,6 @@
 """`flashlm-numba doctor`: what it says where all is well, and that it notices what is not."""
 
+import importlib
 import json
 
 import numpy as np
@@ -81,6 +82,29 @@ def test_a_forced_variant_that_there_is_not_is_a_problem(quick, monkeypatch):
     ternary_matmul.best_variant.cache_clear()
     assert done.exit_code == 1
     assert "FLASHLM_NUMBA_TERNARY must be one of" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "check"),
+    [
+        ("flashlm_numba.kernels.weight_gradient", "weight_gradient", "int8 gradients"),
+        ("flashlm_numba.model", "trunk_backward", "trunk's gradients"),
+    ],
+)
+def test_a_wrong_gradient_is_a_problem(quick, monkeypatch, where, name, check):
+    module = importlib.import_module(where)
+    right = getattr(module, name)
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        target = found["norms"] if isinstance(found, dict) else found
+        target *= np.float32(1.001)
+        return found
+
+    monkeypatch.setattr(module, name, wrong)
+    found = doctor.examine(1)
+    assert f"The self-check of the {check} failed" in found["problems"][0]
+    assert len(found["problems"]) == 1
 
 
 def test_a_check_that_breaks_does_not_stop_the_others(quick, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     assert any("singular vectors" in sentence for sentence in said)
     np.testing.assert_array_equal(start, from_corpus(data.train, 50_257, 16, 5))
 
-    path = writable_cache("embeddings") / embeddings.cache_name(data.hash, 16, 5, 50_257)
+    path = writable_cache("embeddings") / embeddings.cache_name(data.hash, 16, 5, 50_257, os.cpu_count())
     assert path.is_file()
     assert path.is_relative_to(tmp_path)
     monkeypatch.setattr(embeddings, "_run_apart", lambda *_: pytest.fail("made again although cached"))

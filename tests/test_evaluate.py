@@ -15,6 +15,7 @@ from flashlm_numba.config import ModelConfig
 from flashlm_numba.errors import UserError
 from flashlm_numba.evaluate import evaluate_run, score, sees_the_future, validation_subset, windows
 from flashlm_numba.heads import DenseHead
+from flashlm_numba.kernels.induction import followers
 from flashlm_numba.model import Model, initial_parameters
 from flashlm_numba.prepare import prepare
 
@@ -118,13 +119,23 @@ class _Split:
         return (np.full(size, i, np.int32) for i, size in enumerate(self.sizes))
 
 
-def test_a_model_that_sees_the_future_is_not_scored(run, monkeypatch):
+def last_token_leaks(h, ids, embedding):
+    h[0] += np.float32(1e-7) * ids[0, -1]
+
+
+def look_up_reads_one_token_ahead(h, ids, embedding):
+    ahead = followers(ids, order=1, reach=1024)[0, 1:]
+    h[:-1] += np.where(ahead >= 0, np.float32(1e-3), 0)[:, None] * embedding[ahead]
+
+
+@pytest.mark.parametrize("leak", [last_token_leaks, look_up_reads_one_token_ahead])
+def test_a_model_that_sees_the_future_is_not_scored(run, monkeypatch, leak):
     assert not sees_the_future(load_model(run).model)
     right = Model.forward
 
     def leaky(self, ids):
         h = right(self, ids)
-        h[0] += np.float32(1e-7) * ids[0, -1]
+        leak(h, ids, self.parameters["embedding.weight"])
         return h
 
     monkeypatch.setattr(Model, "forward", leaky)

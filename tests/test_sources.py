@@ -122,7 +122,9 @@ def test_folder_and_glob_keep_the_roles_of_file_names(tmp_path):
 def test_files_without_roles_come_in_the_order_of_their_names(tmp_path):
     for name in ("b.txt", "c.txt", "a.txt"):
         write(tmp_path / name, [name])
-    assert list(resolve(str(tmp_path)).documents("all")) == ["a.txt", "b.txt", "c.txt"]
+    write(tmp_path / "testament.txt", ["d"])  # a word that begins like a role
+    write(tmp_path / "training.txt", ["e"])
+    assert list(resolve(str(tmp_path)).documents("all")) == ["a.txt", "b.txt", "c.txt", "d", "e"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashlm_numba.kernels import _ternary_dots, reference, ternary_linear
-from flashlm_numba.kernels.weight_gradient import weight_gradient
+from flashlm_numba.kernels.weight_gradient import MOST_ROWS, weight_gradient
 
 VARIANTS = _ternary_dots.available()
 seeds = st.integers(0, 2**32 - 1)
@@ -97,6 +97,12 @@ def test_weight_gradient_errs_by_its_rounding_only(seed, rows, outputs, columns)
     p = np.abs(b) / np.where(s > 0, s, 1)
     room = 0.5 * t * p.sum(0) + 0.5 * np.abs(a.T) @ np.broadcast_to(s, b.shape) + 0.25 * rows * t
     assert (np.abs(found - want) <= 1.01 * room + 1e-5 * np.abs(want).max(initial=0) + 1e-30).all()
+
+
+def test_weight_gradient_of_more_rows_than_an_int32_can_add_up():
+    rows = 2 * MOST_ROWS + 5_000
+    a, b = np.full((rows, 2), -3, np.float32), np.full((rows, 1), 2, np.float32)
+    np.testing.assert_allclose(weight_gradient(a, b), np.full((2, 1), -6.0 * rows), rtol=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
