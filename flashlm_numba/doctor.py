@@ -299,7 +299,7 @@ def examine(threads: int) -> dict[str, Any]:
             notes.append(f"Only {free / 1e9:.1f} GB are free at {place}; a run takes up to half a gigabyte.")
     memory = _memory_mb()
     if memory and memory["total"] < 2_000:
-        notes.append(f"This machine has {memory['total']:,} MB of memory; training takes about 1,000.")
+        notes.append(f"This machine has {memory['total']:,} MB of memory; training takes about 750.")
     try:
         layer = numba.threading_layer() if not numba.config.DISABLE_JIT else "none"
     except ValueError:  # nothing has run in parallel: one thread

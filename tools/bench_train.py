@@ -185,14 +185,14 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The arguments that train it, without the data and the run's folder."""
+        """The arguments that train it, without the data and the run's folder; a peer's minutes become steps later."""
         if self.name in OURS:
             sets = itertools.chain.from_iterable(("--set", setting) for setting in self.settings)
             budget = ["--tokens", str(self.tokens)] if self.tokens is not None else ["--minutes", f"{self.minutes:g}"]
             return ["train", *OURS[self.name], *sets, *budget, "--seed", str(self.seed), "--threads", str(self.threads)]
-        if self.published:
+        if self.tokens is None:
             return ["train", *self.peer_options(None), "--minutes", f"{self.minutes:g}", *self.peer_marks]
-        return ["train", *self.peer_options(-(-(self.tokens or 0) // self.peer_tokens))]
+        return ["train", *self.peer_options(-(-self.tokens // self.peer_tokens))]
 
     @property
     def published(self) -> bool:
