@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import subprocess
 
 import pytest
 
@@ -38,6 +40,22 @@ def test_measure_alternates_the_candidates_and_leaves_out_the_warm_up():
     assert rates["p20"] <= rates["median"] <= rates["p80"]
     with pytest.raises(ValueError, match="repeats must be"):
         timing.measure({}, repeats=0)
+
+
+def test_a_commit_is_named_in_a_clone_and_nowhere_else(tmp_path, monkeypatch):
+    found = timing.commit()
+    assert found is None or re.fullmatch("[0-9a-f]{12}[+]?", found)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "tools" / "timing.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert timing.commit() is None
+    (tmp_path / "a.py").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = timing.commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "a.py").write_text("2")
+    assert timing.commit() == clean + "+"
 
 
 def test_gemm_rate_and_environment_describe_the_machine(tmp_path):
