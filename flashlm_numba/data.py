@@ -356,7 +356,7 @@ def sample_batch(
 
 def open_run_tokens(folder: Path | str) -> TokenData:
     """open_tokens of the folder that a run was trained on; where it was the built-in text's and is gone, as when the
-    cache has been emptied, that is prepared again.
+    cache has been emptied, that is prepared again. Raises UserError as open_tokens does.
     """
     if not Path(folder).is_dir() and Path(folder).name == _corpus_name():
         folder = default_corpus()

@@ -161,7 +161,7 @@ class Job:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What is trained: of ours every setting that differs from FlashLM v3's, of a peer its options."""
+        """What is trained: of ours the settings (see differences), of a peer its options."""
         if self.name in PEERS:
             return self.peer_settings
         words, recipe, settings = OURS[self.name], "default", list(self.settings)
@@ -230,7 +230,9 @@ class Job:
 
 
 def differences(run: RunConfig) -> dict[str, Any]:
-    """The settings of a run that differ from FlashLM v3's, as JSON gives them back; those of QUIET are left out."""
+    """The settings of a run that differ from their fields' defaults (config.py), but for those of QUIET, as JSON gives
+    them back: {"model.average_decay": 0.98, ...}. A setting that comes later does not change what older rows say.
+    """
     found = {}
     for section in SECTIONS:
         part = getattr(run, section)
