@@ -151,13 +151,14 @@ def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
 def sees_the_future(model: Model, length: int = 256) -> bool:
     """Whether another token anywhere in a text changes one bit of a hidden state before it: it must not.
 
-    The text is of 16 different tokens, so that the model finds followers (induction).
+    The text is of 16 different tokens, its first half of two, so that the model finds followers (induction) everywhere.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, 16)
     ids = rng.choice(tokens, (1, length)).astype(np.int32)
+    ids[0, : length // 2] = rng.choice(tokens[:2], length // 2)
     before = model.forward(ids).copy()
-    for at in (1, length // 3, length // 2, length - 1):
+    for at in (1, *range(length // 4, length // 4 + 8), length // 3, length // 2, length - 1):
         changed = ids.copy()
         changed[0, at:] = rng.choice(tokens, length - at)
         if not np.array_equal(model.forward(changed)[:at].view(np.uint32), before[:at].view(np.uint32)):
