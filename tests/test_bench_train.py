@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from click import ClickException
 from click.testing import CliRunner
 
-from flashlm_numba.config import RunConfig
+from flashlm_numba.config import RECIPES, RunConfig
 from flashlm_numba.evaluate import evaluate_run
 from tools import bench_train
 
@@ -70,6 +71,7 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     assert first["tokens"] < second["tokens"] < row["tokens"]
     assert 0.02 * 60 <= first["seconds"] < second["seconds"] < row["seconds"]
     assert first["text"].startswith("The")
+    assert row["text"].startswith("The")
     (folder,) = runs.iterdir()
     run = folder / "run"
     name = bench_train.kept_checkpoints(run, [0.05])[0.05][0]
@@ -136,6 +138,51 @@ def test_a_row_is_known_by_its_recipe_however_it_was_asked_for():
     assert not job("torch:adaptive@random").made({**peer.key, "recipe": peer.recipe})
 
 
+def test_a_row_must_have_the_marks_that_are_asked_for():
+    def job(*marks):
+        return bench_train.Job("tree", (), 1, None, 7.0, 2, marks)
+
+    row = {**job().key, "recipe": job().recipe}
+    assert job().made(row)
+    assert not job(1.0).made(row)
+    assert job(1.0).made({**row, "marks": [{"minutes": 1.0}, {"minutes": 5.0}]})
+    assert not job(1.0, 6.5).made({**row, "marks": [{"minutes": 1.0}]})
+    assert job(1.0, 6.5).made({**row, "marks": [{"minutes": 1.0}], "marks_asked": [1.0, 6.5]})  # it ended before 6.5
+
+
+def test_the_file_names_of_two_recipes_differ():
+    slugs = {bench_train.Job("tree", (), 1, None, 7.0, 2).slug}
+    with pytest.MonkeyPatch.context() as patch:
+        recipe = RunConfig.recipe_named("default").with_settings(["average_decay=0.5"])
+        patch.setitem(RECIPES, "default", recipe)
+        slugs.add(bench_train.Job("tree", (), 1, None, 7.0, 2).slug)
+    assert len(slugs) == 2
+    assert all(slug.startswith("tree-7min-seed1-") for slug in slugs)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(corpus, tmp_path):
+    sets = [word for setting in (*SMALL, "adamw_lr=1e30,1e-3") for word in ("--set", setting)]  # the first diverges
+    done = invoke(corpus, tmp_path / "rows.json", "tree", "--tokens", 128, "--threads", 1, *sets)
+    assert done.exit_code == 1
+    assert "1 of 2 runs failed" in done.stderr
+    assert "adamw_lr=1e30" in done.stderr.splitlines()[-1]
+    (row,) = bench_train.read_rows(tmp_path / "rows.json")
+    assert row["settings"][-1] == "adamw_lr=1e-3"
+
+
+@pytest.mark.parametrize(("status", "failure"), [(1, bench_train.RunFailed), (130, ClickException)])
+def test_a_process_that_was_stopped_stops_the_tool(status, failure):
+    with pytest.raises(ClickException, match=f"ended with status {status}") as caught:
+        bench_train.run_process(["-c", f"raise SystemExit({status})"])
+    assert type(caught.value) is failure
+
+
+def test_a_peer_whose_loss_is_no_number_has_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_train, "run_process", lambda words: ('{"val_nll": NaN, "step": 3}', 0.0))
+    with pytest.raises(bench_train.RunFailed, match="torch:eager is nan after step 3"):
+        bench_train.run_peer(bench_train.Job("torch:eager", (), 1, 300_000, None, 2), tmp_path)
+
+
 def test_a_peers_budget_is_in_tokens_of_its_own_batches():
     words = bench_train.Job("torch:adaptive", ("phases=8x512",), 3, 300_000, None, 2).command
     assert words[words.index("--steps") + 1] == "74"  # of 4,096 tokens
@@ -178,6 +225,7 @@ def test_the_published_peer_keeps_its_schedule():
         (["d", "r.json", "torch:v3", "--tokens", "1"], "torch:v3 has a schedule of its own"),
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "1,5"], "--marks must lie between"),
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "x"], "--marks takes minutes"),
+        (["d", "r.json", "tree", "--tokens", "1", "--set", "oak=1"], "There is no setting 'oak'"),
     ],
 )
 def test_usage_errors_say_what_to_do(arguments, sentence):

@@ -6,9 +6,9 @@
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 --set adamw_lr=1e-3,2e-3,4e-3 dense tree
     python tools/bench_train.py --table results/NAME.json                             the rows as a Markdown table
 
-With --minutes, --marks 1,5,7 scores every run at these minutes of its training too, outside the clock, lets it write a
-text there, and keeps its metrics.jsonl in results/NAME/. With --runs DIR the runs are kept in DIR, and one that was
-interrupted goes on there.
+With --minutes, --marks 1,5,7 scores every run at these minutes of its training too, outside the clock; ours write a
+text there and at the end, and their metrics.jsonl is kept in results/NAME/. With --runs DIR the runs are kept in DIR,
+and one that was interrupted goes on there.
 
 DATA is a folder that `flashlm-numba prepare` made. Every run is a process of its own, scored on all validation
 documents by the rule of `flashlm-numba eval`. A row is written as soon as its run has ended, and a run whose row is in
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -44,6 +45,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.config import SECTIONS, RunConfig
 from flashlm_numba.data import open_tokens
+from flashlm_numba.errors import UserError
 from flashlm_numba.threads import available_cores
 from tools import timing
 
@@ -106,7 +108,7 @@ TORCH_V3 = {
     "total": "10000",
 }
 LOG_EVERY = 20  # steps between the lines of a log that is kept
-PROMPT, SAMPLE_TOKENS = "The", 60  # of the texts that runs write at marks
+PROMPT, SAMPLE_TOKENS = "The", 60  # of the texts that runs write at marks and the end
 OURS: dict[str, tuple[str, ...]] = {
     "dense": ("--head", "dense"),
     "dense@0.25": ("--head", "dense", "--set", "positions=0.25"),
@@ -147,9 +149,10 @@ class Job:
 
     @property
     def slug(self) -> str:
-        """A file name for this run."""
+        """A file name for this run, which another recipe under the same name does not share."""
         budget = f"{self.tokens}tokens" if self.tokens is not None else f"{self.minutes:g}min"
-        words = [self.name, *self.settings, budget, f"seed{self.seed}"]
+        recipe = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:6]
+        words = [self.name, *self.settings, budget, f"seed{self.seed}", recipe]
         return "-".join(words).replace(":", "-").replace("/", "-").replace("=", "-")
 
     @property
@@ -173,10 +176,13 @@ class Job:
         return differences(RunConfig.recipe_named(recipe).with_settings(settings))
 
     def made(self, row: dict[str, Any]) -> bool:
-        """Whether a row of a results file is this job's: the same run by the same recipe, however it was asked for.
+        """Whether a row of a results file is this job's: the same run by the same recipe, however it was asked for,
+        with scores at these marks at least.
 
         Rows made before recipes were written down say by their settings how they differ from the recipe of the day.
         """
+        if not set(self.marks) <= set(row.get("marks_asked", [mark["minutes"] for mark in row.get("marks", [])])):
+            return False
         if "recipe" in row:
             asked = {**self.key, "recipe": self.recipe, "settings": row["settings"]}
             return asked.items() <= row.items()
@@ -242,8 +248,15 @@ def differences(run: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
+class RunFailed(click.ClickException):
+    """A run that ended with an error of its own, as one whose loss diverged: the others can go on."""
+
+
 def run_process(arguments: list[str]) -> tuple[str, float]:
-    """Standard output of this Python with arguments, and its peak memory in MB; standard error is shown."""
+    """Standard output of this Python with arguments, and its peak memory in MB; standard error is shown.
+
+    RunFailed if it ends with status 1, ClickException if with another: it was stopped.
+    """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -251,7 +264,8 @@ def run_process(arguments: list[str]) -> tuple[str, float]:
         out.seek(0)
         text = out.read()
     if process.returncode:
-        raise click.ClickException(f"`{' '.join(arguments)}` ended with status {process.returncode}.")
+        failure = RunFailed if process.returncode == 1 else click.ClickException
+        raise failure(f"`{' '.join(arguments)}` ended with status {process.returncode}.")
     return text, usage.ru_maxrss * 1024e-6
 
 
@@ -272,13 +286,15 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         words = ["eval", str(run), *which, "--threads", str(job.threads), "--json"]
         return json.loads(run_process(["-m", "flashlm_numba", *words])[0])
 
+    def written(*which: str) -> str:
+        words = ["generate", str(run), *which, "--prompt", PROMPT, "--max-tokens", str(SAMPLE_TOKENS)]
+        words += ["--temperature", "0.8", "--top-k", "40", "--seed", "1"]
+        return run_process(["-m", "flashlm_numba", *words])[0].strip()
+
     score = scored()
     at_marks = []
     for mark, (name, state) in kept_checkpoints(run, job.marks).items():
         found = scored("--checkpoint", name)
-        writes = ["--prompt", PROMPT, "--max-tokens", str(SAMPLE_TOKENS), "--temperature", "0.8", "--top-k", "40"]
-        writes += ["--seed", "1", "--checkpoint", name]
-        text, _ = run_process(["-m", "flashlm_numba", "generate", str(run), *writes])
         at_marks.append(
             {
                 "minutes": mark,
@@ -286,7 +302,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
                 "tokens": state["tokens"],
                 "nll": found["nll"],
                 "bits_per_byte": found["bits_per_byte"],
-                "text": text.strip(),
+                "text": written("--checkpoint", name),
             }
         )
     info = json.loads(run_process(["-m", "flashlm_numba", "info", str(run), "--json"])[0])
@@ -299,7 +315,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         "seconds": last["seconds"],
         "parameters": info["parameters"],
         "peak_rss_mb": peak,
-        **({"marks": at_marks} if at_marks else {}),
+        **({"marks": at_marks, "text": written()} if job.marks else {}),
     }
 
 
@@ -352,6 +368,8 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
     text, _ = run_process(["tools/peer_torch.py", *command, str(data), "--validate-every", "1e9"])
     lines = [json.loads(line) for line in text.splitlines()]
     last = lines[-1]
+    if not math.isfinite(last["val_nll"]):
+        raise RunFailed(f"The loss of {job.name} is {last['val_nll']} after step {last['step']}.")
     at_marks = [
         {
             "minutes": line["mark"],
@@ -483,43 +501,71 @@ def main(
         raise click.UsageError(f"--marks takes minutes separated by commas, got '{marks}'.") from None
     if at and (minutes is None or not 0 < at[0] <= at[-1] < minutes):
         raise click.UsageError("--marks must lie between 0 and --minutes.")
-    if not (data / "manifest.json").exists():
-        raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
     jobs = [
         Job(name, combination, seed, tokens, minutes, threads, at)
         for combination in combinations
         for seed in seeds
         for name in names
     ]
+    try:
+        for job in jobs:
+            _ = job.recipe
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+    if not (data / "manifest.json").exists():
+        raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
+    failures = []
     for number, job in enumerate(jobs, 1):
         if any(job.made(row) for row in read_rows(path)):
+            click.echo(f"[{number}/{len(jobs)}] {path} has its row already: {' '.join(job.command)}", err=True)
             continue
         click.echo(f"[{number}/{len(jobs)}] {' '.join(job.command)}", err=True)
-        began = time.time()
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = runs / job.slug if runs is not None else Path(temporary)
-            result = run_ours(job, data, folder) if job.name in OURS else run_peer(job, data)
-            if at and job.name in OURS:
-                log = path.with_suffix("") / f"{job.slug}.jsonl"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / "run" / "metrics.jsonl", log)
-        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
-        row = {
-            **job.key,
-            "command": job.command,
-            **result,
-            "data": {name: part["text_tokens"] for name, part in manifest["splits"].items()},
-            "recipe": job.recipe,
-            "commit": timing.commit(),
-            "machine": timing.environment(threads),
-            "date": time.strftime("%Y-%m-%d", time.localtime(began)),
-        }
+        try:
+            row = measured(job, data, path, runs)
+        except RunFailed as error:
+            error.show()
+            failures.append(job)
+            continue
         try:
             add_row(path, row)
-        except OSError as error:  # hours of work: the row is not lost
+        except (OSError, click.ClickException) as error:  # hours of work: the row is not lost
             click.echo(json.dumps(row))
-            raise click.ClickException(f"{path} cannot be written ({error.strerror}); the row is above.") from None
+            why = error.message if isinstance(error, click.ClickException) else error.strerror
+            raise click.ClickException(f"{path} cannot be written ({why}); the row is above.") from None
         click.echo(table([row]).splitlines()[-1], err=True)
+    if failures:
+        names = ", ".join(" ".join([job.name, *job.settings]) for job in failures)
+        raise click.ClickException(f"{len(failures)} of {len(jobs)} runs failed, see above: {names}.")
+
+
+def measured(job: Job, data: Path, path: Path, runs: Path | None) -> dict[str, Any]:
+    """Do a job; returns its row for the results file at path, beside which the run's log is kept if it has marks."""
+    # what runs is the code of now, not of when it has ended
+    stamp = {
+        "commit": timing.commit(),
+        "machine": timing.environment(job.threads),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = runs / job.slug if runs is not None else Path(temporary)
+        result = run_ours(job, data, folder) if job.name in OURS else run_peer(job, data)
+        if job.marks and job.name in OURS:
+            log = path.with_suffix("") / f"{job.slug}.jsonl"
+            try:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / "run" / "metrics.jsonl", log)
+            except OSError as error:
+                click.echo(f"{log} cannot be written ({error.strerror}); the row is kept without it.", err=True)
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    return {
+        **job.key,
+        **({"marks_asked": list(job.marks)} if job.marks else {}),
+        "command": job.command,
+        **result,
+        "data": {name: part["text_tokens"] for name, part in manifest["splits"].items()},
+        "recipe": job.recipe,
+        **stamp,
+    }
 
 
 if __name__ == "__main__":
