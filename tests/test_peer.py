@@ -227,8 +227,8 @@ def test_train_command_reads_our_shards_and_validates(corpus):
         "--mark", 1e-9, "--mark", 2e-9, "--mark", 60, "--threads", 1,
     )[2:]  # fmt: skip
     # a mark is due at the end of the first step that passes it; one that the end comes before is left out
-    assert [(m["step"], "mark" in m) for m in lines] == [(0, False), (1, True), (2, True), (3, False)]
-    assert [m["val_tokens"] > 30 for m in lines] == [False, True, True, True]
+    assert [(m["step"], "mark" in m) for m in lines] == [(1, True), (2, True), (3, False)]
+    assert all(m["val_tokens"] > 30 for m in lines)
 
 
 def test_benchmark_commands_print_rates():

@@ -511,7 +511,7 @@ def train(
         groups={name: len(members) for name, members in parameter_groups(model).items()},
     )
     followers(np.zeros((1, 1), np.int32), 1, 1)  # compiled outside the clock
-    seen, step, due, start_seconds = 0, 0, seconds, seconds
+    seen, step, due, start_seconds = 0, 0, seconds + validate_every, seconds
     left = sorted(marks)
     clock: dict[str, float] = {}
     result: dict[str, Any] = {}
@@ -522,7 +522,7 @@ def train(
         marked = bool(left) and seconds >= 60 * left[0] and not done
         if seconds >= due or done or marked:
             whole = marked or (done and not no_final)
-            if whole and peak is None:  # of training: scoring whole documents may take more
+            if whole and peak is None:  # of training: scoring whole documents takes more
                 peak = peak_rss_mb()
             limit = None if whole else validate_tokens
             validation = score(model, tokens.validation, max_tokens=limit, **scoring)
