@@ -18,7 +18,7 @@ def row(name, minutes, nll, marks=(), **more):
     return {
         "name": name, "settings": [], "seed": 1, "minutes_asked": minutes, "threads": 2, "nll": nll,
         "bits_per_byte": nll / 3, "seconds": 60.0 * minutes, "tokens": 600_000, "parameters": 13_600_000,
-        "peak_rss_mb": 700.0, "machine": MACHINE,
+        "peak_rss_mb": 700.0, "machine": MACHINE, **more,
         **({"marks": at} if at else {}),
     }  # fmt: skip
 
@@ -52,12 +52,27 @@ def test_the_page_and_the_chart_show_every_run(results, tmp_path):
     )
     assert "| torch:v3, 72 minutes | 13,600,000 | 139 | 700 | - | 7.250 (2.417) | 6.750 (2.250), 72.0 min |" in text
     assert "- 5 min: *The end of it*" in text
+    assert "- 10 min: *The end of it*" in text
     assert "- torch:v3, 72 minutes: stopped early." in text
     assert "A CPU, 2 cores, 2 threads: 2 runs" in text
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     axes = train_report.draw(ROWS).axes[0]
     assert [line.get_label() for line in axes.lines] == ["tree, 10 minutes", "torch:v3, 72 minutes"]
     assert axes.lines[0].get_ydata().tolist() == [6.5, 5.75, 5.25]
+
+
+def test_runs_of_one_name_by_two_recipes_are_told_apart():
+    rows = [
+        row("tree", 72.0, 5.0, date="2026-11-25"),
+        row("tree", 72.0, 4.5, date="2026-11-26"),
+        row("dense", 72.0, 5.5),
+    ]
+    assert [train_report.label(r) for r in train_report.labelled(rows)] == [
+        "tree, 72 minutes, 2026-11-25",
+        "tree, 72 minutes, 2026-11-26",
+        "dense, 72 minutes",
+    ]
+    assert len(train_report.table(train_report.labelled(rows)).splitlines()) == 5
 
 
 def test_the_commands_make_these_rows(monkeypatch, corpus, tmp_path):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import click
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flashlm_numba.display import plural
 from tools import bench_train, head_report
 
 Row = Mapping[str, Any]
@@ -28,7 +30,8 @@ NLL in nats per token and bits per byte (in brackets) of all validation document
 after so many minutes of training. The clock counts making the start of the embedding, building the tree, steps and
 checkpoints; it stands still for compiling, preparing and scoring. A value at a mark inside a run is taken while the
 learning rate is still high; our runs, and peers without a schedule of their own, end with a rate that has fallen to 0.
-Peak memory is of training, without scoring.
+Peak memory is of the process that trains: of ours with its last validation on a 32,768-token subset, of the peers
+without scoring.
 """
 
 
@@ -38,12 +41,20 @@ def points(row: Row) -> list[tuple[float, float, float]]:
     return [*marks, (row["seconds"] / 60, row["nll"], row["bits_per_byte"])]
 
 
+def labelled(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a "label" where theirs is another's too (the same name by another recipe): it tells the day."""
+    count = Counter(label(row) for row in rows)
+    return [{**row, "label": f"{label(row)}, {row['date']}"} if count[label(row)] > 1 else row for row in rows]
+
+
 def label(row: Row) -> str:
     """Name and settings of a run, if these are few, and its budget.
 
     >>> label({"name": "tree", "settings": ["clip=1"], "minutes_asked": 10.0, "seed": 1})
     'tree clip=1, 10 minutes'
     """
+    if "label" in row:
+        return row["label"]
     settings = (
         row["settings"] if len(row["settings"]) <= 2 else [f"with {len(row['settings'])} settings (see Commands)"]
     )
@@ -73,7 +84,7 @@ def machines(rows: Sequence[Row]) -> str:
     for row in rows:
         m = row["machine"]
         found.setdefault(f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads", []).append(label(row))
-    return "\n".join(f"- {machine}: {len(names)} runs" for machine, names in found.items())
+    return "\n".join(f"- {machine}: {plural(len(names), 'run')}" for machine, names in found.items())
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -83,10 +94,11 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def samples(rows: Sequence[Row]) -> str:
-    """What each run wrote at its marks."""
+    """What each run wrote at its marks and at its end."""
     parts = []
     for row in rows:
         texts = [(m["minutes"], m["text"]) for m in row.get("marks", []) if m.get("text")]
+        texts += [(round(row["seconds"] / 60, 1), row["text"])] if row.get("text") else []
         if texts:
             parts.append(f"**{label(row)}**\n")
             parts += [f"- {minutes:g} min: *{' '.join(text.replace('*', ' ').split())}*" for minutes, text in texts]
@@ -134,6 +146,8 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
             "",
             f'## What the models write after "{bench_train.PROMPT}"',
             "",
+            "Temperature 0.8, among the 40 likeliest tokens, at the marks and the end. The PyTorch peers write none.",
+            "",
             samples(rows),
         ]
     )
@@ -162,7 +176,7 @@ def draw(rows: Sequence[Row]) -> Any:
 @click.argument("markdown", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("chart", type=click.Path(path_type=Path, dir_okay=False))
 def main(results: Path, markdown: Path, chart: Path) -> None:
-    rows = [row for row in bench_train.read_rows(results) if "minutes_asked" in row]
+    rows = labelled([row for row in bench_train.read_rows(results) if "minutes_asked" in row])
     if not rows:
         raise click.UsageError(f"{results} has no runs of so many minutes; make some with bench_train.py --minutes.")
     if not head_report.can_plot():
