@@ -119,31 +119,20 @@ def describe_groups(params: Mapping[str, np.ndarray], rules: GroupRules = RULES)
 # --- schedule ---
 
 
-def lr_scale(
-    position: float,
-    *,
-    total: float | None = None,
-    warmup: float = 0,
-    decay: float = 0,
-    final: float = 0,
-    unit: float = 1,
-) -> float:
-    """Factor of both learning rates: linear warm-up, constant, linear decay to `final`.
+def lr_scale(step: float, *, total: float | None = None, warmup: float = 0, decay: float = 0) -> float:
+    """Factor of both learning rates: linear warm-up, constant, linear decay to 0.
 
-    position : steps done before this one, or tokens seen before it; never time, since a slow or sleeping
-        machine would then follow another schedule
-    unit : one step in the same unit (the tokens of a step, where positions are tokens)
-    total : where the schedule ends; None: there is no decay.  warmup, decay : lengths of the two ramps
-    The first step has unit / warmup, the step at total - decay is the last at 1, from total on it is `final`.
+    step : steps done before this one; never time, since a slow or sleeping machine would then follow another schedule
+    total : where the schedule ends; None: there is no decay.  warmup, decay : lengths of the two ramps, in steps
+    The first step has 1 / warmup, the step at total - decay is the last at 1, from total on it is 0.
 
     >>> [lr_scale(step, total=10, warmup=4, decay=4) for step in range(10)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
-    up = min(1.0, (position + unit) / warmup) if warmup > 0 else 1.0
+    up = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
     if total is None or decay <= 0:
         return up
-    left = min(1.0, max(0.0, (total - position) / decay))
-    return min(up, final + (1 - final) * left)
+    return min(up, max(0.0, (total - step) / decay))
 
 
 # --- step ---
