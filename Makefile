@@ -8,7 +8,8 @@ test:
 test-nojit:
 	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q tests/test_kernels.py tests/test_dense_head.py \
 		tests/test_tree_head.py tests/test_optimizers_kernels.py tests/test_model.py tests/test_ternary_matmul.py \
-		tests/test_ternary_linear.py tests/test_draw.py tests/test_panels.py tests/test_tile.py
+		tests/test_ternary_linear.py tests/test_draw.py tests/test_panels.py tests/test_tile.py \
+		tests/test_low_rank.py
 
 lint:
 	ruff check .

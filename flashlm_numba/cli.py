@@ -127,7 +127,7 @@ def main() -> None:
 @click.option(
     "--validation",
     metavar="SOURCE",
-    help="Where the validation documents are. Default: files named validation*, or else 5 % of all.",
+    help="Where the validation documents are. Default: files whose first word is validation, or else 5 % of all.",
 )
 @_subset
 @click.option(
@@ -406,7 +406,7 @@ def evaluate(
     type=Number(min=0),
     default=0.8,
     show_default=True,
-    help="Below 1 bolder in the likely, above 1 wilder; 0 always takes the likeliest token.",
+    help="Below 1 safer and more repetitive, above 1 wilder; 0 always takes the likeliest token.",
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens. Default: all.")
 @click.option(

@@ -51,7 +51,7 @@ class ModelConfig:
     mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
     induction_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
-    induction_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back; scoring reads twice as many
+    induction_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back
     average_decay: float = _in(0.0, 0, 0.995, later=True)  # of the running average in the mixer, a token; 0: none
     ternary_threshold: float = _in(1.0, 0, 1, later=True)  # times a matrix's mean magnitude: where a weight is +1 or -1
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so

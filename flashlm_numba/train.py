@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 20.0  # a run of no stated length
 CHECKPOINT_SECONDS = 120.0  # training time between checkpoints where checkpoint_every is 0
-WINDOW, BATCH = 1_024, 2_048  # positions in validating: no more memory than a step of 8 x 256 takes
+WINDOW, BATCH = 1_024, 2_048  # positions in validating; a longer receptive field raises the first
 # what --resume may change: how much is written, and, after a divergence, the size of the steps
 CHANGEABLE = {
     "training": (
@@ -375,9 +375,10 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     display.note("Measuring the speed ...")
     run, at = session.run, session.clock.step
     started = time.perf_counter()
-    few = session.subset[:1]
-    score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
-    validation = (time.perf_counter() - started) * run.training.validation_tokens / max(1, sum(map(len, few)))
+    validation = 0.0
+    if few := session.subset[:1]:
+        score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
+        validation = (time.perf_counter() - started) * run.training.validation_tokens / len(few[0])
     budget = max(1.0, 0.02 * minutes * 60)  # seconds for measuring a phase, two steps at least
     fixed = run.fixed_layout
     rates: list[float] = []

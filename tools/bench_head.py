@@ -127,7 +127,7 @@ def measure_steps(
     ours: dict[str, dict[str, Any]] = {
         "dense": {"head": "dense"},
         "dense@0.25": {"head": "dense", "positions": 0.25},
-        "tree": {"head": "tree", "activations": "int8"},  # the default recipe, but for the shape of its batches
+        "tree": {"head": "tree", "activations": "int8"},  # the default recipe, but for batches and v3's trunk
         "tree@float": {"head": "tree"},  # with float32 products, as the peers
     }
     for name, options in ours.items():
