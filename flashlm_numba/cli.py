@@ -13,6 +13,7 @@ Only click is imported here: the numerical packages take a second to load, and `
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -42,6 +43,15 @@ class _Commands(click.Group):
             ctx.exit(130)
         except BrokenPipeError:  # the reader of a pipe went away, as in `generate | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except MemoryError as error:
+            click.echo(f"Error: There is not enough memory ({error}); make what is asked for smaller.", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
+            click.echo("Error: The output cannot be written, there is no space left.", err=True)
             ctx.exit(1)
 
 

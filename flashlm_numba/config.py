@@ -431,7 +431,9 @@ def _parse(where: str, text: str, hint: Any) -> Any:
         try:
             return tuple(_parse(where, part.strip(), item) for part in parts)
         except UserError:
-            raise UserError(f"{where} must be whole numbers with commas between them, got '{text}'.") from None
+            raise UserError(
+                f"{where} must be {'whole ' if item is int else ''}numbers with commas between them, got '{text}'."
+            ) from None
     if hint is bool:
         words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
         if text.lower() not in words:

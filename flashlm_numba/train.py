@@ -424,7 +424,8 @@ def _loop(session: Session, display: Display) -> int:
     """Train until the plan's last step or a signal; returns the exit status."""
     run, clock = session.run, session.clock
     training, plan = run.training, run.plan
-    saved_at = seen_at = clock.seconds
+    saved_at = clock.seconds
+    seen_at = clock.seconds if clock.step else 0.0  # a mark may pass while the start and the tree are made
     saved_step = clock.step if checkpoint.any_in(session.folder) else -1
     metrics = session.folder / "metrics.jsonl"
     with (

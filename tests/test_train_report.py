@@ -92,6 +92,17 @@ def test_the_commands_make_these_rows(monkeypatch, corpus, tmp_path):
     assert done == [("tree", 10.0, (1.0, 5.0)), ("torch:v3", 72.0, (5.0,))]
 
 
+@pytest.mark.parametrize(("page", "chart"), [("page.md", "chart.xyz"), ("file/page.md", "chart.png"), ("page.md", ".")])
+def test_nothing_is_written_where_one_of_both_cannot_be(page, chart, results, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    done = invoke(results, tmp_path / page, tmp_path / chart)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_file_without_such_runs_is_a_sentence(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"rows": [{"name": "tree", "tokens_asked": 5}]}')

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,11 +150,11 @@ class Job:
 
     @property
     def slug(self) -> str:
-        """A file name for this run, which another recipe under the same name does not share."""
+        """A file name for this run, which no other recipe, setting or marks under the same name share."""
         budget = f"{self.tokens}tokens" if self.tokens is not None else f"{self.minutes:g}min"
-        recipe = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:6]
-        words = [self.name, *self.settings, budget, f"seed{self.seed}", recipe]
-        return "-".join(words).replace(":", "-").replace("/", "-").replace("=", "-")
+        everything = json.dumps([self.key, self.recipe, self.marks], sort_keys=True)
+        words = [self.name, budget, f"seed{self.seed}", hashlib.sha256(everything.encode()).hexdigest()[:8]]
+        return "-".join(words).replace(":", "-")
 
     @property
     def key(self) -> dict[str, Any]:
@@ -255,16 +256,34 @@ class RunFailed(click.ClickException):
 def run_process(arguments: list[str]) -> tuple[str, float]:
     """Standard output of this Python with arguments, and its peak memory in MB; standard error is shown.
 
-    RunFailed if it ends with status 1, ClickException if with another: it was stopped.
+    RunFailed if it ends with status 1 or 2, an error of its own. ClickException if it was stopped: SIGINT, SIGTERM and
+    SIGHUP are passed on to it, and it is waited for, since it may have something to save.
     """
+    caught: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        caught.append(number)
+        process.send_signal(number)
+
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-        process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
+        # a group of its own: Ctrl-C in a terminal reaches it through this process only, once
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT, process_group=0)
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in numbers}
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         text = out.read()
+    if caught:
+        stopped = click.ClickException(f"Stopped by {signal.Signals(caught[0]).name}.")
+        stopped.exit_code = 128 + caught[0]
+        raise stopped
     if process.returncode:
-        failure = RunFailed if process.returncode == 1 else click.ClickException
+        failure = RunFailed if process.returncode in (1, 2) else click.ClickException
         raise failure(f"`{' '.join(arguments)}` ended with status {process.returncode}.")
     return text, usage.ru_maxrss * 1024e-6
 
@@ -400,7 +419,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("rows")
+        return rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.BadParameter(
             f"{path} is no results file of this program ({type(error).__name__}); name another, or a new one."
@@ -514,16 +536,24 @@ def main(
         raise click.UsageError(str(error)) from None
     if not (data / "manifest.json").exists():
         raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
+    try:
+        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+        size = {name: part["text_tokens"] for name, part in manifest["splits"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise click.UsageError(f"{data / 'manifest.json'} cannot be read; prepare the data again.") from None
+    if not size.get("validation"):
+        raise click.UsageError(f"{data} holds no validation text to score by; prepare it with some.")
+    runs = None if runs is None else runs.resolve()
     failures = []
     for number, job in enumerate(jobs, 1):
-        if any(job.made(row) for row in read_rows(path)):
+        if any(job.made(row) and row.get("data", size) == size for row in read_rows(path)):
             click.echo(f"[{number}/{len(jobs)}] {path} has its row already: {' '.join(job.command)}", err=True)
             continue
         click.echo(f"[{number}/{len(jobs)}] {' '.join(job.command)}", err=True)
         try:
-            row = measured(job, data, path, runs)
-        except RunFailed as error:
-            error.show()
+            row = {**measured(job, data, path, runs), "data": size}
+        except (RunFailed, UserError) as error:
+            click.echo(f"Error: {error}", err=True)
             failures.append(job)
             continue
         try:
@@ -556,13 +586,11 @@ def measured(job: Job, data: Path, path: Path, runs: Path | None) -> dict[str, A
                 shutil.copyfile(folder / "run" / "metrics.jsonl", log)
             except OSError as error:
                 click.echo(f"{log} cannot be written ({error.strerror}); the row is kept without it.", err=True)
-    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
     return {
         **job.key,
         **({"marks_asked": list(job.marks)} if job.marks else {}),
         "command": job.command,
         **result,
-        "data": {name: part["text_tokens"] for name, part in manifest["splits"].items()},
         "recipe": job.recipe,
         **stamp,
     }

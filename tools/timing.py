@@ -152,6 +152,8 @@ def check_writable(path: Path) -> None:
             pass
         if path.is_dir():
             raise IsADirectoryError(21, "Is a directory")
+        if path.exists() and not path.is_file():
+            raise OSError(22, "Not a regular file")
         if path.exists():
             with path.open("ab"):
                 pass

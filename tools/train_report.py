@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.display import plural
-from tools import bench_train, head_report
+from tools import bench_train, head_report, timing
 
 Row = Mapping[str, Any]
 
@@ -181,8 +181,13 @@ def main(results: Path, markdown: Path, chart: Path) -> None:
         raise click.UsageError(f"{results} has no runs of so many minutes; make some with bench_train.py --minutes.")
     if not head_report.can_plot():
         raise click.UsageError("The chart needs matplotlib: pip install -e '.[dev]'")
-    draw(rows).savefig(chart, dpi=120)
-    markdown.write_text(page(rows, results, chart.name), encoding="utf-8")
+    text, figure = page(rows, results, chart.name), draw(rows)
+    if chart.suffix[1:] not in (kinds := figure.canvas.get_supported_filetypes()):
+        raise click.UsageError(f"{chart} must end in one of .{', .'.join(kinds)}.")
+    for path in (markdown, chart):
+        timing.check_writable(path)
+    figure.savefig(chart, dpi=120)
+    markdown.write_text(text, encoding="utf-8")
     click.echo(f"Wrote {markdown} and {chart}.")
 
 
