@@ -84,7 +84,10 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     path.unlink()  # as if it had ended before its row was written
     done = invoke(*command)
     assert done.exit_code == 0, done.output
-    assert bench_train.read_rows(path)[0]["nll"] == row["nll"]
+    (again,) = bench_train.read_rows(path)
+    assert again["nll"] == row["nll"]
+    assert "interrupted" in again["remark"]
+    assert "remark" not in row
     path.unlink()
     config = json.loads((run / "config.json").read_text())
     config["optimizer"]["clip"] = 0.5  # as a recipe of another day might have had

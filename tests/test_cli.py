@@ -1,6 +1,7 @@
 """The command line: what each command prints, error sentences, exit codes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -171,6 +172,21 @@ def test_info_counts_the_parameters(run):
     words = _run("info", run)
     assert words.exit_code == 0
     assert f"{info['parameters']:,}" in words.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_standard_output_is_one_sentence(run):
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "flashlm_numba", "info", str(run), "--json"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: The output cannot be written, there is no space left.\n"
+
+
+def test_too_little_memory_is_one_sentence(corpus, tmp_path):
+    done = _run("train", corpus, "--steps", 1, "--out", tmp_path / "run", "--set", "phases=999999999x64")
+    assert done.exit_code == 1
+    assert "There is not enough memory" in done.stderr
 
 
 def test_generate_repeats_itself_with_a_seed(run):

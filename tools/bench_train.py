@@ -295,7 +295,8 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0", "--set", f"keep_minutes={marks}"]
     quiet += ["--set", f"log_every={LOG_EVERY if job.marks else 1}"]
     words = [*job.command, str(data), *quiet, "--out"]
-    if (run / "config.json").exists():
+    resumed = (run / "config.json").exists()
+    if resumed:
         check_same(run, job, data)
         words = ["train", "--resume"]
     _, peak = run_process(["-m", "flashlm_numba", *words, str(run)])
@@ -335,6 +336,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         "parameters": info["parameters"],
         "peak_rss_mb": peak,
         **({"marks": at_marks, "text": written()} if job.marks else {}),
+        **({"remark": "it was interrupted; its peak memory is that of the last part."} if resumed else {}),
     }
 
 
