@@ -196,16 +196,17 @@ def test_a_row_of_other_data_is_not_this_ones(rows, corpus, tmp_path, monkeypatc
 
 def test_a_signal_is_passed_on_and_waited_for():
     """Only the tool gets it, as with kill; the run saves, and only then does the tool end."""
-    child = "import signal, sys, time; signal.signal(2, lambda *a: (time.sleep(1), print('saved', file=sys.stderr), "
-    child += "sys.exit(130))); print('up', file=sys.stderr, flush=True); time.sleep(60)"
+    # not SIGINT, which a job in the background ignores
+    child = "import signal, sys, time; signal.signal(15, lambda *a: (time.sleep(1), print('saved', file=sys.stderr), "
+    child += "sys.exit(143))); print('up', file=sys.stderr, flush=True); time.sleep(60)"
     code = f"from tools import bench_train; bench_train.run_process(['-c', {child!r}])"
     tool = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=bench_train.ROOT)
     assert tool.stderr.readline() == "up\n"
-    tool.send_signal(signal.SIGINT)
+    tool.send_signal(signal.SIGTERM)
     _, shown = tool.communicate(timeout=60)
     assert tool.returncode == 1
     assert shown.startswith("saved\n")
-    assert "Stopped by SIGINT" in shown
+    assert "Stopped by SIGTERM" in shown
 
 
 @pytest.mark.parametrize("text", ['{"rows": 4096}', '{"rows": null}', '{"rows": [1]}', "[]"])
