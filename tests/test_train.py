@@ -306,8 +306,9 @@ def test_the_start_of_the_embedding_is_on_the_clock(tiny_run, corpus, tmp_path, 
     """As long as it once took, whether it was in the cache or not; a plan in minutes has so much less."""
     rows = np.random.default_rng(0).standard_normal((50_257, 16), np.float32)
     monkeypatch.setattr(embeddings, "cached_start", lambda *_, **__: (rows, 100.0))
-    run = tiny_run.with_settings(["embeddings=corpus", "log_every=1"])
+    run = tiny_run.with_settings(["embeddings=corpus", "log_every=1", "keep_minutes=1"])  # passes before the first step
     _start(run, corpus, tmp_path / "steps", steps=2)
+    assert json.loads((tmp_path / "steps" / "checkpoints" / "step-1" / "state.json").read_text())["keep"] is True
     assert 100 < _lines(tmp_path / "steps")[0]["seconds"] < 160
     _start(run, corpus, tmp_path / "minutes", minutes=0.5)
     plan = RunConfig.from_json((tmp_path / "minutes" / "config.json").read_text()).plan
