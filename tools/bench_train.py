@@ -379,8 +379,9 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
     """Train and score one of the PyTorch peers; minutes become steps by its speed, measured first, as ours do."""
     command = job.command
     if job.minutes is not None and not job.published:
-        # by training for a while: steps measured apart came out 40 % slower than those of a run
-        rehearsal = ["--minutes", str(min(0.5, 0.1 * job.minutes)), "--no-final", "--validate-tokens", "1"]
+        # by training for a while: steps measured apart came out 40 % slower than those of a run, and the first half
+        # minute 16 %
+        rehearsal = ["--minutes", str(min(2, 0.1 * job.minutes)), "--no-final", "--validate-tokens", "1"]
         words = ["train", *job.peer_options(1_000_000), *rehearsal, str(data), "--validate-every", "1e9"]
         text, _ = run_process(["tools/peer_torch.py", *words])
         last = json.loads(text.splitlines()[-1])
@@ -414,6 +415,21 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
         "command": command,
         **({"marks": at_marks} if at_marks else {}),
     }
+
+
+def text_tokens(data: Path) -> dict[str, int]:
+    """Tokens of text in each split of prepared data. UsageError where there is none to score by, or no data."""
+    manifest = data / "manifest.json"
+    if not manifest.exists():
+        raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
+    try:
+        splits = json.loads(manifest.read_text(encoding="utf-8"))["splits"]
+        size = {name: part["text_tokens"] for name, part in splits.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise click.UsageError(f"{manifest} cannot be read; prepare the data again.") from None
+    if not size.get("validation"):
+        raise click.UsageError(f"{data} holds no validation text to score by; prepare it with some.")
+    return size
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -536,15 +552,7 @@ def main(
             _ = job.recipe
     except UserError as error:
         raise click.UsageError(str(error)) from None
-    if not (data / "manifest.json").exists():
-        raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
-    try:
-        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
-        size = {name: part["text_tokens"] for name, part in manifest["splits"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise click.UsageError(f"{data / 'manifest.json'} cannot be read; prepare the data again.") from None
-    if not size.get("validation"):
-        raise click.UsageError(f"{data} holds no validation text to score by; prepare it with some.")
+    size = text_tokens(data)
     runs = None if runs is None else runs.resolve()
     failures = []
     for number, job in enumerate(jobs, 1):

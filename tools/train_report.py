@@ -29,7 +29,8 @@ Written by `tools/train_report.py` from [results/{name}](../results/{name}); don
 NLL in nats per token and bits per byte (in brackets) of all validation documents by the rule of `flashlm-numba eval`,
 after so many minutes of training. The clock counts making the start of the embedding, building the tree, steps and
 checkpoints; it stands still for compiling, preparing and scoring. A value at a mark inside a run is taken while the
-learning rate is still high; our runs, and peers without a schedule of their own, end with a rate that has fallen to 0.
+learning rate is still high; the runs without a schedule of their own, all but `v3` and `torch:v3`, end with a rate that
+has fallen to 0.
 Peak memory is of the process that trains: of ours with its last validation on a 32,768-token subset, of the peers
 without scoring.
 """
@@ -93,6 +94,13 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def data(rows: Sequence[Row]) -> str:
+    """How much text the runs had, a sentence."""
+    sizes = dict.fromkeys((row["data"]["train"], row["data"]["validation"]) for row in rows if "data" in row)
+    texts = [f"{train:,} tokens to train on and {validation:,} to validate" for train, validation in sizes]
+    return f"The runs' text: {'; '.join(texts)}." if texts else ""
+
+
 def samples(rows: Sequence[Row]) -> str:
     """What each run wrote at its marks and at its end."""
     parts = []
@@ -140,7 +148,7 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
             "",
             "## Commands",
             "",
-            "TOKENS is a folder that `flashlm-numba prepare` made of the textbooks (not part of the project).",
+            f"TOKENS is a folder that `flashlm-numba prepare` made. {data(rows)}",
             "",
             commands(rows),
             "",
