@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +22,8 @@ from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead, SampledHead
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import Model, initial_parameters
-from flashlm_numba.tree import SHAPES, Tree, build_tree
+from flashlm_numba.process import run_apart
+from flashlm_numba.tree import Tree, build_tree, check_shape
 from flashlm_numba.tree_head import TreeHead, default_rank
 
 Note = Callable[[str], None]  # shows a line to the user
@@ -178,9 +176,9 @@ def check(run: RunConfig, data: TokenData) -> None:
             f"The training text in {data.folder} has {data.train.n_tokens:,} tokens, and a sequence of {longest} needs "
             f"{longest + 1:,}; use more text, or shorter sequences, such as --set phases=16x32."
         )
-    if run.head.name == "tree" and run.head.tree not in SHAPES:
-        raise UserError(f"There is no tree shape {run.head.tree!r}; choose one of {', '.join(SHAPES)}.")
     start = run.training.embeddings
+    if run.head.name == "tree":
+        check_shape(run.head.tree, _tree_options(run.head), rows=start != "random" and _by_meaning(run.head))
     if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
         raise UserError(f"There is no file {start} to start the embedding from; give a GPT-2 .safetensors file.")
 
@@ -207,17 +205,6 @@ def training_data(source: str | None, note: Note) -> Path:
         note("Preparing the built-in text, this first time ...")
         run_apart(["-m", "flashlm_numba", "prepare"])
     return default_corpus()
-
-
-def run_apart(arguments: list[str], **environment: str) -> None:
-    """Run this Python with arguments in a process of its own; UserError if it fails, having said why."""
-    sys.stderr.flush()
-    # PYTHONPATH: a checkout that is not installed must find the package as this process did
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    result = subprocess.run([sys.executable, *arguments], check=False, env=os.environ | environment)
-    if result.returncode:
-        raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}.")
 
 
 def new_model(
@@ -319,16 +306,20 @@ def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.nd
 
 def _build_tree(head: HeadConfig, counts: np.ndarray, rows: np.ndarray | None) -> Tree:
     """The label tree that the settings ask for; counts (V,), rows (V, C) by token id."""
+    return build_tree(head.tree, counts, rows=rows if _by_meaning(head) else None, **_tree_options(head))
+
+
+def _tree_options(head: HeadConfig) -> dict[str, int]:
+    """The options of build_tree that the settings give."""
     options = {
         "root_tokens": head.tree_root_tokens,
         "clusters": head.tree_clusters,
         "classes": head.tree_classes,
         "arity": head.tree_arity,
     }
-    by_meaning = head.tree_groups == "meaning" or head.tree == "clustered"
-    return build_tree(
-        head.tree,
-        counts,
-        rows=rows if by_meaning else None,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _by_meaning(head: HeadConfig) -> bool:
+    """Whether the tree's builder is given the rows that the embedding starts from."""
+    return head.tree_groups == "meaning" or head.tree == "clustered"

@@ -14,6 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from flashlm_numba.errors import UserError
 from flashlm_numba.kernels import _jit
 
 
@@ -21,7 +22,7 @@ def ensure_compiled(note: Callable[[str], None]) -> None:
     """Fill the cache of compiled kernels if that was not done yet; note gets a sentence before (it takes a minute)."""
     if numba.config.DISABLE_JIT or not _jit.cache_is_cold():
         return
-    from flashlm_numba.assemble import run_apart
+    from flashlm_numba.process import run_apart
 
     often = f"each time, since {_jit.cache_root()} cannot be written" if _jit.CACHE_IS_TEMPORARY else "once"
     note(f"Compiling the kernels ({often}; one to two minutes) ...")
@@ -69,7 +70,7 @@ def main() -> None:
         model.head.distribution(h[:1])
         state, _ = model.prefill(ids[0])
         model.decode_step(state, 0)
-        for temperature, top_k in ((1.0, None), (0.8, 4)):
+        for temperature, top_k in ((1.0, None), (0.8, 4), (0.0, None)):
             model.head.sample(h[:1], np.random.default_rng(0), temperature=temperature, top_k=top_k)
         if isinstance(model.head, DenseHead):
             model.head.use_int8()
@@ -85,3 +86,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # the process that waits says so
         raise SystemExit(130) from None
+    except (OSError, MemoryError, UserError) as error:
+        raise SystemExit(
+            f"The kernels could not be compiled: {error}; make room, or give Numba another folder with the variable "
+            "NUMBA_CACHE_DIR."
+        ) from None

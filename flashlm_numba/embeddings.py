@@ -27,6 +27,8 @@ from scipy import sparse
 
 from flashlm_numba.cache import from_cache, writable_cache
 from flashlm_numba.errors import UserError
+from flashlm_numba.files import write_atomically
+from flashlm_numba.process import environment
 from flashlm_numba.sources import HUB_TIMEOUT
 
 if TYPE_CHECKING:
@@ -294,16 +296,9 @@ def _run_apart(
     count = str(threads)
     command = [sys.executable, "-m", "flashlm_numba.embeddings", str(folder), str(out)]
     command += ["--dim", str(dim), "--seed", str(seed), "--vocab-size", str(vocab_size), "--threads", count]
-    # PYTHONPATH: a checkout that is not installed must find the package as this process did
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "OPENBLAS_NUM_THREADS": count,
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-    }
+    variables = environment(OPENBLAS_NUM_THREADS=count, OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
     ) as process:
         try:
             lines = []
@@ -316,6 +311,11 @@ def _run_apart(
             raise
     if process.returncode == 2 and lines:
         raise UserError(lines[-1].rstrip())
+    if process.returncode < 0:
+        raise UserError(
+            f"Making the start of the embedding was ended by signal {-process.returncode}; if that was for want of "
+            "memory (it needs about 1 GB), free some, or start with --set embeddings=random."
+        )
     if process.returncode:
         raise RuntimeError("the embedding process failed:\n" + "".join(lines[-20:]))
 
@@ -340,16 +340,25 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         split = open_tokens(options.data).train
         rows = from_corpus(split, options.vocab_size, options.dim, options.seed, threads=options.threads, report=say)
+        seconds = time.perf_counter() - began
+        write_atomically(options.out, lambda file: np.savez(file, rows=rows, seconds=seconds))
     except UserError as error:
         print(error, flush=True)
         return 2
-    part = options.out.with_name(f"{options.out.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, rows=rows, seconds=time.perf_counter() - began)
-        part.replace(options.out)
-    finally:
-        part.unlink(missing_ok=True)
+    except MemoryError as error:
+        print(
+            f"There is not enough memory for the start of the embedding ({error}); free some (it needs about 1 GB), or "
+            "start with --set embeddings=random.",
+            flush=True,
+        )
+        return 2
+    except OSError as error:
+        print(
+            f"The start of the embedding cannot be kept in {options.out.parent}: {error.strerror or error}; make room "
+            "there, or name another cache folder with the variable XDG_CACHE_HOME.",
+            flush=True,
+        )
+        return 2
     return 0
 
 

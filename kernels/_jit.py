@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,12 @@ def target_features() -> set[str]:
 
 
 def _complete() -> str:
-    """Name of the file that marks a cache with every kernel in it: for one compiler, processor and folder of sources.
+    """Name of the file that marks a cache with every kernel in it: for one processor and one folder of sources.
 
     Numba keeps what it compiled by the sources' folder, so a second checkout finds nothing of the first one's.
     """
     processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(), ",".join(sorted(target_features()))
-    parts = " ".join([numba.__version__, llvmlite.__version__, *processor, str(Path(__file__).parent)])
+    parts = " ".join([*processor, str(Path(__file__).parent)])
     return f"complete-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
@@ -50,6 +51,13 @@ def source_hash(folder: Path | None = None) -> str:
     for path in sorted((folder or Path(__file__).resolve().parent).glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def folder_name() -> str:
+    """Name of the cache's folder: for one text of the kernels, and one compiler, whose files others would replace."""
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    parts = " ".join([source_hash(), python, numba.__version__, llvmlite.__version__])
+    return f"kernels-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
 def _writable(folder: Path) -> bool:
@@ -72,13 +80,13 @@ def cache_root() -> Path:
 
 
 def cache_folder() -> Path:
-    """Folder of the compiled kernels, keyed by their sources.
+    """Folder of the compiled kernels, keyed by their sources and the compiler.
 
     Numba notices a change of the cached function's own file only, not of a helper in another file or of a flag
-    here; a folder per source hash makes a stale kernel impossible. Where cache_root cannot be written, a folder
+    here; a folder for each text of them makes a stale kernel impossible. Where cache_root cannot be written, a folder
     for this process only is used.
     """
-    folder = cache_root() / f"kernels-{source_hash()}"
+    folder = cache_root() / folder_name()
     if _writable(folder):
         return folder
     temporary = Path(tempfile.mkdtemp(prefix="flashlm-numba-"))

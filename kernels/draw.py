@@ -11,7 +11,7 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
-from flashlm_numba.kernels._math import exp32, row_max
+from flashlm_numba.kernels._math import exp32, largest_magnitude, row_max
 
 SPAN = 64  # logits that are passed over at once where none of them is large enough
 BLOCK = 1024  # probabilities with a sum of their own, so that a draw need not go through all of them one by one
@@ -74,9 +74,9 @@ def _largest(keys, ids, row):
     found, start = 0, 0
     while start < row.shape[0]:
         part = row[start : start + SPAN]
-        top = row_max(part)
-        if not top < np.inf:
+        if not largest_magnitude(part) < np.inf:  # row_max would miss a NaN with the sign bit set
             return False
+        top = row_max(part)
         if found < keys.shape[0] or np.float64(top) > -keys[0]:
             for i in range(part.shape[0]):
                 found = keep_largest(keys, ids, found, np.float64(part[i]), start + i)

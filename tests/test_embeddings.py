@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,6 +168,35 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
 def test_cached_start_hands_on_what_the_process_says_is_wrong(tmp_path):
     with pytest.raises(UserError, match="There is no folder"):
         embeddings._run_apart(tmp_path / "nowhere", tmp_path / "out.npy", 8, 0, 300, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be kept in .*No space left on device; make room"),
+        (MemoryError("Unable to allocate 1 GiB"), "not enough memory .*Unable to allocate 1 GiB"),
+    ],
+)
+def test_the_process_says_in_a_sentence_what_is_wrong(tmp_path, monkeypatch, capsys, error, sentence):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("flashlm_numba.data.open_tokens", lambda folder: SimpleNamespace(train=None))
+    monkeypatch.setattr(embeddings, "from_corpus", lambda *arguments, **options: np.zeros((300, 8), np.float32))
+    monkeypatch.setattr(embeddings, "write_atomically", fail)
+    assert embeddings.main([str(tmp_path), str(tmp_path / "out.npz")]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert re.search(sentence, said[-1])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a script and a signal")
+def test_a_process_that_is_killed_is_told_of(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(embeddings.sys, "executable", str(script))
+    with pytest.raises(UserError, match="was ended by signal 9; if that was for want of memory"):
+        embeddings._run_apart(tmp_path, tmp_path / "out.npz", 8, 0, 300, 1, None)
 
 
 def wte(v, d, seed=0):

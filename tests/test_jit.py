@@ -77,7 +77,7 @@ def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
 def test_a_cache_folder_that_others_may_write_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    open_to_all = tmp_path / f"kernels-{_jit.source_hash()}"
+    open_to_all = tmp_path / _jit.folder_name()
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     folder = _jit.cache_folder()
@@ -86,9 +86,10 @@ def test_a_cache_folder_that_others_may_write_is_not_used(tmp_path, monkeypatch)
 
 def test_a_cache_is_complete_for_one_compiler_and_processor(monkeypatch):
     """Else a new Numba would compile in the training process, unannounced: see flashlm_numba/compile.py."""
-    assert _jit._complete() == _jit.COMPLETE
-    names = {_jit.COMPLETE}
+    assert (_jit.folder_name(), _jit._complete()) == (_jit.CACHE_FOLDER.name, _jit.COMPLETE)
+    names = {(_jit.CACHE_FOLDER.name, _jit.COMPLETE)}
     for module, name, value in (
+        (_jit.sys, "version_info", (99, 0)),
         (_jit.numba, "__version__", "99.0"),
         (_jit.llvmlite, "__version__", "99.0"),
         (_jit.llvmlite.binding, "get_host_cpu_name", lambda: "another"),
@@ -96,5 +97,5 @@ def test_a_cache_is_complete_for_one_compiler_and_processor(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            names.add(_jit._complete())
-    assert len(names) == 5
+            names.add((_jit.folder_name(), _jit._complete()))
+    assert len(names) == 6
