@@ -267,8 +267,13 @@ def lock(run: Path, remedy: str = "wait for it, or stop it") -> Iterator[None]:
     with (run / ".lock").open("a+") as file:
         try:
             _lock_file(file)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # the second on Windows
             raise UserError(f"Another process is training in {run}; {remedy}.") from None
+        except OSError as error:
+            raise UserError(
+                f"{run} cannot be locked ({error.strerror or error}); choose a folder on another disk, or copy the run "
+                "there."
+            ) from None
         yield
 
 

@@ -48,7 +48,10 @@ class _Commands(click.Group):
             click.echo(f"Error: There is not enough memory ({error}); make what is asked for smaller.", err=True)
             ctx.exit(1)
         except OSError as error:
-            if error.errno != errno.ENOSPC or error.filename is not None:
+            if error.filename is not None:  # a path that cannot be looked at: too long, or another user's
+                click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; check the path.", err=True)
+                ctx.exit(1)
+            if error.errno != errno.ENOSPC:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
             click.echo("Error: The output cannot be written, there is no space left.", err=True)
@@ -223,7 +226,7 @@ def prepare(
 @click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
 @click.option(
     "--minutes",
-    type=Number(min=0, min_open=True),
+    type=Number(min=0, min_open=True, max=1_000_000),
     help="Train for about this long, on the training clock: the speed is measured first, and the plan fixed in steps. "
     "Default when no length is given: 20 minutes; recipe v3: its 10,000 steps.",
 )
@@ -369,7 +372,7 @@ def evaluate(
     """Score the text DATA with the model in RUN: NLL, perplexity, bits per byte.
 
     DATA is a prepared folder (its validation documents are scored) or any source that `prepare` takes (all
-    its documents are; where file names give roles, those for validation). Without DATA: the validation documents
+    its documents are, or those for validation where file names set some apart). Without DATA: the validation documents
     of the run's own data. RUN may also be a file that `export` wrote.
     """
     from flashlm_numba.evaluate import evaluate_run
@@ -559,6 +562,8 @@ def doctor(threads: int | None, as_json: bool) -> None:
 
 def _show(value: Any) -> str:
     """A value of `info` in a line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):

@@ -240,7 +240,7 @@ class Split:
             raise ValueError(f"Split.counts: vocab_size must be at least {self._vocab_size}, got {vocab_size}")
         path = self._folder / f"counts-{self.name}.npy"
         counts = np.zeros(vocab_size, dtype=np.int64)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # EOFError: of an empty file
             kept = np.load(path, allow_pickle=False)
             if kept.shape == (self._vocab_size,) and kept.dtype == np.int64 and kept.sum() == self.n_tokens:
                 counts[: len(kept)] = kept

@@ -8,6 +8,7 @@ for rounding).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def evaluate_run(
     """Score a run's model; the object that `eval --json` prints.
 
     data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
-    or where its file names give roles the validation documents); None: the run's own validation documents.
+    or its validation documents where file names set some apart); None: the run's own validation documents.
     activations : "float" or "int8", as Model.use_activations; None: as the run was trained.
     subset, column, lines : of a source, as `prepare` takes them.
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
@@ -277,8 +278,8 @@ def _source_documents(source: str, sizes: dict[str, int], **options: Any) -> Ite
 
     found = resolve(source, **options)
     tokenizer = Tokenizer()
-    role = "validation" if "validation" in found.roles else found.roles[0]
-    for text in found.documents(role):
+    roles = ("validation",) if "validation" in found.roles else found.roles
+    for text in itertools.chain.from_iterable(found.documents(role) for role in roles):
         if not text or text.isspace():  # as in `prepare`
             continue
         ids = np.array(tokenizer.encode(text), np.int32)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flashlm_numba.errors import UserError
+from flashlm_numba.sampling import check_settings
+
 if TYPE_CHECKING:
     from flashlm_numba.model import Model
     from flashlm_numba.tokenizer import Tokenizer
@@ -27,13 +30,18 @@ def generate_ids(
     context : the ids to start from, at least one (<|endoftext|> starts a document);
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the top token.
     The context is read in one pass, each token then costs the same whatever is before it.
+    Raises ValueError if the context is empty or a setting out of range, UserError if nothing can be drawn.
     """
     if not context:
         raise ValueError("generate_ids: context must hold at least one id")
+    check_settings(temperature, top_k, top_p, model.head.vocab_size)
     model.prepare()
     state, h = model.prefill(np.array(context, np.int32))
     while True:
-        token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+        try:
+            token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+        except ValueError as error:
+            raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
         yield token
         h = model.decode_step(state, token)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -11,9 +10,9 @@ from flashlm_numba.kernels import _check
 
 
 def check_options(
-    where: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0, soft_cap: float | None = None, **others: Any
+    where: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0, soft_cap: float | None = None
 ) -> None:
-    """Raise ValueError unless the loss options are in their ranges; the others are not looked at."""
+    """Raise ValueError unless the loss options are in their ranges."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{where}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if not 0 <= z_loss < math.inf:

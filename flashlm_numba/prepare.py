@@ -235,7 +235,7 @@ class _Report:
         if self._console is not None:
             self._console.print(text)
 
-    def start(self, documents: int, tokens: int) -> None:
+    def start(self, tokens: int) -> None:
         self._started = self._said = time.monotonic()
         self._tokens_before = tokens
         if self._console is None or not self._console.is_terminal:
@@ -433,7 +433,7 @@ def _write(
         report.say(f"Continuing {out} after {plural(documents, 'document')}.")
     else:
         report.say(f"Preparing {plan.source.name} in {out}.")
-    report.start(documents, tokens)
+    report.start(tokens)
 
     def store() -> None:
         for writer in writers.values():

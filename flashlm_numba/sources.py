@@ -206,8 +206,9 @@ def resolve(
         found = (p for p in path.rglob("*") if not _hidden(p.relative_to(path)))
         files = _by_role([(p, p.relative_to(path).as_posix()) for p in found], lines)
     elif glob.has_magic(source):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        files = _by_role([(Path(match), os.path.basename(match)) for match in matches], lines)
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        files = _by_role([(match, match.relative_to(fixed).as_posix()) for match in matches], lines)
     elif _HUB_NAME.fullmatch(source) and not _kind(source):
         return _resolve_hub(source, subset, column)
     else:

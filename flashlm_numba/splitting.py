@@ -65,8 +65,11 @@ class Plan:
         held_out: set[bytes] = set()  # 8 bytes a document: the one thing here that grows with the corpus
         if self.split != "auto":
             self.rule = f"all documents are {self.split}"
+            taken = 0
             for part in (self.split,) if self.split in self.source.roles else self.source.roles:
-                yield from self._stage(self.source, part, self.split, limited=True)
+                for document in self._stage(self.source, part, self.split, limited=True, taken=taken):
+                    yield document
+                    taken += 1
             return
         if self.validation is not None:
             self.rule = f"validation documents from {self.validation.name}"
@@ -117,8 +120,10 @@ class Plan:
         keep: set[bytes] | None = None,
         leave_out: set[bytes] | None = None,
         limited: bool = False,
+        taken: int = 0,  # documents of max_docs that an earlier stage took
     ) -> Iterator[Document]:
-        for text, tally in self._texts(source, role, self.max_docs if limited else None):
+        limit = self.max_docs - taken if limited and self.max_docs is not None else None
+        for text, tally in self._texts(source, role, limit):
             if keep is not None:
                 keep.add(_digest(text))
             if leave_out and _digest(text) in leave_out:

@@ -199,14 +199,7 @@ def start_run(
     began = time.perf_counter()
     name = f"{run.head.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = out if out is not None else Path("runs") / name
-    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
-        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out.")
-    if is_prepared(folder):
-        raise UserError(f"{folder} holds prepared tokens; choose another --out for the run.")
-    # a hidden file may be what a start that failed has left; another run's folder inside is lost with this one's
-    inside = sorted(path.name for path in folder.glob("*") if not path.name.startswith(".")) if folder.is_dir() else []
-    if inside:
-        raise UserError(f"{folder} is not empty ({inside[0]} is in it); choose another --out for the run.")
+    _check_free(folder)
     with Display() as display:
         source = assemble.training_data(data, display.note)
         token_data = open_tokens(source)
@@ -228,6 +221,7 @@ def start_run(
             fixed_length = True
         another = "choose another --out"
         with _writing_to(folder, another), checkpoint.lock(folder, f"wait for it, stop it, or {another}"):
+            _check_free(folder)  # another start may have been here since
             session = _new_session(run, folder, token_data, display)
             with _rehearsal(session):
                 _warm_up(session, display)
@@ -237,6 +231,18 @@ def start_run(
             checkpoint.write_text(folder / "config.json", session.run.to_json())
             _describe(session, display)
             return _loop(session, display)
+
+
+def _check_free(folder: Path) -> None:
+    """UserError if there is something in the folder that a new run is to have."""
+    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out.")
+    if is_prepared(folder):
+        raise UserError(f"{folder} holds prepared tokens; choose another --out for the run.")
+    # a hidden file may be what a start that failed has left; another run's folder inside is lost with this one's
+    inside = sorted(path.name for path in folder.glob("*") if not path.name.startswith(".")) if folder.is_dir() else []
+    if inside:
+        raise UserError(f"{folder} is not empty ({inside[0]} is in it); choose another --out for the run.")
 
 
 def resume_run(
@@ -379,7 +385,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     if few := session.subset[:1]:
         score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
         validation = (time.perf_counter() - started) * run.training.validation_tokens / len(few[0])
-    budget = max(1.0, 0.02 * minutes * 60)  # seconds for measuring a phase, two steps at least
+    budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
     fixed = run.fixed_layout
     rates: list[float] = []
     steps, left = at, minutes * 60
@@ -447,7 +453,7 @@ def _loop(session: Session, display: Display) -> int:
             try:
                 done = do_step(session, phase, step, lr=scale, full=not sampled)
             except UserError as error:
-                raise UserError(f"Stopped at step {step}: {error} {_last_good(session.folder)}") from None
+                raise _stopped(session, step, error) from None
             spent = done.seconds + _update_ema(session)
             clock.step, clock.tokens, clock.seconds = step, clock.tokens + phase.tokens, clock.seconds + spent
             last = step == plan.steps
@@ -464,7 +470,10 @@ def _loop(session: Session, display: Display) -> int:
             }
             due = last or (training.validate_every and step % training.validate_every == 0)
             if due and session.subset:
-                line |= _validate(session, display)
+                try:
+                    line |= _validate(session, display)
+                except UserError as error:
+                    raise _stopped(session, step, error) from None
             if due or step % training.log_every == 0:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -511,6 +520,8 @@ def _validate(session: Session, display: Display) -> dict[str, float]:
         finally:
             _exchange(session)
     text = ", of the average weights ".join(f"{value:.4f}" for value in values.values())
+    if not all(map(math.isfinite, values.values())):
+        raise UserError(f"The NLL of the validation text is {text}, so training has diverged.")
     display.note(f"step {session.clock.step:,}: NLL on a fixed {tokens:,}-token subset of the validation text {text}")
     if session.run.training.sample_tokens:
         pieces = generate_text(
@@ -586,6 +597,11 @@ def _cut_back(session: Session, path: Path | None) -> None:
         size = checkpoint.load_state(path).get("samples_bytes", 0) if path else 0
         with samples.open("r+b") as file:
             file.truncate(min(size, samples.stat().st_size))
+
+
+def _stopped(session: Session, step: int, error: UserError) -> UserError:
+    """What ended training at this step, and what is left."""
+    return UserError(f"Stopped at step {step}: {error} {_last_good(session.folder)}")
 
 
 def _last_good(folder: Path) -> str:

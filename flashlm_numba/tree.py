@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -524,8 +524,7 @@ def _adaptive(
 
 def _clustered(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None = None) -> Tree:
     """Balanced k-means of the rows, again and again, until a cluster fits a node of `arity` children."""
-    if rows is None:
-        raise UserError("A clustered tree needs embedding rows to cluster; without them use the shape adaptive.")
+    assert rows is not None  # see check_shape
     arity = _at_least("arity", arity or _cube_root(len(weight)), 2)
 
     def split(ids: np.ndarray, count: int) -> list[np.ndarray]:
@@ -546,8 +545,6 @@ def _default(
     """Clustered; adaptive where there are no rows to cluster, or its options are given."""
     if arity is None and (rows is None or root_tokens is not None or clusters is not None):
         return _adaptive(weight, rows, root_tokens=root_tokens, clusters=clusters)
-    if root_tokens is not None or clusters is not None:
-        raise UserError("A tree takes either arity, or root_tokens and clusters; leave one of them out.")
     return _clustered(weight, rows, arity=arity)
 
 
@@ -561,6 +558,20 @@ SHAPES: dict[str, Callable[..., Tree]] = {
 }
 
 
+def check_shape(shape: str, options: Iterable[str], *, rows: bool) -> None:
+    """Raise UserError unless build_tree knows the shape, and it takes these options, with or without rows."""
+    if shape not in SHAPES:
+        raise UserError(f"There is no tree shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    known = inspect.signature(SHAPES[shape]).parameters.keys() - {"weight", "rows"}
+    if unknown := set(options) - known:
+        takes = f"only {', '.join(sorted(known))}" if known else "none"
+        raise UserError(f"The tree shape {shape} has no option {', '.join(sorted(unknown))}; it takes {takes}.")
+    if "arity" in options and {"root_tokens", "clusters"} & set(options):
+        raise UserError("A tree takes either arity, or root_tokens and clusters; leave one of them out.")
+    if not rows and (shape == "clustered" or (shape == "default" and "arity" in options)):
+        raise UserError("A clustered tree needs embedding rows to cluster; without them use the shape adaptive.")
+
+
 def build_tree(shape: str, counts: np.ndarray, *, rows: np.ndarray | None = None, **options: int) -> Tree:
     """The tree of this shape (a name in SHAPES) for the training documents' token counts (V,), by token id.
 
@@ -572,15 +583,10 @@ def build_tree(shape: str, counts: np.ndarray, *, rows: np.ndarray | None = None
     >>> build_tree("huffman", np.array([2, 1, 0, 0])).describe(np.array([2, 1, 0, 1]))["expected_depth"]
     1.75
     """
-    if shape not in SHAPES:
-        raise UserError(f"There is no tree shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    check_shape(shape, options, rows=rows is not None)
     counts = np.asarray(counts)
     if counts.ndim != 1 or not counts.size or not np.isfinite(counts).all() or (counts < 0).any():
         raise UserError("A tree needs one count per token, none of them negative.")
     if rows is not None and (rows.ndim != 2 or len(rows) != len(counts) or not np.isfinite(rows).all()):
         raise UserError(f"A tree over {len(counts)} tokens needs as many finite rows, got {rows.shape}.")
-    known = inspect.signature(SHAPES[shape]).parameters.keys() - {"weight", "rows"}
-    if unknown := options.keys() - known:
-        takes = f"only {', '.join(sorted(known))}" if known else "none"
-        raise UserError(f"The tree shape {shape} has no option {', '.join(sorted(unknown))}; it takes {takes}.")
     return SHAPES[shape](counts.astype(np.float64) + 1, rows, **options)

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, damage found, the lock."""
 
+import errno
 import json
 import os
 import subprocess
@@ -199,3 +200,12 @@ def test_lock_refuses_a_second_process_and_outlives_no_process(tmp_path):
     assert "Another process is training in" in second.stdout
     after = subprocess.run(command, capture_output=True, text=True, check=True)
     assert after.stdout.strip() == "got it"
+
+
+def test_a_disk_that_knows_no_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint, "_lock_file", refuse)
+    with pytest.raises(UserError, match=r"cannot be locked \(No locks available\); choose"), checkpoint.lock(tmp_path):
+        pass

@@ -171,6 +171,7 @@ def test_info_counts_the_parameters(run):
     assert info["trained"]["steps"] == 3
     words = _run("info", run)
     assert words.exit_code == 0
+    assert re.search(r"running_average +no\n", words.stdout)
     assert f"{info['parameters']:,}" in words.stdout
 
 
@@ -181,6 +182,14 @@ def test_a_full_standard_output_is_one_sentence(run):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "Error: The output cannot be written, there is no space left.\n"
+
+
+@pytest.mark.parametrize("words", [["eval", "RUN", "LONG"], ["prepare", "LONG", "--out", "OUT"]])
+def test_a_path_that_cannot_be_is_one_sentence(run, tmp_path, words):
+    words = [{"RUN": run, "LONG": "no file " * 50, "OUT": tmp_path / "out"}.get(word, word) for word in words]
+    done = _run(*words)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].endswith("check the path.")
 
 
 def test_too_little_memory_is_one_sentence(corpus, tmp_path):

@@ -188,6 +188,12 @@ def test_max_tokens_and_max_docs_limit_the_corpus(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     manifest = quiet(source, tmp_path / "docs", max_docs=100)
     assert sum(split.documents for split in manifest.splits.values()) == 100
+    (tmp_path / "roles").mkdir()
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "roles" / f"{name}.jsonl", make_texts(70, seed=len(name)))
+    for limit, found in ((60, 60), (100, 100), (200, 140)):  # of all files together
+        manifest = quiet(str(tmp_path / "roles"), tmp_path / f"roles-{limit}", split="validation", max_docs=limit)
+        assert manifest.splits["validation"].documents == found
     for limit in (1_000, 1_001, 1_002, 1_003):
         manifest = quiet(source, tmp_path / f"tokens-{limit}", max_tokens=limit)
         tokens = open_tokens(tmp_path / f"tokens-{limit}")
@@ -510,8 +516,9 @@ def test_counts_are_kept_beside_the_shards_and_checked(prepared):
     np.save(kept, expected + 1)  # of another corpus
     counts = open_tokens(prepared).train.counts(VOCAB_SIZE + 7)
     np.testing.assert_array_equal(counts, np.pad(expected, (0, 7)))
-    kept.write_bytes(b"damaged")
-    np.testing.assert_array_equal(open_tokens(prepared).train.counts(VOCAB_SIZE), expected)
+    for damaged in (b"damaged", b""):
+        kept.write_bytes(damaged)
+        np.testing.assert_array_equal(open_tokens(prepared).train.counts(VOCAB_SIZE), expected)
 
 
 def test_default_corpus_is_the_whole_built_in_text_and_made_once(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from flashlm_numba import train
 from flashlm_numba.assemble import load_model
 from flashlm_numba.config import ModelConfig
 from flashlm_numba.errors import UserError
-from flashlm_numba.evaluate import evaluate_run, score, sees_the_future, validation_subset, windows
+from flashlm_numba.evaluate import _source_documents, evaluate_run, score, sees_the_future, validation_subset, windows
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.kernels.induction import followers
 from flashlm_numba.model import Model, initial_parameters
@@ -152,6 +152,14 @@ def test_validation_subset_is_fixed_and_fills_its_size(sizes):
     assert all(len(part) for part in first)
     if len(sizes) == 9:
         assert len(first) == 8  # an eighth each
+
+
+def test_a_folder_is_scored_whole_unless_it_has_validation_files(tmp_path):
+    for number, name in enumerate(("train", "test", "validation"), 1):
+        (tmp_path / f"{name}.txt").write_text(f"Of {name} there is this.\n")
+        sizes = {"documents": 0, "bytes": 0}
+        documents = list(_source_documents(str(tmp_path), sizes))
+        assert len(documents) == sizes["documents"] == (1 if name == "validation" else number)
 
 
 def test_a_run_is_not_scored_on_data_that_took_the_place_of_its_own(tiny_run, corpus, tmp_path):

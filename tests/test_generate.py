@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba.config import ModelConfig
+from flashlm_numba.errors import UserError
 from flashlm_numba.generate import Utf8Stream, generate_ids, generate_text
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.kernels import decode
@@ -141,10 +142,25 @@ def test_same_seed_same_ids_and_top_k_one_is_greedy(model):
     assert first(top_p=1e-9, seed=1) == first(temperature=0, seed=2)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 0}, {"top_k": 3}])
+def test_weights_beyond_floats_are_told_of(options):
+    parameters = initial_parameters(CONFIG, 0)
+    parameters["final_norm.weight"][:] = 3e38
+    parameters["embedding.weight"][:] = 3e38
+    ids = generate_ids(Model(CONFIG, parameters, DenseHead), [3], rng=np.random.default_rng(0), **options)
+    with np.errstate(all="ignore"), pytest.raises(UserError, match="weights are too large; use an earlier checkpoint"):
+        next(ids)
+
+
+def test_settings_out_of_range_are_refused_before_anything_is_drawn(model):
+    with pytest.raises(ValueError, match="temperature must be a number of at least 0"):
+        next(generate_ids(model, [3], rng=np.random.default_rng(0), temperature=-1.0))
+
+
 class _Parrot:
     """A model that says fixed tokens, whatever it reads, and keeps what it read."""
 
-    config = CONFIG
+    config, vocab_size = CONFIG, 50_257
 
     def __init__(self, tokens):
         self.tokens, self.read, self.head = iter(tokens), [], self

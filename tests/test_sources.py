@@ -115,6 +115,15 @@ def test_folder_and_glob_keep_the_roles_of_file_names(tmp_path):
         "train": ["a", "b"],
         "validation": ["e"],
     }
+    # folders below the part of a glob without wildcards count too
+    write(tmp_path / "test" / "valid" / "00000.jsonl", ["g"])
+    source = resolve(str(tmp_path / "**" / "*.jsonl"))
+    assert {role: list(source.documents(role)) for role in source.roles} == {
+        "train": ["b"],
+        "validation": ["g", "e"],
+        "test": ["f"],
+    }
+    assert resolve(str(tmp_path / "test" / "0*.jsonl")).roles == ("all",)
     # a single file has no counterpart, so its name means nothing
     assert resolve(str(tmp_path / "train-00001.jsonl")).roles == ("all",)
 

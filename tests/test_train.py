@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,6 +285,14 @@ def test_not_finite_gradient_names_the_tensor(tiny_run, corpus, tmp_path, monkey
     assert _lines(tmp_path)[-1]["step"] == 2
 
 
+def test_a_validation_that_is_not_finite_ends_training(tiny_run, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score", lambda *_, **__: SimpleNamespace(mean_nll=math.nan))
+    run = tiny_run.with_settings(["validate_every=2", "checkpoint_every=1"])
+    with pytest.raises(UserError, match=r"Stopped at step 2: The NLL of .* is nan, .* checkpoint is step-1"):
+        _start(run, corpus, tmp_path, steps=9)
+    assert _lines(tmp_path)[-1]["step"] == 1
+
+
 def test_minutes_become_a_plan_in_steps_that_resume_keeps(tiny_run, corpus, tmp_path, stop_at):
     run = tiny_run.with_settings(["head.name=dense", "phases=3:2x8,2x16", "checkpoint_every=100"])
     again = stop_at(2, signal.SIGINT)
@@ -313,6 +322,17 @@ def test_the_start_of_the_embedding_is_on_the_clock(tiny_run, corpus, tmp_path, 
     _start(run, corpus, tmp_path / "minutes", minutes=0.5)
     plan = RunConfig.from_json((tmp_path / "minutes" / "config.json").read_text()).plan
     assert plan.steps == 1  # nothing is left of half a minute
+
+
+@pytest.mark.parametrize(("documents", "steps"), [([], 59), ([np.zeros(10, np.int32)], 58)])
+def test_minutes_keep_time_for_validating_where_there_is_a_text_for_it(tiny_run, monkeypatch, documents, steps):
+    monkeypatch.setattr(train, "_step_seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(train, "score", lambda *_, **__: time.sleep(0.01))  # of ten tokens of the subset's thousands
+    run = tiny_run.with_settings(["validation_tokens=30000"])
+    session = SimpleNamespace(run=run, clock=train.Clock(), subset=documents, model=None)
+    display = SimpleNamespace(note=lambda _: None)
+    # a part of a second has gone already, of a minute 2 % at most are kept for validating
+    assert train._plan_minutes(session, 1.0, time.perf_counter(), display).plan.steps == steps
 
 
 def test_tokens_are_a_plan_too(tiny_run, corpus, tmp_path):
@@ -416,6 +436,8 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     [
         ("phases=2x100000", "a sequence of 100000 needs 100,001; use more text, or shorter sequences"),
         ("tree=oak", "There is no tree shape 'oak'; choose one of"),
+        ("tree_classes=5", "The tree shape default has no option classes; it takes only arity, clusters, root_tokens"),
+        ("tree=clustered", "A clustered tree needs embedding rows to cluster"),
         ("embeddings=missing.safetensors", "There is no file missing.safetensors"),
         ("vocab_size=60000", "leave that setting out"),
     ],
