@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import numpy as np
 
 from flashlm_numba import checkpoint, packed
 from flashlm_numba.cache import cache_roots, writable_cache
+from flashlm_numba.compile import ensure_compiled
 from flashlm_numba.config import HeadConfig, RunConfig
 from flashlm_numba.data import TokenData, cached_corpus, default_corpus, open_tokens
 from flashlm_numba.display import peak_rss_mb
@@ -27,6 +29,11 @@ from flashlm_numba.tree import Tree, build_tree, check_shape
 from flashlm_numba.tree_head import TreeHead, default_rank
 
 Note = Callable[[str], None]  # shows a line to the user
+
+
+def say(line: str) -> None:
+    """Show a line on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,16 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{path} cannot be read ({error}); restore it, or start a new run.") from None
 
 
-def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = False) -> Loaded:
+def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say) -> Loaded:
     """The model of a run's newest checkpoint, or the one named; with ema its running average of the weights.
 
-    folder : of a run, or a file that export_run wrote, which holds one model. Raises UserError if the checkpoint or the
+    folder : of a run, or a file that export_run wrote, which holds one model.  note : told when the kernels have to be
+        compiled first, which takes a minute or two
+    Raises UserError if the checkpoint or the
     file is damaged, or no average was kept.
     """
     if folder.is_file():
-        return _load_exported(folder, checkpoint_name, ema)
+        return _load_exported(folder, checkpoint_name, ema, note)
     run = read_config(folder)
     path = checkpoint.find(folder, checkpoint_name)
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
@@ -67,14 +76,16 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
         if "ema.safetensors" not in state["files"]:
             raise UserError(f"{folder} keeps no running average of its weights; leave out --ema.")
         tensors |= checkpoint.load(path, "ema")
+    ensure_compiled(note)
     return Loaded(run, model_from(run, tensors), state)
 
 
-def _load_exported(path: Path, checkpoint_name: str | None, ema: bool) -> Loaded:
+def _load_exported(path: Path, checkpoint_name: str | None, ema: bool, note: Note) -> Loaded:
     if checkpoint_name is not None or ema:
         raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
     config, tensors, state = packed.read(path)
     run = RunConfig.from_json(config, path)
+    ensure_compiled(note)
     try:
         return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path))
     except UserError as error:
@@ -178,7 +189,8 @@ def check(run: RunConfig, data: TokenData) -> None:
         )
     start = run.training.embeddings
     if run.head.name == "tree":
-        check_shape(run.head.tree, _tree_options(run.head), rows=start != "random" and _by_meaning(run.head))
+        rows = start != "random" and _by_meaning(run.head)
+        check_shape(run.head.tree, _tree_options(run.head), rows=rows, prefix="tree_")
     if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
         raise UserError(f"There is no file {start} to start the embedding from; give a GPT-2 .safetensors file.")
 

@@ -58,6 +58,15 @@ class _Commands(click.Group):
             ctx.exit(1)
 
 
+class _Path(click.Path):
+    """A path, or a source's name; the empty one, as of an unset variable, is not the current folder here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _threads = click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -74,7 +83,7 @@ _activations = click.option(
     "(docs/kernels.md). Default: as the model was trained.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
-_run = click.argument("run", type=click.Path(path_type=Path))
+_run = click.argument("run", type=_Path(path_type=Path))
 # of a source of documents
 _subset = click.option("--subset", help="Configuration of a Hugging Face dataset, such as sample-10BT.")
 _lines = click.option(
@@ -135,10 +144,11 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("source", required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the tokens. Needed if there is a SOURCE.")
+@click.argument("source", required=False, type=_Path())
+@click.option("--out", type=_Path(path_type=Path), help="Folder for the tokens. Needed if there is a SOURCE.")
 @click.option(
     "--validation",
+    type=_Path(),
     metavar="SOURCE",
     help="Where the validation documents are. Default: files whose first word is validation, or else 5 % of all.",
 )
@@ -203,7 +213,7 @@ def prepare(
 
 
 @main.command()
-@click.argument("data", required=False)
+@click.argument("data", required=False, type=_Path())
 @click.option(
     "--head",
     type=click.Choice(["dense", "sampled", "tree"]),
@@ -232,10 +242,10 @@ def prepare(
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=_Path(path_type=Path),
     help="Folder of the run, new. Default: runs/<head>-<date>-<time>.",
 )
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run, with its own data and settings.")
+@click.option("--resume", type=_Path(path_type=Path), help="Go on with this run, with its own data and settings.")
 @_checkpoint
 @click.option(
     "--seed",
@@ -346,7 +356,7 @@ def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str
 
 @main.command("eval")
 @_run
-@click.argument("data", required=False)
+@click.argument("data", required=False, type=_Path())
 @click.option("--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow).")
 @_subset
 @_lines
@@ -506,7 +516,7 @@ def generate(
 
 @main.command()
 @_run
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_Path(path_type=Path))
 @_ema
 @_checkpoint
 def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:

@@ -456,7 +456,9 @@ def _check(where: str, value: Any, item: dataclasses.Field) -> None:
     if "low" not in item.metadata or value is None:
         return
     low, high, open_low = item.metadata["low"], item.metadata["high"], item.metadata["open_low"]
-    fits = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, got {value:g}.")
+    fits = value <= high and (value > low if open_low else value >= low)
     if not fits:
         bound = f"above {low:g}" if open_low else f"at least {low:g}"
         bound += f" and at most {high:g}" if high < math.inf else ""

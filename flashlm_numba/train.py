@@ -230,7 +230,13 @@ def start_run(
                     session.run = _plan_minutes(session, minutes, began, display)
             checkpoint.write_text(folder / "config.json", session.run.to_json())
             _describe(session, display)
-            return _loop(session, display)
+            try:
+                return _loop(session, display)
+            except MemoryError:
+                if not checkpoint.any_in(folder):  # nothing to go on with: the folder is free for smaller settings
+                    for made in ("config.json", "metrics.jsonl"):
+                        (folder / made).unlink(missing_ok=True)
+                raise
 
 
 def _check_free(folder: Path) -> None:

@@ -28,6 +28,7 @@ from flashlm_numba.display import plural
 from flashlm_numba.errors import UserError
 
 _NODE_ARRAYS = ("token_start", "token_end", "child_start", "child_end", "leaf_end", "parent")
+MOST_SIMILARITIES = 1 << 28  # of tokens and clusters in k-means: 4 bytes each, and 8 for their order
 _TOKEN_ARRAYS = ("token_of_row", "row_of_token")
 
 
@@ -461,7 +462,15 @@ def balanced_kmeans(rows: np.ndarray, count: int, capacity: int, *, iterations: 
 
 
 def _clusters(rows: np.ndarray, ids: np.ndarray, count: int) -> list[np.ndarray]:
-    """ids in `count` parts by the direction of their rows, each at most a quarter larger than the mean."""
+    """ids in `count` parts by the direction of their rows, each at most a quarter larger than the mean.
+
+    Raises UserError for so many that the table of their similarities, and its order, would take several GB.
+    """
+    if len(ids) * count > MOST_SIMILARITIES:
+        raise UserError(
+            f"{count:,} clusters of {len(ids):,} tokens would need too much memory; ask for at most "
+            f"{MOST_SIMILARITIES // len(ids):,}."
+        )
     capacity = int(np.ceil(1.25 * len(ids) / count))
     label = balanced_kmeans(rows[ids], count, capacity)
     return [ids[label == c] for c in range(count) if (label == c).any()]
@@ -558,16 +567,22 @@ SHAPES: dict[str, Callable[..., Tree]] = {
 }
 
 
-def check_shape(shape: str, options: Iterable[str], *, rows: bool) -> None:
-    """Raise UserError unless build_tree knows the shape, and it takes these options, with or without rows."""
+def check_shape(shape: str, options: Iterable[str], *, rows: bool, prefix: str = "") -> None:
+    """Raise UserError unless build_tree knows the shape, and it takes these options, with or without rows.
+
+    prefix : of the options' names in the sentence
+    """
     if shape not in SHAPES:
         raise UserError(f"There is no tree shape {shape!r}; choose one of {', '.join(SHAPES)}.")
     known = inspect.signature(SHAPES[shape]).parameters.keys() - {"weight", "rows"}
     if unknown := set(options) - known:
-        takes = f"only {', '.join(sorted(known))}" if known else "none"
-        raise UserError(f"The tree shape {shape} has no option {', '.join(sorted(unknown))}; it takes {takes}.")
+        has_not, takes = (", ".join(prefix + name for name in sorted(names)) for names in (unknown, known))
+        only = f"only {takes}" if known else "none"
+        raise UserError(f"The tree shape {shape} has no option {has_not}; it takes {only}.")
     if "arity" in options and {"root_tokens", "clusters"} & set(options):
-        raise UserError("A tree takes either arity, or root_tokens and clusters; leave one of them out.")
+        raise UserError(
+            f"A tree takes either {prefix}arity, or {prefix}root_tokens and {prefix}clusters; leave one of them out."
+        )
     if not rows and (shape == "clustered" or (shape == "default" and "arity" in options)):
         raise UserError("A clustered tree needs embedding rows to cluster; without them use the shape adaptive.")
 

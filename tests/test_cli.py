@@ -57,6 +57,10 @@ def test_help_loads_no_numerical_package():
         (["train", "--head", "dense", "--set", "head.name=tree"], "--set name says again what an option says"),
         (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree says again"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
+        (["prepare", "", "--out", "x"], "it is empty."),
+        (["train", "", "--steps", "1"], "it is empty."),
+        (["train", "--out", ""], "it is empty."),
+        (["eval", ""], "it is empty."),
         (["train", "--minutes", "0"], "--minutes"),
         (["prepare", "somewhere"], "Give --out DIR"),
         (["generate"], "Missing argument 'RUN'"),
@@ -193,9 +197,11 @@ def test_a_path_that_cannot_be_is_one_sentence(run, tmp_path, words):
 
 
 def test_too_little_memory_is_one_sentence(corpus, tmp_path):
-    done = _run("train", corpus, "--steps", 1, "--out", tmp_path / "run", "--set", "phases=999999999x64")
+    words = ["train", corpus, "--steps", 1, "--out", tmp_path / "run", *_settings()]
+    done = _run(*words, "--set", "phases=999999999x64")
     assert done.exit_code == 1
     assert "There is not enough memory" in done.stderr
+    assert _run(*words).exit_code == 0  # the folder is free for settings that fit
 
 
 def test_generate_repeats_itself_with_a_seed(run):

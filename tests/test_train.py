@@ -436,7 +436,7 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     [
         ("phases=2x100000", "a sequence of 100000 needs 100,001; use more text, or shorter sequences"),
         ("tree=oak", "There is no tree shape 'oak'; choose one of"),
-        ("tree_classes=5", "The tree shape default has no option classes; it takes only arity, clusters, root_tokens"),
+        ("tree_classes=5", "The tree shape default has no option tree_classes; it takes only tree_arity"),
         ("tree=clustered", "A clustered tree needs embedding rows to cluster"),
         ("embeddings=missing.safetensors", "There is no file missing.safetensors"),
         ("vocab_size=60000", "leave that setting out"),

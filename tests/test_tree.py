@@ -167,6 +167,14 @@ def test_build_tree_says_what_it_cannot_do():
         build_tree("adaptive", counts, rows=np.zeros((8, 3)))
 
 
+def test_clusters_beyond_the_memory_are_refused(monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
+    assert build_tree("clustered", np.ones(100), rows=rows, arity=2).vocab_size == 100
+    monkeypatch.setattr("flashlm_numba.tree.MOST_SIMILARITIES", 150)
+    with pytest.raises(UserError, match="2 clusters of 100 tokens would need too much memory; ask for at most 1"):
+        build_tree("clustered", np.ones(100), rows=rows, arity=2)
+
+
 def test_tree_page_shows_what_its_example_prints(capsys):
     page = (Path(__file__).parent.parent / "docs" / "tree.md").read_text()
     code, after = page.split("```python\n")[1].split("```\n", 1)
