@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,15 +180,16 @@ def test_a_row_of_other_data_is_not_this_ones(rows, corpus, tmp_path, monkeypatc
     monkeypatch.setattr(bench_train, "run_ours", lambda job, *more: made.append(job.name) or {"nll": 1})
     monkeypatch.setattr(bench_train, "table", lambda rows: "row")
     other = tmp_path / "other"
-    other.mkdir()
+    shutil.copytree(corpus, other)
     manifest = json.loads((corpus / "manifest.json").read_text())
-    manifest["splits"]["validation"]["text_tokens"] += 1
+    validation = manifest["splits"]["validation"]
+    validation |= {"text_tokens": validation["text_tokens"] + 1, "documents": validation["documents"] - 1}
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert invoke(other, path, "tree", "--tokens", 128, "--threads", 1, *sets).exit_code == 0
     assert made == ["tree"]
     assert invoke(other, path, "tree", "--tokens", 128, "--threads", 1, *sets).exit_code == 0
     assert made == ["tree"]
-    manifest["splits"]["validation"]["text_tokens"] = 0
+    validation |= {"shards": [], "tokens": 0, "text_tokens": 0, "documents": 0}
     (other / "manifest.json").write_text(json.dumps(manifest))
     done = invoke(other, path, "tree", "--tokens", 128, *sets)
     assert done.exit_code == 2
@@ -267,7 +269,7 @@ def test_the_published_peer_keeps_its_schedule():
         (["d", "r.json", "tree", "--tokens", "1", "--minutes", "1"], "either --tokens or --minutes"),
         (["d", "r.json", "oak", "--tokens", "1"], "There is no oak; there are dense"),
         (["d", "r.json", "tree", "--tokens", "1", "--set", "clip"], "--set takes key=value"),
-        (["d", "r.json", "tree", "--tokens", "1"], "no manifest.json"),
+        (["d", "r.json", "tree", "--tokens", "1"], "make a corpus with `flashlm-numba prepare"),
         (["d", "r.json", "tree", "--tokens", "1", "--marks", "1"], "--marks must lie between"),
         (["d", "r.json", "torch:v3", "--tokens", "1"], "torch:v3 has a schedule of its own"),
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "1,5"], "--marks must lie between"),

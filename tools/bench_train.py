@@ -419,15 +419,12 @@ def run_peer(job: Job, data: Path) -> dict[str, Any]:
 
 def text_tokens(data: Path) -> dict[str, int]:
     """Tokens of text in each split of prepared data. UsageError where there is none to score by, or no data."""
-    manifest = data / "manifest.json"
-    if not manifest.exists():
-        raise click.UsageError(f"{data} has no manifest.json; make it with `flashlm-numba prepare SOURCE --out DIR`.")
     try:
-        splits = json.loads(manifest.read_text(encoding="utf-8"))["splits"]
-        size = {name: part["text_tokens"] for name, part in splits.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise click.UsageError(f"{manifest} cannot be read; prepare the data again.") from None
-    if not size.get("validation"):
+        splits = open_tokens(data).manifest.splits
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+    size = {name: split.text_tokens for name, split in splits.items()}
+    if not size["validation"]:
         raise click.UsageError(f"{data} holds no validation text to score by; prepare it with some.")
     return size
 
