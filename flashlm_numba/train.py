@@ -233,7 +233,7 @@ def start_run(
             try:
                 return _loop(session, display)
             except MemoryError:
-                if not checkpoint.any_in(folder):  # nothing to go on with: the folder is free for smaller settings
+                if not session.clock.step:  # nothing is lost, and the folder is free for smaller settings
                     for made in ("config.json", "metrics.jsonl"):
                         (folder / made).unlink(missing_ok=True)
                 raise
