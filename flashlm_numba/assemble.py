@@ -63,8 +63,7 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
 
     folder : of a run, or a file that export_run wrote, which holds one model.  note : told when the kernels have to be
         compiled first, which takes a minute or two
-    Raises UserError if the checkpoint or the
-    file is damaged, or no average was kept.
+    Raises UserError if the checkpoint or the file is damaged, or no average was kept.
     """
     if folder.is_file():
         return _load_exported(folder, checkpoint_name, ema, note)
