@@ -6,10 +6,10 @@ test:
 
 # Numba's bounds checks do not reach inside parallel loops; plain Python's do. Slow, so only the kernels' own tests.
 test-nojit:
-	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q tests/test_kernels.py tests/test_dense_head.py \
-		tests/test_tree_head.py tests/test_optimizers_kernels.py tests/test_model.py tests/test_ternary_matmul.py \
-		tests/test_ternary_linear.py tests/test_draw.py tests/test_panels.py tests/test_tile.py \
-		tests/test_low_rank.py
+	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q tests/kernels/test_kernels.py tests/heads/test_dense_head.py \
+		tests/heads/test_tree_head.py tests/kernels/test_optimizers_kernels.py tests/model/test_model.py tests/kernels/test_ternary_matmul.py \
+		tests/kernels/test_ternary_linear.py tests/kernels/test_draw.py tests/kernels/test_panels.py tests/kernels/test_tile.py \
+		tests/kernels/test_low_rank.py
 
 lint:
 	ruff check .

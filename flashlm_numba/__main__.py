@@ -1,6 +1,6 @@
 """`python -m flashlm_numba` is the command `flashlm-numba`."""
 
-from flashlm_numba.cli import main
+from flashlm_numba.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="flashlm-numba")

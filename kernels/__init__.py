@@ -2,13 +2,13 @@
 
     embedding       rows gathered, scattered without races, cleared
     rmsnorm, glu    rows of the trunk
-    average         a running average of the tokens so far
-    induction       what followed the last time
+    leaky_average   a leaky average of the tokens so far
+    ngram_copy      tokens that followed earlier occurrences of the last n tokens
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
-    ternary_matmul  packed matrix times vectors of int8 or float32
-    ternary_linear  the same for many rows, from codes laid out by columns
-    weight_gradient gradients of the ternary weights, from operands rounded to int8
+    ternary_gemv    packed matrix times vectors of int8 or float32
+    ternary_gemm    the same for many rows, from codes laid out by columns
+    ternary_wgrad   gradients of the ternary weights, from operands rounded to int8
     trunk           all passes of the block, one parallel region each way
     decode          the same for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
@@ -24,15 +24,15 @@
     _jit            the decorators, their compiler flags, the cache of compiled code
     _rows           rows cleared, copied, scaled, gathered
     _ternary_dots   packed rows times int8, one variant a processor
-    _blas, _tile    matrix products: BLAS inside a parallel region, small ones in registers
-    _panels         large ones in registers, with a weight laid out once a step
+    _blas           matrix products by BLAS inside a parallel region
+    _microkernels   small matrix products in registers
+    _packed_gemm    large ones in registers, with a weight laid out once per step
     _math, _check   exp as a polynomial; checks of arguments
 
 Nothing is imported here: a program loads the kernels that it uses, and Numba with the first of them.
 """
 
 __all__ = [
-    "average",
     "conv",
     "decode",
     "dense_head",
@@ -40,8 +40,9 @@ __all__ = [
     "draw",
     "embedding",
     "glu",
-    "induction",
+    "leaky_average",
     "low_rank",
+    "ngram_copy",
     "optimizers",
     "reference",
     "reference_optim",
@@ -49,10 +50,10 @@ __all__ = [
     "reference_trunk",
     "rmsnorm",
     "ternary",
-    "ternary_linear",
-    "ternary_matmul",
+    "ternary_gemm",
+    "ternary_gemv",
+    "ternary_wgrad",
     "tree_head",
     "tree_inference",
     "trunk",
-    "weight_gradient",
 ]

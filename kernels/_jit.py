@@ -100,7 +100,7 @@ CACHE_IS_TEMPORARY = CACHE_FOLDER.parent != cache_root()  # everything is compil
 
 
 def cache_is_cold() -> bool:
-    """Whether the cache was not filled yet by flashlm_numba.compile (which takes a minute)."""
+    """Whether the cache was not filled yet by flashlm_numba.training.precompile (which takes a minute)."""
     return not (CACHE_FOLDER / COMPLETE).exists()
 
 

@@ -10,7 +10,7 @@ and masked into four registers of codes, each beside 64 inputs. What x86 offers 
     vnni           vpdpbusd adds four products to an int32 in one instruction.
 
 To add a processor (Arm's sdot, AMX): a function with the signature of `plain`, its name in VARIANTS and in available,
-and a branch in ternary_matmul.ternary_products; for many rows the same in ternary_linear.py.
+and a branch in ternary_matmul.ternary_products; for many rows the same in ternary_gemm.py.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
     def call(packed, packed_stride, q, q_stride, blocks, out, out_stride):
         dots(packed, packed_stride, q, q_stride, blocks, out, out_stride)
 
-    # see _make_tile in _tile.py
+    # see _make_tile in _microkernels.py
     call.__name__ = call.__qualname__ = f"_ternary_dots_{variant}_{weight_rows}_{input_rows}"
     return helper(call)
 

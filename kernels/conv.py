@@ -17,7 +17,7 @@ import numpy as np
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._math import exp32
-from flashlm_numba.kernels._tile import tile_product_16
+from flashlm_numba.kernels._microkernels import tile_product_16
 
 _ONE = np.float32(1)
 

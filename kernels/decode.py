@@ -1,7 +1,7 @@
 """Decoding: one token through the trunk, with a state whose size does not depend on the length of the text.
 
 The arithmetic is that of kernels/trunk.py for a single row. Of the past only the running average is needed, a row for
-every pass, the tokens among which a follower is looked for (induction.py), and what the convolutions still see: the
+every pass, the tokens among which a follower is looked for (ngram_copy.py), and what the convolutions still see: the
 last L = (K - 1) * dilation + 1 of their normalised inputs, for every pass and dilation. These and the tokens stand in
 rings of 2 L rows that are written twice, at p and at p + L, so that the last L rows always lie one after another and
 the taps of a convolution are one product with even strides. Rows before the text are zero, as in training. The ternary
@@ -20,15 +20,15 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._microkernels import dot_products_int8, tile_product_32
 from flashlm_numba.kernels._rows import scale_rows
-from flashlm_numba.kernels._tile import dot_products_int8, tile_product_32
-from flashlm_numba.kernels.average import add_average_next
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
-from flashlm_numba.kernels.induction import add_followers, follower
+from flashlm_numba.kernels.leaky_average import add_average_next
+from flashlm_numba.kernels.ngram_copy import add_followers, follower
 from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
 from flashlm_numba.kernels.ternary import pack_ternary, packed_width
-from flashlm_numba.kernels.ternary_matmul import quantize, ternary_products
+from flashlm_numba.kernels.ternary_gemv import quantize, ternary_products
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
 
 REGISTER = 16  # floats

@@ -10,7 +10,7 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import serial_kernel
-from flashlm_numba.kernels._tile import dot_products_int8, row_products
+from flashlm_numba.kernels._microkernels import dot_products_int8, row_products
 
 
 @serial_kernel

@@ -36,8 +36,8 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
+from flashlm_numba.kernels._microkernels import dot_products, short_product
 from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
-from flashlm_numba.kernels._tile import dot_products, short_product
 
 TOKEN_START, TOKEN_END, CHILD_START, CHILD_END, LEAF_END = range(5)  # columns of spans
 

@@ -17,7 +17,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
-from flashlm_numba.kernels._tile import row_products
+from flashlm_numba.kernels._microkernels import row_products
 from flashlm_numba.kernels.draw import check_drawing, draw_index, keep_largest, put_in_order, sift_down, sift_up
 from flashlm_numba.kernels.tree_head import (
     check_tree,

@@ -5,12 +5,12 @@
               x1 = x + a m Wo';  h = b relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
     out = rmsnorm(x) + gains * E[followers]
 
-The followers (induction.py) are found for each of O kinds; FlashLM v3 has none. The running average (average.py) is
+The followers (ngram_copy.py) are found for each of O kinds; FlashLM v3 has none. The running average (leaky_average.py) is
 left out where its decay is 0, as in v3.
 
 One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
 of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over weights
-laid out once a step (_panels.py) or int8 (ternary_linear.py), and single-threaded BLAS for the weights' gradients. The
+laid out once a step (_packed_gemm.py) or int8 (ternary_gemm.py), and single-threaded BLAS for the weights' gradients. The
 convolutions work on group-major copies (conv.py). The gradients of the weights are summed per thread and reduced in
 thread order: the same bits on every run with the same number of threads.
 Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
@@ -25,10 +25,9 @@ from numba import prange
 
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
-from flashlm_numba.kernels._panels import SPARE_FLOATS, empty_panels, fill_panels, panel_product
+from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, panel_product
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows, scale_rows
 from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
-from flashlm_numba.kernels.average import add_average, add_average_backward, average_share
 from flashlm_numba.kernels.conv import (
     conv_sequence,
     conv_sequence_dinput,
@@ -41,16 +40,17 @@ from flashlm_numba.kernels.conv import (
     unpack_conv_gradient,
 )
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
-from flashlm_numba.kernels.induction import add_followers, add_followers_backward, find_followers, kinds
+from flashlm_numba.kernels.leaky_average import add_average, add_average_backward, average_share
+from flashlm_numba.kernels.ngram_copy import add_followers, add_followers_backward, find_followers, kinds
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
-from flashlm_numba.kernels.ternary_linear import (
+from flashlm_numba.kernels.ternary_gemm import (
     empty_columns,
     fill_columns,
     linear_variant,
     spare_floats,
     ternary_linear_rows,
 )
-from flashlm_numba.kernels.weight_gradient import VNNI, codes_words, weight_gradient_rows
+from flashlm_numba.kernels.ternary_wgrad import VNNI, codes_words, weight_gradient_rows
 
 TILE_ROWS = 256
 REGISTER = 16  # floats of the widest
@@ -235,7 +235,7 @@ class TrunkWeights:
     I' is I rounded up to whole registers: rows of activations then begin at their boundaries. w_gate, w_up and
     w_down_inner are views without the padding, which is zero.
     int8: whether what the ternary ones are multiplied by is rounded to int8, row by row, forward and backward.
-    layouts, layouts_t: what the products with the three, and with their transposes, read: their panels (_panels.py),
+    layouts, layouts_t: what the products with the three, and with their transposes, read: their panels (_packed_gemm.py),
     or with int8 their codes by pack_columns, and where no int8 instruction serves they themselves; empty otherwise.
     """
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from helpers import TINY, command
 
-from flashlm_numba.compile import ensure_compiled
-from flashlm_numba.config import RunConfig
-from flashlm_numba.prepare import prepare
+from flashlm_numba.data.prepare import prepare
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.system.compiled import ensure_compiled
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled():
-    """As in a training process, the kernels come from the cache: see flashlm_numba/compile.py."""
+    """As in a training process, the kernels come from the cache: see flashlm_numba/training/precompile.py."""
     ensure_compiled(print)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from flashlm_numba.cli import main
+from flashlm_numba.cli.main import main
 
 # settings of a run that takes milliseconds a step
 TINY = (

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flashlm_numba import cli, tree
-from flashlm_numba.config import RunConfig
+from flashlm_numba.cli import main as cli
+from flashlm_numba.heads import label_tree as tree
+from flashlm_numba.model.config import RunConfig
 from tools import bench_train, command_reference
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,7 +28,7 @@ def test_the_kernels_table_of_contents_is_complete():
 
 
 def test_settings_and_the_kernels_package_load_without_numba():
-    code = "import sys, flashlm_numba.config, flashlm_numba.kernels; sys.exit('numba' in sys.modules)"
+    code = "import sys, flashlm_numba.model.config, flashlm_numba.kernels; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

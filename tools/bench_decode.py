@@ -30,14 +30,14 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba import assemble
-from flashlm_numba.config import RunConfig
-from flashlm_numba.data import TokenData, default_corpus, open_tokens
-from flashlm_numba.errors import UserError
-from flashlm_numba.generate import generate_ids
+from flashlm_numba.data.shards import TokenData, default_corpus, open_tokens
 from flashlm_numba.heads import DenseHead, TreeHead
-from flashlm_numba.model import Model
-from flashlm_numba.threads import set_threads
+from flashlm_numba.inference.generate import generate_ids
+from flashlm_numba.model import build as assemble
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.model import Model
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.threads import set_threads
 from tools import bandwidth, timing
 
 CHECKED = 64  # tokens that are decoded and compared with the whole forward pass

@@ -35,13 +35,14 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba import assemble, train
-from flashlm_numba.config import Phase, RunConfig
-from flashlm_numba.data import TokenData, default_corpus, open_tokens
-from flashlm_numba.display import peak_rss_mb
-from flashlm_numba.errors import UserError
-from flashlm_numba.optim import Optimizer
-from flashlm_numba.threads import set_threads
+from flashlm_numba.data.shards import TokenData, default_corpus, open_tokens
+from flashlm_numba.model import build as assemble
+from flashlm_numba.model.config import Phase, RunConfig
+from flashlm_numba.system.display import peak_rss_mb
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.threads import set_threads
+from flashlm_numba.training import loop as train
+from flashlm_numba.training.optimizer import Optimizer
 from tools import head_candidates, head_report, timing
 from tools.head_candidates import CANDIDATES, QUICK, Candidate, Problem, UnavailableError
 

@@ -29,8 +29,8 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.kernels import _ternary_dots
 from flashlm_numba.kernels.ternary import pack_ternary
-from flashlm_numba.kernels.ternary_matmul import best_variant, quantize_rows, ternary_matmul_int8, ternary_matvec
-from flashlm_numba.threads import set_threads
+from flashlm_numba.kernels.ternary_gemv import best_variant, quantize_rows, ternary_matmul_int8, ternary_matvec
+from flashlm_numba.system.threads import set_threads
 from tools import bandwidth, timing
 
 # rows, columns, rows of activations, threads (0: all)

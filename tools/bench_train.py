@@ -44,10 +44,10 @@ import click
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.config import SECTIONS, RunConfig
-from flashlm_numba.data import open_tokens
-from flashlm_numba.errors import UserError
-from flashlm_numba.threads import available_cores
+from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.model.config import SECTIONS, RunConfig
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.threads import available_cores
 from tools import timing
 
 ROOT = Path(__file__).resolve().parents[1]

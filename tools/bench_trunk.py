@@ -27,13 +27,13 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.config import ModelConfig
-from flashlm_numba.errors import UserError
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.kernels.reference_trunk import TERNARY
-from flashlm_numba.model import Model, initial_parameters, parameter_shapes
-from flashlm_numba.optim import Optimizer
-from flashlm_numba.threads import set_threads
+from flashlm_numba.model.config import ModelConfig
+from flashlm_numba.model.model import Model, initial_parameters, parameter_shapes
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.threads import set_threads
+from flashlm_numba.training.optimizer import Optimizer
 from tools import bandwidth, head_candidates, head_report, timing
 
 Call = Callable[[], dict[str, np.ndarray]]
@@ -167,7 +167,8 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
 
     Bytes: every input and result once, and what a training step keeps for its backward pass written and read once.
     """
-    from flashlm_numba.kernels import ternary, ternary_matmul
+    from flashlm_numba.kernels import ternary
+    from flashlm_numba.kernels import ternary_gemv as ternary_matmul
 
     config, tokens = model.config, ROWS * LENGTH
     points = {

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba.config import HeadConfig
-from flashlm_numba.data import TokenData
-from flashlm_numba.embeddings import cached_start
+from flashlm_numba.data.shards import TokenData
 from flashlm_numba.heads import DenseHead, Head, SampledHead, TreeHead
+from flashlm_numba.heads.label_tree import SHAPES, Tree, build_tree
+from flashlm_numba.heads.tree import default_rank
 from flashlm_numba.kernels import dense_head, reference_tree, tree_head
-from flashlm_numba.tree import SHAPES, Tree, build_tree
-from flashlm_numba.tree_head import default_rank
+from flashlm_numba.model.config import HeadConfig
+from flashlm_numba.model.embedding_init import cached_start
 from tools.timing import WrongResultError
 
 SLACK = 4.0  # a candidate may err this many times as far as plain float32 NumPy does

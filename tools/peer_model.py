@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashlm_numba.config import ModelConfig
-from flashlm_numba.kernels.induction import followers, kinds
+from flashlm_numba.kernels.ngram_copy import followers, kinds
+from flashlm_numba.model.config import ModelConfig
 from tools.peer_heads import adaptive_head, dense_loss
 
 NORM_EPS = 1e-8
@@ -143,7 +143,7 @@ class GLU(nn.Module):
 
 
 class PeerModel(nn.Module):
-    """FlashLM v3 with the parameter names of flashlm_numba.model.
+    """FlashLM v3 with the parameter names of flashlm_numba.model.model.
 
     With `ranks` (V,) (frequency rank of every token id, 0 the most frequent) the head is torch's
     AdaptiveLogSoftmaxWithLoss with its own untied weights (`adaptive.*`), otherwise dense and tied to

@@ -28,17 +28,17 @@ from torch import Tensor
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.config import ModelConfig
-from flashlm_numba.display import peak_rss_mb
-from flashlm_numba.kernels.induction import followers
-from flashlm_numba.threads import available_cores
+from flashlm_numba.kernels.ngram_copy import followers
+from flashlm_numba.model.config import ModelConfig
+from flashlm_numba.system.display import peak_rss_mb
+from flashlm_numba.system.threads import available_cores
 from tools import timing
 from tools.peer_heads import frequency_ranks, head_candidates
 from tools.peer_model import PeerModel
 from tools.peer_optim import Optimizers, parameter_groups, schedule
 
 if TYPE_CHECKING:
-    from flashlm_numba.data import Split
+    from flashlm_numba.data.shards import Split
 
 EOT = 50_256  # GPT-2's <|endoftext|>
 
@@ -196,7 +196,7 @@ def ids_and_counts(data: Path | None, n: int, vocab_size: int, seed: int) -> tup
         frequency = 1 / np.arange(2.0, vocab_size + 2)
         counts = np.maximum(1, 1e9 * frequency / frequency.sum()).astype(np.int64)
         return np.random.default_rng(seed).choice(vocab_size, n, p=frequency / frequency.sum()), counts
-    from flashlm_numba.data import open_tokens
+    from flashlm_numba.data.shards import open_tokens
 
     train = open_tokens(data).train
     return train.windows(np.array([0]), n)[0].astype(np.int64), train.counts(vocab_size)
@@ -450,7 +450,7 @@ def train(
     threads: int,
 ) -> dict[str, Any]:
     """The body of `train`; prints a JSON line at each validation and returns the last."""
-    from flashlm_numba.data import open_tokens, sample_batch
+    from flashlm_numba.data.shards import open_tokens, sample_batch
 
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -480,7 +480,7 @@ def train(
     seconds = 0.0  # of training: the start of E out of the corpus, and steps
     if start != "random":
         if start == "corpus":
-            from flashlm_numba.embeddings import cached_start
+            from flashlm_numba.model.embedding_init import cached_start
 
             rows, seconds = cached_start(tokens, config.dim, vocab_size=config.vocab_size)
         else:

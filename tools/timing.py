@@ -20,9 +20,9 @@ import click
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from flashlm_numba.doctor import blas_libraries, cpu_name, package_versions
-from flashlm_numba.files import write_atomically
-from flashlm_numba.threads import available_cores
+from flashlm_numba.cli.doctor import blas_libraries, cpu_name, package_versions
+from flashlm_numba.system.files import write_atomically
+from flashlm_numba.system.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 

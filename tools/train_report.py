@@ -17,7 +17,7 @@ import click
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.display import plural
+from flashlm_numba.system.display import plural
 from tools import bench_train, head_report, timing
 
 Row = Mapping[str, Any]

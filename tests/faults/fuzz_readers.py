@@ -17,10 +17,10 @@ def readers(place):
     """By name: a function of bytes that reads them as a file of its kind, and a whole file to begin with."""
     import numpy as np
 
-    from flashlm_numba import packed
-    from flashlm_numba.config import RunConfig
-    from flashlm_numba.data import SPLITS, Manifest, Shard, SplitManifest
-    from flashlm_numba.tree import Tree, build_tree
+    from flashlm_numba.data.shards import SPLITS, Manifest, Shard, SplitManifest
+    from flashlm_numba.heads.label_tree import Tree, build_tree
+    from flashlm_numba.model import packed
+    from flashlm_numba.model.config import RunConfig
 
     whole = build_tree("adaptive", np.arange(50)).to_tensors()
     arrays = sorted(name for name in whole if name != "tree.shape")
@@ -66,7 +66,7 @@ def main():
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
         (corpus / "whole").write_bytes(example)
-        from flashlm_numba.errors import UserError
+        from flashlm_numba.system.errors import UserError
 
         def one(data):
             with contextlib.suppress(UserError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from helpers import TINY
 from safetensors.numpy import load_file
 
-from flashlm_numba import checkpoint
+from flashlm_numba.model import checkpoint
 
 # how many random moments; the long form, by hand: FLASHLM_NUMBA_KILLS=50 pytest tests/faults
 KILLS = int(os.environ.get("FLASHLM_NUMBA_KILLS", "3"))

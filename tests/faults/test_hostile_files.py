@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from programs import INJECTED
 from safetensors.numpy import load_file, save_file
 
-from flashlm_numba import assemble, checkpoint, packed
-from flashlm_numba.data import open_tokens
-from flashlm_numba.errors import UserError
-from flashlm_numba.optim import Optimizer
-from flashlm_numba.prepare import prepare
-from flashlm_numba.tree import Tree, build_tree
+from flashlm_numba.data.prepare import prepare
+from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.heads.label_tree import Tree, build_tree
+from flashlm_numba.model import build as assemble
+from flashlm_numba.model import checkpoint, packed
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.training.optimizer import Optimizer
 
 SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -5,7 +5,7 @@ import pytest
 from helpers import command
 from programs import INJECTED
 
-from flashlm_numba.cli import main
+from flashlm_numba.cli.main import main
 
 
 def cases():

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 from programs import INJECTED
 
-from flashlm_numba import sources
-from flashlm_numba.data import open_tokens
-from flashlm_numba.errors import UserError
-from flashlm_numba.prepare import prepare
+from flashlm_numba.data import sources
+from flashlm_numba.data.prepare import prepare
+from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.system.errors import UserError
 
 PARTS, ROWS = 3, 20
 TEXTS = [f"Part {part}, document {row}: peace and war and peace." for part in range(PARTS) for row in range(ROWS)]

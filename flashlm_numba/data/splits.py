@@ -1,0 +1,198 @@
+"""Which document goes into which split: a deterministic stream, the same in every run (docs/data.md)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flashlm_numba.data.sources import ALL, Source
+from flashlm_numba.data.tokenizer import Tokenizer
+from flashlm_numba.system.errors import UserError
+
+VALIDATION_SHARE = 0.05  # of the documents, where the source sets none apart
+SMALL = 1_000  # documents up to which exactly the share is taken; larger sources take it by chance
+
+SplitChoice = Literal["auto", "train", "validation"]
+
+
+@dataclass
+class Tally:
+    """Documents that were left out up to some point of the source."""
+
+    empty: int = 0
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file of a Hugging Face dataset begins: a continued run starts there, not at the first file."""
+
+    part: int = 0
+    documents: int = 0  # of the plan's stream before it
+    empty: int = 0  # documents without text before it
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with text, and its split."""
+
+    split: str
+    text: str
+    limited: bool  # counts towards --max-tokens
+    tally: Tally  # after this document
+    place: Place = Place()  # at or before this document
+
+
+@dataclass
+class Plan:
+    """Which documents go where: a deterministic stream, the same in every run."""
+
+    source: Source
+    validation: Source | None
+    split: SplitChoice
+    max_docs: int | None
+    max_tokens: int | None
+    tokenizer: Tokenizer
+    rule: str = ""  # how the validation documents are chosen, once the first document has come
+    tally: Tally = field(default_factory=Tally)
+    start: Place = Place()  # documents() begins here
+    note: Callable[[str], None] = lambda sentence: None  # told of a connection that broke
+
+    def documents(self) -> Iterator[Document]:
+        """Held-out documents first, so that their twins can be kept out of training."""
+        held_out: set[bytes] = set()  # 8 bytes a document: the one thing here that grows with the corpus
+        if self.split != "auto":
+            self.rule = f"all documents are {self.split}"
+            taken = 0
+            for part in (self.split,) if self.split in self.source.roles else self.source.roles:
+                for document in self._stage(self.source, part, self.split, limited=True, taken=taken):
+                    yield document
+                    taken += 1
+            return
+        if self.validation is not None:
+            self.rule = f"validation documents from {self.validation.name}"
+            for role in ("validation",) if "validation" in self.validation.roles else self.validation.roles:
+                yield from self._stage(self.validation, role, "validation", keep=held_out)
+            if "test" in self.source.roles:
+                yield from self._stage(self.source, "test", "test", keep=held_out)
+            role = ALL if ALL in self.source.roles else "train"
+        elif ALL in self.source.roles:
+            yield from self._split_off()
+            return
+        else:
+            self.rule = "splits by the names of the source's files"
+            for role in ("validation", "test"):
+                if role in self.source.roles:
+                    yield from self._stage(self.source, role, role, keep=held_out)
+            role = "train"
+        if role in self.source.roles:
+            yield from self._stage(self.source, role, "train", leave_out=held_out, limited=True)
+
+    def _texts(
+        self,
+        source: Source,
+        role: str,
+        limit: int | None,
+        first_part: int = 0,
+        started: Callable[[int], None] = lambda part: None,
+    ) -> Iterator[tuple[str, Tally]]:
+        """Documents that hold text, at most limit of them, with the tally after each."""
+        taken = 0
+        if limit is not None and limit <= 0:
+            return
+        for text in source.documents(role, first_part, started, self.note):
+            if not text or text.isspace():
+                self.tally.empty += 1
+                continue
+            yield text, self.tally
+            taken += 1
+            if taken == limit:
+                return
+
+    def _stage(
+        self,
+        source: Source,
+        role: str,
+        split: str,
+        *,
+        keep: set[bytes] | None = None,
+        leave_out: set[bytes] | None = None,
+        limited: bool = False,
+        taken: int = 0,  # documents of max_docs that an earlier stage took
+    ) -> Iterator[Document]:
+        limit = self.max_docs - taken if limited and self.max_docs is not None else None
+        for text, tally in self._texts(source, role, limit):
+            if keep is not None:
+                keep.add(_digest(text))
+            if leave_out and _digest(text) in leave_out:
+                tally.held_out += 1
+                continue
+            yield Document(split, text, limited, Tally(tally.empty, tally.held_out))
+
+    def _split_off(self) -> Iterator[Document]:
+        """5 % of the documents, by a hash of the text: copies of a document fall on the same side.
+
+        Up to SMALL documents exactly the share with the smallest hashes is taken, at least one; then the
+        hash alone decides. A source of a single document is cut: its last 5 % are for validation.
+        """
+        digests: list[bytes] = []
+        tokens = 0
+        for text, _ in self._texts(self.source, ALL, min(self.max_docs or SMALL + 1, SMALL + 1)):
+            digests.append(_digest(text))
+            if self.max_tokens is not None:  # choose among the documents that will be taken
+                tokens += len(self.tokenizer.encode(text)) + 1
+                if tokens >= self.max_tokens:
+                    break
+        text = ""  # a long document need not be in memory twice
+        if len(digests) == 1:
+            seen, self.tally = self.tally, Tally()
+            self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
+            for text, tally in self._texts(self.source, ALL, 1):
+                if self.max_tokens is not None and tokens > self.max_tokens:
+                    text = self.tokenizer.decode(self.tokenizer.encode(text)[: self.max_tokens]).rstrip("\ufffd")
+                cut = _cut(text)
+                yield Document("validation", text[cut:], True, Tally(tally.empty))
+                yield Document("train", text[:cut], True, Tally(tally.empty))
+            self.tally = seen
+            return
+        self.rule = f"about {VALIDATION_SHARE:.0%} of the documents, by BLAKE2b of the text, copies on one side"
+        small = len(digests) <= SMALL
+        different = sorted(set(digests))
+        chosen = set(different[: max(1, round(VALIDATION_SHARE * len(different)))]) if small else set()
+        bound = int(VALIDATION_SHARE * 2**64).to_bytes(8, "big")
+        place = self.start
+        number = place.documents
+        self.tally = Tally(place.empty)
+
+        def started(part: int) -> None:
+            nonlocal place
+            place = Place(part, number, self.tally.empty)
+
+        limit = None if self.max_docs is None else self.max_docs - number
+        for text, tally in self._texts(self.source, ALL, limit, place.part, started):
+            digest = _digest(text)
+            is_validation = digest in chosen if small else digest < bound
+            name = "validation" if is_validation else "train"
+            yield Document(name, text, True, Tally(tally.empty), place)
+            number += 1
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _cut(text: str) -> int:
+    """Where the last 5 % of a text begin: at a line, else before a word, else anywhere."""
+    target = round(len(text) * (1 - VALIDATION_SHARE))
+    nearest = int(len(text) * (1 - 2 * VALIDATION_SHARE))
+    cut = text.rfind("\n", nearest, target) + 1 or text.rfind(" ", nearest, target)
+    if cut <= 0:
+        cut = target
+    if text[:cut].isspace() or text[cut:].isspace() or not 0 < cut < len(text):
+        raise UserError(
+            "The source is one document and too short to set a validation part apart: use more text, "
+            "or name validation documents with --validation."
+        )
+    return cut

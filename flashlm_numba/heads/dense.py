@@ -1,0 +1,175 @@
+"""The dense head: a softmax over all tokens, tied to the embedding. Exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashlm_numba.heads.options import check_options, check_rows
+from flashlm_numba.heads.sampling import check_settings, sample_rows
+from flashlm_numba.kernels import _check, dense_inference, draw
+from flashlm_numba.kernels import dense_head as kernels
+from flashlm_numba.kernels.embedding import zero
+from flashlm_numba.kernels.ternary_gemv import quantize_rows
+
+__all__ = ["DenseHead"]
+
+RESCORED = 64  # of logits from int8 rows: the largest, which are drawn nearly always
+
+
+class DenseHead:
+    """softmax(h @ weight.T): exact, every token's logit for every position, in bounded scratch.
+
+    weight (V, C) float32 may be shared with the embedding; its gradient is added to dweight (V, C) (made here if not
+    given). log_prior (V,) float32: a fixed log-frequency added to the logits, so that training starts at the unigram.
+    Raises ValueError if a shape, a dtype or a number is wrong.
+
+    >>> head = DenseHead(np.zeros((5, 2), np.float32))
+    >>> head.distribution(np.ones((1, 2), np.float32)).round(2).tolist()
+    [[0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]]
+    """
+
+    name = "dense"
+    row_of_token = None
+
+    def __init__(
+        self,
+        weight: np.ndarray,
+        dweight: np.ndarray | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
+        log_prior: np.ndarray | None = None,
+    ) -> None:
+        check_rows("DenseHead", weight, dweight)
+        check_options("DenseHead", label_smoothing=label_smoothing, z_loss=z_loss, soft_cap=soft_cap)
+        if log_prior is not None:
+            _check.array("DenseHead", "log_prior", log_prior, weight.shape[:1])
+        self.weight = weight
+        self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
+        self.settings: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "soft_cap": soft_cap}
+        self.log_prior = log_prior
+        self.vocab_size = weight.shape[0]
+        self.parameters: dict[str, np.ndarray] = {}
+        self.gradients: dict[str, np.ndarray] = {}
+        self._scratch: kernels.DenseScratch | None = None
+        self._int8: tuple[np.ndarray, np.ndarray] | None = None  # rows and their scales
+
+    def _buffers(self) -> kernels.DenseScratch:
+        self._scratch = kernels.scratch_for(self._scratch, *self.weight.shape)
+        return self._scratch
+
+    def prepare(self) -> None:
+        """Nothing: the rows are used as they are."""
+
+    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
+        """Nothing: this loss draws nothing."""
+
+    def forward_backward(
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """loss (N,), nll (N,), dh (N, C); adds the gradient of sum(weights * loss) to dweight, or puts it there."""
+        if not accumulate:
+            zero(self.dweight)
+        return kernels.dense_head_forward_backward(
+            h,
+            self.weight,
+            targets,
+            weights,
+            self.dweight,
+            log_prior=self.log_prior,
+            scratch=self._buffers(),
+            **self.settings,
+        )
+
+    def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """log p(target), (N,) float32."""
+        _, nll = kernels.dense_head_forward(
+            h,
+            self.weight,
+            targets,
+            log_prior=self.log_prior,
+            soft_cap=self.settings["soft_cap"],
+            scratch=self._buffers(),
+        )
+        return -nll
+
+    def use_int8(self) -> None:
+        """From now on draw from rows rounded to int8, the likeliest candidates scored in float32 all the same.
+
+        For generating: a token reads a quarter of the bytes. Call it again when the weights have changed.
+        """
+        self._int8 = quantize_rows(self.weight)
+
+    def _finish(self, logits: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
+        """The cap and the prior of these tokens on logits (n,)."""
+        if (cap := self.settings["soft_cap"]) is not None:
+            logits = cap * np.tanh(logits / np.float32(cap))
+        return logits if self.log_prior is None else logits + self.log_prior[ids]
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits (V,) float32 of one position x (1, C); with int8 rows, exact for the RESCORED largest."""
+        if self._int8 is None:
+            return self._finish(dense_inference.dense_logits(x, self.weight)[0], slice(None))
+        logits = self._finish(dense_inference.dense_logits_int8(x, *self._int8)[0], slice(None))
+        ids, _ = draw.largest(logits, RESCORED)
+        logits[ids] = self._finish(dense_inference.dense_logits(x, self.weight[ids])[0], ids)
+        return logits
+
+    def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The count largest logits for one h (C,): token ids (k,) int32, largest first, logits (k,) float64; k <= V.
+
+        Exact with int8 rows too: whatever rounding could have kept out is scored in float32.
+        """
+        if self._int8 is None:
+            ids, values = draw.largest(self._logits(x[None]), count)
+            return ids.astype(np.int32), values
+        q, scales = self._int8
+        logits = dense_inference.dense_logits_int8(x[None], q, scales)[0]
+        reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # how far off they may be
+        # the cap and the prior are increasing functions of a logit: they keep bounds as bounds
+        if not np.isfinite(logits).all():
+            raise ValueError("DenseHead: the logits must be finite; nothing can be chosen from them")
+        lowest = draw.largest(self._finish(logits - reach, slice(None)), count)[1][-1]
+        ids = np.flatnonzero(self._finish(logits + reach, slice(None)) >= lowest)
+        order, values = draw.largest(
+            self._finish(dense_inference.dense_logits(x[None], self.weight[ids])[0], ids), count
+        )
+        return ids[order].astype(np.int32), values
+
+    def distribution(self, h: np.ndarray) -> np.ndarray:
+        """Probabilities (N, V) float32."""
+        _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
+        logits = h @ self.weight.T
+        if (cap := self.settings["soft_cap"]) is not None:
+            logits = cap * np.tanh(logits / np.float32(cap))
+        if self.log_prior is not None:
+            logits = logits + self.log_prior
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    def sample(
+        self,
+        h: np.ndarray,
+        rng: np.random.Generator,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> np.ndarray:
+        """One token id per row, (N,) int32. One thread."""
+        _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
+        top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
+        if temperature > 0 and top_k is None and top_p is not None:  # needs all of them in order
+            return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
+        out = np.empty(len(h), np.int32)
+        for n, x in enumerate(h):
+            if temperature > 0 and top_k is None:
+                out[n] = draw.draw(self._logits(x[None]), rng.random(), temperature)
+            elif temperature > 0:
+                ids, logits = self.top(x, top_k or 1)
+                out[n] = ids[draw.draw_sorted(logits, rng.random(), temperature, top_p)]
+            else:
+                out[n] = self.top(x, 1)[0][0]
+        return out

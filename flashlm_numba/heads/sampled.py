@@ -1,0 +1,147 @@
+"""The sampled mode of the dense head: in training, a softmax over the targets and a few thousand drawn tokens.
+
+    log Z  is replaced by  log sum over the candidates v of  exp(l_v) / pi_v
+
+pi_v is the probability that v is among the candidates: 1 for the batch's targets; the others are drawn without
+replacement, frequent ones more often, the same for all positions. Then the sum is right on average (Horvitz & Thompson
+1952, JASA 47, eq. 6), while its logarithm, the loss, reads low (Jensen), and the gradient is biased by an amount that
+falls as the candidates grow. So the last stretch of training and every evaluation take the full softmax.
+One candidate set for the whole batch: as in modded-nanogpt's pull request 360, which has no correction. The drawing is
+systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashlm_numba.heads.dense import DenseHead
+from flashlm_numba.heads.options import check_targets
+from flashlm_numba.kernels import dense_head as kernels
+from flashlm_numba.kernels.embedding import embedding_backward, embedding_forward, zero
+
+__all__ = ["SampledHead", "draw", "inclusion_probabilities"]
+
+
+def inclusion_probabilities(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Probabilities (n,) float64, proportional to sizes but at most 1, that sum to count.
+
+    sizes (n,) positive. Raises ValueError unless 0 <= count <= n.
+
+    >>> inclusion_probabilities(np.array([8.0, 1, 1, 2]), 2).tolist()
+    [1.0, 0.25, 0.25, 0.5]
+    """
+    if not 0 <= count <= len(sizes):
+        raise ValueError(f"inclusion_probabilities: count must be between 0 and {len(sizes)}, got {count}")
+    p = np.zeros(len(sizes))
+    sure = np.zeros(len(sizes), bool)
+    while (left := count - int(sure.sum())) > 0:
+        p = np.where(sure, 1.0, sizes * (left / sizes[~sure].sum()))
+        above = (p >= 1) & ~sure
+        if not above.any():
+            return p
+        sure |= above
+    return np.where(sure, 1.0, 0.0)
+
+
+def draw(probabilities: np.ndarray, uniform: float) -> np.ndarray:
+    """Indices, ascending and each at most once, that contain i with exactly probabilities[i]; systematic sampling.
+
+    probabilities (n,) float64 in [0, 1] with a whole sum, which is the number of indices; uniform in [0, 1) decides.
+    Items near one another in the order are seldom drawn together: an order by frequency makes the draw stratified.
+
+    >>> draw(np.array([0.5, 0.5, 0.25, 0.75]), 0.6).tolist()
+    [1, 3]
+    """
+    until = np.cumsum(probabilities)
+    count = round(until[-1]) if len(until) else 0
+    number = np.arange(count)
+    points = number + np.floor(uniform * 2**30) / 2**30  # exact sums: no point rounds up into the next
+    found = np.searchsorted(until, points, side="right")
+    # the running sum is rounded too: where that puts two points into one item, the second takes the next
+    return np.minimum(np.maximum.accumulate(found - number) + number, len(until) - count + number)
+
+
+class SampledHead(DenseHead):
+    """The dense head, with a loss over drawn candidates in training; all else is the dense head's.
+
+    counts (V,): how often each token occurs; others than the targets are drawn in proportion to counts + 1.
+    candidates : tokens in a batch's softmax, targets included; at least half of them, or as many as are left, are drawn
+    Call `begin` before every forward_backward. The other arguments are DenseHead's; label smoothing is uniform over the
+    candidates, z-loss acts on the estimated log Z. Raises ValueError if a shape, a dtype or a number is wrong.
+    """
+
+    name = "sampled"
+
+    def __init__(
+        self,
+        weight: np.ndarray,
+        dweight: np.ndarray | None = None,
+        *,
+        counts: np.ndarray,
+        candidates: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, dweight, **options)
+        counts = np.asarray(counts)
+        if counts.shape != (self.vocab_size,) or not np.isfinite(counts).all() or (counts < 0).any():
+            raise ValueError(
+                f"SampledHead: counts must be {self.vocab_size} numbers, none negative, got {counts.shape}"
+            )
+        if candidates != int(candidates) or candidates < 1:
+            raise ValueError(f"SampledHead: candidates must be a whole number of at least 1, got {candidates}")
+        self.candidates = candidates
+        self._by_frequency = np.argsort(-counts, kind="stable")
+        self._sizes = counts[self._by_frequency].astype(np.float64) + 1
+        self._uniform: float | None = 0.5
+        self._few: kernels.DenseScratch | None = None
+
+    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
+        """Set what the next forward_backward draws; full: the softmax over all tokens, nothing is drawn."""
+        self._uniform = None if full else float(rng.random())
+
+    def _others(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Distinct targets, ascending; the other tokens, most frequent first; these tokens' inclusion probabilities."""
+        is_target = np.zeros(self.vocab_size, bool)
+        is_target[targets] = True
+        other = ~is_target[self._by_frequency]
+        distinct = np.flatnonzero(is_target)
+        count = min(int(other.sum()), max(self.candidates - len(distinct), self.candidates // 2))
+        return distinct, self._by_frequency[other], inclusion_probabilities(self._sizes[other], count)
+
+    def choose(self, targets: np.ndarray, uniform: float) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates (P,) int32, token ids ascending, all targets (N,) among them; their probabilities (P,) float64."""
+        distinct, others, p = self._others(targets)
+        drawn = draw(p, uniform)
+        ids = np.concatenate([distinct, others[drawn]])
+        order = np.argsort(ids)
+        return ids[order].astype(np.int32), np.concatenate([np.ones(len(distinct)), p[drawn]])[order]
+
+    def forward_backward(
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """loss (N,), nll (N,), dh (N, C) of the softmax over candidates; adds its gradient to dweight, or puts it
+        there.
+
+        h (N, C), weights (N,) float32, targets (N,) int32. loss and nll read low: the sum over all is larger.
+        """
+        if self._uniform is None:
+            return super().forward_backward(h, targets, weights, accumulate=accumulate)
+        check_targets("SampledHead", targets, self.vocab_size)
+        if not accumulate:
+            zero(self.dweight)
+        ids, p = self.choose(targets, self._uniform)
+        correction = -np.log(p).astype(np.float32)
+        if self.log_prior is not None:
+            correction += self.log_prior[ids]
+        rows = embedding_forward(self.weight, ids)
+        drows = np.zeros_like(rows)
+        most = max(self.candidates, min(len(h), self.vocab_size) + self.candidates // 2)
+        self._few = kernels.scratch_for(self._few, max(most, len(ids)), rows.shape[1])
+        loss, nll, dh = kernels.dense_head_forward_backward(
+            h, rows, np.searchsorted(ids, targets).astype(np.int32), weights, drows, log_prior=correction,
+            scratch=self._few, **self.settings,
+        )  # fmt: skip
+        embedding_backward(self.dweight, drows, ids)
+        return loss, nll, dh

@@ -1,0 +1,292 @@
+"""The tree head: a softmax at every node on the way to a token; exact, and far cheaper than all V."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashlm_numba.heads.label_tree import Tree, build_tree
+from flashlm_numba.heads.options import check_options, check_rows, check_targets
+from flashlm_numba.heads.sampling import check_settings, sample_rows
+from flashlm_numba.kernels import tree_head as kernels
+from flashlm_numba.kernels import tree_inference
+from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
+
+__all__ = ["TreeHead", "default_rank", "factor_nodes", "init_nodes", "node_log_prior"]
+
+
+def _over_leaves(ufunc: np.ufunc, tree: Tree, value: np.ndarray) -> np.ndarray:
+    """ufunc reduced over the leaf rows below each node but the root: value (V, ...) gives (M, ...)."""
+    if tree.n_nodes == 1:
+        return np.empty((0, *value.shape[1:]), value.dtype)
+    # reduceat takes starts only: each node's start and end in turn, every second result; an end may be V
+    padded = np.concatenate([value, value[:1]])
+    pairs = np.stack([tree.token_start[1:], tree.leaf_end[1:]], axis=1).ravel()
+    return ufunc.reduceat(padded, pairs, axis=0)[::2]
+
+
+def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """Node rows (M, C) float32 to start from: the mean of the rows below, weighted by the tokens' counts plus
+    one.
+
+    weight (V, C), rows in leaf order; counts (V,) by token id, default all alike. A node's logit is then
+    about that of its frequent tokens, so that the tree starts where the rows already are.
+    """
+    share = np.ones(tree.vocab_size) if counts is None else np.asarray(counts, np.float64)[tree.token_of_row] + 1
+    total = _over_leaves(np.add, tree, share)
+    nodes = np.empty((tree.n_nodes - 1, weight.shape[1]), np.float32)
+    for c in range(0, weight.shape[1], 32):  # a few columns at a time: the float64 copy stays small
+        columns = slice(c, c + 32)
+        nodes[:, columns] = _over_leaves(np.add, tree, weight[:, columns] * share[:, None]) / total[:, None]
+    return nodes
+
+
+def default_rank(shape: str, tree: Tree, dim: int) -> int | None:
+    """Rank that training gives the node rows of a tree that was asked for as `shape`; None: they are kept whole.
+
+    The default tree by meaning has some 1,400 rows for GPT-2's vocabulary; at three sixteenths of the channels they are
+    as many parameters as the 320 rows of an adaptive tree, 0.6 % of the model.
+    """
+    return max(1, 3 * dim // 16) if shape == "default" and tree.shape == "clustered" else None
+
+
+def factor_nodes(nodes: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows of this rank to nodes (M, C), as coords (M, R) and basis (R, C) float32 to multiply.
+
+    The basis is orthogonal, in size such that the numbers of coords are as large as those of the rows: a rule that
+    moves every number by about the learning rate, such as AdamW's, then moves a row as far as if it were kept whole.
+    R is rank, or C where that is less. Raises ValueError if rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"factor_nodes: rank must be at least 1, got {rank}")
+    dim = nodes.shape[1]
+    rank = min(rank, dim)
+    whole = nodes.astype(np.float64)
+    _, vectors = np.linalg.eigh(whole.T @ whole)  # by rising eigenvalue
+    chosen = vectors[:, ::-1][:, :rank]
+    size = (dim / rank) ** 0.5
+    return (whole @ chosen / size).astype(np.float32), np.ascontiguousarray((chosen * size).T, np.float32)
+
+
+def node_log_prior(tree: Tree, log_prior: np.ndarray) -> np.ndarray:
+    """Log of the summed prior of the tokens below each node (M,) float32; log_prior (V,) in leaf order."""
+    return _over_leaves(np.logaddexp, tree, log_prior.astype(np.float64)).astype(np.float32)
+
+
+NEVER = -1e30  # log probability of what cannot be, as a number
+
+
+class TreeHead:
+    """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the
+    path.
+
+    tree : Tree, or None to build one from counts (V,), by token id, with the named shape
+    weight, dweight : (V, C) float32, rows **in leaf order** (row r is token tree.token_of_row[r]), shared
+    with the
+        embedding; None: the head owns its leaf rows (`weight` among its parameters), small and random
+    nodes : (M, C) float32, a row for each node below the root, owned by the head; default init_nodes
+    rank : keep these rows as a product, nodes (M, R) times a basis (R, C), both trained: fewer parameters. After a
+        change of the parameters, call prepare. With basis given, nodes are its coordinates.
+    label_smoothing is uniform over a node's children, z_loss adds z * log(Z)**2 at each node of the path,
+    soft_cap acts on each node's logits. log_prior (V,) float32, by token id: a fixed log-frequency added to
+    the logits (its sum to a node's), so that training starts at the unigram.
+    Raises ValueError if a shape or dtype is wrong.
+
+    >>> head = TreeHead(vocab_size=1000, dim=8, counts=np.arange(1000))
+    >>> h, targets = np.ones((4, 8), np.float32), np.array([0, 1, 2, 999], np.int32)
+    >>> loss, nll, dh = head.forward_backward(h, targets, np.full(4, 0.25, np.float32))
+    >>> bool(np.allclose(nll, -np.log(head.distribution(h)[np.arange(4), targets]), atol=1e-5))
+    True
+    """
+
+    name = "tree"
+
+    def __init__(
+        self,
+        tree: Tree | None = None,
+        weight: np.ndarray | None = None,
+        dweight: np.ndarray | None = None,
+        *,
+        vocab_size: int | None = None,
+        dim: int | None = None,
+        counts: np.ndarray | None = None,
+        shape: str = "default",
+        nodes: np.ndarray | None = None,
+        rank: int | None = None,
+        basis: np.ndarray | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
+        log_prior: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_options("TreeHead", label_smoothing=label_smoothing, z_loss=z_loss, soft_cap=soft_cap)
+        for name, size in (("vocab_size", vocab_size), ("dim", dim), ("rank", rank)):
+            if size is not None and (size != int(size) or size < 1):
+                raise ValueError(f"TreeHead: {name} must be a whole number of at least 1, got {size}")
+        if tree is None:
+            if counts is None and vocab_size is None:
+                raise ValueError("TreeHead: give a tree, the tokens' counts or vocab_size")
+            tree = build_tree(shape, np.zeros(vocab_size or 0) if counts is None else counts)
+        self.tree = tree
+        self.vocab_size = tree.vocab_size
+        if vocab_size is not None and vocab_size != self.vocab_size:
+            raise ValueError(f"TreeHead: the tree has {self.vocab_size} tokens, but vocab_size is {vocab_size}")
+        if counts is not None and len(counts) != self.vocab_size:
+            raise ValueError(f"TreeHead: the tree has {self.vocab_size} tokens, but there are {len(counts)} counts")
+        self.parameters: dict[str, np.ndarray] = {}
+        self.gradients: dict[str, np.ndarray] = {}
+        if weight is None:
+            if dim is None:
+                raise ValueError("TreeHead: give weight (V, C), or dim to make rows of its own")
+            rng = np.random.default_rng(seed)
+            weight = rng.standard_normal((self.vocab_size, dim), np.float32) * np.float32(dim**-0.5)
+            self.parameters["weight"] = weight
+        check_rows("TreeHead", weight, dweight)
+        if weight.shape[0] != self.vocab_size or dim not in (None, weight.shape[1]):
+            raise ValueError(
+                f"TreeHead: weight must have shape ({self.vocab_size}, {dim or 'any'}), got {weight.shape}"
+            )
+        self.weight = weight
+        self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
+        if "weight" in self.parameters:
+            self.gradients["weight"] = self.dweight
+        self._take_nodes(init_nodes(tree, weight, counts) if nodes is None else nodes, rank, basis)
+        self.row_of_token: np.ndarray = tree.row_of_token
+        self.label_smoothing, self.z_loss, self.soft_cap = label_smoothing, z_loss, soft_cap
+        self.log_prior = log_prior
+        self._spans = tree.spans
+        self._prior: dict[str, Any] = {}
+        if log_prior is not None:
+            if log_prior.shape != (self.vocab_size,):
+                raise ValueError(f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}")
+            # -inf, of a token that cannot be, would make a node of such tokens 0 / 0
+            by_row = np.maximum(log_prior[tree.token_of_row], NEVER).astype(np.float32)
+            self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
+        self._scratch = kernels.TreeScratch()
+        self._sampler = tree_inference.TreeSampler(
+            self.weight, self.nodes, self._spans, soft_cap=soft_cap, **self._prior
+        )
+
+    def _take_nodes(self, nodes: np.ndarray, rank: int | None, basis: np.ndarray | None) -> None:
+        """Set the node rows, whole or as a product, and their gradients."""
+        count, dim = self.tree.n_nodes - 1, self.weight.shape[1]
+        if rank is not None and basis is None:
+            nodes, basis = factor_nodes(nodes, rank)
+        if basis is not None and (basis.ndim != 2 or basis.shape != (nodes.shape[-1], dim)):
+            raise ValueError(f"TreeHead: basis must have shape ({nodes.shape[-1]}, {dim}), got {basis.shape}")
+        width = dim if basis is None else len(basis)
+        if nodes.shape != (count, width):
+            raise ValueError(f"TreeHead: nodes must have shape ({count}, {width}), got {nodes.shape}")
+        self._basis = basis
+        self.nodes = nodes if basis is None else np.zeros((count, dim), np.float32)
+        self.dnodes = np.zeros(self.nodes.shape, np.float32)  # of the whole rows
+        if not count:  # a tree that is only a root has no node rows
+            return
+        self.parameters["nodes.weight"] = nodes
+        self.gradients["nodes.weight"] = self.dnodes
+        if basis is not None:
+            self.gradients["nodes.weight"] = np.zeros(nodes.shape, np.float32)
+            self.parameters["nodes.basis"] = basis
+            self.gradients["nodes.basis"] = np.zeros(basis.shape, np.float32)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Multiply out the node rows that are kept as a product; call after every change of the parameters."""
+        if self._basis is not None and self.nodes.size:
+            # by way of a spare: a thread that writes a text meanwhile must not see a half-made product
+            self.nodes[...] = low_rank_rows(self.parameters["nodes.weight"], self._basis, np.empty_like(self.nodes))
+
+    def _rows(self, targets: np.ndarray) -> np.ndarray:
+        check_targets("TreeHead", targets, self.vocab_size)
+        return self.row_of_token[targets]
+
+    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
+        """Nothing: this loss draws nothing."""
+
+    def forward_backward(
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and the nodes', or puts
+        them there: less work than clearing them, since only the rows on the targets' paths get any.
+
+        h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the
+        options.
+        """
+        factored = self._basis is not None and self.nodes.size > 0
+        if factored and accumulate:
+            self.dnodes[...] = 0  # this batch's own, of the whole rows
+        result = kernels.tree_head_forward_backward(
+            h, self.weight, self.nodes, self._spans, self._rows(targets), weights, self.dweight, self.dnodes,
+            label_smoothing=self.label_smoothing, z_loss=self.z_loss, soft_cap=self.soft_cap,
+            accumulate=accumulate, scratch=self._scratch, **self._prior,
+        )  # fmt: skip
+        if factored:
+            assert self._basis is not None
+            low_rank_backward(
+                self.gradients["nodes.weight"], self.gradients["nodes.basis"], self.dnodes,
+                self.parameters["nodes.weight"], self._basis, accumulate=accumulate,
+            )  # fmt: skip
+        return result
+
+    def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """log p(target), (N,) float32, visiting the target's path only."""
+        _, nll = kernels.tree_head_forward(
+            h, self.weight, self.nodes, self._spans, self._rows(targets), soft_cap=self.soft_cap,
+            scratch=self._scratch, **self._prior,
+        )  # fmt: skip
+        return -nll
+
+    def log_distribution(self, h: np.ndarray) -> np.ndarray:
+        """log p of every token, (N, V) float32, columns by token id; visits the whole tree."""
+        return tree_inference.tree_head_log_distribution(
+            h,
+            self.weight,
+            self.nodes,
+            self._spans,
+            self.tree.token_of_row,
+            soft_cap=self.soft_cap,
+            **self._prior,
+        )
+
+    def distribution(self, h: np.ndarray) -> np.ndarray:
+        """Probabilities of every token, (N, V) float32, columns by token id; visits the whole tree."""
+        return np.exp(self.log_distribution(h))
+
+    def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The count likeliest tokens for one h (C,), ids (k,) int32, most likely first, and their log p (k,) float64.
+
+        Exact, by best-first search over the nodes; k is count, at most V.
+        """
+        rows, log_p = self._sampler.top(x[None], count)
+        return self.tree.token_of_row[rows], log_p
+
+    def sample(
+        self,
+        h: np.ndarray,
+        rng: np.random.Generator,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> np.ndarray:
+        """One token id per row, (N,) int32: temperature, then top-k, then top-p, on the token distribution.
+
+        At temperature 1 without top-k and top-p by descent; with top-k at any temperature, and for
+        temperature 0, by best-first search; otherwise from all V probabilities.
+        """
+        top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
+        if not np.isfinite(h).all():
+            raise ValueError("TreeHead: h must be finite; nothing can be drawn from it")
+        if temperature == 1 and top_k is None and top_p is None:
+            rows = self._sampler.sample(h, rng.random((len(h), self._sampler.depth)))
+            return self.tree.token_of_row[rows]
+        if temperature != 0 and top_k is None:
+            return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
+        rows = np.empty(len(h), np.int64)
+        for n in range(len(h)):
+            if temperature == 0:
+                rows[n] = self._sampler.top(h[n : n + 1], 1)[0][0]
+            else:
+                rows[n] = self._sampler.draw_top(h[n : n + 1], top_k or 1, rng.random(), temperature, top_p)
+        return self.tree.token_of_row[rows]

@@ -1,0 +1,314 @@
+"""Scoring text: the one rule behind every NLL that this project quotes.
+
+Every token of every document is scored once, the first from <|endoftext|>; the closing <|endoftext|> is not.
+Contexts cross no document border. A long document goes in windows that overlap by the model's whole
+receptive field, so a token's score depends neither on the window's size nor on what else is in the batch (but
+for rounding).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashlm_numba.system.errors import UserError
+
+if TYPE_CHECKING:
+    from flashlm_numba.data.shards import Split
+    from flashlm_numba.model.config import RunConfig
+    from flashlm_numba.model.model import Model
+
+WINDOW = 2_048  # positions of a window, its overlap included
+BATCH = 4_096  # positions of a batch
+SMOOTHING = 0.1  # label smoothing of --smoothed, as in FlashLM v3's published losses
+_POOL = 128  # windows sorted by length before they are cut into batches
+_SMOOTHED_ROWS = 64  # rows of the (rows, V) table of probabilities held at a time
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over the tokens scored."""
+
+    tokens: int
+    nll: float  # sum of -ln p(token), nats
+    spread: float | None  # sum over tokens of the mean of -ln p over all V tokens; None unless asked for
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL."""
+        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+    @property
+    def smoothed_loss(self) -> float | None:
+        """Mean cross-entropy against targets smoothed by SMOOTHING over all V tokens, nats per token."""
+        if self.spread is None:
+            return None
+        return ((1 - SMOOTHING) * self.nll + SMOOTHING * self.spread) / self.tokens
+
+    def bits_per_byte(self, utf8_bytes: int) -> float:
+        """Sum of the NLL in bits over the documents' UTF-8 bytes."""
+        return self.nll / (math.log(2) * utf8_bytes)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document as the model reads it; `ids[skip:]`'s predictions are scored."""
+
+    ids: np.ndarray  # (L,) int32 inputs
+    targets: np.ndarray  # (L,) int32
+    skip: int  # positions scored by an earlier window
+
+
+def windows(document: np.ndarray, field: int, window: int, eot: int) -> Iterator[Window]:
+    """Cut one document (n,) into windows of at most `window` positions that score each token exactly once.
+
+    field : the model's receptive field in tokens, the current one included. A position of a later window has
+    its whole field inside it, since the window starts field - 1 positions before the first that it scores.
+
+    >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
+    [(6, 0), (6, 2)]
+    """
+    if window < field:
+        raise ValueError(f"windows: window must be at least the receptive field {field}, got {window}")
+    targets = np.asarray(document, np.int32)
+    ids = np.concatenate([np.array([eot], np.int32), targets[:-1]])
+    start, scored = 0, 0
+    while scored < len(targets):
+        end = min(start + window, len(targets))
+        yield Window(ids[start:end], targets[start:end], scored - start)
+        scored = end
+        start = end - (field - 1)
+
+
+def score(
+    model: Model,
+    documents: Iterable[np.ndarray],
+    *,
+    eot: int,
+    smoothed: bool = False,
+    window: int = WINDOW,
+    batch: int = BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score documents of token ids (n,) with a model.
+
+    eot : id of <|endoftext|>;  smoothed : also sum -ln p over all V tokens (slow: V values a position);
+    window, batch : positions of a window and of a batch, of no influence on the result beyond rounding;
+    progress : called with the number of tokens just scored.
+    Cost: a forward pass of L / (L - field + 1) times the tokens, where L is the window.
+    """
+    model.prepare()
+    field = model.config.receptive_field
+    window = max(window, 2 * field)
+    tokens, nll, spread = 0, 0.0, 0.0
+    for group in _batches((w for document in documents for w in windows(document, field, window, eot)), batch):
+        length = max(len(w.ids) for w in group)
+        ids = np.full((len(group), length), eot, np.int32)  # padded at the right end, where causality makes it harmless
+        rows, targets = [], []
+        for row, item in enumerate(group):
+            ids[row, : len(item.ids)] = item.ids
+            rows.append(np.arange(item.skip, len(item.ids)) + row * length)
+            targets.append(item.targets[item.skip :])
+        want = np.concatenate(targets)
+        h = model.forward(ids)[np.concatenate(rows)]  # (n, C), the positions scored
+        nll -= float(np.sum(model.head.log_prob(h, want), dtype=np.float64))
+        if smoothed:
+            spread += _spread(model, h)
+        tokens += len(want)
+        if progress is not None:
+            progress(len(want))
+    return Scores(tokens, nll, spread if smoothed else None)
+
+
+def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
+    """Groups of windows of about equal length; a padded group has at most `positions` (or is one window)."""
+    pool: list[Window] = []
+    more = True
+    while more:
+        pool = []
+        for item in items:
+            pool.append(item)
+            if len(pool) == _POOL:
+                break
+        more = len(pool) == _POOL
+        pool.sort(key=lambda item: len(item.ids))
+        while pool:
+            count = max(1, min(len(pool), positions // len(pool[-1].ids)))
+            yield pool[-count:]
+            del pool[-count:]
+
+
+def sees_the_future(model: Model, length: int = 256) -> bool:
+    """Whether another token anywhere in a text changes one bit of a hidden state before it: it must not.
+
+    The text is of 16 different tokens, its first half of two, so that the model finds followers (induction) everywhere.
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.config.vocab_size, 16)
+    ids = rng.choice(tokens, (1, length)).astype(np.int32)
+    ids[0, : length // 2] = rng.choice(tokens[:2], length // 2)
+    before = model.forward(ids).copy()
+    for at in (1, *range(length // 4, length // 4 + 8), length // 3, length // 2, length - 1):
+        changed = ids.copy()
+        changed[0, at:] = rng.choice(tokens, length - at)
+        if not np.array_equal(model.forward(changed)[:at].view(np.uint32), before[:at].view(np.uint32)):
+            return True
+    return False
+
+
+def _spread(model: Model, h: np.ndarray) -> float:
+    """Sum over rows of the mean over all V tokens of -ln p."""
+    total = 0.0
+    for start in range(0, len(h), _SMOOTHED_ROWS):
+        p = model.head.distribution(h[start : start + _SMOOTHED_ROWS])  # (rows, V)
+        # a probability that underflowed counts as the smallest float32, e**-103
+        np.maximum(p, np.float32(1e-45), out=p)
+        total -= float(np.log(p, out=p).mean(axis=1, dtype=np.float64).sum())
+    return total
+
+
+def evaluate_run(
+    run: Path,
+    data: str | None = None,
+    *,
+    smoothed: bool = False,
+    ema: bool = False,
+    checkpoint_name: str | None = None,
+    activations: str | None = None,
+    subset: str | None = None,
+    column: str = "text",
+    lines: bool = False,
+) -> dict[str, Any]:
+    """Score a run's model; the object that `eval --json` prints.
+
+    data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
+    or its validation documents where file names set some apart); None: the run's own validation documents.
+    activations : "float" or "int8", as Model.use_activations; None: as the run was trained.
+    subset, column, lines : of a source, as `prepare` takes them.
+    Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
+    """
+    from flashlm_numba.data.shards import is_prepared, open_run_tokens, open_tokens
+    from flashlm_numba.data.tokenizer import EOT
+    from flashlm_numba.model.build import load_model
+    from flashlm_numba.system.display import Display
+
+    loaded = load_model(run, checkpoint_name, ema=ema)
+    activations = activations or loaded.run.model.activations
+    loaded.model.use_activations(activations)
+    if sees_the_future(loaded.model):
+        raise UserError(
+            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would mean "
+            "nothing; the kernels must be wrong on this machine: run `flashlm-numba doctor`."
+        )
+    sizes = {"documents": 0, "bytes": 0}
+    total = None
+    if (subset is not None or lines or column != "text") and (data is None or is_prepared(data)):
+        raise UserError("subset, lines and column are for a source of documents, and this is prepared; leave them out.")
+    if data is None or is_prepared(data):
+        where = _own_data(run, loaded.run) if data is None else data
+        tokens = open_run_tokens(where) if data is None else open_tokens(where)
+        if data is None and tokens.hash != loaded.run.data_hash:
+            raise UserError(
+                f"The tokens in {where} are not those that {run} was trained on; prepare the same data there, or name "
+                "the data to score."
+            )
+        tokens.verify("validation")
+        split = tokens.validation
+        sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
+        documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
+    else:
+        if (Path(data) / "config.json").exists():
+            raise UserError(f"{data} is a run, not text; name the text to score.")
+        documents, name = _source_documents(data, sizes, subset=subset, column=column, lines=lines), data
+    with Display() as display, display.tokens("scoring", total):
+        found = score(
+            loaded.model, documents, eot=EOT, smoothed=smoothed, progress=lambda count: display.advance(count)
+        )
+    if not found.tokens:
+        raise UserError(f"{name} holds no text to score.")
+    if not math.isfinite(found.nll):
+        raise UserError(
+            f"The NLL of {name} is {found.nll}: the model's weights are too large; use an earlier checkpoint."
+        )
+    return {
+        "nll": found.mean_nll,
+        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,  # JSON has no infinity
+        "bits_per_byte": found.bits_per_byte(sizes["bytes"]),
+        "smoothed_loss": found.smoothed_loss,
+        "tokens": found.tokens,
+        **sizes,
+        "data": name,
+        "checkpoint_step": loaded.state["step"],
+        "ema": ema or bool(loaded.state.get("ema")),
+        "activations": activations,
+        "causal": True,  # or there would be no score
+    }
+
+
+def _own_data(run: Path, config: RunConfig) -> str:
+    """The prepared folder that a run was trained on; an exported model knows its hash, perhaps the built-in text's."""
+    from flashlm_numba.data.shards import cached_corpus, open_tokens
+
+    if config.data:
+        return config.data
+    built_in = cached_corpus()
+    if built_in is not None and open_tokens(built_in).hash == config.data_hash:
+        return str(built_in)
+    raise UserError(f"{run} does not say where its text is; name the text to score: `flashlm-numba eval {run} DATA`.")
+
+
+def _source_documents(source: str, sizes: dict[str, int], **options: Any) -> Iterator[np.ndarray]:
+    """Token ids (n,) int32 of the documents of a source; counts documents and UTF-8 bytes in sizes.
+
+    options : of sources.resolve
+    """
+    from flashlm_numba.data.sources import resolve
+    from flashlm_numba.data.tokenizer import Tokenizer
+
+    found = resolve(source, **options)
+    tokenizer = Tokenizer()
+    roles = ("validation",) if "validation" in found.roles else found.roles
+    for text in itertools.chain.from_iterable(found.documents(role) for role in roles):
+        if not text or text.isspace():  # as in `prepare`
+            continue
+        ids = np.array(tokenizer.encode(text), np.int32)
+        if len(ids):
+            sizes["documents"] += 1
+            sizes["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+            yield ids
+
+
+def validation_subset(split: Split, tokens: int) -> list[np.ndarray]:
+    """A fixed subset of a split's documents, at most `tokens` tokens: what training validates on.
+
+    Documents in an order drawn once (seed 0) from the split's first million tokens, each cut to an eighth of
+    the subset so that several documents are in it. Not the whole split: label its NLL as the subset's.
+    """
+    documents = list(split.documents(max_tokens=max(1_000_000, tokens)))
+    order = np.random.default_rng(0).permutation(len(documents))
+    subset: list[np.ndarray] = []
+    left = tokens
+    for share in (
+        max(1, tokens // 8),
+        tokens,
+    ):  # a second pass takes whole documents, if the first leaves room
+        subset, left = [], tokens
+        for index in order:
+            part = documents[index][: min(share, left)]
+            if len(part):
+                subset.append(part)
+                left -= len(part)
+        if left == 0:
+            break
+    return subset

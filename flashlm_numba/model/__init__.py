@@ -1,0 +1,1 @@
+"""The model: settings, parameters, both passes, and its files."""

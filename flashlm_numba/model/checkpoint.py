@@ -1,0 +1,308 @@
+"""Checkpoints: written whole or not at all, checked by SHA-256 when read; and the lock of a run's folder.
+
+RUN/checkpoints/step-<N>/ holds safetensors files and state.json, which records the SHA-256 of each of them
+and of itself. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import sync_folder
+
+KEEP = 3  # checkpoints kept in a run
+
+# the names that the safetensors format gives to NumPy's dtypes
+_DTYPES = {
+    "float64": "F64",
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
+    """Write a safetensors file, synced to disk; returns its SHA-256 (hex).
+
+    The safetensors package copies every tensor to bytes before it writes; this writes the arrays as they lie
+    in memory, which with the optimiser's state of 13.6M parameters saves 100 MB, and hashes on the way. The
+    format: a little-endian uint64 length, a JSON header padded with spaces to 8 bytes, the data, wide dtypes
+    first so that everything is aligned (https://huggingface.co/docs/safetensors).
+    """
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header, offset = {}, 0
+    for name in order:
+        array = arrays[name]
+        end = offset + array.nbytes
+        dtype = _DTYPES[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *(_bytes(arrays[name]) for name in order)):
+            file.write(part)
+            digest.update(part)
+        _sync(file)
+    return digest.hexdigest()
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, by name.
+
+    Copied into memory of NumPy's own, one after another: it asks for large pages, which load_file does not, and reading
+    rows here and there is a few percent faster for it.
+    """
+    from safetensors.numpy import load_file
+
+    found = load_file(path)
+    return {name: found.pop(name).copy() for name in list(found)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file whole, synced to disk: after a crash it holds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _sync(file)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: dict[str, Any]) -> Path:
+    """Write RUN/checkpoints/step-<step> and drop all but the newest KEEP and those marked; returns its path.
+
+    files : file name (without .safetensors) -> tensors;  state : JSON values, kept in state.json; a "keep" that is true
+        marks a checkpoint that is not dropped
+    The folder gets its name only when every byte is on disk. Raises UserError where the disk refuses.
+    """
+    parent = run / "checkpoints"
+    final = parent / f"step-{step}"
+    temporary = parent / f".tmp-step-{step}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for left_over in parent.glob(".tmp-*"):  # of a process that was killed while it saved
+            shutil.rmtree(left_over)
+        temporary.mkdir()
+        hashes = {}
+        for name, tensors in files.items():
+            hashes[f"{name}.safetensors"] = write_safetensors(temporary / f"{name}.safetensors", tensors)
+        content = {"step": step, **state, "files": hashes}
+        write_text(temporary / "state.json", json.dumps({**content, "sha256": _hash(content)}, indent=1) + "\n")
+        sync_folder(temporary)
+        if final.exists():  # the same step again, after resuming from it
+            os.replace(final, parent / f".tmp-old-step-{step}")
+        os.replace(temporary, final)
+        sync_folder(parent)
+        for left_over in parent.glob(".tmp-*"):
+            shutil.rmtree(left_over)
+        passing = [step for step in _steps(run) if not _marked(parent / f"step-{step}")]
+        for old in passing[:-KEEP]:  # renamed first: one that is half removed must not look like a checkpoint
+            os.replace(parent / f"step-{old}", parent / f".tmp-old-step-{old}")
+            shutil.rmtree(parent / f".tmp-old-step-{old}")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"The checkpoint of step {step} could not be written to {parent}: {error.strerror or error}; "
+            "make room there and resume the run from its last checkpoint."
+        ) from error
+    return final
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words, or None if it is intact."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        recorded = state.pop("sha256")
+        if _hash(state) != recorded or checkpoint.name != f"step-{state['step']}":
+            return "state.json does not match its recorded SHA-256"
+        for name, want in state["files"].items():
+            if Path(name).name != name:
+                return "state.json names a file elsewhere"
+            with (checkpoint / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != want:
+                    return f"{name} does not match its recorded SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "state.json cannot be read"
+    return None
+
+
+def find(run: Path, name: str | None = None) -> Path:
+    """The newest checkpoint of a run, or the one named "step-<N>" (or "<N>"), checked byte for byte.
+
+    Raises UserError if there is none or it is damaged; the sentence then names the last intact one.
+    """
+    if not run.is_dir():
+        raise UserError(f"There is no run at {run}; give the folder that `flashlm-numba train --out` wrote.")
+    steps = _steps(run)
+    if not steps:
+        raise UserError(f"{run} holds no checkpoint yet; train it first, or give another run.")
+    if name is None:
+        step = steps[-1]
+    else:
+        number = name.removeprefix("step-")
+        if not number.isdecimal() or int(number) not in steps:
+            have = ", ".join(f"step-{step}" for step in steps)
+            raise UserError(f"{run} holds no checkpoint '{name}'; it holds {have}.")
+        step = int(number)
+    checkpoint = run / "checkpoints" / f"step-{step}"
+    reason = damage(checkpoint)
+    if reason is None:
+        return checkpoint
+    which = "The newest checkpoint" if step == steps[-1] else "The checkpoint"
+    raise UserError(f"{which} {checkpoint} is damaged ({reason}); {_remedy(checkpoint)}.")
+
+
+def _remedy(checkpoint: Path) -> str:
+    """What to do where a checkpoint cannot be used."""
+    parent, this = checkpoint.parent, int(checkpoint.name.removeprefix("step-"))
+    others = [step for step in reversed(_steps(parent.parent)) if step != this]
+    intact = next((step for step in others if damage(parent / f"step-{step}") is None), None)
+    if intact is None:
+        return "no other intact checkpoint is left, so start a new run"
+    return f"use the last intact one with --checkpoint step-{intact}"
+
+
+def any_in(run: Path) -> bool:
+    """Whether a run has a checkpoint, intact or not."""
+    return bool(_steps(run))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The values of a checkpoint's state.json."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[str, Any]:
+    """state, if it says how far a run was trained: step, tokens and seconds; UserError otherwise.
+
+    Hashes keep damage out; a file that was made up can have them right. model_hash: RunConfig's, which the state's must
+    be where it has one.
+    """
+    if isinstance(state, dict) and model_hash is not None and state.get("model_hash", model_hash) != model_hash:
+        raise UserError(
+            f"The settings of the model in config.json are not those that {where} was trained with; restore the file."
+        )
+    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "seconds": (int, float)}
+    if isinstance(state, dict) and all(
+        isinstance(state.get(name), kind) and not isinstance(state[name], bool) and 0 <= state[name] < 2**63
+        for name, kind in kinds.items()
+    ):
+        return state
+    raise UserError(f"{where} does not say how far it was trained (step, tokens, seconds); use another checkpoint.")
+
+
+def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint's file (model, optimizer or ema, without .safetensors), by name.
+
+    Raises UserError if a float is not finite: it would spread. A fixed log prior may be -inf.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        tensors = read_safetensors(checkpoint / f"{name}.safetensors")
+    # the last four: a dtype that NumPy has not
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint / name}.safetensors is no file of tensors ({error}); {_remedy(checkpoint)}."
+        ) from None
+    for key, value in tensors.items():
+        if value.dtype.kind == "f" and key != "log_prior" and not np.isfinite(value).all():
+            raise UserError(
+                f"{key} in {checkpoint / name}.safetensors is not finite everywhere, so nothing can be computed with "
+                f"this checkpoint; {_remedy(checkpoint)}."
+            )
+    return tensors
+
+
+def _marked(checkpoint: Path) -> bool:
+    """Whether a checkpoint is to be kept; one whose state cannot be read is not."""
+    try:
+        return load_state(checkpoint).get("keep") is True
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def set_aside_after(run: Path, step: int) -> list[str]:
+    """Rename the checkpoints after step, which a run resumed there writes anew; returns the new names."""
+    parent = run / "checkpoints"
+    names = []
+    for later in _steps(run):
+        if later > step:
+            new = parent / f"set-aside-step-{later}"
+            shutil.rmtree(new, ignore_errors=True)
+            os.replace(parent / f"step-{later}", new)
+            names.append(new.name)
+    return names
+
+
+@contextlib.contextmanager
+def lock(run: Path, remedy: str = "wait for it, or stop it") -> Iterator[None]:
+    """Hold a run's folder for this process; raises UserError, ending with a remedy, if another one trains in it.
+
+    The operating system drops the lock when the process ends, however it ends.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as file:
+        try:
+            _lock_file(file)
+        except (BlockingIOError, PermissionError):  # the second on Windows
+            raise UserError(f"Another process is training in {run}; {remedy}.") from None
+        except OSError as error:
+            raise UserError(
+                f"{run} cannot be locked ({error.strerror or error}); choose a folder on another disk, or copy the run "
+                "there."
+            ) from None
+        yield
+
+
+def _lock_file(file: IO) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _steps(run: Path) -> list[int]:
+    """Steps of the checkpoints in a run, ascending."""
+    numbers = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes(array: np.ndarray) -> Any:
+    """The array's memory as a buffer, little-endian, without a copy where the machine is."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
+
+
+def _sync(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,272 @@
+"""The model: embedding, trunk and head, with parameters and gradients by name. Backward is forward in reverse.
+
+Letters: B batch, T time, N = B*T positions, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from flashlm_numba.heads import Head
+from flashlm_numba.kernels import _check, decode
+from flashlm_numba.kernels.decode import DecodeState
+from flashlm_numba.kernels.embedding import embedding_backward, zero
+from flashlm_numba.kernels.ngram_copy import scatter_followers
+from flashlm_numba.kernels.ternary import ternarize
+from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, trunk_backward, trunk_forward
+from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
+from flashlm_numba.system.errors import UserError
+
+ENDS = ("inputs", "outputs")  # of the trunk, where the rows of followers are added
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter but the head's own, in order; PyTorch's layouts."""
+    c, inner, width = config.dim, config.inner, config.dim // config.groups
+    convs = range(len(config.dilations))
+    return {
+        "embedding.weight": (config.vocab_size, c),
+        "norm1.weight": (c,),
+        **({"mixer.average.weight": (c,)} if config.average_decay else {}),
+        **{f"mixer.norms.{i}.weight": (c,) for i in convs},
+        **{f"mixer.gates.{i}.weight": (c, width, config.taps) for i in convs},
+        **{f"mixer.values.{i}.weight": (c, width, config.taps) for i in convs},
+        "mixer.out.weight": (c, c),
+        "norm2.weight": (c,),
+        "glu.gate.weight": (inner, c),
+        "glu.up.weight": (inner, c),
+        "glu.down.weight": (c, inner),
+        "router.weight": (1, c),
+        "router.bias": (1,),
+        "final_norm.weight": (c,),
+        **{f"induction.{end}.{i}.weight": (c,) for end in ENDS for i in range(len(config.induction_orders))},
+    }
+
+
+def initial_parameters(
+    config: ModelConfig, seed: int, embedding: np.ndarray | None = None, embedding_std: float = 0.02
+) -> dict[str, np.ndarray]:
+    """Starting values by FlashLM v3's rules, from a generator of their own per tensor.
+
+    Norms are one, the gains of the running average and of followers zero; convolutions, gate and up have std
+    fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
+    embedding (V, C): the rows to start from, else normal with embedding_std.
+    """
+    parameters = {}
+    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
+        rng = np.random.default_rng((seed, index))
+        if name == "embedding.weight" and embedding is not None:
+            _check.array("initial_parameters", "embedding", embedding, shape)
+            parameters[name] = embedding.copy()
+            continue
+        if len(shape) == 1:
+            zeros = name in ("router.bias", "mixer.average.weight") or name.startswith("induction.")
+            value = np.zeros(shape) if zeros else np.ones(shape)
+            parameters[name] = value.astype(np.float32)
+            continue
+        std = float(np.prod(shape[1:])) ** -0.5
+        if name == "embedding.weight":
+            std = embedding_std
+        elif name in ("mixer.out.weight", "glu.down.weight"):
+            std = 0.01
+        parameters[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
+    return parameters
+
+
+class Model:
+    """Parameters, gradients and the two passes.
+
+    make_head(weight, dweight) builds the head on the live embedding and its gradient, both (V, C) float32.
+    `parameters` and `gradients` are dicts with the same keys: the trunk's (parameter_shapes), then the head's own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: dict[str, np.ndarray],
+        make_head: Callable[[np.ndarray, np.ndarray], Head],
+    ) -> None:
+        self.config = config
+        for name, shape in parameter_shapes(config).items():
+            if name not in parameters:
+                raise ValueError(f"Model: parameter {name} is missing")
+            _check.array("Model", name, parameters[name], shape)
+        self.parameters = {name: parameters[name] for name in parameter_shapes(config)}
+        # np.zeros takes memory when it is written to, so a model that only generates has no gradients in memory
+        self.gradients = {name: np.zeros(value.shape, np.float32) for name, value in self.parameters.items()}
+        self.head = make_head(self.parameters["embedding.weight"], self.gradients["embedding.weight"])
+        for name, value in self.head.parameters.items():
+            self.parameters[f"head.{name}"] = value
+            self.gradients[f"head.{name}"] = self.head.gradients[name]
+        branches = config.mixer_scale, config.glu_scale
+        self._weights = TrunkWeights(
+            config.dim, config.inner, config.groups, config.taps, config.dilations, branches, config.average_decay,
+            config.induction_orders, config.induction_reach,
+        )  # fmt: skip
+        self._buffers: TrunkBuffers | None = None
+        self._rows: np.ndarray | None = None
+        self.use_activations(config.activations)
+
+    def use_activations(self, kind: str) -> None:
+        """How the ternary products are computed: in "float", or with what they multiply rounded to "int8", row by row,
+        in the forward and in the backward pass; faster, and a little off. At first it is what the configuration says.
+        """
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"Model: activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
+        try:
+            self._weights.use_int8(kind == "int8")
+        except ValueError as error:  # of the environment variable that forces a variant
+            raise UserError(f"{error}.") from None
+        self._buffers = None  # a backward pass must not follow a forward pass of the other kind
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Ternarise and pack the weights for the kernels; call after every change of the parameters."""
+        p, w = self.parameters, self._weights
+        w.norms[0], w.norms[1], w.norms[2] = p["norm1.weight"], p["norm2.weight"], p["final_norm.weight"]
+        for i in range(len(self.config.dilations)):
+            w.norms[3 + i] = p[f"mixer.norms.{i}.weight"]
+            w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
+        if self.config.average_decay:
+            w.norms[-1] = p["mixer.average.weight"]
+        for e, o, name in self._inductions():
+            w.gains[e, o] = p[name]
+        share = self.config.ternary_threshold
+        ternarize(p["mixer.out.weight"], w.w_out, threshold=share)
+        ternarize(p["glu.gate.weight"], w.w_gate, threshold=share)
+        ternarize(p["glu.up.weight"], w.w_up, threshold=share)
+        w.w_down_inner[...] = ternarize(p["glu.down.weight"], threshold=share)
+        w.pack()
+        self.head.prepare()
+
+    def _inductions(self) -> list[tuple[int, int, str]]:
+        """End, kind and name of the gains of followers."""
+        orders = range(len(self.config.induction_orders))
+        return [(e, o, f"induction.{end}.{o}.weight") for e, end in enumerate(ENDS) for o in orders]
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero, in one place."""
+        for gradient in self.gradients.values():
+            zero(gradient)
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Hidden states (B*T, C) float32 for token ids (B, T) int32: an internal buffer, valid until the next call.
+
+        A hidden state depends on no later token. Raises ValueError if an id is not in [0, V).
+        """
+        _check.array("Model.forward", "ids", ids, (None, None), np.int32)
+        _check.indices("Model.forward", "ids", ids, self.config.vocab_size, "the data was made with another vocabulary")
+        rows = ids.reshape(-1)
+        if self.head.row_of_token is not None:
+            rows = self.head.row_of_token[rows]
+        self._rows = np.ascontiguousarray(rows, np.int32)
+        if self._buffers is None or not self._buffers.fits(self._weights, *ids.shape):
+            self._buffers = None  # the old ones' memory is free before new ones are made
+            self._buffers = TrunkBuffers(self._weights, self.config.recursions, *ids.shape)
+        return trunk_forward(self._buffers, self._weights, self.parameters["embedding.weight"], self._rows)
+
+    def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
+        """Read a text, ids (T,) int32, T >= 1, in one pass: the state to go on from, and its last hidden state (1, C).
+
+        Only the last receptive_field tokens matter, and are read. Call prepare before, if parameters have changed.
+        Raises ValueError if there is no token, or one is not in [0, V).
+        """
+        _check.array("Model.prefill", "ids", ids, (None,), np.int32)
+        if not len(ids):
+            raise ValueError("Model.prefill: ids must hold at least one token; a text begins with <|endoftext|>")
+        h = self.forward(ids[None, -self.config.receptive_field :])
+        assert self._buffers is not None
+        assert self._rows is not None
+        return decode.prefill(self._weights, self._buffers, self._rows), h[-1:].copy()
+
+    def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
+        """Feed one token id to a state that prefill made: its hidden state (1, C) float32, valid until the next call.
+
+        Raises ValueError if the token is not in [0, V).
+        """
+        if not 0 <= token < self.config.vocab_size:
+            raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
+        row = token if self.head.row_of_token is None else int(self.head.row_of_token[token])
+        return decode.decode_step(state, self._weights, self.parameters["embedding.weight"], row)
+
+    def backward(self, dh: np.ndarray) -> None:
+        """Add the gradients for dh (B*T, C) float32 of the last forward call to `gradients`, the embedding's too."""
+        if self._buffers is None or self._rows is None:
+            raise ValueError("Model.backward: call forward first")
+        _check.array("Model.backward", "dh", dh, self._buffers.out.shape)
+        self._trunk_backward(dh)
+        self._embedding_backward(dh)
+
+    def _embedding_backward(self, dh: np.ndarray) -> None:
+        """What the embedding gets from its rows at the input, and from those of followers at both ends."""
+        assert self._buffers is not None
+        assert self._rows is not None
+        b, gradient, gains = self._buffers, self.gradients["embedding.weight"], self._weights.gains
+        embedding_backward(gradient, b.dx, self._rows)
+        for o, followers in enumerate(b.followers):
+            scatter_followers(gradient, b.dx, dh, followers, gains[0, o], gains[1, o])
+
+    def _trunk_backward(self, dh: np.ndarray) -> None:
+        assert self._buffers is not None
+        g = self.gradients
+        found = trunk_backward(self._buffers, self._weights, dh, self.parameters["embedding.weight"])
+        for i, name in enumerate(("norm1", "norm2", "final_norm")):
+            g[f"{name}.weight"] += found["norms"][i]
+        for i in range(len(self.config.dilations)):
+            g[f"mixer.norms.{i}.weight"] += found["norms"][3 + i]
+            g[f"mixer.gates.{i}.weight"] += found["gates"][i]
+            g[f"mixer.values.{i}.weight"] += found["values"][i]
+        if self.config.average_decay:
+            g["mixer.average.weight"] += found["norms"][-1]
+        for e, o, name in self._inductions():
+            g[name] += found["gains"][e, o]
+        # ternarize passes the gradient straight through
+        g["mixer.out.weight"] += found["w_out"]
+        g["glu.gate.weight"] += found["w_gate"]
+        g["glu.up.weight"] += found["w_up"]
+        g["glu.down.weight"] += found["w_down"]
+
+    def loss_and_grad(
+        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """One micro-batch: forward, head, backward; gradients are added to `gradients`, or take their place.
+
+        ids, targets (B, T) int32; weights (B*T,) float32, each position's share of the step's loss (they sum to 1 over
+        a whole step); positions of weight 0 cost the head nothing. accumulate=False is for a step's first micro-batch:
+        as zero_grad before, but the head, which has most of the gradients, clears only what it does not write.
+        Returns loss and nll of the positions of non-zero weight, in order, nats, (n,) float32, and the seconds spent
+        in `embedding`, `trunk` and `head`.
+        """
+        start = time.perf_counter()
+        h = self.forward(ids)
+        _check.array("Model.loss_and_grad", "targets", targets, ids.shape, np.int32)
+        _check.array("Model.loss_and_grad", "weights", weights, (ids.size,))
+        after_forward = time.perf_counter()
+        flat = targets.reshape(-1)
+        if weights.all():
+            loss, nll, dh = self.head.forward_backward(h, flat, weights, accumulate=accumulate)
+        else:
+            kept = np.flatnonzero(weights)
+            loss, nll, dh_kept = self.head.forward_backward(
+                np.ascontiguousarray(h[kept]), np.ascontiguousarray(flat[kept]), weights[kept], accumulate=accumulate
+            )
+            dh = np.zeros_like(h)
+            dh[kept] = dh_kept
+        after_head = time.perf_counter()
+        if not accumulate:
+            for name, gradient in self.gradients.items():
+                if name != "embedding.weight" and not name.startswith("head."):
+                    zero(gradient)
+        self._trunk_backward(dh)
+        after_trunk = time.perf_counter()
+        self._embedding_backward(dh)
+        end = time.perf_counter()
+        seconds = {
+            "embedding": end - after_trunk,
+            "trunk": after_forward - start + after_trunk - after_head,
+            "head": after_head - after_forward,
+        }
+        return loss, nll, seconds

@@ -1,0 +1,129 @@
+"""A model in one file: the ternary weights five to a byte, everything else as it is in a checkpoint.
+
+The file is a safetensors file. Its metadata hold the run's settings, how far it was trained, and a SHA-256 over all
+tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8: byte j of a row is the sum of 3**i times the code
+of weight 5 j + i, for i < 5, where the codes 0, 1, 2 stand for -1, 0, +1; weights beyond K have the code 0. That is 1.6
+bits a weight, of 1.58 that a ternary one can carry. Nothing is lost: training evaluates these values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import sync_folder
+
+FORMAT = "flashlm-numba packed 1"
+TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
+PER_BYTE = 5
+_POWERS = 3 ** np.arange(PER_BYTE)
+
+
+def pack_base3(weight: np.ndarray) -> np.ndarray:
+    """Ternary weight (R, K) of -1, 0, +1 as (R, ceil(K / 5)) uint8. Raises ValueError if an element is something else.
+
+    >>> pack_base3(np.array([[1, 0, -1, 1, 1, -1]])).tolist()
+    [[221, 0]]
+    """
+    if weight.ndim != 2 or not np.isin(weight, (-1, 0, 1)).all():
+        raise ValueError("pack_base3: weight must be a matrix of -1, 0 and +1 only; use ternarize first")
+    rows, columns = weight.shape
+    codes = np.zeros((rows, -(-columns // PER_BYTE) * PER_BYTE), np.int64)
+    codes[:, :columns] = weight + 1
+    return (codes.reshape(rows, codes.shape[1] // PER_BYTE, PER_BYTE) @ _POWERS).astype(np.uint8)
+
+
+def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
+    """The weight (R, columns) float32 that pack_base3 packed. Raises ValueError if it cannot have been that."""
+    if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] != -(-columns // PER_BYTE):
+        raise ValueError(
+            f"unpack_base3: {columns} columns take {-(-columns // PER_BYTE)} bytes a row, got {packed.dtype} of shape "
+            f"{packed.shape}"
+        )
+    if packed.size and packed.max() >= 3**PER_BYTE:
+        raise ValueError(f"unpack_base3: no byte can be above {3**PER_BYTE - 1}, got {packed.max()}")
+    codes = packed[:, :, None] // _POWERS % 3
+    return (codes.reshape(len(packed), packed.shape[1] * PER_BYTE)[:, :columns] - 1).astype(np.float32)
+
+
+def _digest(tensors: dict[str, np.ndarray], config: str, state: str) -> str:
+    """SHA-256 over the settings and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{config}\0{state}\0".encode())
+    for name in sorted(tensors):
+        array = np.asarray(tensors[name], order="C")
+        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], config: str, state: dict[str, Any]) -> None:
+    """Write a model's tensors, with the ternary matrices as their ternary values, whole or not at all.
+
+    config : the run's settings as JSON;  state : how far it was trained. Raises UserError where the disk refuses.
+    """
+    from safetensors.numpy import save_file
+
+    stored = {f"{name}.base3": pack_base3(tensors[name]) for name in TERNARY}
+    stored |= {name: value for name, value in tensors.items() if name not in TERNARY}
+    shapes = {name: list(tensors[name].shape) for name in TERNARY}
+    state_text = json.dumps(state | {"shapes": shapes}, sort_keys=True)
+    metadata = {"format": FORMAT, "config": config, "state": state_text, "sha256": _digest(stored, config, state_text)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(stored, temporary, metadata=metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except Exception as error:  # safetensors has its own error for a full disk
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"The model could not be written to {path}: {reason}; choose another file, or make room on a full disk."
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """config, tensors and state of a file that write made. Raises UserError if it is another file, or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    damaged = f"{path} is not whole ({{}}); export the run again."
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} is a safetensors file, but no model of `flashlm-numba export`; give such a file, or the "
+                    "folder of a run."
+                )
+            tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):  # also a dtype that NumPy has not
+        raise UserError(
+            f"{path} is not a model that can be read; give a file that `flashlm-numba export` wrote, or the folder of "
+            "a run. If it is one, it is not whole: export the run again."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    config, state_text = metadata.get("config", ""), metadata.get("state", "")
+    if _digest(tensors, config, state_text) != metadata.get("sha256"):
+        raise UserError(damaged.format("its tensors do not match its SHA-256"))
+    try:
+        state = json.loads(state_text)
+        shapes = state.pop("shapes")
+        for name in TERNARY:
+            tensors[name] = unpack_base3(tensors.pop(f"{name}.base3"), shapes[name][1])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(damaged.format(error)) from None
+    return config, tensors, state

@@ -1,0 +1,1 @@
+"""Errors, files, cache, processes, threads, display: nothing here knows a model."""

@@ -1,0 +1,25 @@
+"""This Python again, in a process of its own: neither memory nor threads that it took stay with the caller."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flashlm_numba.system.errors import UserError
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of such a process: this one's, and these variables."""
+    # a checkout that is not installed must find the package as this process did
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def run_apart(arguments: list[str], **variables: str) -> None:
+    """Run this Python with arguments and these variables; UserError if it fails, having said why."""
+    sys.stderr.flush()
+    result = subprocess.run([sys.executable, *arguments], check=False, env=environment(**variables))
+    if result.returncode:
+        raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}.")

@@ -1,0 +1,1 @@
+"""Training: the loop, starting and resuming, the optimiser, what is compiled beforehand."""

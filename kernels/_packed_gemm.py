@@ -1,0 +1,76 @@
+"""Many rows times a weight that is laid out for it once a step, in register tiles.
+
+Panels (P, K, 32) of a weight (R, K), P = R / 32 rounded up, hold 32 of its rows side by side, input by input, padded
+with zeros. The trunk's weights stay as they are for a whole step, so they are laid out once a step, where BLAS lays its
+operands out anew in every call.
+Letters: M rows of inputs, K inputs, R outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._microkernels import HAS_AVX512, tile_product_16, tile_product_32
+from flashlm_numba.kernels._rows import aligned_zeros
+
+WIDTH = 32
+SPARE_ROWS = 24  # of the scratch for outputs that do not fill a register
+SPARE_FLOATS = 16 * SPARE_ROWS
+
+
+@serial_kernel
+def _fill_panels(panels, weight):
+    rows, columns = weight.shape
+    for p in range(panels.shape[0]):
+        for k in range(columns):
+            for j in range(WIDTH):
+                row = p * WIDTH + j
+                panels[p, k, j] = weight[row, k] if row < rows else np.float32(0)
+
+
+def empty_panels(rows: int, columns: int) -> np.ndarray:
+    """Room for the panels of a weight (R, K) of this shape."""
+    return aligned_zeros((-(-rows // WIDTH), columns, WIDTH), np.float32)
+
+
+def fill_panels(panels: np.ndarray, weight: np.ndarray) -> None:
+    """Write the panels of weight (R, K) float32, of any strides; unchecked."""
+    _fill_panels(panels, weight)
+
+
+def _make_panel_product(wide: bool) -> Any:
+    """With tiles of 12 x 32, for the registers of AVX-512, or of 16 columns."""
+
+    def panel_product(out, x, panels, spare, add):
+        rows, count, depth = out.shape[0], out.shape[1], x.shape[1]
+        to, a = out.reshape(-1), x.reshape(-1)
+        for p in range(panels.shape[0]):
+            panel, first, last = panels[p].reshape(-1), p * WIDTH, min(count, (p + 1) * WIDTH)
+            if wide and last - first == WIDTH:
+                tile_product_32(to, first, count, a, 0, depth, 1, 0, panel, 0, WIDTH, 0, rows, depth, 1, add)
+                continue
+            for c in range(first, last, 16):
+                if c + 16 <= last:
+                    tile_product_16(to, c, count, a, 0, depth, 1, 0, panel, c - first, WIDTH, 0, rows, depth, 1, add)
+                    continue
+                for m in range(0, rows, SPARE_ROWS):  # a part of a register
+                    high = min(SPARE_ROWS, rows - m)
+                    tile_product_16(
+                        spare, 0, 16, a, m * depth, depth, 1, 0, panel, c - first, WIDTH, 0, high, depth, 1, 0
+                    )
+                    for i in range(high):
+                        for j in range(last - c):
+                            value = spare[16 * i + j]
+                            out[m + i, c + j] = out[m + i, c + j] + value if add else value
+
+    panel_product.__name__ = panel_product.__qualname__ = f"_panel_product_{'wide' if wide else 'narrow'}"
+    return helper(panel_product)
+
+
+# out (M, R) = x (M, K) @ weight.T for the panels (P, K, 32) of weight, or added to out (add = 1); K >= 1. out and x are
+# contiguous; spare: at least SPARE_FLOATS of scratch, 1-D.
+panel_products = {wide: _make_panel_product(wide) for wide in (False, True)}
+panel_product = panel_products[HAS_AVX512]

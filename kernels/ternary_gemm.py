@@ -1,0 +1,322 @@
+"""Many rows of activations times a ternary matrix, rounded to int8 on the way: what training multiplies.
+
+    out (M, R) (+)= scale_m * (q_m . w_r),   q_m = round(x_m * 127 / max|x_m|), w_r ternary
+
+Integer products of four at a time take an instruction where float32 ones take four. The weights, as codes 0, 1, 2, lie
+by columns: (K / 4, R', 4) uint8, so that a register holds four inputs' codes for 16 outputs (8 with AVX2), and its
+product with four inputs, repeated, adds to 16 sums: a tile of sums stays in registers, and nothing is added across.
+The sums begin at minus the sum of the row's q, since the codes are too large by one.
+
+    vnni           vpdpbusd: four products of unsigned and signed bytes, added to an int32
+    avx512, avx2   vpmaddubsw, pairs in int16 (at most 2 * 2 * 128 = 512), then vpmaddwd, pairs of those in int32
+    others         BLAS on the rounded inputs in float32, which is the same but for float32's rounding
+
+Letters: M rows of activations, K inputs, R outputs, R' = R in whole blocks of 64.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
+from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._rows import aligned_zeros
+from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
+from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
+
+COLUMNS = 64  # outputs of a block
+# lanes, registers of outputs, rows of activations of a tile: as many sums as the registers hold
+TILES = {"avx2": (8, 2, 4), "avx512": (16, 4, 5), "vnni": (16, 4, 6)}
+
+
+def _make_tile(variant: str, rows: int) -> Any:
+    """An intrinsic: sums of so many rows with a block's outputs, scaled, written or added; strides in bytes."""
+    lanes, registers, _ = TILES[variant]
+    int32, int64 = ir.IntType(32), ir.IntType(64)
+    ints, floats = ir.VectorType(int32, lanes), ir.VectorType(ir.FloatType(), lanes)
+    shorts, bytes_ = ir.VectorType(ir.IntType(16), 2 * lanes), ir.VectorType(ir.IntType(8), 4 * lanes)
+
+    @intrinsic
+    def tile(typingctx, codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add):
+        signature = types.void(*[types.intp] * 10)
+
+        def codegen(context, builder, sig, args):
+            codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add = args
+
+            def constant(value):
+                return ir.Constant(int64, value)
+
+            def function(name, result, *arguments):
+                return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+            def load(address, kind):
+                value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+                value.align = 1
+                return value
+
+            def repeat(value, kind):
+                nothing = ir.Constant(kind, ir.Undefined)
+                first = builder.insert_element(nothing, value, ir.Constant(int32, 0))
+                return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(int32, lanes), [0] * lanes))
+
+            if variant == "vnni":
+                add_fours = function("llvm.x86.avx512.vpdpbusd.512", ints, ints, ints, ints)
+            elif variant == "avx512":
+                pairs = function("llvm.x86.avx512.pmaddubs.w.512", shorts, bytes_, bytes_)
+                fours = function("llvm.x86.avx512.pmaddw.d.512", ints, shorts, shorts)
+            else:
+                pairs = function("llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
+                fours = function("llvm.x86.avx2.pmadd.wd", ints, shorts, shorts)
+            ones = ir.Constant(shorts, [1] * (2 * lanes))
+
+            def add_products(total, code, x):
+                if variant == "vnni":
+                    return builder.call(add_fours, [total, code, x])
+                found = builder.call(pairs, [builder.bitcast(code, bytes_), builder.bitcast(x, bytes_)])
+                return builder.add(total, builder.call(fours, [found, ones]))
+
+            q_rows = [builder.add(q, builder.mul(q_stride, constant(j))) for j in range(rows)]
+            start = [repeat(builder.neg(load(builder.add(sums, constant(4 * j)), int32)), ints) for j in range(rows)]
+            entry = builder.block
+            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+            written, added, end = (builder.append_basic_block(name) for name in ("write", "add", "end"))
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            group = builder.phi(int64)
+            group.add_incoming(constant(0), entry)
+            totals = [builder.phi(ints) for _ in range(rows * registers)]
+            for place, phi in enumerate(totals):
+                phi.add_incoming(start[place // registers], entry)
+            at = builder.add(codes, builder.mul(group, codes_stride))
+            here = [load(builder.add(at, constant(4 * lanes * r)), ints) for r in range(registers)]
+            new = []
+            for j in range(rows):
+                x = repeat(load(builder.add(q_rows[j], builder.mul(group, constant(4))), int32), ints)
+                new += [add_products(totals[j * registers + r], here[r], x) for r in range(registers)]
+            following = builder.add(group, constant(1))
+            group.add_incoming(following, loop)
+            for phi, value in zip(totals, new, strict=True):
+                phi.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
+
+            builder.position_at_end(done)
+            scaled, places = [], []
+            for j in range(rows):
+                scale = repeat(load(builder.add(scales, constant(4 * j)), ir.FloatType()), floats)
+                for r in range(registers):
+                    scaled.append(builder.fmul(builder.sitofp(new[j * registers + r], floats), scale))
+                    place = builder.add(builder.add(out, builder.mul(out_stride, constant(j))), constant(4 * lanes * r))
+                    places.append(builder.inttoptr(place, floats.as_pointer()))
+            builder.cbranch(builder.icmp_signed("!=", add, constant(0)), added, written)
+            for block in (written, added):
+                builder.position_at_end(block)
+                for value, place in zip(scaled, places, strict=True):
+                    if block is added:
+                        before = builder.load(place)
+                        before.align = 4
+                        value = builder.fadd(before, value)
+                    builder.store(value, place).align = 4
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    def call(codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add):
+        tile(codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add)
+
+    call.__name__ = call.__qualname__ = f"_ternary_tile_{variant}_{rows}"  # see _make_tile in _microkernels.py
+    return helper(call)
+
+
+@helper
+def _products_plain(out, codes, q, sums, scales, add, spare):
+    """Never called: where there is no such instruction, ternary_linear multiplies by BLAS."""
+
+
+def _make_products(variant: str) -> Any:
+    """out (M, R) (+)= the scaled products of q (M, 4 G) int8 and codes (G, R', 4); spare (rows, 64): scratch."""
+    if variant not in available():
+        return _products_plain
+    lanes, registers, most = TILES[variant]
+    block = lanes * registers
+    many, one = _make_tile(variant, most), _make_tile(variant, 1)
+
+    def products(out, codes, q, sums, scales, add, spare):
+        groups, width, count, rows = codes.shape[0], codes.shape[1], out.shape[1], out.shape[0]
+        if groups == 0:
+            for m in range(rows):
+                for r in range(0 if add else count):
+                    out[m, r] = 0
+            return
+        p, x, o, s = codes.ctypes.data, q.ctypes.data, out.ctypes.data, spare.ctypes.data
+        ps, xs = sums.ctypes.data, scales.ctypes.data
+        stride = out.strides[0]
+        for r in range(0, count, block):
+            whole = r + block <= count
+            m = 0
+            while m < rows:
+                high = most if m + most <= rows else 1
+                to, to_stride = (o + m * stride + 4 * r, stride) if whole else (s, 4 * block)
+                if high == most:
+                    many(
+                        p + 4 * r, 4 * width, x + m * q.shape[1], q.shape[1], groups, ps + 4 * m, xs + 4 * m,
+                        to, to_stride, add if whole else 0,
+                    )  # fmt: skip
+                else:
+                    one(
+                        p + 4 * r, 4 * width, x + m * q.shape[1], q.shape[1], groups, ps + 4 * m, xs + 4 * m,
+                        to, to_stride, add if whole else 0,
+                    )  # fmt: skip
+                if not whole:  # a block that reaches beyond the last output
+                    flat = spare.reshape(-1)
+                    for j in range(high):
+                        for k in range(count - r):
+                            value = flat[j * block + k]
+                            out[m + j, r + k] = out[m + j, r + k] + value if add else value
+                m += high
+
+    products.__name__ = products.__qualname__ = f"_ternary_linear_{variant}"
+    return helper(products)
+
+
+if numba.config.DISABLE_JIT:
+    products_avx2 = products_avx512 = products_vnni = _products_plain
+else:
+    products_avx2, products_avx512, products_vnni = (_make_products(name) for name in VARIANTS[1:])
+
+
+@functools.cache
+def linear_variant() -> str:
+    """The variant to multiply with: ternary_matmul's best_variant, if it agrees with NumPy here, else plain."""
+    name = best_variant()
+    if name == "plain":
+        return name
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-1, 2, (70, 37)).astype(np.float32)
+    x = rng.integers(-127, 128, (13, 37)).astype(np.float32)
+    x[:, 0] = 127  # the rounding then changes nothing
+    weight[0], weight[1], x[0], x[1] = 1, -1, 127, -127
+    if np.allclose(ternary_linear(x, weight, pack_columns(weight), variant=name), x @ weight.T, rtol=1e-5, atol=1e-3):
+        return name
+    warnings.warn(f"the {name} kernel of ternary_linear computes wrongly on this machine; not used", stacklevel=2)
+    return "plain"
+
+
+@helper
+def ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
+    """out (M, R) = x (M, K) @ weight.T, or added to out (add = 1), x rounded to int8 row by row.
+
+    weight (R, K) float32 and codes (G, R', 4) hold the same; variant: index in VARIANTS. Rows of out are contiguous.
+    Scratch: q (any,) int8, scales and sums (M or more,), spare (6, 64) and, for BLAS, at least (M * K,) in all.
+    """
+    rows, columns = x.shape
+    width = 4 * codes.shape[0]
+    here = q[: rows * width].reshape(rows, width)
+    quantize(here, scales, x)
+    if variant == 0:
+        rounded = spare.reshape(-1)[: rows * columns].reshape(rows, columns)
+        for m in range(rows):
+            for k in range(columns):
+                rounded[m, k] = np.float32(here[m, k]) * scales[m]
+        gemm_nt(blas, out, rounded, weight, np.float32(add))
+        return
+    for m in range(rows):
+        total = np.int32(0)
+        for k in range(width):
+            total += np.int32(here[m, k])
+        sums[m] = total
+    if variant == 3:
+        products_vnni(out, codes, here, sums, scales, add, spare)
+    elif variant == 2:
+        products_avx512(out, codes, here, sums, scales, add, spare)
+    else:
+        products_avx2(out, codes, here, sums, scales, add, spare)
+
+
+@serial_kernel
+def _ternary_linear(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
+    ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas)
+
+
+@serial_kernel
+def _pack_columns(codes, weight):
+    """codes (G, R', 4) of weight (R, K); 1 where padded, which is a weight of zero."""
+    rows, columns = weight.shape
+    for g in range(codes.shape[0]):
+        for r in range(codes.shape[1]):
+            for i in range(4):
+                k = 4 * g + i
+                codes[g, r, i] = np.uint8(weight[r, k] + np.float32(1)) if r < rows and k < columns else np.uint8(1)
+
+
+def empty_columns(rows: int, columns: int) -> np.ndarray:
+    """Room for the codes of a weight of this shape."""
+    return aligned_zeros((-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
+
+
+def fill_columns(codes: np.ndarray, weight: np.ndarray) -> None:
+    """Write the codes of ternary weight (R, K) float32, of any strides; unchecked."""
+    _pack_columns(codes, weight)
+
+
+def pack_columns(weight: np.ndarray) -> np.ndarray:
+    """Codes (ceil(K / 4), R', 4) uint8 of ternary weight (R, K) float32, laid out for ternary_linear.
+
+    Raises ValueError if an element is not -1, 0 or +1.
+
+    >>> pack_columns(np.array([[1, 0, -1]], np.float32))[0, 0].tolist()
+    [2, 1, 0, 1]
+    """
+    _check.array("pack_columns", "weight", weight, (None, None))
+    if not np.isin(weight, (-1, 0, 1)).all():
+        raise ValueError("pack_columns: weight must hold only -1, 0 and +1; use ternarize first")
+    codes = empty_columns(*weight.shape)
+    fill_columns(codes, weight)
+    return codes
+
+
+def spare_floats(variant: int, rows: int, columns: int) -> int:
+    """Floats of the scratch `spare` for so many rows and inputs."""
+    return max(6 * COLUMNS, rows * columns if variant == 0 else 0)
+
+
+def ternary_linear(
+    x: np.ndarray, weight: np.ndarray, codes: np.ndarray, out: np.ndarray | None = None, *, variant: str | None = None
+) -> np.ndarray:
+    """About x @ weight.T, (M, R) float32, for x (M, K) rounded to int8 row by row; added to out (M, R) if given.
+
+    weight (R, K) float32 is ternary, codes are pack_columns(weight). variant: one of _ternary_dots.available(), default
+    the best. One thread. Raises ValueError if a shape or dtype is wrong.
+
+    >>> weight = np.array([[1, 1, -1]], np.float32)
+    >>> x = np.array([[127, -127, 32]], np.float32)
+    >>> ternary_linear(x, weight, pack_columns(weight)).tolist()
+    [[-32.0]]
+    """
+    _check.array("ternary_linear", "weight", weight, (None, None))
+    rows, columns = weight.shape
+    _check.array("ternary_linear", "x", x, (None, columns))
+    _check.array("ternary_linear", "codes", codes, (-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
+    index = VARIANTS.index(check_variant(variant) if variant else linear_variant())
+    add = out is not None
+    if out is None:
+        out = np.zeros((len(x), rows), np.float32)
+    _check.array("ternary_linear", "out", out, (len(x), rows))
+    _ternary_linear(
+        out, x, weight, codes, np.empty(len(x) * 4 * len(codes), np.int8), np.empty(len(x), np.float32),
+        np.empty(len(x), np.int32), np.empty((1, spare_floats(index, *x.shape)), np.float32), int(add), index,
+        sgemm_address(),
+    )  # fmt: skip
+    return out

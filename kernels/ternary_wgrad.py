@@ -1,0 +1,156 @@
+"""Gradients of weights with both operands rounded to int8: out (R, K) += a (M, R).T @ b (M, K).
+
+Training with int8 activations spends most of its time here otherwise, in float32. Both are rounded once more:
+
+    b_m = s_m p_m                          row by row, p_m int8, as in the forward product
+    s_m a_mr = t_r q_mr                    column by column over the M rows, q int8
+    out_rk += t_r * sum over m of q_mr p_mk
+
+so that the sum over m is one of integers, exact in int32. The bytes p lie as p + 128, unsigned, four rows of b beside
+each other, (M / 4, K', 4), and q as (R, M): the layout of ternary_gemm.py, whose tiles multiply them. Those of
+processors without vpdpbusd add pairs in int16, which 255 * 127 * 2 would overflow: there the product is BLAS's, exact.
+A number that is not finite makes everything exact too, which shows it to the caller.
+Letters: M rows, R and K columns, K' = K in whole blocks of 64.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
+from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
+from flashlm_numba.kernels._math import ROUNDING, SMALLEST, _bits_from_float, _float_from_bits, largest_magnitude
+from flashlm_numba.kernels._rows import aligned_zeros
+from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
+from flashlm_numba.kernels.ternary_gemm import COLUMNS, products_vnni
+
+VNNI = VARIANTS.index("vnni")
+_FINITE = np.float32(3.4028235e38)
+MOST_ROWS = 2**31 // (127 * 255)  # whose products, each of at most that, an int32 can add up
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+@strict_helper
+def _byte(x, factor):
+    """round(x * factor) as int32."""
+    return np.int32((x * factor + ROUNDING) - ROUNDING)
+
+
+@strict_helper
+def _inverse(scale):
+    return np.float32(1) / scale if scale > 0 else np.float32(0)
+
+
+@strict_helper
+def _round_rows(codes, shares, b):
+    """codes (G, K) of b (M, K), bytes p + 128, four a word, and shares (4 G,), its s; whether b is finite."""
+    rows, columns = b.shape
+    for m in range(4 * codes.shape[0]):
+        largest = largest_magnitude(b[m]) if m < rows else np.float32(0)
+        if not largest <= _FINITE:
+            return False
+        shares[m] = largest * np.float32(1 / 127) if largest >= SMALLEST else np.float32(0)
+    for g in range(codes.shape[0]):
+        first, last = 4 * g, rows - 1
+        b0, b1 = b[first], b[min(first + 1, last)]
+        b2, b3 = b[min(first + 2, last)], b[min(first + 3, last)]
+        f0, f1 = _inverse(shares[first]), _inverse(shares[first + 1])
+        f2, f3 = _inverse(shares[first + 2]), _inverse(shares[first + 3])
+        for k in range(columns):
+            low = (_byte(b0[k], f0) + np.int32(128)) | ((_byte(b1[k], f1) + np.int32(128)) << np.int32(8))
+            high = (_byte(b2[k], f2) + np.int32(128)) | ((_byte(b3[k], f3) + np.int32(128)) << np.int32(8))
+            codes[g, k] = np.int32(low | (high << np.int32(16)))
+    return True
+
+
+@strict_helper
+def _round_columns(q, scales, sums, a, shares):
+    """q (R, G), four rows' bytes in a word, of a (M, R) times shares; scales (R,) t; sums (R,) of q, times 128."""
+    rows, columns = a.shape
+    for r in range(columns):
+        sums[r] = 0
+    for m in range(rows):
+        for r in range(columns):
+            sums[r] = max(sums[r], _bits_from_float(a[m, r] * shares[m]) & _MAGNITUDE)
+    for r in range(columns):
+        largest = _float_from_bits(sums[r])
+        if not largest <= _FINITE:
+            return False
+        scales[r] = largest * np.float32(1 / 127) if largest >= SMALLEST else np.float32(0)
+        sums[r] = 0
+    for g in range(q.shape[1]):
+        first, last = 4 * g, rows - 1
+        a0, a1 = a[first], a[min(first + 1, last)]
+        a2, a3 = a[min(first + 2, last)], a[min(first + 3, last)]
+        s0, s1, s2, s3 = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
+        for r in range(columns):
+            f = _inverse(scales[r])
+            q0, q1, q2, q3 = _byte(a0[r] * s0, f), _byte(a1[r] * s1, f), _byte(a2[r] * s2, f), _byte(a3[r] * s3, f)
+            sums[r] += np.int32(128) * (q0 + q1 + q2 + q3)
+            low = (q0 & np.int32(255)) | ((q1 & np.int32(255)) << np.int32(8))
+            q[r, g] = np.int32(low | ((q2 & np.int32(255)) << np.int32(16)) | (q3 << np.int32(24)))
+    return True
+
+
+if numba.config.DISABLE_JIT:
+
+    def weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+        """As below, exact."""
+        gemm_tn(blas, out, a, b, np.float32(1))
+
+else:
+
+    @helper
+    def weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+        """out (R, K) += a (M, R).T @ b (M, K), rounded where the variant (its index in VARIANTS) is vnni.
+
+        More than MOST_ROWS rows are exact too.
+        Scratch: codes int32 (M / 4 * K' or more,), shares (M + 3,), q int8 (R * (M + 3),), scales and sums (R,).
+        """
+        rows, columns, outputs = a.shape[0], b.shape[1], out.shape[0]
+        if variant == VNNI and 0 < rows <= MOST_ROWS:
+            groups = (rows + 3) // 4
+            width = (columns + COLUMNS - 1) // COLUMNS * COLUMNS
+            words = codes[: groups * width].reshape(groups, width)
+            here = q[: 4 * groups * outputs]
+            if _round_rows(words, shares, b) and _round_columns(
+                here.view(np.int32).reshape(outputs, groups), scales, sums, a, shares
+            ):
+                bytes_ = here.reshape(outputs, 4 * groups)
+                products_vnni(out, words, bytes_, sums, scales, 1, spare)
+                return
+        gemm_tn(blas, out, a, b, np.float32(1))
+
+
+def codes_words(rows: int, columns: int) -> int:
+    """Words of the scratch `codes`."""
+    return -(-rows // 4) * (-(-columns // COLUMNS) * COLUMNS)
+
+
+@serial_kernel
+def _weight_gradient(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+    weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
+
+
+def weight_gradient(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -> np.ndarray:
+    """About a.T @ b, (R, K) float32, for a (M, R) and b (M, K) float32, both rounded to int8 where that is fast.
+
+    variant: one of _ternary_dots.available(), default the best. One thread. Raises ValueError if a shape or dtype is
+    wrong.
+
+    >>> weight_gradient(np.array([[1], [-1]], np.float32), np.array([[3, 0], [0, 3]], np.float32)).round(3).tolist()
+    [[3.0, -3.0]]
+    """
+    _check.array("weight_gradient", "a", a, (None, None))
+    _check.array("weight_gradient", "b", b, (a.shape[0], None))
+    index = VARIANTS.index(check_variant(variant) if variant else available()[-1])
+    rows, outputs, columns = a.shape[0], a.shape[1], b.shape[1]
+    out = np.zeros((outputs, columns), np.float32)
+    _weight_gradient(
+        out, a, b, aligned_zeros((codes_words(rows, columns),), np.int32), np.zeros(rows + 3, np.float32),
+        aligned_zeros((outputs * (rows + 3),), np.int8), np.zeros(outputs, np.float32), np.zeros(outputs, np.int32),
+        np.zeros((6, COLUMNS), np.float32), index, sgemm_address(),
+    )  # fmt: skip
+    return out

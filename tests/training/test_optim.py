@@ -1,0 +1,410 @@
+"""Groups, schedule and the optimiser as a whole: against torch, frozen tensors, saved and loaded state."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numba
+import numpy as np
+import pytest
+from helpers import import_torch
+from safetensors.numpy import load, save
+
+from flashlm_numba.kernels import reference_optim
+from flashlm_numba.model.config import ModelConfig
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.training.optimizer import (
+    ADAMW_DECAY,
+    ADAMW_PLAIN,
+    NORMUON,
+    PRESETS,
+    Optimizer,
+    OptimizerSettings,
+    describe_groups,
+    lr_scale,
+    parameter_groups,
+)
+
+TINY = ModelConfig(vocab_size=40, dim=8, inner=13, groups=2, taps=3, dilations=(1, 2))
+E = "embedding.weight"
+
+
+def shapes_of(config: ModelConfig, node_rows: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes of every parameter of the model, in its order; with node_rows, of a tree head too."""
+    c, i = config.dim, config.inner
+    shapes: dict[str, tuple[int, ...]] = {E: (config.vocab_size, c), "norm1.weight": (c,)}
+    for k in range(len(config.dilations)):
+        shapes[f"mixer.norms.{k}.weight"] = (c,)
+    for part in ("gates", "values"):
+        for k in range(len(config.dilations)):
+            shapes[f"mixer.{part}.{k}.weight"] = (c, c // config.groups, config.taps)
+    shapes |= {
+        "mixer.out.weight": (c, c),
+        "norm2.weight": (c,),
+        "glu.gate.weight": (i, c),
+        "glu.up.weight": (i, c),
+    }
+    shapes |= {
+        "glu.down.weight": (c, i),
+        "router.weight": (1, c),
+        "router.bias": (1,),
+        "final_norm.weight": (c,),
+    }
+    return shapes | ({"head.nodes.weight": (node_rows, c)} if node_rows else {})
+
+
+def tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def gradients(shapes: dict[str, tuple[int, ...]], step: int) -> dict[str, np.ndarray]:
+    """Gradients of a step; the router's are zero, as in the model."""
+    grads = tensors(shapes, 1_000 + step)
+    for name in grads:
+        if name.startswith("router."):
+            grads[name][:] = 0
+    return grads
+
+
+def train(optimizer: Optimizer, steps: range, frozen_until: int = 0) -> None:
+    shapes = {name: value.shape for name, value in optimizer.params.items()}
+    for step in steps:
+        for name, value in gradients(shapes, step).items():
+            optimizer.grads[name][:] = value
+        optimizer.step(0.02, 3e-3, 1.0, frozen={E} if step < frozen_until else ())
+
+
+def tiny(preset: str = "v3", node_rows: int = 5, seed: int = 0, **changes) -> Optimizer:
+    params = tensors(shapes_of(TINY, node_rows), seed)
+    settings = dataclasses.replace(PRESETS[preset], **changes)
+    return Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
+
+
+# --- groups ---
+
+
+def test_parameter_groups_have_v3s_counts():
+    # one shared zero stands for every element, so that 13.6M of them take no memory
+    params = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes_of(ModelConfig()).items()}
+    groups = parameter_groups(params)
+    counts = {group: sum(params[name].size for name in names) for group, names in groups.items()}
+    assert counts == {NORMUON: 590_336, ADAMW_DECAY: 12_964_096, ADAMW_PLAIN: 1_537}
+    assert sum(counts.values()) == 13_555_969
+    matrices = ["mixer.out", "glu.gate", "glu.up", "glu.down", "router"]
+    assert groups[NORMUON] == [f"{name}.weight" for name in matrices]
+    assert sorted(name for names in groups.values() for name in names) == sorted(params)
+
+
+def test_parameter_groups_give_the_rows_of_a_tree_to_adamw_with_decay():
+    groups = parameter_groups(tensors(shapes_of(TINY, node_rows=5), 0))
+    assert "head.nodes.weight" in groups[ADAMW_DECAY]
+    assert E in groups[ADAMW_DECAY]
+
+
+def test_parameter_groups_refuse_a_parameter_in_no_group_or_in_two():
+    scalar = {"temperature": np.zeros((), np.float32)}
+    with pytest.raises(ValueError, match=r"temperature \(\) is in no group, expected exactly one"):
+        parameter_groups(scalar)
+    rules = {"a": lambda name, value: True, "b": lambda name, value: value.ndim == 0}
+    with pytest.raises(ValueError, match="is in a and b, expected exactly one"):
+        parameter_groups(scalar, rules)
+
+
+def test_describe_groups_counts_everything():
+    text = describe_groups(tensors(shapes_of(TINY), 0))
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("normuon")
+    assert "glu.gate.weight" in lines[0]
+    total = sum(math.prod(shape) for shape in shapes_of(TINY).values())
+    assert f"{total:,} parameters" in lines[-1]
+
+
+# --- schedule and settings ---
+
+
+def test_lr_scale_warms_up_stays_and_decays():
+    scale = [lr_scale(step, total=10_000, warmup=200, decay=1_000) for step in range(10_001)]
+    assert scale[0] == 1 / 200
+    assert scale[198] < 1
+    assert set(scale[199:9_001]) == {1.0}
+    np.testing.assert_allclose(scale[9_001:], np.arange(999, -1, -1) / 1_000, atol=1e-12)
+    assert lr_scale(10**9, total=10_000, warmup=200, decay=1_000) == 0
+    assert lr_scale(5) == 1  # no ramps
+
+
+@pytest.mark.parametrize("change", [{"normuon_beta2": 1.0}, {"clip": 0.0}, {"adamw_lr": -1.0}, {"adamw_eps": 0.0}])
+def test_settings_reject_what_cannot_train(change):
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(change))} must be"):
+        OptimizerSettings(**change)
+
+
+# --- the step ---
+
+
+def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
+    """AdamW's tensors and the clip against torch; NorMuon's against the reference with torch's clip."""
+    torch = import_torch()
+    for preset in ("v3", "published"):
+        settings = dataclasses.replace(PRESETS[preset], normuon_decay=0.05, adamw_trunk_factor=3.0)
+        shapes = shapes_of(TINY, node_rows=5)
+        params = tensors(shapes, 0)
+        optimizer = Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
+        groups = optimizer.groups
+        truth = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in params.items()}
+        adamw = torch.optim.AdamW(
+            [
+                {"params": [truth[name]], "weight_decay": decay, "factor": 1 if name in (E, "head.nodes.weight") else 3}
+                for group, decay in ((ADAMW_DECAY, settings.adamw_decay), (ADAMW_PLAIN, 0.0))
+                for name in groups[group]
+            ],
+            betas=(settings.adamw_beta1, settings.adamw_beta2),
+            eps=settings.adamw_eps,
+        )
+        matrices = [name for name in groups[NORMUON] if name != "router.weight"]
+        momenta = [np.zeros(shapes[name]) for name in matrices]
+        seconds = [np.zeros(shapes[name][0]) for name in matrices]
+        for step in range(10):
+            scale = lr_scale(step, total=10, warmup=3, decay=4)
+            lr_normuon, lr_adamw = 0.02 * scale, 0.01 * scale
+            frozen = {E} if step < 4 else set()
+            size = 10.0 if step % 2 else 1e-3  # clipped and not
+            for name, value in gradients(shapes, step).items():
+                optimizer.grads[name][:] = size * value
+                without = name in frozen or name.startswith("router.")
+                truth[name].grad = None if without else torch.tensor(optimizer.grads[name], dtype=torch.float64)
+            found = optimizer.step(lr_normuon, lr_adamw, 1.0, frozen=frozen)
+            norm = torch.nn.utils.clip_grad_norm_(truth.values(), 1.0)
+            assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+            assert (found["clip_scale"] < 1) == bool(step % 2)
+            for group in adamw.param_groups:
+                group["lr"] = group["factor"] * lr_adamw
+            adamw.step()
+            reference_optim.normuon_step(
+                [truth[name].detach().numpy() for name in matrices], momenta, seconds,
+                [truth[name].grad.numpy() for name in matrices], lr=lr_normuon,
+                momentum=settings.normuon_momentum, beta2=settings.normuon_beta2, eps=settings.normuon_eps,
+                nesterov=settings.normuon_nesterov, update_rms=settings.normuon_update_rms,
+                decay=settings.normuon_decay,
+            )  # fmt: skip
+            for name, value in params.items():
+                np.testing.assert_allclose(
+                    value, truth[name].detach().numpy(), rtol=0, atol=2e-6, err_msg=f"{preset} {name} {step}"
+                )
+
+
+def test_step_clips_at_exactly_torchs_factor():
+    optimizer = tiny()
+    optimizer.grads["norm2.weight"][:2] = 3, 4
+    assert optimizer.step(0.02, 3e-4, 2.0)["clip_scale"] == pytest.approx(2 / (5 + 1e-6), rel=1e-12)
+    assert optimizer.step(0.02, 3e-4, 5.1)["clip_scale"] == 1.0
+
+
+def test_step_without_a_clip_takes_the_gradients_as_they_are():
+    optimizer = tiny()
+    for value in optimizer.grads.values():
+        value[:] = 100
+    assert optimizer.step(0.02, 3e-4, None)["clip_scale"] == 1.0
+
+
+def test_frozen_tensor_keeps_its_values_and_starts_with_step_one():
+    optimizer = tiny()
+    start = optimizer.params[E].copy()
+    train(optimizer, range(3), frozen_until=3)
+    np.testing.assert_array_equal(optimizer.params[E], start)
+    assert not [key for key in optimizer.state_dict() if E in key]
+    # unfrozen: its first step is AdamW's first, of size lr in every element
+    train(optimizer, range(3, 4))
+    assert optimizer.steps[E] == 1
+    assert optimizer.steps["norm1.weight"] == 4
+    change = np.abs(optimizer.params[E] - start * np.float32(1 - 3e-3 * 0.1))
+    np.testing.assert_allclose(change, 3e-3, rtol=1e-3)
+
+
+def test_frozen_tensor_is_left_out_of_the_gradient_norm():
+    optimizer = tiny()
+    optimizer.grads[E][:] = np.inf
+    optimizer.grads["norm2.weight"][:2] = 3, 4
+    assert optimizer.step(0.02, 3e-4, 1.0, frozen={E})["grad_norm"] == 5.0
+
+
+@pytest.mark.parametrize("preset", ["v3", "published"])
+def test_router_is_never_stepped(preset):
+    optimizer = tiny(preset)
+    router = {name: value.copy() for name, value in optimizer.params.items() if name.startswith("router.")}
+    assert len(router) == 2
+    train(optimizer, range(3))
+    for name, value in router.items():
+        np.testing.assert_array_equal(optimizer.params[name], value)
+        assert f"steps.{name}" not in optimizer.state_dict()
+    others = set(optimizer.params) - set(router)
+    assert set(optimizer.steps) == others
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_step_refuses_a_gradient_that_is_not_finite_and_changes_nothing(bad):
+    optimizer = tiny()
+    train(optimizer, range(1))
+    before = {name: value.copy() for name, value in (optimizer.params | optimizer.state_dict()).items()}
+    optimizer.grads["glu.up.weight"][1, 1] = bad
+    with pytest.raises(UserError, match=r"gradient of glu\.up\.weight is not finite"):
+        optimizer.step(0.02, 3e-4, 1.0)
+    for name, value in (optimizer.params | optimizer.state_dict()).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_step_and_optimizer_refuse_unknown_names():
+    optimizer = tiny()
+    with pytest.raises(ValueError, match=r"frozen has no parameter called embeding\.weight"):
+        optimizer.step(0.02, 3e-4, 1.0, frozen={"embeding.weight"})
+    with pytest.raises(ValueError, match=r"must have the same names, only one has embedding\.weight"):
+        Optimizer(optimizer.params, {k: v for k, v in optimizer.grads.items() if k != E})
+
+
+def test_lazy_rows_agree_with_torchs_sparse_adam():
+    """Tables of rows only: any other tensor without a gradient goes on by its momentum."""
+    torch = import_torch()
+    settings = dataclasses.replace(PRESETS["published"], adamw_lazy=True, adamw_decay=0.0, clip=None)
+    shapes = shapes_of(TINY, node_rows=5)
+    params, rng = tensors(shapes, 0), np.random.default_rng(1)
+    optimizer = Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings)
+    tables = {name: torch.nn.Parameter(torch.tensor(params[name])) for name in (E, "head.nodes.weight")}
+    sparse = torch.optim.SparseAdam(tables.values(), lr=0.01, betas=(0.9, 0.95), eps=settings.adamw_eps)
+    for step in range(6):
+        for name, value in gradients(shapes, step).items():
+            optimizer.grads[name][:] = value
+        for name, parameter in tables.items():
+            optimizer.grads[name][rng.random(len(params[name])) < 0.6] = 0
+            parameter.grad = torch.tensor(optimizer.grads[name]).to_sparse(1)
+        if step:
+            optimizer.grads["norm2.weight"][:] = 0
+        before = params["norm2.weight"].copy()
+        optimizer.step(0.02, 0.01, None)
+        sparse.step()
+        assert (params["norm2.weight"] != before).all()
+        for name, parameter in tables.items():
+            np.testing.assert_allclose(params[name], parameter.detach().numpy(), atol=2e-6, err_msg=f"{name} {step}")
+
+
+def test_rows_with_moments_of_their_own_are_stepped_by_the_reference_and_the_rest_as_before():
+    changes = {"adamw_lazy": True, "adamw_beta1": 0.0, "adamw_decay": 0.1, "adamw_trunk_factor": 3.0}
+    ours, before = tiny("published", adamw_rows=True, **changes), tiny("published", **changes)
+    tables = (E, "head.nodes.weight")
+    truth = {name: ours.params[name].astype(np.float64) for name in tables}
+    seconds, steps = ({name: np.zeros(len(truth[name]), kind) for name in tables} for kind in (float, np.int64))
+    rng = np.random.default_rng(1)
+    for step in range(6):
+        for name, value in gradients({name: value.shape for name, value in ours.params.items()}, step).items():
+            if name in tables:
+                value[rng.random(len(value)) < 0.6] = 0
+            ours.grads[name][:] = before.grads[name][:] = value
+        scale = ours.step(0.02, 0.01, 1.0)["clip_scale"]
+        before.step(0.02, 0.01, 1.0)
+        for name, value in truth.items():
+            reference_optim.adamw_rows_step(
+                value, None, seconds[name], steps[name], ours.grads[name].astype(np.float64), lr=0.01,
+                beta1=0.0, beta2=0.95, eps=ours.settings.adamw_eps, decay=0.1, scale=scale,
+            )  # fmt: skip
+            np.testing.assert_allclose(ours.params[name], value, atol=2e-6, err_msg=f"{name} {step}")
+    for name in ours.params.keys() - set(tables):
+        np.testing.assert_array_equal(ours.params[name], before.params[name], err_msg=name)
+    state = ours.state_dict()
+    for name in tables:
+        assert (ours.params[name] != before.params[name]).any()
+        np.testing.assert_array_equal(state[f"row_steps.{name}"], steps[name])
+        assert state[f"second.{name}"].shape == steps[name].shape
+    with pytest.raises(UserError, match=r"missing or stand alone: row_steps\.embedding\.weight"):
+        before.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"adamw_rows needs optimizer\.adamw_lazy"):
+        OptimizerSettings(adamw_rows=True)
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python has one thread")
+@pytest.mark.parametrize("rows", [False, True])
+def test_step_is_the_same_for_any_thread_count(rows):
+    config = dataclasses.replace(TINY, vocab_size=30_000, inner=150)  # E is large enough for the parallel kernels
+    before, results = numba.get_num_threads(), []
+    try:
+        for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            numba.set_num_threads(threads)
+            params = tensors(shapes_of(config), 0)
+            settings = dataclasses.replace(PRESETS["v3"], adamw_lazy=rows, adamw_rows=rows)
+            train(Optimizer(params, {name: np.zeros_like(value) for name, value in params.items()}, settings), range(2))
+            results.append(params)
+    finally:
+        numba.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize("preset", ["v3", "published", "rows"])
+@pytest.mark.parametrize("stop", [0, 2, 5])  # before the first step, while E is frozen, after
+def test_state_round_trip_continues_bit_for_bit(preset, stop):
+    rows = preset == "rows"
+    make = functools.partial(tiny, "v3" if rows else preset, adamw_lazy=rows, adamw_rows=rows)
+    whole = make()
+    train(whole, range(8), frozen_until=4)
+    first = make()
+    train(first, range(stop), frozen_until=4)
+    weights, state = save(first.params), save(first.state_dict())
+    second = make(seed=1)
+    for name, value in load(weights).items():
+        second.params[name][:] = value
+    train(second, range(2))  # what was there before must not matter
+    for name, value in load(weights).items():
+        second.params[name][:] = value
+    second.load_state_dict(load(state))
+    train(second, range(stop, 8), frozen_until=4)
+    for name, value in whole.params.items():
+        np.testing.assert_array_equal(second.params[name], value, err_msg=name)
+    ours, theirs = second.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_with_beta1_of_zero_adamw_keeps_no_first_moment(lazy):
+    def make():
+        return tiny("published", adamw_beta1=0.0, adamw_lazy=lazy)
+
+    whole, stopped = make(), make()
+    train(whole, range(8))
+    train(stopped, range(5))
+    weights, state = save(stopped.params), save(stopped.state_dict())
+    kept = {key for key in load(state) if key.startswith("first.")}
+    assert kept == {f"first.{name}" for name in stopped.groups[NORMUON] if not name.startswith("router.")}
+    # such a run saved them once; they are not missed, and do no harm
+    for also in ({}, {f"first.{E}": np.ones_like(stopped.params[E])}):
+        second = make()
+        for name, value in load(weights).items():
+            second.params[name][:] = value
+        second.load_state_dict(load(state) | also)
+        train(second, range(5, 8))
+        for name, value in whole.params.items():
+            np.testing.assert_array_equal(second.params[name], value, err_msg=name)
+        assert second.state_dict().keys() == whole.state_dict().keys()
+    with pytest.raises(UserError, match="missing or stand alone: first"):
+        tiny("published").load_state_dict(load(state))
+
+
+def test_load_state_dict_refuses_a_state_of_another_model():
+    optimizer = tiny()
+    train(optimizer, range(1))
+    state = optimizer.state_dict()
+    lacking = {key: value for key, value in state.items() if key != f"second.{E}"}
+    with pytest.raises(UserError, match=r"missing or stand alone: second\.embedding\.weight"):
+        optimizer.load_state_dict(lacking)
+    with pytest.raises(UserError, match=r"it has a parameter head\.nodes\.weight that the model lacks"):
+        tiny(node_rows=0).load_state_dict(state)
+    with pytest.raises(UserError, match=r"first\.head\.nodes\.weight is float32 \(5, 8\), expected float32 \(6, 8\)"):
+        tiny(node_rows=6).load_state_dict(state)
+    with pytest.raises(UserError, match="is float64"):
+        optimizer.load_state_dict(state | {f"first.{E}": state[f"first.{E}"].astype(np.float64)})
