@@ -26,7 +26,7 @@ from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
 from flashlm_numba.kernels.leaky_average import add_average_next
 from flashlm_numba.kernels.ngram_copy import add_followers, follower
-from flashlm_numba.kernels.rmsnorm import rmsnorm_rows, rmsnorm_rows_again
+from flashlm_numba.kernels.rmsnorm import rmsnorm_recompute, rmsnorm_rows
 from flashlm_numba.kernels.ternary import pack_ternary, packed_width
 from flashlm_numba.kernels.ternary_gemv import quantize, ternary_products
 from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
@@ -143,11 +143,11 @@ def _fill_state(rings, averages, starts, lengths, normed, groups, x, rstd, xm, r
     for r in range(passes):
         if branches[2] > 0:
             for t in range(time):
-                rmsnorm_rows_again(normed, x[r, t : t + 1], norms[0], rstd[r, 0, t : t + 1])
+                rmsnorm_recompute(normed, x[r, t : t + 1], norms[0], rstd[r, 0, t : t + 1])
                 add_average_next(normed[0], averages[r], norms[3 + count], branches[2], branches[3])
         for d in range(count):
             for t in range(max(0, time - lengths[d]), time):
-                rmsnorm_rows_again(normed, xm[r, d, t : t + 1], norms[3 + d], rstd_m[r, d, t : t + 1])
+                rmsnorm_recompute(normed, xm[r, d, t : t + 1], norms[3 + d], rstd_m[r, d, t : t + 1])
                 _put(rings, starts[r, d], lengths[d], t, normed, groups, width)
 
 
@@ -179,7 +179,7 @@ def _as_int8(weight: np.ndarray) -> np.ndarray:
     padded = np.zeros((_whole(weight.shape[0], 4), _whole(weight.shape[1], REGISTER)), np.int8)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     if not np.array_equal(padded[: weight.shape[0], : weight.shape[1]], weight):
-        raise ValueError("decode: the weights must be -1, 0 or +1; call Model.prepare, which makes them so")
+        raise ValueError("decode: the weights must be -1, 0 or +1; call Model.sync_weights, which makes them so")
     return padded
 
 

@@ -14,25 +14,25 @@ TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.wei
 
 
 def trunk_forward(
-    parameters, ids, *, groups, dilations, recursions, mixer_scale=1.0, glu_scale=1.0, average_decay=0.0,
-    ternary_threshold=1.0, induction_orders=(), induction_reach=1,
+    parameters, ids, *, groups, dilations, n_passes, mixer_residual_scale=1.0, ffn_residual_scale=1.0, leaky_decay=0.0,
+    ternary_threshold=1.0, ngram_copy_orders=(), ngram_copy_reach=1,
 ):  # fmt: skip
     """Hidden states (N, C) for token ids (B, T), and what the backward pass needs; parameters by the model's names."""
     p = dict(parameters) | {name: r.ternarize(parameters[name], ternary_threshold) for name in TERNARY}
     e, passes = p["embedding.weight"], []
-    before = [induction_orders[:i].count(order) for i, order in enumerate(induction_orders)]
+    before = [ngram_copy_orders[:i].count(order) for i, order in enumerate(ngram_copy_orders)]
     found = [
-        r.followers(ids, order, induction_reach, skip).reshape(-1)
-        for order, skip in zip(induction_orders, before, strict=True)
+        r.followers(ids, order, ngram_copy_reach, skip).reshape(-1)
+        for order, skip in zip(ngram_copy_orders, before, strict=True)
     ]
     x = r.embedding_forward(e, ids.reshape(-1))
     for o, rows in enumerate(found):
         x = r.add_followers(x, e, rows, p[f"induction.inputs.{o}.weight"])
-    for _ in range(recursions):
+    for _ in range(n_passes):
         m, rstd = r.rmsnorm_forward(x, p["norm1.weight"])
         first = m.reshape(*ids.shape, -1)
-        if average_decay:
-            m = r.average_forward(first, p["mixer.average.weight"], average_decay).reshape(m.shape)
+        if leaky_decay:
+            m = r.average_forward(first, p["mixer.average.weight"], leaky_decay).reshape(m.shape)
         mixed = []
         for i, dilation in enumerate(dilations):
             normed, rstd_m = r.rmsnorm_forward(m, p[f"mixer.norms.{i}.weight"])
@@ -40,22 +40,32 @@ def trunk_forward(
             mixed.append((m, rstd_m, seen))
             gate, value = p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"]
             m = m + r.gated_conv_forward(seen, gate, value, groups, dilation).reshape(m.shape)
-        m = m * m.dtype.type(mixer_scale)
+        m = m * m.dtype.type(mixer_residual_scale)
         x1 = x + m @ p["mixer.out.weight"].T
         n, rstd_n = r.rmsnorm_forward(x1, p["norm2.weight"])
         gate_up = n @ np.concatenate([p["glu.gate.weight"], p["glu.up.weight"]]).T
-        hidden = r.glu_forward(gate_up) * m.dtype.type(glu_scale)
+        hidden = r.glu_forward(gate_up) * m.dtype.type(ffn_residual_scale)
         passes.append((x, rstd, first, mixed, m, x1, n, rstd_n, gate_up, hidden))
         x = x1 + hidden @ p["glu.down.weight"].T
     out, rstd = r.rmsnorm_forward(x, p["final_norm.weight"])
     for o, rows in enumerate(found):
         out = r.add_followers(out, e, rows, p[f"induction.outputs.{o}.weight"])
-    return out, (p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, found, passes, x, rstd)
+    return out, (
+        p,
+        groups,
+        dilations,
+        (mixer_residual_scale, ffn_residual_scale, leaky_decay),
+        ids,
+        found,
+        passes,
+        x,
+        rstd,
+    )
 
 
 def trunk_backward(dout, saved):
     """Gradients by name of sum(dout * hidden states), dout (N, C); the router has none."""
-    p, groups, dilations, (mixer_scale, glu_scale, average_decay), ids, found, passes, x, rstd = saved
+    p, groups, dilations, (mixer_residual_scale, ffn_residual_scale, leaky_decay), ids, found, passes, x, rstd = saved
     g = {name: np.zeros_like(value) for name, value in p.items() if not name.startswith("router.")}
     e, de = p["embedding.weight"], g["embedding.weight"]
     for o, rows in enumerate(found):
@@ -64,7 +74,7 @@ def trunk_backward(dout, saved):
     dx, g["final_norm.weight"] = r.rmsnorm_backward(dout, x, p["final_norm.weight"], rstd)
     for x, rstd, first, mixed, m, x1, n, rstd_n, gate_up, hidden in reversed(passes):
         g["glu.down.weight"] += dx.T @ hidden
-        dgate_up = r.glu_backward(dx @ p["glu.down.weight"] * dx.dtype.type(glu_scale), gate_up)
+        dgate_up = r.glu_backward(dx @ p["glu.down.weight"] * dx.dtype.type(ffn_residual_scale), gate_up)
         dgate, dup = np.split(dgate_up.T @ n, 2)
         g["glu.gate.weight"] += dgate
         g["glu.up.weight"] += dup
@@ -73,7 +83,7 @@ def trunk_backward(dout, saved):
         g["norm2.weight"] += dweight
         dx = dx + back
         g["mixer.out.weight"] += dx.T @ m
-        dm = dx @ p["mixer.out.weight"] * dx.dtype.type(mixer_scale)
+        dm = dx @ p["mixer.out.weight"] * dx.dtype.type(mixer_residual_scale)
         for i in reversed(range(len(dilations))):
             before, rstd_m, seen = mixed[i]
             gate, value = p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"]
@@ -87,8 +97,8 @@ def trunk_backward(dout, saved):
             )
             g[f"mixer.norms.{i}.weight"] += dweight
             dm = dm + back
-        if average_decay:
-            back, dgain = r.average_backward(dm.reshape(first.shape), first, p["mixer.average.weight"], average_decay)
+        if leaky_decay:
+            back, dgain = r.average_backward(dm.reshape(first.shape), first, p["mixer.average.weight"], leaky_decay)
             dm = back.reshape(dm.shape)
             g["mixer.average.weight"] += dgain
         back, dweight = r.rmsnorm_backward(dm, x, p["norm1.weight"], rstd)

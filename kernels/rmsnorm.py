@@ -31,7 +31,7 @@ def rmsnorm_rows(out, rstd, x, weight):
 
 
 @helper
-def rmsnorm_rows_again(out, x, weight, rstd):
+def rmsnorm_recompute(out, x, weight, rstd):
     """out as rmsnorm_rows wrote it, from the saved rstd (cheaper than keeping it)."""
     rows, dim = x.shape
     for n in range(rows):

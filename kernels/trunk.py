@@ -5,13 +5,13 @@
               x1 = x + a m Wo';  h = b relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
     out = rmsnorm(x) + gains * E[followers]
 
-The followers (ngram_copy.py) are found for each of O kinds; FlashLM v3 has none. The running average (leaky_average.py) is
-left out where its decay is 0, as in v3.
+The followers (ngram_copy.py) are found for each of O kinds; FlashLM v3 has none. The leaky average
+(leaky_average.py) is left out where its decay is 0, as in v3.
 
 One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
 of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over weights
-laid out once a step (_packed_gemm.py) or int8 (ternary_gemm.py), and single-threaded BLAS for the weights' gradients. The
-convolutions work on group-major copies (conv.py). The gradients of the weights are summed per thread and reduced in
+laid out once a step (_packed_gemm.py) or int8 (ternary_gemm.py), and single-threaded BLAS for the weights' gradients.
+The convolutions work on group-major copies (conv.py). The gradients of the weights are summed per thread and reduced in
 thread order: the same bits on every run with the same number of threads.
 Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
 S padded group width, P threads, M rows of a tile; O kinds of followers.
@@ -42,7 +42,7 @@ from flashlm_numba.kernels.conv import (
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
 from flashlm_numba.kernels.leaky_average import add_average, add_average_backward, average_share
 from flashlm_numba.kernels.ngram_copy import add_followers, add_followers_backward, find_followers, kinds
-from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_rows, rmsnorm_rows_again
+from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompute, rmsnorm_rows
 from flashlm_numba.kernels.ternary_gemm import (
     empty_columns,
     fill_columns,
@@ -162,7 +162,7 @@ def _backward_rows(
         _linear(dh[:size], dx_tile, panels_t[2], codes_t[2], plain_t[2], 0, rounding, variant, blas)
         glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high], branches[1])
         _weight_gradient(dw_down, dx_tile, h[:size], rounding, pair, variant, blas)
-        rmsnorm_rows_again(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
+        rmsnorm_recompute(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
         _weight_gradient(dw_gate_up, dgu[:size], normed_tile, rounding, pair, variant, blas)
         _linear(dm_tile, dgu[:size], panels_t[1], codes_t[1], plain_t[1], 0, rounding, variant, blas)
         rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
@@ -178,7 +178,7 @@ def _backward_rows(
                 d = dilations.shape[0] - 1 - back
                 # forward: m = m + gated_conv(rmsnorm(m))
                 gate_sequence_backward(dgv, dm_sequence, gv[r, d, b], width)
-                rmsnorm_rows_again(normed[:time], xm[r, d, start:end], norms[3 + d], rstd_m[r, d, start:end])
+                rmsnorm_recompute(normed[:time], xm[r, d, start:end], norms[3 + d], rstd_m[r, d, start:end])
                 to_groups(n, normed[:time], width)
                 conv_sequence_dinput(dn, dgv, conv_t[d], dilations[d])
                 conv_sequence_dweight(dconv[d], n, dgv, dilations[d])
@@ -189,7 +189,7 @@ def _backward_rows(
                 )  # fmt: skip
             if branches[2] > 0:
                 gain = 3 + dilations.shape[0]
-                rmsnorm_rows_again(normed[:time], x[r, start:end], norms[0], rstd[r, 0, start:end])
+                rmsnorm_recompute(normed[:time], x[r, start:end], norms[0], rstd[r, 0, start:end])
                 add_average_backward(dm_sequence, dnorms[gain], normed[:time], norms[gain], branches[2], branches[3])
         rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
     for o in range(followers.shape[0]):
@@ -235,8 +235,9 @@ class TrunkWeights:
     I' is I rounded up to whole registers: rows of activations then begin at their boundaries. w_gate, w_up and
     w_down_inner are views without the padding, which is zero.
     int8: whether what the ternary ones are multiplied by is rounded to int8, row by row, forward and backward.
-    layouts, layouts_t: what the products with the three, and with their transposes, read: their panels (_packed_gemm.py),
-    or with int8 their codes by pack_columns, and where no int8 instruction serves they themselves; empty otherwise.
+    layouts, layouts_t: what the products with the three, and with their transposes, read: their panels
+    (_packed_gemm.py), or with int8 their codes by pack_columns, and where no int8 instruction serves they themselves;
+    empty otherwise.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class TrunkWeights:
         taps: int,
         dilations: tuple[int, ...],
         branches: tuple[float, float] = (1.0, 1.0),
-        average_decay: float = 0.0,
+        leaky_decay: float = 0.0,
         orders: tuple[int, ...] = (),
         reach: int = 0,
     ) -> None:
@@ -258,7 +259,7 @@ class TrunkWeights:
         self.orders, self.reach = np.array(kinds(orders), np.int64).reshape(-1, 2), reach
         self.gains = np.zeros((2, len(orders), dim), np.float32)
         self.norms = np.zeros((4 + count, dim), np.float32)
-        self.branches = np.array([*branches, average_decay, average_share(average_decay)], np.float32)
+        self.branches = np.array([*branches, leaky_decay, average_share(leaky_decay)], np.float32)
         self.conv = aligned_zeros((count, groups, taps, size, 2 * size), np.float32)
         self.conv_t = aligned_zeros((count, groups, taps, 2 * size, size), np.float32)
         self.w_out = np.empty((dim, dim), np.float32)

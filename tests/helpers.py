@@ -15,9 +15,18 @@ from flashlm_numba.cli.main import main
 
 # settings of a run that takes milliseconds a step
 TINY = (
-    "dim=16", "inner=24", "groups=4", "dilations=1,2", "phases=2x16x2", "embeddings=random", "warmup_steps=2",
-    "validate_every=4", "validation_tokens=60", "checkpoint_every=4", "sample_tokens=3",
-)  # fmt: skip
+    "dim=16",
+    "ffn_dim=24",
+    "groups=4",
+    "dilations=1,2",
+    "phases=2x16x2",
+    "embedding_init=random",
+    "warmup_steps=2",
+    "validate_every=4",
+    "validation_tokens=60",
+    "checkpoint_every=4",
+    "sample_tokens=3",
+)
 
 
 def import_torch() -> Any:

@@ -61,7 +61,7 @@ def make_model(data: TokenData, head: str) -> Model:
 
 def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:
     """For each decoded hidden state the largest difference from that of one pass over text (T,), relative to all."""
-    model.prepare()
+    model.sync_weights()
     want = model.forward(text[None]).copy()
     state, h = model.prefill(text[:-CHECKED])
     found = [h[0]]

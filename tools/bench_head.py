@@ -105,8 +105,8 @@ def make_session(
     data: TokenData, head: str, threads: int, positions: float = 1.0, activations: str = "float"
 ) -> train.Session:
     """A model of v3's shape with this head and both optimisers, on the data's first step."""
-    settings = [f"head.name={head}", f"positions={positions}", "log_prior=false", f"activations={activations}"]
-    settings += ["average_decay=0", "induction_orders=[]"]  # v3's trunk, as the peers'
+    settings = [f"head.name={head}", f"loss_fraction={positions}", "log_prior=false", f"activations={activations}"]
+    settings += ["leaky_decay=0", "ngram_copy_orders=[]"]  # v3's trunk, as the peers'
     if head == "dense":
         settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
     run = RunConfig.recipe_named("default").with_settings(settings)
@@ -135,7 +135,7 @@ def measure_steps(
         session = make_session(data, threads=threads, **options)
         seconds, parts = [], []
         for step in range(repeats + 2):
-            done = train.do_step(session, batch, step, lr=1e-3)
+            done = train.train_step(session, batch, step, lr=1e-3)
             if step >= 2:
                 seconds.append(done.seconds)
                 parts.append(done.shares)
@@ -148,7 +148,7 @@ def measure_steps(
     from tools import peer_torch
 
     torch.set_num_threads(threads)
-    shape = f"{batch.rows}x{batch.length}x{batch.micro_batches}"
+    shape = f"{batch.rows}x{batch.length}x{batch.grad_accum}"
     # torch's fused AdamW, the faster; "plain": its default one, as in FlashLM v3
     peers: dict[str, dict[str, Any]] = {
         "torch": {"fused": True, **V3_LOSS},

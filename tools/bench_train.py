@@ -80,10 +80,20 @@ TORCH = {
 TORCH_OPTION = {"phases": "batch", "warmup_steps": "warmup"} | {
     name: name.replace("_", "-")
     for name in (
-        "adamw_lr", "trunk_lr_factor", "adamw_beta1", "adamw_beta2", "normuon_lr", "mixer_scale", "glu_scale",
-        "average_decay", "induction_orders", "induction_reach", "dilations", "ternary_threshold",
+        "adamw_lr",
+        "nonembedding_lr_scale",
+        "adamw_beta1",
+        "adamw_beta2",
+        "normuon_lr",
+        "mixer_residual_scale",
+        "ffn_residual_scale",
+        "leaky_decay",
+        "ngram_copy_orders",
+        "ngram_copy_reach",
+        "dilations",
+        "ternary_threshold",
     )
-}  # fmt: skip
+}
 # FlashLM v3 as published, in the peer's words; these are also its own defaults
 TORCH_V3 = {
     "batch": "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8",
@@ -112,10 +122,10 @@ LOG_EVERY = 20  # steps between the lines of a log that is kept
 PROMPT, SAMPLE_TOKENS = "The", 60  # of the texts that runs write at marks and the end
 OURS: dict[str, tuple[str, ...]] = {
     "dense": ("--head", "dense"),
-    "dense@0.25": ("--head", "dense", "--set", "positions=0.25"),
+    "dense@0.25": ("--head", "dense", "--set", "loss_fraction=0.25"),
     "sampled": ("--head", "sampled"),
     "tree": ("--head", "tree"),
-    "tree:frequency": ("--head", "tree", "--set", "tree_groups=frequency"),
+    "tree:frequency": ("--head", "tree", "--set", "tree_clustering=frequency"),
     "tree:adaptive": ("--tree", "adaptive"),
     "tree:two-level": ("--tree", "two-level"),
     "tree:balanced": ("--tree", "balanced"),
@@ -133,7 +143,7 @@ PEERS: dict[str, dict[str, str]] = {
 }
 
 
-QUIET = ("validate_every", "sample_tokens", "log_every", "keep_minutes")  # settings that change no result
+QUIET = ("validate_every", "sample_tokens", "log_every", "checkpoint_minutes")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class Job:
 
 def differences(run: RunConfig) -> dict[str, Any]:
     """The settings of a run that differ from their fields' defaults (config.py), but for those of QUIET, as JSON gives
-    them back: {"model.average_decay": 0.98, ...}. A setting that comes later does not change what older rows say.
+    them back: {"model.leaky_decay": 0.98, ...}. A setting that comes later does not change what older rows say.
     """
     found = {}
     for section in SECTIONS:
@@ -292,7 +302,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     """Train and score one of our candidates."""
     run = folder / "run"
     marks = ",".join(f"{mark:g}" for mark in job.marks)
-    quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0", "--set", f"keep_minutes={marks}"]
+    quiet = ["--set", "validate_every=0", "--set", "sample_tokens=0", "--set", f"checkpoint_minutes={marks}"]
     quiet += ["--set", f"log_every={LOG_EVERY if job.marks else 1}"]
     words = [*job.command, str(data), *quiet, "--out"]
     resumed = (run / "config.json").exists()
@@ -348,7 +358,7 @@ def check_same(run: Path, job: Job, data: Path) -> None:
     pairs = {
         "seed": (config.seed, job.seed),
         "threads": (config.threads, job.threads),
-        "marks": (config.training.keep_minutes, job.marks),
+        "marks": (config.training.checkpoint_minutes, job.marks),
         "data": (config.data_hash, open_tokens(data).hash),
         "settings": ({n: there.get(n) for n in names}, {n: wanted.get(n) for n in names}),
     }

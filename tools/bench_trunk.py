@@ -45,8 +45,8 @@ CHECKED = (3, 70)  # rows and tokens of the batch that is checked
 def flop_per_token(config: ModelConfig) -> float:
     """Of all products of the trunk, forward and backward: three times those of the forward pass."""
     c, width = config.dim, config.dim // config.groups
-    convs = 2 * len(config.dilations) * c * width * config.taps  # gate and value
-    return 3.0 * 2 * config.recursions * (convs + c * c + 3 * c * config.inner)
+    convs = 2 * len(config.dilations) * c * width * config.kernel_size  # gate and value
+    return 3.0 * 2 * config.n_passes * (convs + c * c + 3 * c * config.ffn_dim)
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -189,19 +189,22 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
     work: dict[str, tuple[float, float, Callable[[], Any]]] = {
         **{f"{name} head, training": (head.flop, head.nbytes, head.run) for name, head in heads.items()},
         "ternary matvec, 16,384 squared": (
-            2.0 * 16384 * 4 * packed.shape[1], float(packed.nbytes),
+            2.0 * 16384 * 4 * packed.shape[1],
+            float(packed.nbytes),
             lambda: ternary_matmul.ternary_matmul_int8(packed, q),
         ),
         "decoding, a token": (
-            forward, float(config.recursions * sum(a.nbytes for a in (*state.ternary, model._weights.conv))),
+            forward,
+            float(config.n_passes * sum(a.nbytes for a in (*state.ternary, model._weights.conv))),
             lambda: model.decode_step(state, 1),
         ),
         # parameter, gradient and two moments read, all but the gradient written; about 12 operations an element
         "AdamW, the embedding": (
-            12.0 * model.parameters["embedding.weight"].size, 7.0 * model.parameters["embedding.weight"].nbytes,
+            12.0 * model.parameters["embedding.weight"].size,
+            7.0 * model.parameters["embedding.weight"].nbytes,
             lambda: optimizer._step_adamw(["embedding.weight"], 0.0, 1.0, 0.0),
         ),
-    }  # fmt: skip
+    }
     seconds = timing.measure({name: run for name, (_, _, run) in work.items()}, repeats)
     for name, (flop, nbytes, _) in work.items():
         points[name] = {"flop": flop, "bytes": nbytes, "seconds": seconds[name]["median"]}
@@ -253,9 +256,13 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
             f"{gflops:.0f} GFLOP/s, {gflops / gemm['best']:.0%} of the GEMM rate"
         )
     result: dict[str, Any] = {
-        "machine": machine, "gemm_gflops": gemm["best"], "batch": [ROWS, LENGTH], "flop_per_token": flop,
-        "tokens_per_s": rates, "largest_error": error,
-    }  # fmt: skip
+        "machine": machine,
+        "gemm_gflops": gemm["best"],
+        "batch": [ROWS, LENGTH],
+        "flop_per_token": flop,
+        "tokens_per_s": rates,
+        "largest_error": error,
+    }
     if read is not None:
         run_ours(model, *make_batch(model.config, ROWS, LENGTH))
         points = roofline(model, rates["ours"]["median"], repeats)

@@ -170,7 +170,7 @@ def dense_candidate(problem: Problem) -> Candidate:
 def sampled_candidate(problem: Problem) -> Candidate:
     """SampledHead in training, with the recipes' number of candidates; the same ones are drawn at every call."""
     (n, dim), vocab = problem.h.shape, len(problem.weight)
-    head = SampledHead(problem.weight, counts=problem.counts, candidates=HeadConfig().candidates)
+    head = SampledHead(problem.weight, counts=problem.counts, candidates=HeadConfig().num_sampled)
     head.begin(np.random.default_rng(0), full=False)
     ids, p = head.choose(problem.targets, float(np.random.default_rng(0).random()))  # as begin has drawn
 

@@ -76,7 +76,7 @@ class Induction(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.kinds, self.reach = kinds(config.induction_orders), config.induction_reach
+        self.kinds, self.reach = kinds(config.ngram_copy_orders), config.ngram_copy_reach
         self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
         self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
 
@@ -109,17 +109,17 @@ class Mixer(nn.Module):
 
         def convolution(dilation: int) -> nn.Conv1d:
             layer = nn.Conv1d(
-                dim, dim, config.taps, dilation=dilation, groups=config.groups, bias=False
+                dim, dim, config.kernel_size, dilation=dilation, groups=config.groups, bias=False
             )  # weight (C, C/groups, K)
-            nn.init.normal_(layer.weight, std=(per_group * config.taps) ** -0.5)
+            nn.init.normal_(layer.weight, std=(per_group * config.kernel_size) ** -0.5)
             return layer
 
-        self.average = Average(dim, config.average_decay) if config.average_decay else nn.Identity()
+        self.average = Average(dim, config.leaky_decay) if config.leaky_decay else nn.Identity()
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in config.dilations)
         self.gates = nn.ModuleList(convolution(d) for d in config.dilations)
         self.values = nn.ModuleList(convolution(d) for d in config.dilations)
         self.out = TernaryLinear(dim, dim, 0.01, config.ternary_threshold)
-        self.left_padding = [(config.taps - 1) * d for d in config.dilations]
+        self.left_padding = [(config.kernel_size - 1) * d for d in config.dilations]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
         x = self.average(x)
@@ -165,7 +165,7 @@ class PeerModel(nn.Module):
         self.norm1 = RMSNorm(config.dim)
         self.mixer = Mixer(config)
         self.norm2 = RMSNorm(config.dim)
-        self.glu = GLU(config.dim, config.inner, config.ternary_threshold)
+        self.glu = GLU(config.dim, config.ffn_dim, config.ternary_threshold)
         self.router = nn.Linear(config.dim, 1)
         self.final_norm = RMSNorm(config.dim)
         self.induction = Induction(config)
@@ -178,9 +178,9 @@ class PeerModel(nn.Module):
         """ids (B, T) -> hidden states (B*T, C)."""
         x, followed = self.induction(ids, self.embedding.weight)  # (B, T, C), (kinds, B, T, C)
         x = self.induction.add(x, self.induction.inputs, followed)
-        for _ in range(self.config.recursions):
-            x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.config.mixer_scale)
-            x = torch.add(x, self.glu(self.norm2(x)), alpha=self.config.glu_scale)
+        for _ in range(self.config.n_passes):
+            x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.config.mixer_residual_scale)
+            x = torch.add(x, self.glu(self.norm2(x)), alpha=self.config.ffn_residual_scale)
         return self.induction.add(self.final_norm(x), self.induction.outputs, followed).flatten(0, 1)
 
     def losses(

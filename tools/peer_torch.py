@@ -154,14 +154,14 @@ class Phase:
     last_step: int | None  # the phase ends after this step; None: never
     rows: int  # sequences in a micro-batch
     length: int  # tokens in a sequence
-    micro_batches: int  # a step
+    grad_accum: int  # a step
 
     @staticmethod
     def parse(text: str) -> tuple[Phase, ...]:
         """Phases from "1000:4x64x4,4000:4x128x4" or a single "16x128": [last step:]rows x length [x micro].
 
         >>> Phase.parse("16x128")
-        (Phase(last_step=None, rows=16, length=128, micro_batches=1),)
+        (Phase(last_step=None, batch_size=16, seq_len=128, grad_accum=1),)
         """
         phases = []
         for part in text.split(","):
@@ -258,8 +258,10 @@ def trunk_command(threads: int, repeats: int, seed: int, data: Path | None, batc
     emit(**timing.environment(threads))
     (phase,) = Phase.parse(batch)
     model = PeerModel()
-    n = phase.rows * phase.length
-    ids = torch.from_numpy(ids_and_counts(data, n, model.config.vocab_size, seed)[0]).view(phase.rows, phase.length)
+    n = phase.batch_size * phase.seq_len
+    ids = torch.from_numpy(ids_and_counts(data, n, model.config.vocab_size, seed)[0]).view(
+        phase.batch_size, phase.seq_len
+    )
     cotangent = torch.randn(n, model.config.dim)
 
     def run() -> None:
@@ -333,18 +335,18 @@ def measure_step(
     """Time whole training steps of one batch shape: {"tokens_per_s": {median, p20, p80}, "shares": {...}}."""
     (phase,) = Phase.parse(batch)
     config = ModelConfig()
-    n = phase.rows * phase.length
-    ids, counts = ids_and_counts(data, n * phase.micro_batches + 1, config.vocab_size, seed)
+    n = phase.batch_size * phase.seq_len
+    ids, counts = ids_and_counts(data, n * phase.grad_accum + 1, config.vocab_size, seed)
     ranks = frequency_ranks(counts) if adaptive_div else None
     model = PeerModel(config, ranks=ranks, div_value=adaptive_div or 4.0)
     optimizers = Optimizers(model, normuon=normuon, fused=fused)
     flat = torch.from_numpy(ids)
     pairs = [
         (
-            flat[i * n : (i + 1) * n].view(phase.rows, -1),
-            flat[i * n + 1 : (i + 1) * n + 1].view(phase.rows, -1),
+            flat[i * n : (i + 1) * n].view(phase.batch_size, -1),
+            flat[i * n + 1 : (i + 1) * n + 1].view(phase.batch_size, -1),
         )
-        for i in range(phase.micro_batches)
+        for i in range(phase.grad_accum)
     ]
     clock: dict[str, float] = {}
     spent = []
@@ -357,7 +359,7 @@ def measure_step(
     seconds = timing.summary(spent[2:])
     whole = sum(clock.values())
     return {
-        "tokens_per_s": timing.rate(seconds, n * phase.micro_batches),
+        "tokens_per_s": timing.rate(seconds, n * phase.grad_accum),
         "shares": {part: round(clock[part] / whole, 4) for part in ("trunk", "head", "optimizer")},
     }
 
@@ -379,15 +381,19 @@ def measure_step(
 @click.option("--log-prior", is_flag=True, help="Add the log frequency of the tokens to the logits.")
 @click.option("--normuon", type=click.Choice(["v3", "published"]), default="v3", show_default=True)
 @click.option("--normuon-lr", default=0.02, show_default=True)
-@click.option("--mixer-scale", default=1.0, show_default=True, help="Factor of the mixer's output; v3 has none.")
-@click.option("--glu-scale", default=1.0, show_default=True, help="Factor of the GLU's output; v3 has none.")
+@click.option(
+    "--mixer-residual-scale", default=1.0, show_default=True, help="Factor of the mixer's output; v3 has none."
+)
+@click.option("--ffn-residual-scale", default=1.0, show_default=True, help="Factor of the GLU's output; v3 has none.")
 @click.option("--dilations", default="1,4,64", show_default=True, help="Of the mixer's convolutions.")
-@click.option("--average-decay", default=0.0, show_default=True, help="Of the running average; 0, as in v3: none.")
-@click.option("--induction-orders", default="", help="Orders of followers, such as 1,2,3; v3 has none.")
-@click.option("--induction-reach", default=1024, show_default=True, help="Tokens that followers are looked for in.")
+@click.option("--leaky-decay", default=0.0, show_default=True, help="Of the running average; 0, as in v3: none.")
+@click.option("--ngram-copy-orders", default="", help="Orders of followers, such as 1,2,3; v3 has none.")
+@click.option("--ngram-copy-reach", default=1024, show_default=True, help="Tokens that followers are looked for in.")
 @click.option("--ternary-threshold", default=1.0, show_default=True, help="Times the mean magnitude of a matrix.")
 @click.option("--adamw-lr", default=3e-4, show_default=True)
-@click.option("--trunk-lr-factor", default=1.0, show_default=True, help="Times AdamW's: of convolutions and norms.")
+@click.option(
+    "--nonembedding-lr-scale", default=1.0, show_default=True, help="Times AdamW's: of convolutions and norms."
+)
 @click.option("--adamw-beta1", default=0.9, show_default=True)
 @click.option("--adamw-beta2", default=0.95, show_default=True)
 @click.option("--weight-decay", default=0.1, show_default=True)
@@ -425,15 +431,15 @@ def train(
     log_prior: bool,
     normuon: str,
     normuon_lr: float,
-    mixer_scale: float,
-    glu_scale: float,
+    mixer_residual_scale: float,
+    ffn_residual_scale: float,
     dilations: str,
-    average_decay: float,
-    induction_orders: str,
-    induction_reach: int,
+    leaky_decay: float,
+    ngram_copy_orders: str,
+    ngram_copy_reach: int,
     ternary_threshold: float,
     adamw_lr: float,
-    trunk_lr_factor: float,
+    nonembedding_lr_scale: float,
     adamw_beta1: float,
     adamw_beta2: float,
     weight_decay: float,
@@ -462,11 +468,11 @@ def train(
         raise click.UsageError("give --steps or --minutes: the last phase has no end")
     config = ModelConfig(
         dilations=tuple(int(dilation) for dilation in dilations.strip("[]").split(",")),
-        mixer_scale=mixer_scale,
-        glu_scale=glu_scale,
-        average_decay=average_decay,
-        induction_orders=tuple(int(order) for order in induction_orders.strip("[]").split(",") if order),
-        induction_reach=induction_reach,
+        mixer_residual_scale=mixer_residual_scale,
+        ffn_residual_scale=ffn_residual_scale,
+        leaky_decay=leaky_decay,
+        ngram_copy_orders=tuple(int(order) for order in ngram_copy_orders.strip("[]").split(",") if order),
+        ngram_copy_reach=ngram_copy_reach,
         ternary_threshold=ternary_threshold,
     )
     counts = tokens.train.counts(config.vocab_size)
@@ -497,7 +503,7 @@ def train(
         normuon=normuon,
         normuon_lr=normuon_lr,
         adamw_lr=adamw_lr,
-        trunk_factor=trunk_lr_factor,
+        trunk_factor=nonembedding_lr_scale,
         betas=(adamw_beta1, adamw_beta2),
         weight_decay=weight_decay,
         clip=clip,
@@ -547,8 +553,8 @@ def train(
         phase = next((p for p in phases if p.last_step is None or step < p.last_step), phases[-1])
         model.embedding.weight.requires_grad_(step >= frozen_steps)
         batches = []
-        for micro in range(phase.micro_batches):
-            ids, targets = sample_batch(tokens.train, seed, step, micro, phase.rows, phase.length)
+        for micro in range(phase.grad_accum):
+            ids, targets = sample_batch(tokens.train, seed, step, micro, phase.batch_size, phase.seq_len)
             batches.append((torch.from_numpy(ids).long(), torch.from_numpy(targets).long()))
         loss = training_step(
             model,
@@ -561,7 +567,7 @@ def train(
             **options,
         )
         seconds += time.perf_counter() - begin
-        seen += phase.rows * phase.length * phase.micro_batches
+        seen += phase.batch_size * phase.seq_len * phase.grad_accum
         step += 1
 
 

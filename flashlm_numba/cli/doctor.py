@@ -120,9 +120,16 @@ def _small_model() -> Any:
     from flashlm_numba.model.model import Model, initial_parameters
 
     config = ModelConfig(
-        97, 48, 70, 3, dilations=(1, 2, 8), mixer_scale=2**-3, glu_scale=2**-10, average_decay=0.9,
-        induction_orders=(1,),
-    )  # fmt: skip
+        97,
+        48,
+        70,
+        3,
+        dilations=(1, 2, 8),
+        mixer_residual_scale=2**-3,
+        ffn_residual_scale=2**-10,
+        leaky_decay=0.9,
+        ngram_copy_orders=(1,),
+    )
 
     def make_head(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return DenseHead(weight, dweight)
@@ -154,11 +161,18 @@ def _check_trunk_gradients() -> float:
     ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few different ones: they repeat, and have followers
     dout = rng.standard_normal((ids.size, config.dim), np.float32)
     want, saved = reference_trunk.trunk_forward(
-        {name: value.astype(np.float64) for name, value in model.parameters.items()}, ids, groups=config.groups,
-        dilations=config.dilations, recursions=config.recursions, mixer_scale=config.mixer_scale,
-        glu_scale=config.glu_scale, average_decay=config.average_decay, ternary_threshold=config.ternary_threshold,
-        induction_orders=config.induction_orders, induction_reach=config.induction_reach,
-    )  # fmt: skip
+        {name: value.astype(np.float64) for name, value in model.parameters.items()},
+        ids,
+        groups=config.groups,
+        dilations=config.dilations,
+        n_passes=config.n_passes,
+        mixer_residual_scale=config.mixer_residual_scale,
+        ffn_residual_scale=config.ffn_residual_scale,
+        leaky_decay=config.leaky_decay,
+        ternary_threshold=config.ternary_threshold,
+        ngram_copy_orders=config.ngram_copy_orders,
+        ngram_copy_reach=config.ngram_copy_reach,
+    )
     error = _relative(model.forward(ids), want)
     model.backward(dout)
     gradients = reference_trunk.trunk_backward(dout.astype(np.float64), saved)

@@ -322,9 +322,9 @@ def train(
         raise click.UsageError("--tree shapes the tree head; leave it out, or give --head tree.")
     changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
     changes += [f"head.tree={tree}"] if tree else []
-    changes += [f"training.embeddings={embeddings}"] if embeddings else []
+    changes += [f"training.embedding_init={embeddings}"] if embeddings else []
     run = RunConfig.recipe_named(recipe or "default").with_settings([*changes, *settings])
-    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embeddings": embeddings})
+    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embedding_init": embeddings})
     from flashlm_numba.training.loop import start_run
 
     status = start_run(
@@ -346,7 +346,7 @@ def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str
     twice = sorted(name for name in names if options.get(name) is not None)
     if twice:
         raise click.UsageError(f"--set {twice[0]} says again what an option says; give only one of the two.")
-    for owner, own in (("tree", ("tree",)), ("sampled", ("candidates", "full_share"))):
+    for owner, own in (("tree", ("tree",)), ("sampled", ("num_sampled", "full_softmax_ratio"))):
         idle = sorted(name for name in names if head != owner and name.startswith(own))
         if idle:
             raise click.UsageError(

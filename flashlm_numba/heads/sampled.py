@@ -140,8 +140,14 @@ class SampledHead(DenseHead):
         most = max(self.candidates, min(len(h), self.vocab_size) + self.candidates // 2)
         self._few = kernels.scratch_for(self._few, max(most, len(ids)), rows.shape[1])
         loss, nll, dh = kernels.dense_head_forward_backward(
-            h, rows, np.searchsorted(ids, targets).astype(np.int32), weights, drows, log_prior=correction,
-            scratch=self._few, **self.settings,
-        )  # fmt: skip
+            h,
+            rows,
+            np.searchsorted(ids, targets).astype(np.int32),
+            weights,
+            drows,
+            log_prior=correction,
+            scratch=self._few,
+            **self.settings,
+        )
         embedding_backward(self.dweight, drows, ids)
         return loss, nll, dh

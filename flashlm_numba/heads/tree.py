@@ -218,24 +218,45 @@ class TreeHead:
         if factored and accumulate:
             self.dnodes[...] = 0  # this batch's own, of the whole rows
         result = kernels.tree_head_forward_backward(
-            h, self.weight, self.nodes, self._spans, self._rows(targets), weights, self.dweight, self.dnodes,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss, soft_cap=self.soft_cap,
-            accumulate=accumulate, scratch=self._scratch, **self._prior,
-        )  # fmt: skip
+            h,
+            self.weight,
+            self.nodes,
+            self._spans,
+            self._rows(targets),
+            weights,
+            self.dweight,
+            self.dnodes,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            soft_cap=self.soft_cap,
+            accumulate=accumulate,
+            scratch=self._scratch,
+            **self._prior,
+        )
         if factored:
             assert self._basis is not None
             low_rank_backward(
-                self.gradients["nodes.weight"], self.gradients["nodes.basis"], self.dnodes,
-                self.parameters["nodes.weight"], self._basis, accumulate=accumulate,
-            )  # fmt: skip
+                self.gradients["nodes.weight"],
+                self.gradients["nodes.basis"],
+                self.dnodes,
+                self.parameters["nodes.weight"],
+                self._basis,
+                accumulate=accumulate,
+            )
         return result
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32, visiting the target's path only."""
         _, nll = kernels.tree_head_forward(
-            h, self.weight, self.nodes, self._spans, self._rows(targets), soft_cap=self.soft_cap,
-            scratch=self._scratch, **self._prior,
-        )  # fmt: skip
+            h,
+            self.weight,
+            self.nodes,
+            self._spans,
+            self._rows(targets),
+            soft_cap=self.soft_cap,
+            scratch=self._scratch,
+            **self._prior,
+        )
         return -nll
 
     def log_distribution(self, h: np.ndarray) -> np.ndarray:

@@ -108,7 +108,7 @@ def score(
     progress : called with the number of tokens just scored.
     Cost: a forward pass of L / (L - field + 1) times the tokens, where L is the window.
     """
-    model.prepare()
+    model.sync_weights()
     field = model.config.receptive_field
     window = max(window, 2 * field)
     tokens, nll, spread = 0, 0.0, 0.0
@@ -149,8 +149,8 @@ def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
             del pool[-count:]
 
 
-def sees_the_future(model: Model, length: int = 256) -> bool:
-    """Whether another token anywhere in a text changes one bit of a hidden state before it: it must not.
+def is_causal(model: Model, length: int = 256) -> bool:
+    """Whether another token anywhere in a text changes no bit of a hidden state before it.
 
     The text is of 16 different tokens, its first half of two, so that the model finds followers (induction) everywhere.
     """
@@ -163,8 +163,8 @@ def sees_the_future(model: Model, length: int = 256) -> bool:
         changed = ids.copy()
         changed[0, at:] = rng.choice(tokens, length - at)
         if not np.array_equal(model.forward(changed)[:at].view(np.uint32), before[:at].view(np.uint32)):
-            return True
-    return False
+            return False
+    return True
 
 
 def _spread(model: Model, h: np.ndarray) -> float:
@@ -206,7 +206,7 @@ def evaluate_run(
     loaded = load_model(run, checkpoint_name, ema=ema)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
-    if sees_the_future(loaded.model):
+    if not is_causal(loaded.model):
         raise UserError(
             f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would mean "
             "nothing; the kernels must be wrong on this machine: run `flashlm-numba doctor`."

@@ -35,7 +35,7 @@ def generate_ids(
     if not context:
         raise ValueError("generate_ids: context must hold at least one id")
     check_settings(temperature, top_k, top_p, model.head.vocab_size)
-    model.prepare()
+    model.sync_weights()
     state, h = model.prefill(np.array(context, np.int32))
     while True:
         try:

@@ -105,10 +105,10 @@ def export_run(folder: Path, out: Path, checkpoint_name: str | None = None, *, e
     tensors = tensors_of(loaded.model)
     threshold = loaded.run.model.ternary_threshold
     tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in packed.TERNARY}
-    start = loaded.run.training.embeddings
+    start = loaded.run.training.embedding_init
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # of a path on this machine
-    training = dataclasses.replace(loaded.run.training, embeddings=start)
+    training = dataclasses.replace(loaded.run.training, embedding_init=start)
     run = dataclasses.replace(loaded.run, data="", training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
     packed.write(out, tensors, run.to_json(), state)
@@ -180,13 +180,13 @@ def check(run: RunConfig, data: TokenData) -> None:
             f"The tokens in {data.folder} have a vocabulary of {vocabulary:,}, but model.vocab_size is "
             f"{run.model.vocab_size:,}; leave that setting out."
         )
-    longest = max(phase.length for phase in run.training.phases)
+    longest = max(phase.seq_len for phase in run.training.phases)
     if data.train.n_tokens <= longest:
         raise UserError(
             f"The training text in {data.folder} has {data.train.n_tokens:,} tokens, and a sequence of {longest} needs "
             f"{longest + 1:,}; use more text, or shorter sequences, such as --set phases=16x32."
         )
-    start = run.training.embeddings
+    start = run.training.embedding_init
     if run.head.name == "tree":
         rows = start != "random" and _by_meaning(run.head)
         check_shape(run.head.tree, _tree_options(run.head), rows=rows, prefix="tree_")
@@ -293,7 +293,7 @@ def _head_maker(
         "log_prior": log_prior,
     }
     if head.name == "sampled" and counts is not None:
-        options |= {"counts": counts, "candidates": head.candidates}
+        options |= {"counts": counts, "candidates": head.num_sampled}
         return lambda weight, dweight: SampledHead(weight, dweight, **options)
     if tree is None:
         return lambda weight, dweight: DenseHead(weight, dweight, **options)
@@ -302,7 +302,7 @@ def _head_maker(
 
 def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.ndarray | None, float]:
     """Rows (V, C) float32 by token id to start the embedding from, or None for random ones; the seconds it took."""
-    start, config = run.training.embeddings, run.model
+    start, config = run.training.embedding_init, run.model
     if start == "random":
         return None, 0.0
     from flashlm_numba.model import embedding_init as embeddings
@@ -333,4 +333,4 @@ def _tree_options(head: HeadConfig) -> dict[str, int]:
 
 def _by_meaning(head: HeadConfig) -> bool:
     """Whether the tree's builder is given the rows that the embedding starts from."""
-    return head.tree_groups == "meaning" or head.tree == "clustered"
+    return head.tree_clustering == "embedding" or head.tree == "clustered"

@@ -43,35 +43,35 @@ class ModelConfig:
 
     vocab_size: int = 50_257  # V, tokens
     dim: int = 256  # C, channels
-    inner: int = 683  # I, width of the GLU
+    ffn_dim: int = 683  # I, width of the GLU
     groups: int = 16  # of every convolution; must divide dim
-    taps: int = 4  # K, kernel size of every convolution
+    kernel_size: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # of the mixer's convolutions, in order
-    recursions: int = 2  # passes through the one block
-    mixer_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
-    glu_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
-    induction_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
-    induction_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back
-    average_decay: float = _in(0.0, 0, 0.995, later=True)  # of the running average in the mixer, a token; 0: none
+    n_passes: int = 2  # passes through the one block
+    mixer_residual_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
+    ffn_residual_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
+    ngram_copy_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
+    ngram_copy_reach: int = _in(1024, 1, 8192, later=True)  # tokens that they may lie back
+    leaky_decay: float = _in(0.0, 0, 0.995, later=True)  # of the running average in the mixer, a token; 0: none
     ternary_threshold: float = _in(1.0, 0, 1, later=True)  # times a matrix's mean magnitude: where a weight is +1 or -1
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "inner", "groups", "taps", "recursions"):
+        for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.groups:
             raise ValueError(f"model.groups must divide model.dim, got {self.groups} and {self.dim}")
         # beyond these nothing is learnt, and a file of settings could ask for all of the memory
-        for name, most in (("taps", 64), ("recursions", 64)):
+        for name, most in (("kernel_size", 64), ("n_passes", 64)):
             if getattr(self, name) > most:
                 raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
         if not self.dilations or not 1 <= min(self.dilations) <= max(self.dilations) <= 4096:
             raise ValueError(f"model.dilations must be numbers from 1 to 4096, got {self.dilations}")
-        orders = self.induction_orders
+        orders = self.ngram_copy_orders
         if len(orders) > 16 or not all(1 <= order <= 16 for order in orders):
             raise ValueError(
-                f"model.induction_orders must be at most 16 numbers from 1 to 16, such as [1,2], got {list(orders)}"
+                f"model.ngram_copy_orders must be at most 16 numbers from 1 to 16, such as [1,2], got {list(orders)}"
             )
 
     @property
@@ -80,11 +80,11 @@ class ModelConfig:
 
         A running average is taken to end where a token's share of it is below 2**-24, float32's rounding.
         """
-        reach = (self.taps - 1) * sum(self.dilations)
-        if self.average_decay:
-            reach += math.ceil(math.log(2**-24) / math.log(self.average_decay))
-        look_up = self.induction_reach + max(self.induction_orders) - 1 if self.induction_orders else 0
-        return 1 + self.recursions * reach + look_up
+        reach = (self.kernel_size - 1) * sum(self.dilations)
+        if self.leaky_decay:
+            reach += math.ceil(math.log(2**-24) / math.log(self.leaky_decay))
+        look_up = self.ngram_copy_reach + max(self.ngram_copy_orders) - 1 if self.ngram_copy_orders else 0
+        return 1 + self.n_passes * reach + look_up
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ class HeadConfig:
     """The output layer and what the training loss is."""
 
     name: str = _one_of("tree", "dense", "sampled", "tree")  # the command line's --head
-    candidates: int = _in(4_096, 1)  # sampled: tokens in a micro-batch's softmax, its targets included
-    full_share: float = _in(0.05, 0, 1)  # sampled: last share of the steps, with the softmax over all tokens
+    num_sampled: int = _in(4_096, 1)  # sampled: tokens in a micro-batch's softmax, its targets included
+    full_softmax_ratio: float = _in(0.05, 0, 1)  # sampled: last share of the steps, with the softmax over all tokens
     tree: str = "default"  # shape of the tree, --tree
-    tree_groups: str = _one_of("meaning", "frequency", "meaning")  # what tokens in a node have in common
+    tree_clustering: str = _one_of("embedding", "frequency", "embedding")  # what tokens in a node have in common
     tree_root_tokens: int | None = _in(None, 0)  # adaptive: tokens in the root; none: from V
     tree_clusters: int | None = _in(None, 1)  # adaptive: nodes below the root
     tree_classes: int | None = _in(None, 1)  # two-level: nodes below the root
     tree_arity: int | None = _in(None, 2)  # balanced, clustered: children of a node
     tree_rank: int | None = _in(None, 1, later=True)  # of the inner nodes' rows, kept as a product; none: by shape
-    positions: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
+    loss_fraction: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
     label_smoothing: float = _in(0.0, 0, 0.999)  # spread over all tokens (a tree: a node's children)
     z_loss: float = _in(0.0, 0)  # weight of log(Z)**2, which keeps the logits from drifting
     soft_cap: float | None = _in(None, 0, 1e6, open_low=True)  # logits become cap * tanh(logit / cap); none: off
@@ -116,21 +116,23 @@ class OptimizerConfig:
     normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
     normuon_iterations: int = _in(5, 0, 20, later=True)  # Newton-Schulz iterations a step
     adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
-    trunk_lr_factor: float = _in(1.0, 0, 1e3, later=True)  # times adamw_lr: for the convolutions and norms
+    nonembedding_lr_scale: float = _in(1.0, 0, 1e3, later=True)  # times adamw_lr: for the convolutions and norms
     adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
     adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
-    lazy_rows: bool = field(default=False, metadata={"later": True})  # AdamW leaves rows without a gradient alone
-    row_moments: bool = field(default=False, metadata={"later": True})  # one second moment a row; needs lazy_rows
+    sparse_adamw: bool = field(default=False, metadata={"later": True})  # AdamW leaves rows without a gradient alone
+    rowwise_exp_avg_sq: bool = field(
+        default=False, metadata={"later": True}
+    )  # one second moment a row; needs sparse_adamw
     weight_decay: float = _in(0.0, 0, 1)  # of AdamW's matrices, times the learning rate
     clip: float = _in(1.0, 0, open_low=True)  # largest global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear rise from 0 to the peak
-    decay_share: float = _in(0.4, 0, 1)  # last share of the steps, in which the rate falls linearly to 0
+    warmdown_ratio: float = _in(0.4, 0, 1)  # last share of the steps, in which the rate falls linearly to 0
 
     def __post_init__(self) -> None:
-        if self.row_moments and not self.lazy_rows:
+        if self.rowwise_exp_avg_sq and not self.sparse_adamw:
             raise ValueError(
-                "optimizer.row_moments needs lazy_rows, since a row with moments of its own is stepped when it has a "
-                "gradient; add --set row_moments=false or --set lazy_rows=true"
+                "optimizer.rowwise_exp_avg_sq needs sparse_adamw, since a row with moments of its own is stepped when "
+                "it has a gradient; add --set rowwise_exp_avg_sq=false or --set sparse_adamw=true"
             )
 
 
@@ -139,15 +141,15 @@ class Phase:
     """Shape of a step's batches up to a step; written LAST:ROWSxLENGTHxMICRO_BATCHES[:frozen]."""
 
     last_step: int | None = _in(None, 1)  # last step of the phase; none: the end of the run
-    rows: int = _in(16, 1)  # sequences in a micro-batch
-    length: int = _in(128, 1)  # tokens in a sequence
-    micro_batches: int = _in(1, 1)  # micro-batches a step
+    batch_size: int = _in(16, 1)  # sequences in a micro-batch
+    seq_len: int = _in(128, 1)  # tokens in a sequence
+    grad_accum: int = _in(1, 1)  # micro-batches a step
     frozen: bool = False  # hold the embedding fixed, where its rows come from --embeddings
 
     @property
     def tokens(self) -> int:
         """Tokens of one step."""
-        return self.rows * self.length * self.micro_batches
+        return self.batch_size * self.seq_len * self.grad_accum
 
     @classmethod
     def parse(cls, text: str) -> Phase:
@@ -176,22 +178,22 @@ class TrainingConfig:
     """Batches, the embedding's start, and how often things are written."""
 
     phases: tuple[Phase, ...] = (Phase(),)  # in order; the last one's end, if set, fixes the layout
-    embeddings: str = "corpus"  # start of E: corpus, random, a GPT-2 .safetensors file, hf:NAME
+    embedding_init: str = "corpus"  # start of E: corpus, random, a GPT-2 .safetensors file, hf:NAME
     ema: float = _in(0.0, 0, 0.99999)  # decay of a running average of the weights; 0: none is kept
     log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
     validate_every: int = _in(500, 0)  # steps between validations; 0: after the last step only
     validation_tokens: int = _in(32_768, 1)  # tokens of the fixed validation subset
     checkpoint_every: int = _in(0, 0)  # steps between checkpoints; 0: about two minutes of training
     sample_tokens: int = _in(60, 0)  # length of the text added to samples.txt at each validation
-    keep_minutes: tuple[float, ...] = field(  # minutes on the training clock whose checkpoints are never dropped
+    checkpoint_minutes: tuple[float, ...] = field(  # minutes on the training clock whose checkpoints are never dropped
         default=(), metadata={"later": True}
     )
 
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("training.phases must hold at least one phase")
-        if not all(0 < minutes < math.inf for minutes in self.keep_minutes):
-            raise ValueError(f"training.keep_minutes must be positive numbers, got {self.keep_minutes}")
+        if not all(0 < minutes < math.inf for minutes in self.checkpoint_minutes):
+            raise ValueError(f"training.checkpoint_minutes must be positive numbers, got {self.checkpoint_minutes}")
         ends = [phase.last_step for phase in self.phases]
         inner = [end for end in ends if end is not None]
         if None in ends[:-1] or inner != sorted(set(inner)):
@@ -203,7 +205,7 @@ class Plan:
     """How far the run goes, in steps, however it was asked for."""
 
     steps: int = _in(0, 0)  # the run ends after this step
-    layout_steps: int = _in(0, 0)  # steps that phases and decay are laid out for; `steps` may stop earlier
+    schedule_steps: int = _in(0, 0)  # steps that phases and decay are laid out for; `steps` may stop earlier
     minutes: float | None = _in(None, 0, open_low=True)  # what --minutes asked for
     step_seconds: tuple[float, ...] = ()  # seconds a step of each phase that --minutes measured
 
@@ -287,7 +289,7 @@ class RunConfig:
         raise ValueError(f"step {step} lies after the last phase")
 
     @property
-    def fixed_layout(self) -> int | None:
+    def fixed_schedule(self) -> int | None:
         """Steps that the phases are laid out for, or None if they are as long as the run."""
         return self.training.phases[-1].last_step
 
@@ -302,12 +304,12 @@ class RunConfig:
 
     def full_at(self, step: int) -> bool:
         """Whether the sampled head takes the softmax over all tokens in a step; steps count from 1."""
-        return step > self.plan.layout_steps * (1 - self.head.full_share)
+        return step > self.plan.schedule_steps * (1 - self.head.full_softmax_ratio)
 
     @property
-    def embeddings_given(self) -> bool:
+    def embedding_given(self) -> bool:
         """Whether the rows of E come from a checkpoint, not from the corpus or at random."""
-        return self.training.embeddings not in ("corpus", "random")
+        return self.training.embedding_init not in ("corpus", "random")
 
 
 # The recipes; everything not named here is a field's default.
@@ -317,34 +319,34 @@ RECIPES: dict[str, RunConfig] = {
         recipe="default",
         # scales of about fan_in**-0.5 for each ternary matrix that a branch goes through
         model=ModelConfig(
-            mixer_scale=2**-4,
-            glu_scale=2**-18,
-            average_decay=0.98,
+            mixer_residual_scale=2**-4,
+            ffn_residual_scale=2**-18,
+            leaky_decay=0.98,
             ternary_threshold=0.5,
             activations="int8",
-            induction_orders=(1, 1, 1, 2, 2, 3),
+            ngram_copy_orders=(1, 1, 1, 2, 2, 3),
         ),
         optimizer=OptimizerConfig(
             normuon_iterations=3,
-            trunk_lr_factor=4.0,
+            nonembedding_lr_scale=4.0,
             adamw_beta1=0.0,
             adamw_beta2=0.99,
-            lazy_rows=True,
-            row_moments=True,
+            sparse_adamw=True,
+            rowwise_exp_avg_sq=True,
         ),
-        training=TrainingConfig(phases=(Phase(rows=8, length=256),)),
+        training=TrainingConfig(phases=(Phase(batch_size=8, seq_len=256),)),
     ),
     # FlashLM v3 as published; without --embeddings the start of E is ours and is not frozen
     "v3": RunConfig(
         recipe="v3",
-        head=HeadConfig(name="dense", positions=0.25, label_smoothing=0.1, z_loss=1e-4),
+        head=HeadConfig(name="dense", loss_fraction=0.25, label_smoothing=0.1, z_loss=1e-4),
         optimizer=OptimizerConfig(
             normuon="v3",
             normuon_lr=0.02,
             adamw_lr=3e-4,
             weight_decay=0.1,
             warmup_steps=200,
-            decay_share=0.1,
+            warmdown_ratio=0.1,
         ),
         training=TrainingConfig(
             phases=(
@@ -366,7 +368,7 @@ def plan_for(run: RunConfig, *, steps: int | None = None, tokens: int | None = N
 
     Raises UserError if the phases end before that.
     """
-    fixed = run.fixed_layout
+    fixed = run.fixed_schedule
     if tokens is not None:
         steps = _steps_for_tokens(run, tokens)
     if steps is None:
@@ -378,7 +380,7 @@ def plan_for(run: RunConfig, *, steps: int | None = None, tokens: int | None = N
             f"The phases of recipe '{run.recipe}' end at step {fixed:,}, but {steps:,} steps were asked for; "
             "ask for fewer, or set longer phases with --set phases=..."
         )
-    return replace(run, plan=Plan(steps=steps, layout_steps=fixed or steps))
+    return replace(run, plan=Plan(steps=steps, schedule_steps=fixed or steps))
 
 
 def _steps_for_tokens(run: RunConfig, tokens: int) -> int:

@@ -314,7 +314,7 @@ def _run_apart(
     if process.returncode < 0:
         raise UserError(
             f"Making the start of the embedding was ended by signal {-process.returncode}; if that was for want of "
-            "memory (it needs about 1 GB), free some, or start with --set embeddings=random."
+            "memory (it needs about 1 GB), free some, or start with --set embedding_init=random."
         )
     if process.returncode:
         raise RuntimeError("the embedding process failed:\n" + "".join(lines[-20:]))
@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError as error:
         print(
             f"There is not enough memory for the start of the embedding ({error}); free some (it needs about 1 GB), or "
-            "start with --set embeddings=random.",
+            "start with --set embedding_init=random.",
             flush=True,
         )
         return 2

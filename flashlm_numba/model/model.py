@@ -25,15 +25,15 @@ ENDS = ("inputs", "outputs")  # of the trunk, where the rows of followers are ad
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter but the head's own, in order; PyTorch's layouts."""
-    c, inner, width = config.dim, config.inner, config.dim // config.groups
+    c, inner, width = config.dim, config.ffn_dim, config.dim // config.groups
     convs = range(len(config.dilations))
     return {
         "embedding.weight": (config.vocab_size, c),
         "norm1.weight": (c,),
-        **({"mixer.average.weight": (c,)} if config.average_decay else {}),
+        **({"mixer.average.weight": (c,)} if config.leaky_decay else {}),
         **{f"mixer.norms.{i}.weight": (c,) for i in convs},
-        **{f"mixer.gates.{i}.weight": (c, width, config.taps) for i in convs},
-        **{f"mixer.values.{i}.weight": (c, width, config.taps) for i in convs},
+        **{f"mixer.gates.{i}.weight": (c, width, config.kernel_size) for i in convs},
+        **{f"mixer.values.{i}.weight": (c, width, config.kernel_size) for i in convs},
         "mixer.out.weight": (c, c),
         "norm2.weight": (c,),
         "glu.gate.weight": (inner, c),
@@ -42,7 +42,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "router.weight": (1, c),
         "router.bias": (1,),
         "final_norm.weight": (c,),
-        **{f"induction.{end}.{i}.weight": (c,) for end in ENDS for i in range(len(config.induction_orders))},
+        **{f"induction.{end}.{i}.weight": (c,) for end in ENDS for i in range(len(config.ngram_copy_orders))},
     }
 
 
@@ -101,11 +101,18 @@ class Model:
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
-        branches = config.mixer_scale, config.glu_scale
+        branches = config.mixer_residual_scale, config.ffn_residual_scale
         self._weights = TrunkWeights(
-            config.dim, config.inner, config.groups, config.taps, config.dilations, branches, config.average_decay,
-            config.induction_orders, config.induction_reach,
-        )  # fmt: skip
+            config.dim,
+            config.ffn_dim,
+            config.groups,
+            config.kernel_size,
+            config.dilations,
+            branches,
+            config.leaky_decay,
+            config.ngram_copy_orders,
+            config.ngram_copy_reach,
+        )
         self._buffers: TrunkBuffers | None = None
         self._rows: np.ndarray | None = None
         self.use_activations(config.activations)
@@ -121,16 +128,16 @@ class Model:
         except ValueError as error:  # of the environment variable that forces a variant
             raise UserError(f"{error}.") from None
         self._buffers = None  # a backward pass must not follow a forward pass of the other kind
-        self.prepare()
+        self.sync_weights()
 
-    def prepare(self) -> None:
+    def sync_weights(self) -> None:
         """Ternarise and pack the weights for the kernels; call after every change of the parameters."""
         p, w = self.parameters, self._weights
         w.norms[0], w.norms[1], w.norms[2] = p["norm1.weight"], p["norm2.weight"], p["final_norm.weight"]
         for i in range(len(self.config.dilations)):
             w.norms[3 + i] = p[f"mixer.norms.{i}.weight"]
             w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
-        if self.config.average_decay:
+        if self.config.leaky_decay:
             w.norms[-1] = p["mixer.average.weight"]
         for e, o, name in self._inductions():
             w.gains[e, o] = p[name]
@@ -144,7 +151,7 @@ class Model:
 
     def _inductions(self) -> list[tuple[int, int, str]]:
         """End, kind and name of the gains of followers."""
-        orders = range(len(self.config.induction_orders))
+        orders = range(len(self.config.ngram_copy_orders))
         return [(e, o, f"induction.{end}.{o}.weight") for e, end in enumerate(ENDS) for o in orders]
 
     def zero_grad(self) -> None:
@@ -165,13 +172,13 @@ class Model:
         self._rows = np.ascontiguousarray(rows, np.int32)
         if self._buffers is None or not self._buffers.fits(self._weights, *ids.shape):
             self._buffers = None  # the old ones' memory is free before new ones are made
-            self._buffers = TrunkBuffers(self._weights, self.config.recursions, *ids.shape)
+            self._buffers = TrunkBuffers(self._weights, self.config.n_passes, *ids.shape)
         return trunk_forward(self._buffers, self._weights, self.parameters["embedding.weight"], self._rows)
 
     def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
         """Read a text, ids (T,) int32, T >= 1, in one pass: the state to go on from, and its last hidden state (1, C).
 
-        Only the last receptive_field tokens matter, and are read. Call prepare before, if parameters have changed.
+        Only the last receptive_field tokens matter, and are read. Call sync_weights before, if parameters have changed.
         Raises ValueError if there is no token, or one is not in [0, V).
         """
         _check.array("Model.prefill", "ids", ids, (None,), np.int32)
@@ -219,7 +226,7 @@ class Model:
             g[f"mixer.norms.{i}.weight"] += found["norms"][3 + i]
             g[f"mixer.gates.{i}.weight"] += found["gates"][i]
             g[f"mixer.values.{i}.weight"] += found["values"][i]
-        if self.config.average_decay:
+        if self.config.leaky_decay:
             g["mixer.average.weight"] += found["norms"][-1]
         for e, o, name in self._inductions():
             g[name] += found["gains"][e, o]

@@ -52,9 +52,9 @@ CHANGEABLE = {
         "validation_tokens",
         "checkpoint_every",
         "sample_tokens",
-        "keep_minutes",
+        "checkpoint_minutes",
     ),
-    "optimizer": ("normuon_lr", "adamw_lr", "trunk_lr_factor", "clip"),
+    "optimizer": ("normuon_lr", "adamw_lr", "nonembedding_lr_scale", "clip"),
 }
 EMBEDDING = "embedding.weight"
 _POSITIONS, _CANDIDATES = 1, 2  # the random streams of the positions and of the head, beside the batches' own
@@ -104,12 +104,12 @@ def optimizer_settings(run: RunConfig) -> OptimizerSettings:
         normuon_lr=o.normuon_lr,
         normuon_iterations=o.normuon_iterations,
         adamw_lr=o.adamw_lr,
-        adamw_trunk_factor=o.trunk_lr_factor,
+        adamw_trunk_factor=o.nonembedding_lr_scale,
         adamw_beta1=o.adamw_beta1,
         adamw_beta2=o.adamw_beta2,
         adamw_decay=o.weight_decay,
-        adamw_lazy=o.lazy_rows,
-        adamw_rows=o.row_moments,
+        adamw_lazy=o.sparse_adamw,
+        adamw_rows=o.rowwise_exp_avg_sq,
         clip=o.clip,
     )
 
@@ -131,7 +131,7 @@ def position_weights(seed: int, step: int, micro: int, positions: int, share: fl
     return weights
 
 
-def do_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool = False) -> Step:
+def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool = False) -> Step:
     """One optimiser step on the batches of `step`; lr is the schedule's factor (0 changes no parameter).
 
     full : the sampled head takes the softmax over all tokens.
@@ -140,15 +140,15 @@ def do_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool 
     """
     run, model = session.run, session.model
     start = time.perf_counter()
-    model.prepare()
+    model.sync_weights()
     loss = nll = 0.0
     shares = {"embedding": 0.0, "trunk": 0.0, "head": 0.0, "optimizer": 0.0}
-    for micro in range(phase.micro_batches):
-        ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.rows, phase.length)
-        weights = position_weights(run.seed, step, micro, targets.size, run.head.positions, phase.micro_batches)
+    for micro in range(phase.grad_accum):
+        ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.batch_size, phase.seq_len)
+        weights = position_weights(run.seed, step, micro, targets.size, run.head.loss_fraction, phase.grad_accum)
         model.head.begin(np.random.default_rng((run.seed, step, micro, _CANDIDATES)), full=full)
         losses, nlls, seconds = model.loss_and_grad(ids, targets, weights, accumulate=micro > 0)
-        share = 1 / (len(losses) * phase.micro_batches)  # the same for every position that counts
+        share = 1 / (len(losses) * phase.grad_accum)  # the same for every position that counts
         loss += float(losses.sum(dtype=np.float64)) * share
         nll += float(nlls.sum(dtype=np.float64)) * share
         for name, spent in seconds.items():
@@ -164,7 +164,7 @@ def do_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool 
     settings = session.optimizer.settings
     rates = settings.normuon_lr * lr, settings.adamw_lr * lr
     # rows that start at random or from the corpus are ours to train from the first step
-    frozen = {EMBEDDING} if phase.frozen and run.embeddings_given else set()
+    frozen = {EMBEDDING} if phase.frozen and run.embedding_given else set()
     session.optimizer.step(*rates, settings.clip, frozen=frozen)
     end = time.perf_counter()
     shares["optimizer"] = end - before
@@ -217,8 +217,8 @@ def start_run(
         fixed_length = steps is not None or tokens is not None
         if fixed_length:
             run = plan_for(run, steps=steps, tokens=tokens)
-        elif minutes is None and run.fixed_layout is not None:
-            run = plan_for(run, steps=run.fixed_layout)
+        elif minutes is None and run.fixed_schedule is not None:
+            run = plan_for(run, steps=run.fixed_schedule)
             fixed_length = True
         another = "choose another --out"
         with _writing_to(folder, another), checkpoint.lock(folder, f"wait for it, stop it, or {another}"):
@@ -301,8 +301,8 @@ def resume_run(
             session.run = plan_for(run, steps=steps, tokens=tokens)
             if session.run.plan.steps < at:
                 raise UserError(f"{folder} is already at step {at:,}; ask for more than that.")
-        if at >= (session.run.plan.steps if minutes is None else run.fixed_layout or math.inf):
-            more = "" if at == run.fixed_layout else "; give --steps, --tokens or --minutes to go further"
+        if at >= (session.run.plan.steps if minutes is None else run.fixed_schedule or math.inf):
+            more = "" if at == run.fixed_schedule else "; give --steps, --tokens or --minutes to go further"
             display.note(f"{folder} is complete at step {at:,}{more}.")
             return 0
         with _rehearsal(session):
@@ -365,7 +365,7 @@ def _session(run: RunConfig, folder: Path, data: TokenData, model: Model, ema: d
 def _warm_up(session: Session, display: Display) -> None:
     """Load every kernel that a step and a validation need, on a small batch."""
     phase = session.run.training.phases[0]
-    do_step(session, replace(phase, rows=2, length=min(16, phase.length)), 0, lr=0.0)
+    train_step(session, replace(phase, batch_size=2, seq_len=min(16, phase.seq_len)), 0, lr=0.0)
     if session.subset:
         score(session.model, [session.subset[0][:16]], eot=EOT)
 
@@ -393,7 +393,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
         score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
         validation = (time.perf_counter() - started) * run.training.validation_tokens / len(few[0])
     budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
-    fixed = run.fixed_layout
+    fixed = run.fixed_schedule
     rates: list[float] = []
     steps, left = at, minutes * 60
     if at == 0:  # the embedding's start and the tree are on the clock already
@@ -405,7 +405,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
             continue
         rate = _step_seconds(session, phase, budget)
         if run.head.name == "sampled":  # its last steps are dense ones
-            rate += run.head.full_share * (_step_seconds(session, phase, budget, full=True) - rate)
+            rate += run.head.full_softmax_ratio * (_step_seconds(session, phase, budget, full=True) - rate)
         rates.append(rate)
         if len(rates) == 1 or steps == at:
             validations = 1 + left / rates[-1] / (run.training.validate_every or math.inf)
@@ -426,7 +426,7 @@ def _step_seconds(session: Session, phase: Phase, budget: float, *, full: bool =
     """Seconds that a step of this phase takes, from steps at lr 0 for about `budget` seconds."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < budget:
-        times.append(do_step(session, phase, len(times) + 1, lr=0.0, full=full).seconds)
+        times.append(train_step(session, phase, len(times) + 1, lr=0.0, full=full).seconds)
     return statistics.fmean(times[1:])  # the mean, slow steps included, is what a run's length follows
 
 
@@ -452,13 +452,13 @@ def _loop(session: Session, display: Display) -> int:
             phase = run.phase_at(step)
             scale = lr_scale(
                 step - 1,
-                total=plan.layout_steps,
+                total=plan.schedule_steps,
                 warmup=run.optimizer.warmup_steps,
-                decay=run.optimizer.decay_share * plan.layout_steps,
+                decay=run.optimizer.warmdown_ratio * plan.schedule_steps,
             )
             sampled = run.head.name == "sampled" and not run.full_at(step)  # its loss and NLL read low
             try:
-                done = do_step(session, phase, step, lr=scale, full=not sampled)
+                done = train_step(session, phase, step, lr=scale, full=not sampled)
             except UserError as error:
                 raise _stopped(session, step, error) from None
             spent = done.seconds + _update_ema(session)
@@ -486,7 +486,7 @@ def _loop(session: Session, display: Display) -> int:
                 log.flush()
             left = (run.tokens_until(plan.steps) - clock.tokens) * spent / phase.tokens
             display.step(line, left)
-            keep = _passed(training.keep_minutes, seen_at, clock.seconds)
+            keep = _passed(training.checkpoint_minutes, seen_at, clock.seconds)
             seen_at = clock.seconds
             if training.checkpoint_every:
                 save = step % training.checkpoint_every == 0
@@ -497,7 +497,7 @@ def _loop(session: Session, display: Display) -> int:
                 saved_at, saved_step = clock.seconds, step
         if caught and clock.step < plan.steps and clock.step != saved_step:
             # a mark may have passed while the last checkpoint was written
-            _save(session, log, keep=_passed(training.keep_minutes, seen_at, clock.seconds))
+            _save(session, log, keep=_passed(training.checkpoint_minutes, seen_at, clock.seconds))
     if clock.step < plan.steps:
         display.note(
             f"Stopped after step {clock.step:,}, saved; go on with: flashlm-numba train --resume {session.folder}"

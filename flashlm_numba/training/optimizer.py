@@ -50,8 +50,13 @@ class OptimizerSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
         for name in (
-            "normuon_lr", "adamw_lr", "adamw_trunk_factor", "normuon_decay", "adamw_decay", "normuon_iterations",
-        ):  # fmt: skip
+            "normuon_lr",
+            "adamw_lr",
+            "adamw_trunk_factor",
+            "normuon_decay",
+            "adamw_decay",
+            "normuon_iterations",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("normuon_eps", "adamw_eps", "normuon_update_rms", "clip"):
@@ -246,10 +251,17 @@ class Optimizer:
             [self._first[name] for name in names],
             [self._second[name] for name in names],
             [self.grads[name] for name in names],
-            lr=lr, momentum=s.normuon_momentum, beta2=s.normuon_beta2, eps=s.normuon_eps,
-            nesterov=s.normuon_nesterov, update_rms=s.normuon_update_rms, decay=s.normuon_decay,
-            steps=s.normuon_iterations, scale=scale, workspace=self._workspaces[key],
-        )  # fmt: skip
+            lr=lr,
+            momentum=s.normuon_momentum,
+            beta2=s.normuon_beta2,
+            eps=s.normuon_eps,
+            nesterov=s.normuon_nesterov,
+            update_rms=s.normuon_update_rms,
+            decay=s.normuon_decay,
+            steps=s.normuon_iterations,
+            scale=scale,
+            workspace=self._workspaces[key],
+        )
 
     def _step_adamw(self, names: list[str], lr: float, scale: float, decay: float) -> None:
         s = self.settings
@@ -260,15 +272,33 @@ class Optimizer:
             rate = lr if table else s.adamw_trunk_factor * lr
             if self._by_rows(name):
                 adamw_rows_step(
-                    weight, first, second, self._row_steps[name], grad, lr=rate,
-                    beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps, decay=decay, scale=scale,
-                )  # fmt: skip
+                    weight,
+                    first,
+                    second,
+                    self._row_steps[name],
+                    grad,
+                    lr=rate,
+                    beta1=s.adamw_beta1,
+                    beta2=s.adamw_beta2,
+                    eps=s.adamw_eps,
+                    decay=decay,
+                    scale=scale,
+                )
             else:
                 adamw_step(
-                    weight, first, second, grad, step=self.steps[name], lr=rate,
-                    beta1=s.adamw_beta1, beta2=s.adamw_beta2, eps=s.adamw_eps, decay=decay, scale=scale,
+                    weight,
+                    first,
+                    second,
+                    grad,
+                    step=self.steps[name],
+                    lr=rate,
+                    beta1=s.adamw_beta1,
+                    beta2=s.adamw_beta2,
+                    eps=s.adamw_eps,
+                    decay=decay,
+                    scale=scale,
                     lazy=s.adamw_lazy and table,
-                )  # fmt: skip
+                )
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The whole state as flat arrays, for safetensors: `first.`, `second.`, `steps.` and `row_steps.NAME`.

@@ -28,7 +28,7 @@ def main() -> None:
 
     set_threads(None)
     # an embedding beyond the serial optimiser's size
-    config = ModelConfig(vocab_size=5_000, dim=16, inner=8, groups=1, induction_orders=(1,))
+    config = ModelConfig(vocab_size=5_000, dim=16, ffn_dim=8, groups=1, ngram_copy_orders=(1,))
     tree = build_tree("default", np.arange(config.vocab_size))
     prior = np.full(config.vocab_size, -8.5, np.float32)
 

@@ -50,10 +50,10 @@ def test_help_loads_no_numerical_package():
             "With the dense head tree_rank would change nothing",
         ),
         (
-            ["train", "--set", "candidates=9"],
-            "With the tree head candidates would change nothing; leave it out, or give",
+            ["train", "--set", "num_sampled=9"],
+            "With the tree head num_sampled would change nothing; leave it out, or give",
         ),
-        (["train", "--head", "dense", "--set", "full_share=1"], "give --head sampled."),
+        (["train", "--head", "dense", "--set", "full_softmax_ratio=1"], "give --head sampled."),
         (["train", "--head", "dense", "--set", "head.name=tree"], "--set name says again what an option says"),
         (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree says again"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
@@ -88,7 +88,7 @@ def test_usage_errors_end_with_status_2(arguments, sentence):
         (["train", "--tree", "oak", "--steps", "1", "DATA", *_settings()], "no tree shape 'oak'"),
         (["train", "--steps", "1", "DATA", *_settings("phases=1x99999")], "a sequence of 99999 needs"),
         (
-            ["train", "--steps", "1", "DATA", *_settings("embeddings=no.safetensors")],
+            ["train", "--steps", "1", "DATA", *_settings("embedding_init=no.safetensors")],
             "There is no file no.safe",
         ),
         (["prepare", "no-such-source.txt", "--out", "OUT"], "no-such-source.txt"),
@@ -324,9 +324,13 @@ def test_a_folder_with_something_in_it_is_no_place_for_a_run(corpus, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("NUMBA_NUM_THREADS", "abc"), ("NUMBA_NUM_THREADS", "0"), ("NUMBA_NUM_THREADS", "-1"),
-     ("NUMBA_THREADING_LAYER", "nonsense")],
-)  # fmt: skip
+    [
+        ("NUMBA_NUM_THREADS", "abc"),
+        ("NUMBA_NUM_THREADS", "0"),
+        ("NUMBA_NUM_THREADS", "-1"),
+        ("NUMBA_THREADING_LAYER", "nonsense"),
+    ],
+)
 def test_variables_that_numba_cannot_read_are_named(run, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     done = _run("info", run)
@@ -439,7 +443,7 @@ def test_settings_that_the_weights_were_not_trained_with_are_refused(run, tmp_pa
     changed = tmp_path / "changed"
     shutil.copytree(run, changed)
     text = (changed / "config.json").read_text()
-    for old, new in (('"name": "tree"', '"name": "dense"'), ('"recursions": 2', '"recursions": 3')):
+    for old, new in (('"name": "tree"', '"name": "dense"'), ('"n_passes": 2', '"n_passes": 3')):
         assert old in text
         (changed / "config.json").write_text(text.replace(old, new))
         for command in (

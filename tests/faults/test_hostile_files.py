@@ -49,10 +49,16 @@ def changes(draw):
 
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.sampled_from([0, 1, -1, 2**31, 2**63, 10**12]),
-    st.floats(), st.text(max_size=8), st.sampled_from(["../../etc/passwd", "/dev/zero", "nan"]),
-    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([0, 1, -1, 2**31, 2**63, 10**12]),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["../../etc/passwd", "/dev/zero", "nan"]),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
 
 
 def paths(value, here=()):

@@ -35,9 +35,14 @@ def run_reference(dtype, h, weight, targets, weights, log_prior, settings):
 
 
 @given(
-    st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 3, 13]), st.sampled_from([1, 2, 50, 513, 1025]),
-    st.sampled_from([1, 8, 33]), st.sampled_from([0.0, 0.3, 30.0]), st.booleans(), options,
-)  # fmt: skip
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 1, 3, 13]),
+    st.sampled_from([1, 2, 50, 513, 1025]),
+    st.sampled_from([1, 8, 33]),
+    st.sampled_from([0.0, 0.3, 30.0]),
+    st.booleans(),
+    options,
+)
 def test_dense_head_matches_reference(seed, rows, vocab, dim, scale, prior, settings):
     arrays = problem(seed, rows, vocab, dim, scale, prior)
     h, weight, targets, weights, log_prior = arrays

@@ -61,10 +61,16 @@ def run_in_place(head, h, targets, weights):
 def run_reference(dtype, head, h, targets, weights):
     dweight, dnodes = np.zeros(head.weight.shape, dtype), np.zeros(head.nodes.shape, dtype)
     first = reference_tree.tree_head_forward_backward(
-        *(a.astype(dtype) for a in (h, head.weight, head.nodes)), head.tree.spans,
-        head.row_of_token[targets], weights.astype(dtype), dweight, dnodes, **reference_settings(head, dtype),
-        label_smoothing=head.label_smoothing, z_loss=head.z_loss,
-    )  # fmt: skip
+        *(a.astype(dtype) for a in (h, head.weight, head.nodes)),
+        head.tree.spans,
+        head.row_of_token[targets],
+        weights.astype(dtype),
+        dweight,
+        dnodes,
+        **reference_settings(head, dtype),
+        label_smoothing=head.label_smoothing,
+        z_loss=head.z_loss,
+    )
     return *first, dweight, dnodes
 
 
@@ -73,9 +79,14 @@ def reference_settings(head, dtype):
 
 
 @given(
-    st.integers(0, 2**32 - 1), shapes, st.sampled_from([1, 2, 3, 50, 251]),
-    st.sampled_from([0, 1, 3, 65, 130]), st.sampled_from([1, 8, 33, 70]), st.booleans(), options,
-)  # fmt: skip
+    st.integers(0, 2**32 - 1),
+    shapes,
+    st.sampled_from([1, 2, 3, 50, 251]),
+    st.sampled_from([0, 1, 3, 65, 130]),
+    st.sampled_from([1, 8, 33, 70]),
+    st.booleans(),
+    options,
+)
 @example(3, "balanced", 251, 65, 134, False, PLAIN)
 @example(1, "two-level", 251, 130, 8, True, ALL)
 @example(2, "huffman", 50, 65, 33, False, ALL)
@@ -128,9 +139,10 @@ def test_tree_head_probabilities_sum_to_one(seed, shape, vocab, scale, prior):
     p = head.distribution(h)
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5 * max(1, scale))
     want = reference_tree.tree_head_log_distribution(
-        *(a.astype(np.float64) for a in (h, head.weight, head.nodes)), head.tree.spans,
+        *(a.astype(np.float64) for a in (h, head.weight, head.nodes)),
+        head.tree.spans,
         **reference_settings(head, np.float64),
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(p[:, head.tree.token_of_row], np.exp(want), atol=1e-5 * scale)
     # the probability of a token is the product over its path, whichever function is asked
     tokens = np.arange(vocab, dtype=np.int32)
@@ -196,8 +208,11 @@ def test_tree_head_threads_rounds_and_bits(shape, monkeypatch):
     # rows of the root not copied together
     usual = 1 << 23, 1 << 22, 1024
     for count, split, own, joined in (
-        (1, *usual), (threads, *usual), (threads, 500, 3000, 1024), (threads, 500, 3000, 0),
-    ):  # fmt: skip
+        (1, *usual),
+        (threads, *usual),
+        (threads, 500, 3000, 1024),
+        (threads, 500, 3000, 0),
+    ):
         monkeypatch.setattr(tree_head, "JOINED", joined)
         monkeypatch.setattr(tree_head, "SPLIT_FLOATS", split)
         monkeypatch.setattr(tree_head, "OWN_FLOATS", own)
@@ -292,9 +307,13 @@ def test_tree_head_sampling_options_agree_with_the_dense_rule():
     h = problem(8, head, 5)[0]
     p = head.distribution(h)
     for setting in (
-        {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3}, {"top_k": 1},
-        {"temperature": 1.0, "top_k": 7, "top_p": 0.6}, {"temperature": 0.8, "top_p": 0.5},
-    ):  # fmt: skip
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3},
+        {"top_k": 1},
+        {"temperature": 1.0, "top_k": 7, "top_p": 0.6},
+        {"temperature": 0.8, "top_p": 0.5},
+    ):
         for seed in range(20):
             got = head.sample(h, np.random.default_rng(seed), **setting)
             want = sample_rows(p, np.random.default_rng(seed), **setting)

@@ -14,8 +14,8 @@ from flashlm_numba.heads import DenseHead
 from flashlm_numba.inference.evaluate import (
     _source_documents,
     evaluate_run,
+    is_causal,
     score,
-    sees_the_future,
     validation_subset,
     windows,
 )
@@ -27,12 +27,12 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.training import loop as train
 
 EOT = 0
-CONFIG = ModelConfig(vocab_size=61, dim=32, inner=40, groups=4, taps=3, dilations=(1, 2), recursions=2)
+CONFIG = ModelConfig(vocab_size=61, dim=32, ffn_dim=40, groups=4, kernel_size=3, dilations=(1, 2), n_passes=2)
 
 
 @pytest.fixture(
     scope="module",
-    params=[{}, {"average_decay": 0.3}, {"induction_orders": (1, 2, 1), "induction_reach": 9}],
+    params=[{}, {"leaky_decay": 0.3}, {"ngram_copy_orders": (1, 2, 1), "ngram_copy_reach": 9}],
     ids=["plain", "average", "induction"],
 )
 def model(request):
@@ -68,7 +68,7 @@ def test_windows_score_every_token_once_with_its_whole_field(length, field, extr
 
 def _one_by_one(model, documents):
     """The rule taken literally: one forward pass per token, over its own context only."""
-    model.prepare()
+    model.sync_weights()
     total = 0.0
     for document in documents:
         context = [EOT]
@@ -137,7 +137,7 @@ def look_up_reads_one_token_ahead(h, ids, embedding):
 
 @pytest.mark.parametrize("leak", [last_token_leaks, look_up_reads_one_token_ahead])
 def test_a_model_that_sees_the_future_is_not_scored(run, monkeypatch, leak):
-    assert not sees_the_future(load_model(run).model)
+    assert is_causal(load_model(run).model)
     right = Model.forward
 
     def leaky(self, ids):
@@ -146,7 +146,7 @@ def test_a_model_that_sees_the_future_is_not_scored(run, monkeypatch, leak):
         return h
 
     monkeypatch.setattr(Model, "forward", leaky)
-    assert sees_the_future(load_model(run).model)
+    assert not is_causal(load_model(run).model)
     with pytest.raises(UserError, match="a later token changes the prediction of an earlier one"):
         evaluate_run(run)
 

@@ -14,7 +14,9 @@ from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model, initial_parameters
 from flashlm_numba.system.errors import UserError
 
-CONFIG = ModelConfig(61, 32, 40, 4, taps=3, dilations=(1, 2), recursions=2, mixer_scale=0.25, glu_scale=0.01)
+CONFIG = ModelConfig(
+    61, 32, 40, 4, kernel_size=3, dilations=(1, 2), n_passes=2, mixer_residual_scale=0.25, ffn_residual_scale=0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,21 @@ def with_gains(parameters):
     st.sampled_from([1, 8, 200]),
     st.sampled_from([2, 61]),
 )
-def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, recursions, decay, orders, reach, tokens):
+def test_decoding_agrees_with_the_whole_forward_pass(seed, prompt, shape, n_passes, decay, orders, reach, tokens):
     """Hidden states token by token after a prompt of any length, far beyond the receptive field."""
     dim, groups, taps, dilations = shape
     config = ModelConfig(
-        vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=recursions,
-        average_decay=decay, induction_orders=orders, induction_reach=reach,
-    )  # fmt: skip
+        vocab_size=61,
+        dim=dim,
+        ffn_dim=37,
+        groups=groups,
+        kernel_size=taps,
+        dilations=dilations,
+        n_passes=n_passes,
+        leaky_decay=decay,
+        ngram_copy_orders=orders,
+        ngram_copy_reach=reach,
+    )
     tree = build_tree("two-level", np.arange(61))
     parameters = with_gains(initial_parameters(config, seed % 100, embedding_std=1.0))
     model = Model(config, parameters, lambda w, dw: TreeHead(tree, w, dw))
@@ -97,7 +107,9 @@ def test_decoding_with_int8_activations_agrees_with_the_batched_pass(seed, promp
     that moves the states after it by a step of the rounding.
     """
     dim, groups, taps, dilations = shape
-    config = ModelConfig(vocab_size=61, dim=dim, inner=37, groups=groups, taps=taps, dilations=dilations, recursions=2)
+    config = ModelConfig(
+        vocab_size=61, dim=dim, ffn_dim=37, groups=groups, kernel_size=taps, dilations=dilations, n_passes=2
+    )
     model = Model(config, initial_parameters(config, seed % 100, embedding_std=1.0), DenseHead)
     ids = np.random.default_rng(seed).integers(0, 61, prompt + 30).astype(np.int32)
     plain = model.forward(ids[None]).copy()

@@ -42,9 +42,17 @@ def test_a_momentum_that_fades_away_becomes_zero():
     )
     momentum[0] = 1
     optimizers.normuon_step(
-        [weight], [momentum], [second], [np.zeros((4, 3), np.float32)],
-        lr=0.1, momentum=0.95, beta2=0.95, eps=1e-10, nesterov=True, update_rms=0.2,
-    )  # fmt: skip
+        [weight],
+        [momentum],
+        [second],
+        [np.zeros((4, 3), np.float32)],
+        lr=0.1,
+        momentum=0.95,
+        beta2=0.95,
+        eps=1e-10,
+        nesterov=True,
+        update_rms=0.2,
+    )
     assert momentum[0].tolist() == pytest.approx([0.95] * 3)
     assert not momentum[1:].any()
     assert np.float32(1e-40) * np.float32(0.5) > 0
@@ -143,8 +151,14 @@ def test_lazy_adamw_sees_gradients_of_any_size_and_hides_no_nan():
     with pytest.raises(ValueError, match="lazy is for tables"):
         optimizers.adamw_step(
             *(np.zeros(3, np.float32) for _ in range(4)),
-            step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, decay=0.0, lazy=True,
-        )  # fmt: skip
+            step=1,
+            lr=0.1,
+            beta1=0.9,
+            beta2=0.9,
+            eps=1e-8,
+            decay=0.0,
+            lazy=True,
+        )
 
 
 @given(

@@ -68,8 +68,12 @@ def test_short_product_matches_numpy(name, seed, rows, depth, dim, turned, beta)
 
 @pytest.mark.parametrize(("width", "height"), [(16, 6), (16, 16), (32, 12)])
 @given(
-    seed=seeds, rows=st.integers(0, 27), depth=st.integers(1, 5), taps=st.integers(1, 3), accumulate=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    rows=st.integers(0, 27),
+    depth=st.integers(1, 5),
+    taps=st.integers(1, 3),
+    accumulate=st.booleans(),
+)
 def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, depth, taps, accumulate):
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal(n).astype(np.float32) for n in (taps * rows * depth + 3, taps * depth * width + 5))

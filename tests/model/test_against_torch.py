@@ -31,11 +31,13 @@ def one_torch_thread():
 
 
 CONFIGS = {
-    "small": ModelConfig(vocab_size=211, dim=32, inner=50, groups=4, dilations=(1, 4, 16)),
-    "odd": ModelConfig(100, 36, 41, 3, taps=3, dilations=(2, 5), recursions=3, mixer_scale=0.3, glu_scale=0.01),
-    "average": ModelConfig(150, 24, 30, 3, dilations=(1, 2), average_decay=0.9, ternary_threshold=0.5),
+    "small": ModelConfig(vocab_size=211, dim=32, ffn_dim=50, groups=4, dilations=(1, 4, 16)),
+    "odd": ModelConfig(
+        100, 36, 41, 3, kernel_size=3, dilations=(2, 5), n_passes=3, mixer_residual_scale=0.3, ffn_residual_scale=0.01
+    ),
+    "average": ModelConfig(150, 24, 30, 3, dilations=(1, 2), leaky_decay=0.9, ternary_threshold=0.5),
     "induction": ModelConfig(
-        9, 24, 30, 3, dilations=(1, 2), average_decay=0.9, induction_orders=(1, 2, 1, 4), induction_reach=11
+        9, 24, 30, 3, dilations=(1, 2), leaky_decay=0.9, ngram_copy_orders=(1, 2, 1, 4), ngram_copy_reach=11
     ),
     "v3": ModelConfig(),
 }
@@ -304,13 +306,13 @@ def test_gradients_of_a_random_shape_agree_with_autograd(seed):
         groups=groups,
         taps=int(rng.integers(1, 6)),
         dilations=tuple(int(d) for d in rng.integers(1, 20, rng.integers(1, 4))),
-        recursions=int(rng.integers(1, 4)),
-        mixer_scale=float(rng.choice([1.0, 0.1])),
-        glu_scale=float(rng.choice([1.0, 1e-3])),
-        average_decay=float(rng.choice([0.0, 0.95])),
+        n_passes=int(rng.integers(1, 4)),
+        mixer_residual_scale=float(rng.choice([1.0, 0.1])),
+        ffn_residual_scale=float(rng.choice([1.0, 1e-3])),
+        leaky_decay=float(rng.choice([0.0, 0.95])),
         ternary_threshold=float(rng.choice([1.0, 0.7])),
-        induction_orders=tuple(int(order) for order in rng.integers(1, 4, rng.integers(0, 4))),
-        induction_reach=int(rng.integers(1, 60)),
+        ngram_copy_orders=tuple(int(order) for order in rng.integers(1, 4, rng.integers(0, 4))),
+        ngram_copy_reach=int(rng.integers(1, 60)),
     )
     options = {
         "label_smoothing": float(rng.choice([0.0, 0.1])),

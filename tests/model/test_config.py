@@ -16,14 +16,14 @@ from flashlm_numba.system.errors import UserError
 
 def test_v3_recipe_is_the_published_one():
     v3 = RunConfig.recipe_named("v3")
-    shape = [(p.last_step, p.rows, p.length, p.micro_batches, p.frozen) for p in v3.training.phases]
+    shape = [(p.last_step, p.rows, p.length, p.grad_accum, p.frozen) for p in v3.training.phases]
     assert shape == [
         (1_000, 4, 64, 4, True),
         (4_000, 4, 128, 4, False),
         (7_000, 4, 256, 8, False),
         (10_000, 4, 512, 8, False),
     ]
-    assert (v3.head.name, v3.head.positions, v3.head.label_smoothing, v3.head.z_loss) == (
+    assert (v3.head.name, v3.head.loss_fraction, v3.head.label_smoothing, v3.head.z_loss) == (
         "dense",
         0.25,
         0.1,
@@ -33,8 +33,8 @@ def test_v3_recipe_is_the_published_one():
     assert (v3.optimizer.weight_decay, v3.optimizer.clip, v3.optimizer.warmup_steps) == (0.1, 1.0, 200)
     assert v3.training.ema == 0.999
     plan = plan_for(v3, steps=50).plan
-    assert (plan.steps, plan.layout_steps) == (50, 10_000)
-    assert plan.layout_steps * v3.optimizer.decay_share == 1_000
+    assert (plan.steps, plan.schedule_steps) == (50, 10_000)
+    assert plan.schedule_steps * v3.optimizer.warmdown_ratio == 1_000
     assert v3.tokens_until(2_000) == 1_000 * 4 * 64 * 4 + 1_000 * 4 * 128 * 4
 
 
@@ -65,9 +65,9 @@ def test_settings_are_typed_and_take_dotted_or_plain_names():
         ("clip", "--set takes key=value"),
         ("warmup_steps=many", "optimizer.warmup_steps must be a whole number, got 'many'."),
         ("dilations=1,x", "model.dilations must be whole numbers with commas between them, got '1,x'."),
-        ("induction_reach=9000", "model.induction_reach must be at least 1 and at most 8192, got 9000."),
+        ("ngram_copy_reach=9000", "model.ngram_copy_reach must be at least 1 and at most 8192, got 9000."),
         ("clip=0", "optimizer.clip must be above 0, got 0."),
-        ("positions=1.5", "head.positions must be above 0 and at most 1, got 1.5."),
+        ("loss_fraction=1.5", "head.loss_fraction must be above 0 and at most 1, got 1.5."),
         ("adamw_lr=nan", "optimizer.adamw_lr must be a finite number, got nan."),
         ("adamw_lr=1e400", "optimizer.adamw_lr must be a finite number, got inf."),
         ("log_prior=maybe", "head.log_prior must be true or false, got 'maybe'."),
@@ -131,7 +131,7 @@ def test_plan_refuses_more_than_the_phases_hold():
         plan_for(v3, tokens=v3.tokens_until(10_000) + 1)
     with pytest.raises(UserError, match="at least one step"):
         plan_for(v3, steps=0)
-    assert plan_for(RunConfig.recipe_named("default"), steps=10**6).plan.layout_steps == 10**6
+    assert plan_for(RunConfig.recipe_named("default"), steps=10**6).plan.schedule_steps == 10**6
 
 
 def test_every_field_has_a_comment():
@@ -150,16 +150,27 @@ def test_every_setting_is_in_the_manual():
 
 def test_settings_that_came_later_mean_what_was_done_before():
     old = json.loads(RunConfig.recipe_named("default").to_json())
-    for name in ("activations", "mixer_scale", "glu_scale", "average_decay", "ternary_threshold", "induction_orders"):
+    for name in (
+        "activations",
+        "mixer_residual_scale",
+        "ffn_residual_scale",
+        "leaky_decay",
+        "ternary_threshold",
+        "ngram_copy_orders",
+    ):
         del old["model"][name]
-    for name in ("lazy_rows", "row_moments", "normuon_iterations", "trunk_lr_factor"):
+    for name in ("sparse_adamw", "rowwise_exp_avg_sq", "normuon_iterations", "nonembedding_lr_scale"):
         del old["optimizer"][name]
     run = RunConfig.from_json(json.dumps(old))
     assert run.model.activations == "float"
-    assert (run.model.mixer_scale, run.model.glu_scale, run.optimizer.trunk_lr_factor) == (1, 1, 1)
-    assert (run.model.average_decay, run.model.ternary_threshold, run.model.induction_orders) == (0, 1, ())
-    assert not run.optimizer.lazy_rows
-    assert not run.optimizer.row_moments
+    assert (run.model.mixer_residual_scale, run.model.ffn_residual_scale, run.optimizer.nonembedding_lr_scale) == (
+        1,
+        1,
+        1,
+    )
+    assert (run.model.leaky_decay, run.model.ternary_threshold, run.model.ngram_copy_orders) == (0, 1, ())
+    assert not run.optimizer.sparse_adamw
+    assert not run.optimizer.rowwise_exp_avg_sq
     assert run.optimizer.normuon_iterations == 5
     with pytest.raises(UserError, match=r"model\.activations must be one of float, int8"):
         RunConfig.recipe_named("default").with_settings(["activations=int4"])

@@ -13,7 +13,9 @@ from flashlm_numba.model import model as model_module
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model, initial_parameters, parameter_shapes
 
-SMALL = ModelConfig(97, 24, 37, 3, taps=4, dilations=(1, 2, 8), recursions=2, mixer_scale=0.25, glu_scale=2**-7)
+SMALL = ModelConfig(
+    97, 24, 37, 3, kernel_size=4, dilations=(1, 2, 8), n_passes=2, mixer_residual_scale=0.25, ffn_residual_scale=2**-7
+)
 
 
 def small_model(seed=0, config=SMALL, std=0.5):
@@ -44,7 +46,7 @@ def test_v3_has_the_published_number_of_parameters():
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("length", [1, 7, 40])
 def test_hidden_states_see_nothing_of_the_future(length, activations, decay, orders):
-    model = small_model(config=dataclasses.replace(SMALL, average_decay=decay, induction_orders=orders))
+    model = small_model(config=dataclasses.replace(SMALL, leaky_decay=decay, ngram_copy_orders=orders))
     for name, value in model.parameters.items():
         if name.startswith(("mixer.average", "induction.")):
             value[:] = 1
@@ -95,7 +97,7 @@ def test_prepare_follows_the_weights(activations):
     model.loss_and_grad(ids, targets, weights)
     for name, value in other.parameters.items():
         model.parameters[name][...] = value
-    model.prepare()
+    model.sync_weights()
     results = [m.loss_and_grad(ids, targets, weights, accumulate=False)[0] for m in (model, other)]
     np.testing.assert_array_equal(*results)
     for name, value in other.gradients.items():
@@ -122,9 +124,9 @@ def test_a_token_outside_the_receptive_field_has_no_influence():
 
 
 def test_a_running_average_fades_within_the_receptive_field():
-    model = small_model(config=dataclasses.replace(SMALL, average_decay=0.5))
+    model = small_model(config=dataclasses.replace(SMALL, leaky_decay=0.5))
     model.parameters["mixer.average.weight"][:] = 1
-    model.prepare()
+    model.sync_weights()
     field = model.config.receptive_field
     assert field == SMALL.receptive_field + 2 * 24  # 0.5**24 = 2**-24
     ids, _ = batch(3, 1, field + 1)
@@ -136,7 +138,7 @@ def test_a_running_average_fades_within_the_receptive_field():
 
 
 def test_a_follower_is_looked_up_within_the_receptive_field():
-    config = dataclasses.replace(SMALL, induction_orders=(2,), induction_reach=9)
+    config = dataclasses.replace(SMALL, ngram_copy_orders=(2,), ngram_copy_reach=9)
     model = small_model(config=config)
     field = config.receptive_field
     assert field == SMALL.receptive_field + 9 + 1
@@ -144,7 +146,7 @@ def test_a_follower_is_looked_up_within_the_receptive_field():
     for name, value in model.parameters.items():
         if name.startswith("induction."):
             value[:] = rng.standard_normal(value.shape)
-    model.prepare()
+    model.sync_weights()
     ids = np.arange(field + 1, dtype=np.int32)[None] % 90
     # the first token that the last hidden state reads is looked up: the pair that ends there was there 9 tokens before
     at = 1 + 10

@@ -59,7 +59,7 @@ def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, expor
     assert str(corpus).encode() not in exported.read_bytes()
     copy, config = tmp_path / "run", json.loads((run / "config.json").read_text())
     shutil.copytree(run, copy)
-    config["training"]["embeddings"] = "/home/somebody/secret/gpt2.safetensors"
+    config["training"]["embedding_init"] = "/home/somebody/secret/gpt2.safetensors"
     (copy / "config.json").write_text(json.dumps(config))
     path = tmp_path / "model.safetensors"
     assert _run("export", copy, path).exit_code == 0

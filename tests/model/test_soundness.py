@@ -18,8 +18,8 @@ from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model, initial_parameters
 from flashlm_numba.training.optimizer import PRESETS, Optimizer
 
-SHAPE = ModelConfig(vocab_size=61, dim=16, inner=24, groups=4, dilations=(1, 3), recursions=2, average_decay=0.8)
-SHAPE = dataclasses.replace(SHAPE, ternary_threshold=0.5, induction_orders=(1, 2, 1), induction_reach=15)
+SHAPE = ModelConfig(vocab_size=61, dim=16, ffn_dim=24, groups=4, dilations=(1, 3), n_passes=2, leaky_decay=0.8)
+SHAPE = dataclasses.replace(SHAPE, ternary_threshold=0.5, ngram_copy_orders=(1, 2, 1), ngram_copy_reach=15)
 STEPS, EVERY = 2_000, 50
 MOST = 32  # times what plain float32 NumPy errs, in any one step; NumPy is lucky in some
 
@@ -28,13 +28,13 @@ def layout(config):
     return {
         "groups": config.groups,
         "dilations": config.dilations,
-        "recursions": config.recursions,
-        "mixer_scale": config.mixer_scale,
-        "glu_scale": config.glu_scale,
-        "average_decay": config.average_decay,
+        "n_passes": config.n_passes,
+        "mixer_residual_scale": config.mixer_residual_scale,
+        "ffn_residual_scale": config.ffn_residual_scale,
+        "leaky_decay": config.leaky_decay,
         "ternary_threshold": config.ternary_threshold,
-        "induction_orders": config.induction_orders,
-        "induction_reach": config.induction_reach,
+        "ngram_copy_orders": config.ngram_copy_orders,
+        "ngram_copy_reach": config.ngram_copy_reach,
     }
 
 
@@ -85,7 +85,7 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
     errors, plain_errors, losses = [], [], []
     for step in range(STEPS + 1):
         ids, targets = text(rng, 2, 24)
-        model.prepare()
+        model.sync_weights()
         loss, _, _ = model.loss_and_grad(ids, targets, weights, accumulate=False)
         losses.append(float(loss.mean()))
         if step % EVERY == 0:
@@ -109,8 +109,10 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
 
 def test_the_references_gradients_are_the_derivatives():
     """Central differences of the whole trunk in float64, for every weight that is not made ternary."""
-    config = ModelConfig(7, 6, 5, 2, taps=2, dilations=(1, 2), recursions=2, mixer_scale=0.3, glu_scale=0.2)
-    config = dataclasses.replace(config, average_decay=0.7, induction_orders=(1, 2, 1), induction_reach=4)
+    config = ModelConfig(
+        7, 6, 5, 2, kernel_size=2, dilations=(1, 2), n_passes=2, mixer_residual_scale=0.3, ffn_residual_scale=0.2
+    )
+    config = dataclasses.replace(config, leaky_decay=0.7, ngram_copy_orders=(1, 2, 1), ngram_copy_reach=4)
     parameters = {n: v.astype(np.float64) for n, v in initial_parameters(config, 0, embedding_std=0.5).items()}
     rng = np.random.default_rng(1)
     for name, gains in parameters.items():

@@ -17,7 +17,7 @@ from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model, initial_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = ModelConfig(vocab_size=503, dim=32, inner=50, groups=4, dilations=(1, 2, 8))
+SHAPE = ModelConfig(vocab_size=503, dim=32, ffn_dim=50, groups=4, dilations=(1, 2, 8))
 # a few steps of both heads; prints the losses, the layer and the number of threads as JSON
 STEPS = """
 import json, sys
@@ -30,7 +30,7 @@ from flashlm_numba.system.threads import set_threads
 from flashlm_numba.heads.label_tree import build_tree
 
 threads = set_threads(None)
-config = ModelConfig(vocab_size=97, dim=12, inner=16, groups=3, dilations=(1, 2), activations=sys.argv[1])
+config = ModelConfig(vocab_size=97, dim=12, ffn_dim=16, groups=3, dilations=(1, 2), activations=sys.argv[1])
 tree = build_tree("adaptive", np.arange(97))
 losses = []
 for make_head in (DenseHead, lambda weight, dweight: TreeHead(tree, weight, dweight)):
@@ -39,7 +39,7 @@ for make_head in (DenseHead, lambda weight, dweight: TreeHead(tree, weight, dwei
     rng = np.random.default_rng(0)
     for _ in range(2):
         ids, targets = (rng.integers(0, 97, (3, 8)).astype(np.int32) for _ in range(2))
-        model.prepare()
+        model.sync_weights()
         loss, _, _ = model.loss_and_grad(ids, targets, np.full(24, 1 / 24, np.float32), accumulate=False)
         optimizer.step(0.02, 1e-3, 1.0)
         losses.append(float(loss.mean()))

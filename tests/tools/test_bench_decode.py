@@ -9,7 +9,7 @@ from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
 from tools import bandwidth, bench_decode
 
-SMALL = ("dim=16", "inner=24", "groups=4", "dilations=1,2", "embeddings=random")
+SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=1,2", "embedding_init=random")
 
 
 @pytest.fixture

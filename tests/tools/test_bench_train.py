@@ -17,7 +17,7 @@ from flashlm_numba.inference.evaluate import evaluate_run
 from flashlm_numba.model.config import RECIPES, RunConfig
 from tools import bench_train
 
-SMALL = ("dim=16", "inner=24", "groups=4", "dilations=[1]", "phases=2x16", "embeddings=random", "warmup_steps=2")
+SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=[1]", "phases=2x16", "embedding_init=random", "warmup_steps=2")
 
 
 def invoke(*arguments):
@@ -101,7 +101,7 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
 def test_the_peers_are_given_what_the_default_recipe_does():
     run = RunConfig.recipe_named("default")
     (phase,) = run.training.phases
-    assert bench_train.TORCH["batch"] == f"{phase.rows}x{phase.length}"
+    assert bench_train.TORCH["batch"] == f"{phase.batch_size}x{phase.seq_len}"
     for name, option in bench_train.TORCH_OPTION.items():
         if name != "phases":
             section = run.model if hasattr(run.model, name) else run.optimizer
@@ -113,8 +113,8 @@ def test_the_peers_are_given_what_the_default_recipe_does():
 def test_no_setting_of_the_default_recipe_is_forgotten_for_the_peers():
     ours = {
         "activations",
-        "lazy_rows",
-        "row_moments",
+        "sparse_adamw",
+        "rowwise_exp_avg_sq",
         "normuon_iterations",
     }  # how it is computed
     changed = {name.partition(".") for name in bench_train.differences(RunConfig.recipe_named("default"))}
@@ -129,12 +129,12 @@ def test_a_row_is_known_by_its_recipe_however_it_was_asked_for():
 
     row = {**job().key, "recipe": job().recipe}
     assert job().made(row)
-    assert job("tree", "average_decay=0.98").made(row)  # as it is
-    assert not job("tree", "average_decay=0.9").made(row)
+    assert job("tree", "leaky_decay=0.98").made(row)  # as it is
+    assert not job("tree", "leaky_decay=0.9").made(row)
     assert not job("tree:adaptive").made(row)
     assert not job("dense").made({**row, "name": "dense"})
     assert job().made(job().key)  # a row of before recipes were written down
-    assert not job("tree", "average_decay=0.98").made(job().key)
+    assert not job("tree", "leaky_decay=0.98").made(job().key)
     peer = job("torch:adaptive@random", "adamw_lr=4e-3")
     assert peer.made({**peer.key, "recipe": peer.recipe})
     assert not job("torch:adaptive@random").made({**peer.key, "recipe": peer.recipe})
@@ -155,7 +155,7 @@ def test_a_row_must_have_the_marks_that_are_asked_for():
 def test_the_file_names_of_two_recipes_differ():
     slugs = {bench_train.Job("tree", (), 1, None, 7.0, 2).slug}
     with pytest.MonkeyPatch.context() as patch:
-        recipe = RunConfig.recipe_named("default").with_settings(["average_decay=0.5"])
+        recipe = RunConfig.recipe_named("default").with_settings(["leaky_decay=0.5"])
         patch.setitem(RECIPES, "default", recipe)
         slugs.add(bench_train.Job("tree", (), 1, None, 7.0, 2).slug)
     slugs.add(bench_train.Job("tree", (), 1, None, 7.0, 2, (1.0,)).slug)

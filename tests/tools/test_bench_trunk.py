@@ -11,7 +11,7 @@ from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
 from tools import bandwidth, bench_trunk, timing
 
-SMALL = ModelConfig(vocab_size=2_000, dim=32, inner=40, groups=4, dilations=(1, 2))
+SMALL = ModelConfig(vocab_size=2_000, dim=32, ffn_dim=40, groups=4, dilations=(1, 2))
 
 
 @pytest.fixture

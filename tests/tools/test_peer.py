@@ -18,7 +18,7 @@ torch = import_torch()
 
 from tools import peer_heads, peer_model, peer_optim, peer_torch  # noqa: E402  all need torch
 
-SMALL = ModelConfig(vocab_size=50_257, dim=8, inner=12, groups=2, taps=3, dilations=(1, 3))  # field 17
+SMALL = ModelConfig(vocab_size=50_257, dim=8, ffn_dim=12, groups=2, kernel_size=3, dilations=(1, 3))  # field 17
 
 
 @pytest.fixture(autouse=True)
@@ -214,18 +214,49 @@ def run(*arguments):
 def test_train_command_reads_our_shards_and_validates(corpus):
     for head in ("dense", "adaptive"):
         lines = run(
-            "train", corpus, "--head", head, "--steps", 2, "--batch", "1:2x8x2,2:1x16", "--no-final",
-            "--validate-tokens", 30, "--validate-every", 0, "--normuon", "published", "--threads", 1,
-        )  # fmt: skip
+            "train",
+            corpus,
+            "--head",
+            head,
+            "--steps",
+            2,
+            "--batch",
+            "1:2x8x2,2:1x16",
+            "--no-final",
+            "--validate-tokens",
+            30,
+            "--validate-every",
+            0,
+            "--normuon",
+            "published",
+            "--threads",
+            1,
+        )
         assert lines[0]["versions"]["torch"]
         marks = lines[2:]
         assert [(m["step"], m["tokens"]) for m in marks] == [(0, 0), (1, 32), (2, 48)]
         assert all(6 < m["val_nll"] < 13 and m["val_tokens"] == 30 for m in marks)
         assert marks[-1]["loss"] > 0
     lines = run(
-        "train", corpus, "--steps", 3, "--batch", "2x8", "--validate-tokens", 30, "--validate-every", 1e9,
-        "--mark", 1e-9, "--mark", 2e-9, "--mark", 60, "--threads", 1,
-    )[2:]  # fmt: skip
+        "train",
+        corpus,
+        "--steps",
+        3,
+        "--batch",
+        "2x8",
+        "--validate-tokens",
+        30,
+        "--validate-every",
+        1e9,
+        "--mark",
+        1e-9,
+        "--mark",
+        2e-9,
+        "--mark",
+        60,
+        "--threads",
+        1,
+    )[2:]
     # a mark is due at the end of the first step that passes it; one that the end comes before is left out
     assert [(m["step"], "mark" in m) for m in lines] == [(1, True), (2, True), (3, False)]
     assert all(m["val_tokens"] > 30 for m in lines)

@@ -16,11 +16,21 @@ def row(name, minutes, nll, marks=(), **more):
         {"minutes": m, "seconds": 60 * m + 1, "tokens": 5, "nll": n, "bits_per_byte": n / 3, **more} for m, n in marks
     ]
     return {
-        "name": name, "settings": [], "seed": 1, "minutes_asked": minutes, "threads": 2, "nll": nll,
-        "bits_per_byte": nll / 3, "seconds": 60.0 * minutes, "tokens": 600_000, "parameters": 13_600_000,
-        "peak_rss_mb": 700.0, "machine": MACHINE, **more,
+        "name": name,
+        "settings": [],
+        "seed": 1,
+        "minutes_asked": minutes,
+        "threads": 2,
+        "nll": nll,
+        "bits_per_byte": nll / 3,
+        "seconds": 60.0 * minutes,
+        "tokens": 600_000,
+        "parameters": 13_600_000,
+        "peak_rss_mb": 700.0,
+        "machine": MACHINE,
+        **more,
         **({"marks": at} if at else {}),
-    }  # fmt: skip
+    }
 
 
 ROWS = [

@@ -27,19 +27,19 @@ from flashlm_numba.training.optimizer import (
     parameter_groups,
 )
 
-TINY = ModelConfig(vocab_size=40, dim=8, inner=13, groups=2, taps=3, dilations=(1, 2))
+TINY = ModelConfig(vocab_size=40, dim=8, ffn_dim=13, groups=2, kernel_size=3, dilations=(1, 2))
 E = "embedding.weight"
 
 
 def shapes_of(config: ModelConfig, node_rows: int = 0) -> dict[str, tuple[int, ...]]:
     """Shapes of every parameter of the model, in its order; with node_rows, of a tree head too."""
-    c, i = config.dim, config.inner
+    c, i = config.dim, config.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {E: (config.vocab_size, c), "norm1.weight": (c,)}
     for k in range(len(config.dilations)):
         shapes[f"mixer.norms.{k}.weight"] = (c,)
     for part in ("gates", "values"):
         for k in range(len(config.dilations)):
-            shapes[f"mixer.{part}.{k}.weight"] = (c, c // config.groups, config.taps)
+            shapes[f"mixer.{part}.{k}.weight"] = (c, c // config.groups, config.kernel_size)
     shapes |= {
         "mixer.out.weight": (c, c),
         "norm2.weight": (c,),
@@ -184,12 +184,18 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
                 group["lr"] = group["factor"] * lr_adamw
             adamw.step()
             reference_optim.normuon_step(
-                [truth[name].detach().numpy() for name in matrices], momenta, seconds,
-                [truth[name].grad.numpy() for name in matrices], lr=lr_normuon,
-                momentum=settings.normuon_momentum, beta2=settings.normuon_beta2, eps=settings.normuon_eps,
-                nesterov=settings.normuon_nesterov, update_rms=settings.normuon_update_rms,
+                [truth[name].detach().numpy() for name in matrices],
+                momenta,
+                seconds,
+                [truth[name].grad.numpy() for name in matrices],
+                lr=lr_normuon,
+                momentum=settings.normuon_momentum,
+                beta2=settings.normuon_beta2,
+                eps=settings.normuon_eps,
+                nesterov=settings.normuon_nesterov,
+                update_rms=settings.normuon_update_rms,
                 decay=settings.normuon_decay,
-            )  # fmt: skip
+            )
             for name, value in params.items():
                 np.testing.assert_allclose(
                     value, truth[name].detach().numpy(), rtol=0, atol=2e-6, err_msg=f"{preset} {name} {step}"
@@ -305,9 +311,18 @@ def test_rows_with_moments_of_their_own_are_stepped_by_the_reference_and_the_res
         before.step(0.02, 0.01, 1.0)
         for name, value in truth.items():
             reference_optim.adamw_rows_step(
-                value, None, seconds[name], steps[name], ours.grads[name].astype(np.float64), lr=0.01,
-                beta1=0.0, beta2=0.95, eps=ours.settings.adamw_eps, decay=0.1, scale=scale,
-            )  # fmt: skip
+                value,
+                None,
+                seconds[name],
+                steps[name],
+                ours.grads[name].astype(np.float64),
+                lr=0.01,
+                beta1=0.0,
+                beta2=0.95,
+                eps=ours.settings.adamw_eps,
+                decay=0.1,
+                scale=scale,
+            )
             np.testing.assert_allclose(ours.params[name], value, atol=2e-6, err_msg=f"{name} {step}")
     for name in ours.params.keys() - set(tables):
         np.testing.assert_array_equal(ours.params[name], before.params[name], err_msg=name)

@@ -27,16 +27,23 @@ from flashlm_numba.training import loop as train
 
 # what is awkward together: micro-batches, a change of shape, a share of positions, an average, loss options
 AWKWARD = (
-    "phases=3:2x8x2,2x16x1", "positions=0.5", "ema=0.9", "label_smoothing=0.1", "z_loss=1e-4", "soft_cap=20",
-    "log_prior=true", "normuon=v3", "weight_decay=0.1",
-)  # fmt: skip
+    "phases=3:2x8x2,2x16x1",
+    "loss_fraction=0.5",
+    "ema=0.9",
+    "label_smoothing=0.1",
+    "z_loss=1e-4",
+    "soft_cap=20",
+    "log_prior=true",
+    "normuon=v3",
+    "weight_decay=0.1",
+)
 CASES = {
     "dense": ("head.name=dense",),
     "awkward": ("head.name=dense", *AWKWARD),
-    "sampled": ("head.name=sampled", "candidates=1000", "full_share=0.3"),
+    "sampled": ("head.name=sampled", "num_sampled=1000", "full_softmax_ratio=0.3"),
     "tree": ("head.name=tree",),
-    "float": ("activations=float", "lazy_rows=false", "row_moments=false"),
-    "moments of elements": ("row_moments=false", "adamw_beta1=0.9"),
+    "float": ("activations=float", "sparse_adamw=false", "rowwise_exp_avg_sq=false"),
+    "moments of elements": ("rowwise_exp_avg_sq=false", "adamw_beta1=0.9"),
     "low rank": ("head.name=tree", "tree_rank=3", "ema=0.9"),
 }
 
@@ -72,14 +79,14 @@ def stop_at(monkeypatch):
     """stop_at(n, number): send this process a signal while step n is at work."""
 
     def arrange(step, number):
-        real = train.do_step
+        real = train.train_step
 
-        def do_step(session, phase, at, **options):
+        def train_step(session, phase, at, **options):
             if at == step and options["lr"] > 0:
                 os.kill(os.getpid(), number)
             return real(session, phase, at, **options)
 
-        monkeypatch.setattr(train, "do_step", do_step)
+        monkeypatch.setattr(train, "train_step", train_step)
         return monkeypatch.undo
 
     return arrange
@@ -117,8 +124,15 @@ def test_metrics_have_the_fields_that_others_read(tiny_run, corpus, tmp_path):
     lines = _lines(tmp_path)
     for step, line in enumerate(lines, 1):
         assert set(line) - {"val_nll", "val_nll_ema"} == {
-            "step", "tokens", "seconds", "loss", "nll", "lr", "tokens_per_s", "shares",
-        }  # fmt: skip
+            "step",
+            "tokens",
+            "seconds",
+            "loss",
+            "nll",
+            "lr",
+            "tokens_per_s",
+            "shares",
+        }
         assert line["step"] == step
         assert line["tokens"] == 32 * step  # both phases of it
         assert set(line["shares"]) == {"embedding", "trunk", "head", "optimizer"}
@@ -134,7 +148,7 @@ def test_the_sampled_head_draws_until_its_full_stretch_and_is_scored_as_dense(ti
     sampled, dense = tiny_run.with_settings(CASES["sampled"]), tiny_run.with_settings(CASES["dense"])
     _start(dense, corpus, tmp_path / "dense", steps=6)
     _start(sampled, corpus, tmp_path / "sampled", steps=6)
-    _start(sampled.with_settings(["full_share=1"]), corpus, tmp_path / "full", steps=6)
+    _start(sampled.with_settings(["full_softmax_ratio=1"]), corpus, tmp_path / "full", steps=6)
     assert _losses(tmp_path / "full") == _losses(tmp_path / "dense")
     losses = [loss for _, loss, *_ in _losses(tmp_path / "sampled")]
     exact = [loss for _, loss, *_ in _losses(tmp_path / "dense")]
@@ -146,9 +160,9 @@ def test_the_sampled_head_draws_until_its_full_stretch_and_is_scored_as_dense(ti
 
 def test_a_checkpoint_is_kept_for_each_mark_on_the_clock(tiny_run, corpus, tmp_path, monkeypatch):
     """Steps take half a minute by this clock: the marks fall at and between their ends."""
-    real = train.do_step
-    monkeypatch.setattr(train, "do_step", lambda *args, **kw: dataclasses.replace(real(*args, **kw), seconds=30.0))
-    run = tiny_run.with_settings(["checkpoint_every=1", "keep_minutes=1,1.6,60"])
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args, **kw: dataclasses.replace(real(*args, **kw), seconds=30.0))
+    run = tiny_run.with_settings(["checkpoint_every=1", "checkpoint_minutes=1,1.6,60"])
     _start(run, corpus, tmp_path, steps=9)
     states = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "checkpoints").glob("*/state.json")}
     assert sorted(states) == ["step-2", "step-4", "step-7", "step-8", "step-9"]
@@ -157,19 +171,19 @@ def test_a_checkpoint_is_kept_for_each_mark_on_the_clock(tiny_run, corpus, tmp_p
 
 def test_a_signal_does_not_unmark_a_checkpoint(tiny_run, corpus, tmp_path, monkeypatch):
     """Ctrl-C in the step that passes a mark: it is saved once, marked; and going on from there keeps the mark."""
-    real = train.do_step
+    real = train.train_step
 
     def timed(session, phase, step, **kw):
         if step == 2 and kw["lr"] > 0:
             os.kill(os.getpid(), signal.SIGINT)
         return dataclasses.replace(real(session, phase, step, **kw), seconds=30.0)
 
-    monkeypatch.setattr(train, "do_step", timed)
-    run = tiny_run.with_settings(["checkpoint_every=100", "keep_minutes=1"])
+    monkeypatch.setattr(train, "train_step", timed)
+    run = tiny_run.with_settings(["checkpoint_every=100", "checkpoint_minutes=1"])
     assert _start(run, corpus, tmp_path, steps=9) == 130
     state = json.loads((tmp_path / "checkpoints" / "step-2" / "state.json").read_text())
     assert state["keep"] is True
-    monkeypatch.setattr(train, "do_step", real)
+    monkeypatch.setattr(train, "train_step", real)
     assert _resume(tmp_path) == 0
     assert json.loads((tmp_path / "checkpoints" / "step-2" / "state.json").read_text()) == state
 
@@ -177,7 +191,7 @@ def test_a_signal_does_not_unmark_a_checkpoint(tiny_run, corpus, tmp_path, monke
 @pytest.mark.parametrize("case", ["dense", "sampled", "tree"])
 def test_training_learns(tiny_run, corpus, tmp_path, case):
     run = tiny_run.with_settings(
-        [*CASES[case], "phases=4x32", "adamw_lr=2e-2", "trunk_lr_factor=1", "validate_every=5"]
+        [*CASES[case], "phases=4x32", "adamw_lr=2e-2", "nonembedding_lr_scale=1", "validate_every=5"]
     )
     _start(run, corpus, tmp_path, steps=30)
     values = [line["val_nll"] for line in _lines(tmp_path) if "val_nll" in line]
@@ -191,12 +205,12 @@ from flashlm_numba.training import loop as train
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.threads import set_threads
 data, folder, settings, stop = sys.argv[1:]
-real = train.do_step
+real = train.train_step
 def slow(session, phase, step, **options):
     done = real(session, phase, step, **options)
     time.sleep(60 if step == int(stop) else 0)  # at work when the signal comes
     return done
-train.do_step = slow
+train.train_step = slow
 run = RunConfig.recipe_named("default").with_settings(settings.split(";"))
 train.start_run(run, data=data, out=Path(folder), threads=set_threads(1), steps=12)
 """
@@ -268,7 +282,7 @@ def test_divergence_stops_and_saves_nothing_bad(tiny_run, corpus, tmp_path):
 
 
 def test_not_finite_gradient_names_the_tensor(tiny_run, corpus, tmp_path, monkeypatch):
-    real = train.do_step
+    real = train.train_step
 
     def poisoned(session, phase, step, **options):
         if step == 3 and options["lr"] > 0:
@@ -282,7 +296,7 @@ def test_not_finite_gradient_names_the_tensor(tiny_run, corpus, tmp_path, monkey
             session.model.loss_and_grad = loss_and_grad
         return real(session, phase, step, **options)
 
-    monkeypatch.setattr(train, "do_step", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(UserError, match=r"Stopped at step 3: .*glu\.up\.weight"):
         _start(tiny_run.with_settings(["head.name=dense"]), corpus, tmp_path, steps=9)
     assert _lines(tmp_path)[-1]["step"] == 2
@@ -303,7 +317,7 @@ def test_minutes_become_a_plan_in_steps_that_resume_keeps(tiny_run, corpus, tmp_
     again()
     plan = RunConfig.from_json((tmp_path / "minutes" / "config.json").read_text()).plan
     assert plan.minutes == 0.05
-    assert plan.layout_steps == plan.steps > 3
+    assert plan.schedule_steps == plan.steps > 3
     assert len(plan.step_seconds) == 2
     fast, slow = plan.step_seconds
     assert 3 * fast + (plan.steps - 3) * slow <= 3 * 1.001  # seconds
@@ -318,7 +332,9 @@ def test_the_start_of_the_embedding_is_on_the_clock(tiny_run, corpus, tmp_path, 
     """As long as it once took, whether it was in the cache or not; a plan in minutes has so much less."""
     rows = np.random.default_rng(0).standard_normal((50_257, 16), np.float32)
     monkeypatch.setattr(embeddings, "cached_start", lambda *_, **__: (rows, 100.0))
-    run = tiny_run.with_settings(["embeddings=corpus", "log_every=1", "keep_minutes=1"])  # passes before the first step
+    run = tiny_run.with_settings(
+        ["embedding_init=corpus", "log_every=1", "checkpoint_minutes=1"]
+    )  # passes before the first step
     _start(run, corpus, tmp_path / "steps", steps=2)
     assert json.loads((tmp_path / "steps" / "checkpoints" / "step-1" / "state.json").read_text())["keep"] is True
     assert 100 < _lines(tmp_path / "steps")[0]["seconds"] < 160
@@ -356,7 +372,7 @@ def test_a_finished_run_can_be_given_more_steps(tiny_run, corpus, tmp_path, caps
     with pytest.raises(UserError, match="already at step 6"):
         _resume(tmp_path / "parts", steps=5)
     with pytest.raises(UserError, match="may change only"):
-        _resume(tmp_path / "parts", steps=9, settings=("positions=0.5",))
+        _resume(tmp_path / "parts", steps=9, settings=("loss_fraction=0.5",))
 
 
 def test_two_runs_in_one_folder_are_refused(tiny_run, corpus, tmp_path):
@@ -423,7 +439,7 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     rows = np.random.default_rng(0).standard_normal((50_257, 16), np.float32)
     monkeypatch.setattr("flashlm_numba.model.embedding_init.from_gpt2", lambda *arguments: (rows, 0.7))
     (tmp_path / "some.safetensors").touch()
-    start = f"embeddings={tmp_path / 'some.safetensors'}" if given else "embeddings=random"
+    start = f"embedding_init={tmp_path / 'some.safetensors'}" if given else "embedding_init=random"
     run = tiny_run.with_settings(["head.name=dense", "phases=3:2x8:frozen,2x16", start, "checkpoint_every=1"])
     _start(run, corpus, tmp_path / "run", steps=4)
     tables = [
@@ -443,7 +459,7 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
         ("tree=oak", "There is no tree shape 'oak'; choose one of"),
         ("tree_classes=5", "The tree shape default has no option tree_classes; it takes only tree_arity"),
         ("tree=clustered", "A clustered tree needs embedding rows to cluster"),
-        ("embeddings=missing.safetensors", "There is no file missing.safetensors"),
+        ("embedding_init=missing.safetensors", "There is no file missing.safetensors"),
         ("vocab_size=60000", "leave that setting out"),
     ],
 )
@@ -463,17 +479,17 @@ def test_zero_learning_rate_changes_no_parameter(tiny_run, corpus, tmp_path):
     session = _session(tiny_run.with_settings(["head.name=dense", "weight_decay=0.5"]), corpus, tmp_path)
     before = {name: value.copy() for name, value in session.model.parameters.items()}
     with train._rehearsal(session):
-        train.do_step(session, Phase(None, 2, 8, 2), 1, lr=0.0)
+        train.train_step(session, Phase(None, 2, 8, 2), 1, lr=0.0)
     assert all(np.array_equal(before[name], value) for name, value in session.model.parameters.items())
     assert not session.optimizer.state_dict()
 
 
 def test_micro_batches_and_a_share_of_positions_average_the_positions_kept(tiny_run, corpus, tmp_path):
     """The step's gradient is that of the mean loss over all positions kept, computed here in one batch."""
-    settings = ["head.name=dense", "positions=0.5", "activations=float"]
+    settings = ["head.name=dense", "loss_fraction=0.5", "activations=float"]
     session = _session(tiny_run.with_settings(settings), corpus, tmp_path)
     model, phase = session.model, Phase(None, 2, 8, 3)
-    done = train.do_step(session, phase, 5, lr=0.0)
+    done = train.train_step(session, phase, 5, lr=0.0)
     got = {name: value.copy() for name, value in model.gradients.items()}
     batches = [train.sample_batch(session.data.train, 42, 5, micro, 2, 8) for micro in range(3)]
     ids, targets = (np.concatenate(parts) for parts in zip(*batches, strict=True))
