@@ -54,6 +54,7 @@ def check_variant(name: str) -> str:
 
 # a kernel takes the index of its variant: compiled once, it holds those that the processor has
 VARIANTS = ("plain", "avx2", "avx512", "vnni")
+PLAIN, AVX2, AVX512, VNNI = range(len(VARIANTS))
 
 
 if numba.config.DISABLE_JIT:

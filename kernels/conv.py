@@ -51,12 +51,12 @@ def unpack_conv_gradient(dweight: np.ndarray, width: int) -> tuple[np.ndarray, n
 
 
 @helper
-def conv_sequence(gv, n, weight, dilation):
-    """gv (G, 2, T, S) for n (G, T, S), weight (G, K, S, 2 S)."""
-    groups, time, size = n.shape
+def conv_sequence(gv, n, weight, dilation, first, last):
+    """gv (G, 2, T, S) for n (G, T, S), weight (G, K, S, 2 S); groups first..last only."""
+    _, time, size = n.shape
     taps = weight.shape[1]
     flat_n, flat_gv, flat_w = n.reshape(-1), gv.reshape(-1), weight.reshape(-1)
-    for g in range(groups):
+    for g in range(first, last):
         for s in range(taps):  # s taps before the present one reach into the sequence
             low = min(s * dilation, time)
             high = time if s == taps - 1 else min((s + 1) * dilation, time)
@@ -71,12 +71,12 @@ def conv_sequence(gv, n, weight, dilation):
 
 
 @helper
-def conv_sequence_dinput(dn, dgv, weight_t, dilation):
-    """dn (G, T, S) for dgv (G, 2, T, S), weight_t (G, K, 2 S, S) with the taps reversed."""
-    groups, time, size = dn.shape
+def conv_sequence_dinput(dn, dgv, weight_t, dilation, first, last):
+    """dn (G, T, S) for dgv (G, 2, T, S), weight_t (G, K, 2 S, S) with the taps reversed; groups first..last only."""
+    _, time, size = dn.shape
     taps = weight_t.shape[1]
     flat_dn, flat_dgv, flat_w = dn.reshape(-1), dgv.reshape(-1), weight_t.reshape(-1)
-    for g in range(groups):
+    for g in range(first, last):
         for s in range(taps):  # s taps after the present one lie in the sequence
             high = max(time - s * dilation, 0)
             low = 0 if s == taps - 1 else max(time - (s + 1) * dilation, 0)
@@ -91,12 +91,12 @@ def conv_sequence_dinput(dn, dgv, weight_t, dilation):
 
 
 @helper
-def conv_sequence_dweight(dweight, n, dgv, dilation):
-    """dweight (G, K, S, 2 S) += for n (G, T, S), dgv (G, 2, T, S)."""
-    groups, time, size = n.shape
+def conv_sequence_dweight(dweight, n, dgv, dilation, first, last):
+    """dweight (G, K, S, 2 S) += for n (G, T, S), dgv (G, 2, T, S); groups first..last only."""
+    _, time, size = n.shape
     taps = dweight.shape[1]
     flat_n, flat_dgv, flat_dw = n.reshape(-1), dgv.reshape(-1), dweight.reshape(-1)
-    for g in range(groups):
+    for g in range(first, last):
         for m in range(taps):  # the tap that looks m dilations back
             if time - m * dilation > 0:
                 for half in range(2):
@@ -110,18 +110,21 @@ def conv_sequence_dweight(dweight, n, dgv, dilation):
 
 
 @helper
-def to_groups(out, x, width):
-    """out (G, T, S) = x (T, C) regrouped; width is C/G. The padding of out is left alone."""
+def to_groups(out, x, width, first, last):
+    """out (G, T, S) = x (T, C) regrouped, groups first..last; width is C/G. The padding of out is left alone."""
     for t in range(x.shape[0]):
-        for g in range(out.shape[0]):
+        for g in range(first, last):
             for j in range(width):
                 out[g, t, j] = x[t, g * width + j]
 
 
 @helper
-def gate_sequence(out, gv, base, width):
-    """Turn the gate's half of gv (G, 2, T, S) into its sigmoid; out (T, C) = base (T, C) + sigmoid * value."""
-    for g in range(gv.shape[0]):
+def gate_sequence(out, gv, base, width, first, last):
+    """Turn the gate's half of gv (G, 2, T, S) into its sigmoid; out (T, C) = base (T, C) + sigmoid * value.
+
+    Groups first..last and their channels only.
+    """
+    for g in range(first, last):
         gate = gv[g, 0].reshape(-1)
         for i in range(gate.shape[0]):
             gate[i] = _ONE / (_ONE + exp32(-gate[i]))
@@ -131,9 +134,12 @@ def gate_sequence(out, gv, base, width):
 
 
 @helper
-def gate_sequence_backward(dgv, dout, gv, width):
-    """dgv (G, 2, T, S) for dout (T, C), gv with the gate's half as its sigmoid. The padding of dgv is left alone."""
-    for g in range(gv.shape[0]):
+def gate_sequence_backward(dgv, dout, gv, width, first, last):
+    """dgv (G, 2, T, S) for dout (T, C), gv with the gate's half as its sigmoid. The padding of dgv is left alone.
+
+    Groups first..last only.
+    """
+    for g in range(first, last):
         for t in range(gv.shape[2]):
             for j in range(width):
                 s, v, d = gv[g, 0, t, j], gv[g, 1, t, j], dout[t, g * width + j]
@@ -141,22 +147,33 @@ def gate_sequence_backward(dgv, dout, gv, width):
                 dgv[g, 0, t, j] = d * v * s * (_ONE - s)
 
 
+@helper
+def from_groups(out, groups, width, first, last):
+    """out (T, C) = groups (G, T, S) regrouped, the channels of groups first..last."""
+    for t in range(out.shape[0]):
+        for g in range(first, last):
+            for j in range(width):
+                out[t, g * width + j] = groups[g, t, j]
+
+
 @serial_kernel
 def _gated_conv_forward(out, gv, n, x, weight, dilation, width):
     for b in range(x.shape[0]):
         out[b] = np.float32(0)
-        to_groups(n, x[b], width)
-        conv_sequence(gv[b], n, weight, dilation)
-        gate_sequence(out[b], gv[b], out[b], width)
+        groups = n.shape[0]
+        to_groups(n, x[b], width, 0, groups)
+        conv_sequence(gv[b], n, weight, dilation, 0, groups)
+        gate_sequence(out[b], gv[b], out[b], width, 0, groups)
 
 
 @serial_kernel
 def _gated_conv_backward(dx, dweight, dgv, dn, n, dout, gv, x, weight_t, dilation, width):
     for b in range(x.shape[0]):
-        to_groups(n, x[b], width)
-        gate_sequence_backward(dgv, dout[b], gv[b], width)
-        conv_sequence_dinput(dn, dgv, weight_t, dilation)
-        conv_sequence_dweight(dweight, n, dgv, dilation)
+        groups = n.shape[0]
+        to_groups(n, x[b], width, 0, groups)
+        gate_sequence_backward(dgv, dout[b], gv[b], width, 0, groups)
+        conv_sequence_dinput(dn, dgv, weight_t, dilation, 0, groups)
+        conv_sequence_dweight(dweight, n, dgv, dilation, 0, groups)
         for t in range(x.shape[1]):
             for g in range(n.shape[0]):
                 for j in range(width):

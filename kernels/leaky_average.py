@@ -1,4 +1,4 @@
-"""A running average of the tokens so far, added channel by channel: what the text is about, beyond the convolutions.
+"""A leaky average of the tokens so far, added channel by channel: what the text is about, beyond the convolutions.
 
     y[t] = d y[t - 1] + sqrt(1 - d**2) x[t],   out[t] = x[t] + gain * y[t]
 
@@ -18,7 +18,7 @@ from flashlm_numba.kernels._jit import helper, serial_kernel
 
 
 @helper
-def add_average(x, y, gain, decay, share):
+def add_leaky_average(x, y, gain, decay, share):
     """x (T, C) += gain * y, where y (T, C) is the average; gain (C,), share = sqrt(1 - decay**2)."""
     for t in range(x.shape[0]):
         for c in range(x.shape[1]):
@@ -28,16 +28,16 @@ def add_average(x, y, gain, decay, share):
 
 
 @helper
-def add_average_next(x, y, gain, decay, share):
-    """add_average for the next token: x (C,) += gain * y, after y (C,) has taken x in."""
+def add_leaky_average_next(x, y, gain, decay, share):
+    """add_leaky_average for the next token: x (C,) += gain * y, after y (C,) has taken x in."""
     for c in range(x.shape[0]):
         y[c] = decay * y[c] + share * x[c]
         x[c] += gain[c] * y[c]
 
 
 @helper
-def add_average_backward(dx, dgain, x, gain, decay, share):
-    """dx (T, C), the gradient of what add_average made of x, becomes that of x; dgain (C,) +=. Destroys x (T, C)."""
+def add_leaky_average_backward(dx, dgain, x, gain, decay, share):
+    """dx (T, C), the gradient of add_leaky_average's result, becomes that of x; dgain (C,) +=. Destroys x (T, C)."""
     last = x.shape[0] - 1
     for t in range(last + 1):
         for c in range(x.shape[1]):
@@ -54,18 +54,18 @@ def add_average_backward(dx, dgain, x, gain, decay, share):
 
 
 @serial_kernel
-def _average_forward(out, y, gain, decay, share):
+def _leaky_average_forward(out, y, gain, decay, share):
     for b in range(out.shape[0]):
-        add_average(out[b], y, gain, decay, share)
+        add_leaky_average(out[b], y, gain, decay, share)
 
 
 @serial_kernel
-def _average_backward(dx, dgain, x, gain, decay, share):
+def _leaky_average_backward(dx, dgain, x, gain, decay, share):
     for b in range(dx.shape[0]):
-        add_average_backward(dx[b], dgain, x[b], gain, decay, share)
+        add_leaky_average_backward(dx[b], dgain, x[b], gain, decay, share)
 
 
-def average_share(decay: float) -> np.float32:
+def leaky_share(decay: float) -> np.float32:
     """The new token's share sqrt(1 - decay**2) of the average."""
     return np.float32(math.sqrt(1 - decay * decay))
 
@@ -75,29 +75,34 @@ def _check_decay(where: str, decay: float) -> None:
         raise ValueError(f"{where}: decay must be in [0, 1), got {decay}")
 
 
-def average_forward(x: np.ndarray, gain: np.ndarray, decay: float) -> np.ndarray:
-    """x + gain * (running average of x over time), causal, for x (B, T, C) and gain (C,), float32; 0 <= decay < 1.
+def leaky_average_forward(x: np.ndarray, gain: np.ndarray, decay: float) -> np.ndarray:
+    """x + gain * (leaky average of x over time), causal, for x (B, T, C) and gain (C,), float32; 0 <= decay < 1.
 
     Raises ValueError if a shape, a dtype or the decay is wrong.
 
     >>> x = np.array([[[1], [0], [0]]], np.float32)
-    >>> [round(float(value), 3) for value in average_forward(x, np.ones(1, np.float32), 0.8).ravel()]
+    >>> [round(float(value), 3) for value in leaky_average_forward(x, np.ones(1, np.float32), 0.8).ravel()]
     [1.6, 0.48, 0.384]
     """
-    _check.array("average_forward", "x", x, (None, None, None))
-    _check.array("average_forward", "gain", gain, (x.shape[2],))
-    _check_decay("average_forward", decay)
+    _check.array("leaky_average_forward", "x", x, (None, None, None))
+    _check.array("leaky_average_forward", "gain", gain, (x.shape[2],))
+    _check_decay("leaky_average_forward", decay)
     out = x.copy()
-    _average_forward(out, np.empty(x.shape[1:], np.float32), gain, np.float32(decay), average_share(decay))
+    _leaky_average_forward(out, np.empty(x.shape[1:], np.float32), gain, np.float32(decay), leaky_share(decay))
     return out
 
 
-def average_backward(dout: np.ndarray, x: np.ndarray, gain: np.ndarray, decay: float) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients dx (B, T, C) and dgain (C,) for dout (B, T, C), all float32. Raises ValueError as average_forward."""
-    _check.array("average_backward", "dout", dout, (None, None, None))
-    _check.array("average_backward", "x", x, dout.shape)
-    _check.array("average_backward", "gain", gain, (x.shape[2],))
-    _check_decay("average_backward", decay)
+def leaky_average_backward(
+    dout: np.ndarray, x: np.ndarray, gain: np.ndarray, decay: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients dx (B, T, C) and dgain (C,) for dout (B, T, C), all float32.
+
+    Raises ValueError as leaky_average_forward.
+    """
+    _check.array("leaky_average_backward", "dout", dout, (None, None, None))
+    _check.array("leaky_average_backward", "x", x, dout.shape)
+    _check.array("leaky_average_backward", "gain", gain, (x.shape[2],))
+    _check_decay("leaky_average_backward", decay)
     dx, dgain = dout.copy(), np.zeros_like(gain)
-    _average_backward(dx, dgain, x.copy(), gain, np.float32(decay), average_share(decay))
+    _leaky_average_backward(dx, dgain, x.copy(), gain, np.float32(decay), leaky_share(decay))
     return dx, dgain

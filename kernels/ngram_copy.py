@@ -1,13 +1,14 @@
-"""What followed the last time: for every token, the row of the one that came after the last earlier occurrence of the
-same token, or of the same n tokens, in its sequence; or after the time before that.
+"""n-gram copy: the token that followed the last earlier occurrence of the last n tokens in the sequence.
 
-Attention would learn to look this up (Olsson et al. 2022, "In-context Learning and Induction Heads",
-arXiv:2209.11895); a trunk of convolutions cannot, since how far back it lies depends on the text. Here it is wired in,
-as by Akyürek et al. 2024, arXiv:2401.12973 ("n-gram heads"): where there is such a token, its embedded row, times a
-trained gain a channel, is added to the input of the trunk and to the hidden state:
+For a token, the n tokens up to it may have stood in its sequence before; what came after them then is likely to come
+again. Attention would learn to look this up (Olsson et al. 2022, "In-context Learning and Induction Heads",
+arXiv:2209.11895). A trunk of convolutions cannot, since the distance depends on the text. Here it is wired in, as by
+Akyürek et al. 2024, arXiv:2401.12973 ("n-gram heads"). The embedded row of the copied token, times a trained gain per
+channel, is added to the trunk's input and to the hidden state:
 
-    x[t] += gain_in * E[follower[t]],   h[t] += gain_out * E[follower[t]]
+    x[t] += gain_in * E[copy[t]],   h[t] += gain_out * E[copy[t]]
 
+An order n that is given a second time skips the last occurrence and takes the one before.
 Letters: B batch, T time, N = B*T rows, M some of them, V vocabulary, C channels.
 """
 
@@ -24,7 +25,7 @@ from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 
 
 @helper
-def follower(rows, t, order, skip, reach):
+def copied_row(rows, t, order, skip, reach):
     """rows[j + 1] for the last j in [t - reach, t) but skip where the `order` rows up to j equal those up to t; or -1.
 
     rows (T,): of one sequence.
@@ -42,14 +43,14 @@ def follower(rows, t, order, skip, reach):
 
 
 @helper
-def find_followers(out, rows, order, skip, reach):
-    """out (T,) = the follower of each of rows (T,), a sequence."""
+def find_copies(out, rows, order, skip, reach):
+    """out (T,) = the row to copy at each of rows (T,), a sequence."""
     for t in range(rows.shape[0]):
-        out[t] = follower(rows, t, order, skip, reach)
+        out[t] = copied_row(rows, t, order, skip, reach)
 
 
 @helper
-def add_followers(x, embedding, rows, gain):
+def add_copies(x, embedding, rows, gain):
     """x (M, C) += gain (C,) * embedding[rows], where rows (M,) is not -1."""
     for m in range(rows.shape[0]):
         row = rows[m]
@@ -59,7 +60,7 @@ def add_followers(x, embedding, rows, gain):
 
 
 @helper
-def add_followers_backward(dgain, dx, embedding, rows):
+def add_copies_backward(dgain, dx, embedding, rows):
     """dgain (C,) += the sum of dx (M, C) * embedding[rows], where rows (M,) is not -1."""
     for m in range(rows.shape[0]):
         row = rows[m]
@@ -69,7 +70,7 @@ def add_followers_backward(dgain, dx, embedding, rows):
 
 
 @kernel
-def _scatter_followers(dweight, dx, dh, rows, gain_in, gain_out, threads):
+def _scatter_copies(dweight, dx, dh, rows, gain_in, gain_out, threads):
     # a thread owns a range of columns, as in embedding.py
     dim = dweight.shape[1]
     for thread in prange(threads):
@@ -82,21 +83,21 @@ def _scatter_followers(dweight, dx, dh, rows, gain_in, gain_out, threads):
 
 
 @serial_kernel
-def _followers(out, rows, order, skip, reach):
+def _ngram_copies(out, rows, order, skip, reach):
     for b in range(rows.shape[0]):
-        find_followers(out[b], rows[b], order, skip, reach)
+        find_copies(out[b], rows[b], order, skip, reach)
 
 
-def kinds(orders: Sequence[int]) -> list[tuple[int, int]]:
-    """Order and skip of each kind of follower: an order that stands a second time means the time before the last.
+def copy_kinds(orders: Sequence[int]) -> list[tuple[int, int]]:
+    """Order and skip of each way of copying: an order given a second time skips the last occurrence.
 
-    >>> kinds((1, 2, 1))
+    >>> copy_kinds((1, 2, 1))
     [(1, 0), (2, 0), (1, 1)]
     """
     return [(order, list(orders[:i]).count(order)) for i, order in enumerate(orders)]
 
 
-def followers(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.ndarray:
+def ngram_copies(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.ndarray:
     """The token after the last earlier occurrence of the last `order` tokens, (B, T) int32; -1 where there is none.
 
     rows (B, T) int32: token ids, or whatever stands for them, one for one
@@ -105,29 +106,29 @@ def followers(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.nda
     Position t reads tokens t - reach - order + 1 to t, nothing after. At most B * T * reach * order comparisons.
     Raises ValueError if a shape, a dtype or a number is wrong.
 
-    >>> followers(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=1, reach=9).tolist()
+    >>> ngram_copies(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=1, reach=9).tolist()
     [[-1, -1, 6, -1, 7, 5]]
-    >>> followers(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=2, reach=9).tolist()
+    >>> ngram_copies(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=2, reach=9).tolist()
     [[-1, -1, -1, -1, -1, 5]]
     """
-    _check.array("followers", "rows", rows, (None, None), np.int32)
+    _check.array("ngram_copies", "rows", rows, (None, None), np.int32)
     for name, value, least in (("order", order, 1), ("reach", reach, 1), ("skip", skip, 0)):
         if value < least:
-            raise ValueError(f"followers: {name} must be at least {least}, got {value}")
+            raise ValueError(f"ngram_copies: {name} must be at least {least}, got {value}")
     out = np.empty_like(rows)
-    _followers(out, rows, order, skip, reach)
+    _ngram_copies(out, rows, order, skip, reach)
     return out
 
 
-def scatter_followers(
+def scatter_copies(
     dweight: np.ndarray, dx: np.ndarray, dh: np.ndarray, rows: np.ndarray, gain_in: np.ndarray, gain_out: np.ndarray
 ) -> None:
-    """Add to dweight (V, C) what the followers' rows (N,) int32 get: gain_in * dx + gain_out * dh; -1 gets nothing.
+    """Add to dweight (V, C) the gradient of the copied rows (N,) int32: gain_in * dx + gain_out * dh; -1 gets nothing.
 
     dx, dh (N, C): gradients of the trunk's input and of the hidden states; gains (C,). All but rows float32.
     The same bits for any number of threads. Raises ValueError if a shape, a dtype or a row is wrong.
     """
-    where = "scatter_followers"
+    where = "scatter_copies"
     _check.array(where, "dweight", dweight, (None, None))
     _check.array(where, "rows", rows, (None,), np.int32)
     for name, value in (("dx", dx), ("dh", dh)):
@@ -136,4 +137,4 @@ def scatter_followers(
         _check.array(where, name, value, dweight.shape[1:])
     if rows.size and not -1 <= rows.min() <= rows.max() < len(dweight):
         raise ValueError(f"{where}: rows must be in [-1, {len(dweight)}), got {rows.min()} to {rows.max()}")
-    _scatter_followers(dweight, dx, dh, rows, gain_in, gain_out, numba.get_num_threads())
+    _scatter_copies(dweight, dx, dh, rows, gain_in, gain_out, numba.get_num_threads())

@@ -92,7 +92,7 @@ def ternary_matvec(weight, x):
     return weight @ x
 
 
-def _running_average(x, decay):
+def _leaky_average(x, decay):
     """y (B, T, C): y[t] = decay * y[t - 1] + sqrt(1 - decay**2) * x[t]."""
     d, share = x.dtype.type(decay), x.dtype.type(np.sqrt(1 - decay**2))
     y, state = np.empty_like(x), np.zeros_like(x[:, 0] if x.shape[1] else x.sum(1))
@@ -101,17 +101,17 @@ def _running_average(x, decay):
     return y
 
 
-def average_forward(x, gain, decay):
-    return x + gain * _running_average(x, decay)
+def leaky_average_forward(x, gain, decay):
+    return x + gain * _leaky_average(x, decay)
 
 
-def average_backward(dout, x, gain, decay):
+def leaky_average_backward(dout, x, gain, decay):
     """dx, dgain."""
-    back = _running_average((gain * dout)[:, ::-1], decay)[:, ::-1]
-    return dout + back, (dout * _running_average(x, decay)).sum((0, 1))
+    back = _leaky_average((gain * dout)[:, ::-1], decay)[:, ::-1]
+    return dout + back, (dout * _leaky_average(x, decay)).sum((0, 1))
 
 
-def followers(rows, order, reach, skip=0):
+def ngram_copies(rows, order, reach, skip=0):
     """(B, T): rows[b, j + 1] for the last j < t, no more than reach back, where the `order` rows that end at j equal
     those that end at t, or for the one `skip` such j before it; -1 where there is none.
     """
@@ -125,12 +125,12 @@ def followers(rows, order, reach, skip=0):
     return found
 
 
-def add_followers(x, embedding, found, gain):
+def add_copies(x, embedding, found, gain):
     """x (N, C) + gain (C,) * embedding[found], for found (N,) that are not -1."""
     return x + gain * np.where(found[:, None] >= 0, embedding[found], 0).astype(x.dtype)
 
 
-def add_followers_backward(dout, dembedding, embedding, found, gain):
+def add_copies_backward(dout, dembedding, embedding, found, gain):
     """dgain (C,); the embedding's gradient is added to dembedding (V, C)."""
     at = np.flatnonzero(found >= 0)
     np.add.at(dembedding, found[at], gain * dout[at])

@@ -31,7 +31,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
+from flashlm_numba.kernels._ternary_dots import AVX512, PLAIN, VARIANTS, VNNI, available, check_variant
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
 
 COLUMNS = 64  # outputs of a block
@@ -225,7 +225,7 @@ def ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, vari
     width = 4 * codes.shape[0]
     here = q[: rows * width].reshape(rows, width)
     quantize(here, scales, x)
-    if variant == 0:
+    if variant == PLAIN:
         rounded = spare.reshape(-1)[: rows * columns].reshape(rows, columns)
         for m in range(rows):
             for k in range(columns):
@@ -237,9 +237,9 @@ def ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, vari
         for k in range(width):
             total += np.int32(here[m, k])
         sums[m] = total
-    if variant == 3:
+    if variant == VNNI:
         products_vnni(out, codes, here, sums, scales, add, spare)
-    elif variant == 2:
+    elif variant == AVX512:
         products_avx512(out, codes, here, sums, scales, add, spare)
     else:
         products_avx2(out, codes, here, sums, scales, add, spare)
@@ -289,7 +289,7 @@ def pack_columns(weight: np.ndarray) -> np.ndarray:
 
 def spare_floats(variant: int, rows: int, columns: int) -> int:
     """Floats of the scratch `spare` for so many rows and inputs."""
-    return max(6 * COLUMNS, rows * columns if variant == 0 else 0)
+    return max(6 * COLUMNS, rows * columns if variant == PLAIN else 0)
 
 
 def ternary_linear(

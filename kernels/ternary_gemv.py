@@ -21,8 +21,11 @@ from flashlm_numba.kernels import _check, _ternary_dots
 from flashlm_numba.kernels._jit import exact_kernel, helper, kernel, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, SMALLEST, largest_magnitude
 from flashlm_numba.kernels._ternary_dots import (
+    AVX2,
+    AVX512,
     BLOCK,
     VARIANTS,
+    VNNI,
     plain,
     products_avx2,
     products_avx512,
@@ -61,11 +64,11 @@ def _quantize_rows(q, scales, x):
 @helper
 def ternary_products(out, packed, q, first, last, variant):
     """Columns first..last of out (N, R) int32 = q (N, 4 W) @ W.T, by this variant (its index in VARIANTS)."""
-    if variant == 3:
+    if variant == VNNI:
         products_vnni(out, packed, q, first, last)
-    elif variant == 2:
+    elif variant == AVX512:
         products_avx512(out, packed, q, first, last)
-    elif variant == 1:
+    elif variant == AVX2:
         products_avx2(out, packed, q, first, last)
     else:
         plain(out, packed, q, first, last)

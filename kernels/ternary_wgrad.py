@@ -23,10 +23,9 @@ from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, SMALLEST, _bits_from_float, _float_from_bits, largest_magnitude
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import VARIANTS, available, check_variant
+from flashlm_numba.kernels._ternary_dots import VARIANTS, VNNI, available, check_variant
 from flashlm_numba.kernels.ternary_gemm import COLUMNS, products_vnni
 
-VNNI = VARIANTS.index("vnni")
 _FINITE = np.float32(3.4028235e38)
 MOST_ROWS = 2**31 // (127 * 255)  # whose products, each of at most that, an int32 can add up
 _MAGNITUDE = np.int32(0x7FFFFFFF)

@@ -1,404 +1,643 @@
-"""The trunk, forward and backward: R passes of one block, then the final norm.
+"""The trunk, forward and backward: a list of L blocks, gone through several times, then the final norm.
 
-    x = E[rows] + gains * E[followers]
-    R times:  m = rmsnorm(x);  m = m + gain * average(m);  for every dilation:  m = m + gated_conv(rmsnorm(m))
-              x1 = x + a m Wo';  h = b relu(n Wg')**2 * (n Wu') with n = rmsnorm(x1);  x = x1 + h Wd'
-    out = rmsnorm(x) + gains * E[followers]
+    x = E[rows] + gain_in * E[copies]
+    for each layer:   x = x + a mixer(rmsnorm(x));   x = x + b relu(n Wg')**2 * (n Wu') Wd'  with n = rmsnorm(x)
+    out = rmsnorm(x) + gain_out * E[copies]
 
-The followers (ngram_copy.py) are found for each of O kinds; FlashLM v3 has none. The leaky average
-(leaky_average.py) is left out where its decay is 0, as in v3.
+A layer is one passage through one block: R = passes * L of them, layer r through block r % L. FlashLM v3 has one block
+and passes twice. The copies (ngram_copy.py) are looked for in O ways; v3 has none. The mixer is a parameter: a module
+such as conv_mixer.py makes the two regions from `make_forward` and `make_backward`, and the trunk knows none by name.
 
-One parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them by tiles
-of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over weights
-laid out once a step (_packed_gemm.py) or int8 (ternary_gemm.py), and single-threaded BLAS for the weights' gradients.
-The convolutions work on group-major copies (conv.py). The gradients of the weights are summed per thread and reduced in
-thread order: the same bits on every run with the same number of threads.
-Letters: B batch, T time, N = B*T rows, C channels, I inner width, R passes, D convolutions, G groups, K taps,
-S padded group width, P threads, M rows of a tile; O kinds of followers.
+There is one parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them
+by tiles of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over
+weights laid out once per step (_packed_gemm.py) or int8 (ternary_gemm.py), and single-threaded BLAS for the gradients
+of the weights. These gradients are summed per thread and reduced in thread order: the same bits on every run with the
+same number of threads.
+Letters: B batch, T time, N = B*T rows, C channels, I FFN width, L blocks, R layers, P threads, M rows of a tile; O ways
+of copying.
+Source: FlashLM v3.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, Protocol
+
 import numba
 import numpy as np
-from numba import prange
 
-from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
-from flashlm_numba.kernels._jit import helper, kernel
-from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, panel_product
-from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows, scale_rows
-from flashlm_numba.kernels._ternary_dots import VARIANTS, check_variant
-from flashlm_numba.kernels.conv import (
-    conv_sequence,
-    conv_sequence_dinput,
-    conv_sequence_dweight,
-    gate_sequence,
-    gate_sequence_backward,
-    pack_conv_weights,
-    padded_width,
-    to_groups,
-    unpack_conv_gradient,
+from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, gather_rows
+from flashlm_numba.kernels._ternary_layer import (
+    Arithmetic,
+    TernaryMatrices,
+    arithmetic_variant,
+    new_arithmetic,
+    ternary_product,
+    ternary_weight_gradient,
 )
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
-from flashlm_numba.kernels.leaky_average import add_average, add_average_backward, average_share
-from flashlm_numba.kernels.ngram_copy import add_followers, add_followers_backward, find_followers, kinds
+from flashlm_numba.kernels.ngram_copy import add_copies, add_copies_backward, copy_kinds, find_copies
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompute, rmsnorm_rows
-from flashlm_numba.kernels.ternary_gemm import (
-    empty_columns,
-    fill_columns,
-    linear_variant,
-    spare_floats,
-    ternary_linear_rows,
-)
-from flashlm_numba.kernels.ternary_wgrad import VNNI, codes_words, weight_gradient_rows
 
 TILE_ROWS = 256
 REGISTER = 16  # floats of the widest
 
 
-@helper
-def _add_groups(out, groups, width):
-    """out (T, C) = groups (G, T, S) regrouped."""
-    for t in range(out.shape[0]):
-        for g in range(groups.shape[0]):
-            for j in range(width):
-                out[t, g * width + j] = groups[g, t, j]
+class Shape(NamedTuple):
+    """How a batch is divided."""
+
+    time: int  # T, rows of a sequence
+    tile: int  # sequences of a tile
+    threads: int  # P
+    layers: int  # R
+    blocks: int  # L
 
 
-@helper
-def _linear(out, x, panels, codes, plain, add, rounding, variant, blas):
-    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where there are codes of the weight."""
-    q, scales, sums, spare = rounding
-    if codes.shape[1] > 0:
-        ternary_linear_rows(out, x, plain, codes, q, scales, sums, spare, add, variant, blas)
-    else:
-        panel_product(out, x, panels, spare.reshape(-1), add)
+class Unit(NamedTuple):
+    """What a mixer's helper works on: a tile of whole sequences at one layer, and a share of the channel groups."""
+
+    layer: int  # r, where activations are kept
+    block: int  # r % L, whose weights are read
+    low: int  # first row of the tile
+    high: int  # last row + 1; high - low is a multiple of time
+    time: int  # T
+    thread: int  # whose scratch is used
+    share: int  # of the channel groups, 0 <= share < shares
+    shares: int  # into which the channel groups are divided; 1 today: a thread has them all
 
 
-@helper
-def _weight_gradient(out, a, b, rounding, pair, variant, blas):
-    """out (R, K) += a (M, R).T @ b (M, K), both rounded to int8 where there is room for them."""
-    q, scales, sums, spare = rounding
-    codes, shares = pair
-    if codes.shape[0] > 0:
-        weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
-    else:
-        gemm_tn(blas, out, a, b, np.float32(1))
+class Batch(NamedTuple):
+    """What the forward pass reads."""
+
+    rows: np.ndarray  # (N,) int32: rows of the embedding
+    embedding: np.ndarray  # (V, C)
 
 
-@helper
-def _forward_rows(
-    low, high, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, normed, n, h, rounding,
-    embedding, rows, orders, reach, gains, norms, branches, conv, dilations, panels, codes, plain, variant, blas,
-):  # fmt: skip
-    """One tile, rows low..high (whole sequences); normed (M, C), n (G, T, S), h (M, I) and rounding are this thread's
-    scratch.
+class BatchGradient(NamedTuple):
+    """What the backward pass reads."""
+
+    dout: np.ndarray  # (N, C)
+    embedding: np.ndarray  # (V, C)
+
+
+class Weights(NamedTuple):
+    """Weights of all blocks but their mixers'; the layouts are those of the transposes in the backward pass."""
+
+    norm1: np.ndarray  # (L, C): before the mixer
+    norm2: np.ndarray  # (L, C): before the FFN
+    final_norm: np.ndarray  # (C,)
+    gate_up_panels: np.ndarray  # of Layouts, (2 I', C) matrices
+    gate_up_codes: np.ndarray
+    gate_up_plain: np.ndarray
+    down_panels: np.ndarray  # of Layouts, (C, I') matrices
+    down_codes: np.ndarray
+    down_plain: np.ndarray
+    ffn_residual_scale: np.float32
+    copy_order: np.ndarray  # (O,) int64: tokens that must be the same
+    copy_skip: np.ndarray  # (O,) int64: later occurrences that are passed over
+    copy_reach: int  # tokens that an occurrence may lie back
+    gain_in: np.ndarray  # (O, C): of the copies, at the input
+    gain_out: np.ndarray  # (O, C): at the output
+
+
+class Activations(NamedTuple):
+    """Kept for the backward pass."""
+
+    x: np.ndarray  # (R + 1, N, C): input of each layer; the last: of the final norm
+    post_mixer: np.ndarray  # (R, N, C)
+    rstd_mixer: np.ndarray  # (R, N): of norm1
+    rstd_ffn: np.ndarray  # (R, N): of norm2
+    gate_up: np.ndarray  # (R, N, 2 I')
+    copies: np.ndarray  # (O, N) int32: rows of the embedding, or -1
+    out: np.ndarray  # (N, C)
+    rstd_out: np.ndarray  # (N,)
+
+
+class Scratch(NamedTuple):
+    """Of each thread."""
+
+    normed: np.ndarray  # (P, M, C)
+    mixer_in: np.ndarray  # (P, M, C)
+    dmixer_in: np.ndarray  # (P, M, C)
+    hidden: np.ndarray  # (P, M, I')
+    dhidden: np.ndarray  # (P, M, I')
+    dgate_up: np.ndarray  # (P, M, 2 I')
+
+
+class Gradients(NamedTuple):
+    """dx, and the gradients of the weights per thread."""
+
+    dx: np.ndarray  # (N, C): of the trunk's input
+    norm1: np.ndarray  # (P, L, C)
+    norm2: np.ndarray  # (P, L, C)
+    final_norm: np.ndarray  # (P, 1, C)
+    gate_up: np.ndarray  # (P, L, 2 I', C)
+    down: np.ndarray  # (P, L, C, I')
+    gain_in: np.ndarray  # (P, O, C)
+    gain_out: np.ndarray  # (P, O, C)
+
+
+# --- one thread's share, for any mixer ---
+
+
+def make_forward(mixer_forward: Any, name: str) -> Any:
+    """The helper that runs a thread's share of the forward pass with this mixer.
+
+    mixer_forward(out, x, unit, weights, activations, scratch, normed, arithmetic) : a helper that adds the mixer's
+        output, times its residual scale, to out (M, C), for x (M, C), which it may change; normed (any, C) is scratch.
+    name : of the mixer; compiled functions are known by their names, so each mixer needs its own
     """
-    passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
-    gather_rows(x[0, low:high], embedding, rows[low:high])
-    for o in range(orders.shape[0]):
-        for start in range(low, high, time):
-            find_followers(
-                followers[o, start : start + time], rows[start : start + time], orders[o, 0], orders[o, 1], reach
-            )
-        add_followers(x[0, low:high], embedding, followers[o, low:high], gains[0, o])
-    for r in range(passes):
-        rmsnorm_rows(xm[r, 0, low:high], rstd[r, 0, low:high], x[r, low:high], norms[0])
-        for start in range(low, high, time):
-            b, end = start // time, start + time
-            if branches[2] > 0:
-                add_average(xm[r, 0, start:end], normed[:time], norms[3 + dilations.shape[0]], branches[2], branches[3])
-            for d in range(dilations.shape[0]):
-                rmsnorm_rows(normed[:time], rstd_m[r, d, start:end], xm[r, d, start:end], norms[3 + d])
-                to_groups(n, normed[:time], width)
-                conv_sequence(gv[r, d, b], n, conv[d], dilations[d])
-                gate_sequence(xm[r, d + 1, start:end], gv[r, d, b], xm[r, d, start:end], width)
-        copy_rows(x1[r, low:high], x[r, low:high])
-        scale_rows(normed[:size], xm[r, dilations.shape[0], low:high], branches[0])
-        _linear(x1[r, low:high], normed[:size], panels[0], codes[0], plain[0], 1, rounding, variant, blas)
-        rmsnorm_rows(normed[:size], rstd[r, 1, low:high], x1[r, low:high], norms[1])
-        _linear(gu[r, low:high], normed[:size], panels[1], codes[1], plain[1], 0, rounding, variant, blas)
-        glu_rows(h[:size], gu[r, low:high], branches[1])
-        copy_rows(x[r + 1, low:high], x1[r, low:high])
-        _linear(x[r + 1, low:high], h[:size], panels[2], codes[2], plain[2], 1, rounding, variant, blas)
-    rmsnorm_rows(out[low:high], rstd_out[low:high], x[passes, low:high], norms[2])
-    for o in range(orders.shape[0]):
-        add_followers(out[low:high], embedding, followers[o, low:high], gains[1, o])
 
+    def forward_thread(
+        thread,
+        batch,
+        activations,
+        scratch,
+        weights,
+        arithmetic,
+        shape,
+        mixer_weights,
+        mixer_activations,
+        mixer_scratch,
+    ):
+        sequences = batch.rows.shape[0] // shape.time
+        first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
+        normed, hidden = scratch.normed[thread], scratch.hidden[thread]
+        for start in range(first, last, shape.tile):
+            low, high = start * shape.time, min(start + shape.tile, last) * shape.time
+            size = high - low
+            _embed(activations.x[0, low:high], activations.copies, batch, weights, low, shape.time)
+            for layer in range(shape.layers):
+                block = layer % shape.blocks
+                x, post_mixer = activations.x[layer, low:high], activations.post_mixer[layer, low:high]
+                mixer_in = scratch.mixer_in[thread, :size]
+                rmsnorm_rows(mixer_in, activations.rstd_mixer[layer, low:high], x, weights.norm1[block])
+                copy_rows(post_mixer, x)
+                unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
+                mixer_forward(
+                    post_mixer, mixer_in, unit, mixer_weights, mixer_activations, mixer_scratch, normed, arithmetic
+                )
+                rmsnorm_rows(normed[:size], activations.rstd_ffn[layer, low:high], post_mixer, weights.norm2[block])
+                gate_up = activations.gate_up[layer, low:high]
+                ternary_product(
+                    gate_up,
+                    normed[:size],
+                    weights.gate_up_panels[block],
+                    weights.gate_up_codes[block],
+                    weights.gate_up_plain[block],
+                    0,
+                    arithmetic,
+                    thread,
+                )
+                glu_rows(hidden[:size], gate_up, weights.ffn_residual_scale)
+                after = activations.x[layer + 1, low:high]
+                copy_rows(after, post_mixer)
+                ternary_product(
+                    after,
+                    hidden[:size],
+                    weights.down_panels[block],
+                    weights.down_codes[block],
+                    weights.down_plain[block],
+                    1,
+                    arithmetic,
+                    thread,
+                )
+            out = activations.out[low:high]
+            rmsnorm_rows(out, activations.rstd_out[low:high], activations.x[shape.layers, low:high], weights.final_norm)
+            for o in range(weights.copy_order.shape[0]):
+                add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
 
-@kernel
-def _trunk_forward(
-    out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, normed, n, h, q, scales, sums, spare, embedding, rows,
-    orders, reach, gains, norms, branches, conv, dilations, panels, codes, plain, variant, blas, time, tile, threads,
-):  # fmt: skip
-    """tile: sequences in a tile. Parallel over sequences; a row has one writer."""
-    batch = rows.shape[0] // time
-    for thread in prange(threads):
-        first, last = thread * batch // threads, (thread + 1) * batch // threads
-        for start in range(first, last, tile):
-            _forward_rows(
-                start * time, min(start + tile, last) * time, time, out, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu,
-                followers, normed[thread], n[thread], h[thread],
-                (q[thread], scales[thread], sums[thread], spare[thread]), embedding, rows, orders, reach, gains,
-                norms, branches, conv, dilations, panels, codes, plain, variant, blas,
-            )  # fmt: skip
+    forward_thread.__name__ = forward_thread.__qualname__ = f"_forward_thread_{name}"
+    return helper(forward_thread)
 
 
 @helper
-def _backward_rows(
-    low, high, time, dx, dgains, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv,
-    rounding, pair, dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, embedding, norms, branches, conv_t,
-    dilations, panels_t, codes_t, plain_t, variant, blas,
-):  # fmt: skip
-    """One tile of the mirror image. dx (N, C) ends as the gradient of the embedded rows; dm, dh, dgu are scratch."""
-    passes, width, size = x1.shape[0], x.shape[2] // n.shape[0], high - low
-    dx_tile, dm_tile, normed_tile = dx[low:high], dm[:size], normed[:size]
-    for o in range(followers.shape[0]):
-        add_followers_backward(dgains[1, o], dout[low:high], embedding, followers[o, low:high])
-    rmsnorm_backward_rows(dx_tile, dnorms[2], dout[low:high], x[passes, low:high], norms[2], rstd_out[low:high], False)
-    for step in range(passes):
-        r = passes - 1 - step
-        # forward: x = x1 + h Wd', h = b relu(gate)**2 * up, [gate, up] = rmsnorm(x1) Wgu'
-        _linear(dh[:size], dx_tile, panels_t[2], codes_t[2], plain_t[2], 0, rounding, variant, blas)
-        glu_backward_rows(h[:size], dgu[:size], dh[:size], gu[r, low:high], branches[1])
-        _weight_gradient(dw_down, dx_tile, h[:size], rounding, pair, variant, blas)
-        rmsnorm_recompute(normed_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high])
-        _weight_gradient(dw_gate_up, dgu[:size], normed_tile, rounding, pair, variant, blas)
-        _linear(dm_tile, dgu[:size], panels_t[1], codes_t[1], plain_t[1], 0, rounding, variant, blas)
-        rmsnorm_backward_rows(dx_tile, dnorms[1], dm_tile, x1[r, low:high], norms[1], rstd[r, 1, low:high], True)
-        # forward: x1 = x + a m Wo'
-        scale_rows(normed_tile, xm[r, dilations.shape[0], low:high], branches[0])
-        _weight_gradient(dw_out, dx_tile, normed_tile, rounding, pair, variant, blas)
-        _linear(dm_tile, dx_tile, panels_t[0], codes_t[0], plain_t[0], 0, rounding, variant, blas)
-        scale_rows(dm_tile, dm_tile, branches[0])
+def _embed(x, copies, batch, weights, low, time):
+    """x (M, C) = the embedded rows from row low on and what is copied; copies (O, N) is filled for these rows."""
+    high = low + x.shape[0]
+    gather_rows(x, batch.embedding, batch.rows[low:high])
+    for o in range(weights.copy_order.shape[0]):
         for start in range(low, high, time):
-            b, end = start // time, start + time
-            dm_sequence = dm[start - low : end - low]
-            for back in range(dilations.shape[0]):
-                d = dilations.shape[0] - 1 - back
-                # forward: m = m + gated_conv(rmsnorm(m))
-                gate_sequence_backward(dgv, dm_sequence, gv[r, d, b], width)
-                rmsnorm_recompute(normed[:time], xm[r, d, start:end], norms[3 + d], rstd_m[r, d, start:end])
-                to_groups(n, normed[:time], width)
-                conv_sequence_dinput(dn, dgv, conv_t[d], dilations[d])
-                conv_sequence_dweight(dconv[d], n, dgv, dilations[d])
-                _add_groups(normed[:time], dn, width)
+            find_copies(
+                copies[o, start : start + time],
+                batch.rows[start : start + time],
+                weights.copy_order[o],
+                weights.copy_skip[o],
+                weights.copy_reach,
+            )
+        add_copies(x, batch.embedding, copies[o, low:high], weights.gain_in[o])
+
+
+def make_backward(mixer_backward: Any, mixer_clear: Any, name: str) -> Any:
+    """The helper that runs a thread's share of the backward pass with this mixer: the mirror image.
+
+    mixer_backward(dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic) : a helper that
+        writes dx (M, C), the gradient of the mixer's input x (M, C), for dout (M, C), that of the sum it was added to;
+        x and normed (any, C) it may change. It adds the gradients of its weights to the thread's own.
+    mixer_clear(gradients, thread) : a helper that sets these to zero
+    """
+
+    def backward_thread(
+        thread,
+        batch,
+        gradients,
+        activations,
+        scratch,
+        weights,
+        arithmetic,
+        shape,
+        mixer_gradients,
+        mixer_weights,
+        mixer_activations,
+        mixer_scratch,
+    ):
+        sequences = batch.dout.shape[0] // shape.time
+        first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
+        _clear(gradients, thread)
+        mixer_clear(mixer_gradients, thread)
+        normed = scratch.normed[thread]
+        for start in range(first, last, shape.tile):
+            low, high = start * shape.time, min(start + shape.tile, last) * shape.time
+            size = high - low
+            dx, dout = gradients.dx[low:high], batch.dout[low:high]
+            for o in range(activations.copies.shape[0]):
+                add_copies_backward(
+                    gradients.gain_out[thread, o], dout, batch.embedding, activations.copies[o, low:high]
+                )
+            rmsnorm_backward_rows(
+                dx,
+                gradients.final_norm[thread, 0],
+                dout,
+                activations.x[shape.layers, low:high],
+                weights.final_norm,
+                activations.rstd_out[low:high],
+                False,
+            )
+            for back in range(shape.layers):
+                layer = shape.layers - 1 - back
+                block = layer % shape.blocks
+                _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, layer, block, low, high, thread)
+                # forward: post_mixer = x + mixer(rmsnorm(x))
+                x, rstd = activations.x[layer, low:high], activations.rstd_mixer[layer, low:high]
+                mixer_in, dmixer_in = scratch.mixer_in[thread, :size], scratch.dmixer_in[thread, :size]
+                rmsnorm_recompute(mixer_in, x, weights.norm1[block], rstd)
+                unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
+                mixer_backward(
+                    dmixer_in,
+                    dx,
+                    mixer_in,
+                    unit,
+                    mixer_gradients,
+                    mixer_weights,
+                    mixer_activations,
+                    mixer_scratch,
+                    normed,
+                    arithmetic,
+                )
                 rmsnorm_backward_rows(
-                    dm_sequence, dnorms[3 + d], normed[:time], xm[r, d, start:end], norms[3 + d],
-                    rstd_m[r, d, start:end], True,
-                )  # fmt: skip
-            if branches[2] > 0:
-                gain = 3 + dilations.shape[0]
-                rmsnorm_recompute(normed[:time], x[r, start:end], norms[0], rstd[r, 0, start:end])
-                add_average_backward(dm_sequence, dnorms[gain], normed[:time], norms[gain], branches[2], branches[3])
-        rmsnorm_backward_rows(dx_tile, dnorms[0], dm_tile, x[r, low:high], norms[0], rstd[r, 0, low:high], True)
-    for o in range(followers.shape[0]):
-        add_followers_backward(dgains[0, o], dx_tile, embedding, followers[o, low:high])
+                    dx, gradients.norm1[thread, block], dmixer_in, x, weights.norm1[block], rstd, True
+                )
+            for o in range(activations.copies.shape[0]):
+                add_copies_backward(gradients.gain_in[thread, o], dx, batch.embedding, activations.copies[o, low:high])
+
+    backward_thread.__name__ = backward_thread.__qualname__ = f"_backward_thread_{name}"
+    return helper(backward_thread)
 
 
-@kernel
-def _trunk_backward(
-    dx, dgains, dnorms, dconv, dw_out, dw_gate_up, dw_down, normed, n, h, dh, dgu, dm, dn, dgv, q, scales, sums, spare,
-    codes, shares, dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, embedding, norms, branches, conv_t,
-    dilations, panels_t, codes_t, plain_t, variant, blas, time, tile, threads,
-):  # fmt: skip
-    """Weight gradients are per thread, (P, ...), and cleared here."""
-    batch = dx.shape[0] // time
-    for thread in prange(threads):
-        first, last = thread * batch // threads, (thread + 1) * batch // threads
-        clear_rows(dgains[thread].reshape(-1, dx.shape[1]))
-        clear_rows(dnorms[thread])
-        clear_rows(dconv[thread].reshape(-1, dconv.shape[-1]))
-        clear_rows(dw_out[thread])
-        clear_rows(dw_gate_up[thread])
-        clear_rows(dw_down[thread])
-        for start in range(first, last, tile):
-            _backward_rows(
-                start * time, min(start + tile, last) * time, time, dx, dgains[thread], dnorms[thread], dconv[thread],
-                dw_out[thread], dw_gate_up[thread], dw_down[thread], normed[thread], n[thread], h[thread],
-                dh[thread], dgu[thread], dm[thread], dn[thread], dgv[thread],
-                (q[thread], scales[thread], sums[thread], spare[thread]), (codes[thread], shares[thread]),
-                dout, x, x1, xm, rstd, rstd_m, rstd_out, gv, gu, followers, embedding, norms, branches, conv_t,
-                dilations, panels_t, codes_t, plain_t, variant, blas,
-            )  # fmt: skip
+@helper
+def _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, layer, block, low, high, thread):
+    """dx (M, C), the gradient of a layer's output, becomes that of post_mixer."""
+    size = high - low
+    hidden, dhidden = scratch.hidden[thread, :size], scratch.dhidden[thread, :size]
+    dgate_up, normed = scratch.dgate_up[thread, :size], scratch.normed[thread, :size]
+    dnormed = scratch.dmixer_in[thread, :size]
+    post_mixer, rstd = activations.post_mixer[layer, low:high], activations.rstd_ffn[layer, low:high]
+    # forward: x = post_mixer + hidden Wd', hidden = b relu(gate)**2 * up, [gate, up] = rmsnorm(post_mixer) Wgu'
+    ternary_product(
+        dhidden,
+        dx,
+        weights.down_panels[block],
+        weights.down_codes[block],
+        weights.down_plain[block],
+        0,
+        arithmetic,
+        thread,
+    )
+    glu_backward_rows(hidden, dgate_up, dhidden, activations.gate_up[layer, low:high], weights.ffn_residual_scale)
+    ternary_weight_gradient(gradients.down[thread, block], dx, hidden, arithmetic, thread)
+    rmsnorm_recompute(normed, post_mixer, weights.norm2[block], rstd)
+    ternary_weight_gradient(gradients.gate_up[thread, block], dgate_up, normed, arithmetic, thread)
+    ternary_product(
+        dnormed,
+        dgate_up,
+        weights.gate_up_panels[block],
+        weights.gate_up_codes[block],
+        weights.gate_up_plain[block],
+        0,
+        arithmetic,
+        thread,
+    )
+    rmsnorm_backward_rows(dx, gradients.norm2[thread, block], dnormed, post_mixer, weights.norm2[block], rstd, True)
+
+
+@helper
+def _clear(gradients, thread):
+    clear_rows(gradients.norm1[thread])
+    clear_rows(gradients.norm2[thread])
+    clear_rows(gradients.final_norm[thread])
+    clear_rows(gradients.gain_in[thread])
+    clear_rows(gradients.gain_out[thread])
+    for block in range(gradients.gate_up.shape[1]):
+        clear_rows(gradients.gate_up[thread, block])
+        clear_rows(gradients.down[thread, block])
+
+
+# --- what Python keeps ---
+
+
+class Mixer(Protocol):
+    """What the trunk, and decoding, ask of a mixer of L blocks: its weights as the kernels read them, and its regions.
+
+    The NamedTuples are the mixer's own; only its helpers read them. `matrices` are its ternary matrices.
+    """
+
+    matrices: dict[str, TernaryMatrices]  # by the names of their parameters, relative to the block's mixer
+
+    def set_weights(self, block: int, parameters: dict[str, np.ndarray]) -> None:
+        """Take over a block's parameters (but the ternary matrices), by name relative to the mixer."""
+        ...
+
+    def weights(self, transposed: bool) -> NamedTuple:
+        """For the forward pass, or with the layouts that the backward pass reads."""
+        ...
+
+    def new_activations(self, layers: int, batch: int, time: int) -> NamedTuple:
+        """What the mixer keeps of R layers for the backward pass."""
+        ...
+
+    def new_scratch(self, threads: int, time: int) -> NamedTuple:
+        """Each thread's."""
+        ...
+
+    def new_gradients(self, threads: int) -> NamedTuple:
+        """Of each thread."""
+        ...
+
+    def gradients(self, block: int, found: Any) -> dict[str, np.ndarray]:
+        """A block's gradients by name relative to the mixer, summed over the threads."""
+        ...
+
+    @property
+    def forward_region(self) -> Any:
+        """The kernel (batch, activations, scratch, weights, arithmetic, shape, and the mixer's weights, activations,
+        scratch) made with make_forward.
+        """
+        ...
+
+    @property
+    def backward_region(self) -> Any:
+        """The kernel (batch, gradients, activations, scratch, weights, arithmetic, shape, and the mixer's gradients,
+        weights, activations, scratch) made with make_backward.
+        """
+        ...
+
+    def decode_weights(self, *forms: np.ndarray) -> NamedTuple:
+        """For decoding; forms: each of `matrices` as int8 and packed, in their order (decode.decode_matrices)."""
+        ...
+
+    def new_state(self, layers: int) -> NamedTuple:
+        """Of decoding, before the first token; and the mixer's scratch."""
+        ...
+
+    @property
+    def decode_region(self) -> Any:
+        """The serial kernel (state, weights, embedding, row, position, and the mixer's state, weights) made with
+        decode.make_decode_step.
+        """
+        ...
+
+    @property
+    def prefill_region(self) -> Any:
+        """The serial kernel (x, activations, weights, and the mixer's state, weights, activations) made with
+        decode.make_prefill.
+        """
+        ...
+
+
+class TrunkConfig(NamedTuple):
+    """Numbers of the trunk, but its mixer's."""
+
+    dim: int  # C
+    ffn_dim: int  # I
+    n_blocks: int  # L
+    n_passes: int  # passages through all blocks
+    ffn_residual_scale: float = 1.0
+    ngram_copy_orders: tuple[int, ...] = ()
+    ngram_copy_reach: int = 0
 
 
 class TrunkWeights:
-    """The trunk's weights as the kernels read them; set once a step.
+    """The trunk's weights as the kernels read them; set once per step, then packed.
 
-    norms (4 + D, C): of the block's input, before the GLU, final, then one per convolution; last the average's gain.
-    gains (2, O, C): of the followers at the input and at the output, of each kind, in orders (O, 2) int64 as
-    induction.kinds says; reach: tokens that they may lie back.
-    branches (4,): a and b, what the mixer and the GLU are multiplied by before they are added; the average's decay (0:
-    there is none) and the new token's share of it.
-    conv (D, G, K, S, 2 S), conv_t (D, G, K, 2 S, S); w_out (C, C), w_gate_up (2 I', C), w_down (C, I'), ternary, where
-    I' is I rounded up to whole registers: rows of activations then begin at their boundaries. w_gate, w_up and
-    w_down_inner are views without the padding, which is zero.
-    int8: whether what the ternary ones are multiplied by is rounded to int8, row by row, forward and backward.
-    layouts, layouts_t: what the products with the three, and with their transposes, read: their panels
-    (_packed_gemm.py), or with int8 their codes by pack_columns, and where no int8 instruction serves they themselves;
-    empty otherwise.
+    norm1, norm2 (L, C), final_norm (C,), gain_in, gain_out (O, C) float32 : written by the model
+    gate_up, down : TernaryMatrices (2 I', C) and (C, I'), where I' is I rounded up to whole registers, so that rows of
+        activations begin at their boundaries; `gate`, `up` and `down_values` are views without the padding
+    int8 : whether what ternary weights are multiplied by is rounded to int8, row by row, forward and backward
     """
 
-    def __init__(
-        self,
-        dim: int,
-        inner: int,
-        groups: int,
-        taps: int,
-        dilations: tuple[int, ...],
-        branches: tuple[float, float] = (1.0, 1.0),
-        leaky_decay: float = 0.0,
-        orders: tuple[int, ...] = (),
-        reach: int = 0,
-    ) -> None:
-        size, count = padded_width(dim, groups), len(dilations)
-        padded = -(-inner // REGISTER) * REGISTER
-        self.groups, self.inner = groups, inner
-        self.dilations = np.array(dilations, np.int64)
-        self.orders, self.reach = np.array(kinds(orders), np.int64).reshape(-1, 2), reach
-        self.gains = np.zeros((2, len(orders), dim), np.float32)
-        self.norms = np.zeros((4 + count, dim), np.float32)
-        self.branches = np.array([*branches, leaky_decay, average_share(leaky_decay)], np.float32)
-        self.conv = aligned_zeros((count, groups, taps, size, 2 * size), np.float32)
-        self.conv_t = aligned_zeros((count, groups, taps, 2 * size, size), np.float32)
-        self.w_out = np.empty((dim, dim), np.float32)
-        self.w_gate_up = np.zeros((2 * padded, dim), np.float32)
-        self.w_down = np.zeros((dim, padded), np.float32)
-        self.w_gate, self.w_up = self.w_gate_up[:inner], self.w_gate_up[padded : padded + inner]
-        self.w_down_inner = self.w_down[:, :inner]
+    def __init__(self, config: TrunkConfig, mixer: Mixer) -> None:
+        self.config, self.mixer = config, mixer
+        padded = -(-config.ffn_dim // REGISTER) * REGISTER
+        self.norm1, self.norm2 = (np.zeros((config.n_blocks, config.dim), np.float32) for _ in range(2))
+        self.final_norm = np.zeros(config.dim, np.float32)
+        kinds = copy_kinds(config.ngram_copy_orders)
+        self.copy_order, self.copy_skip = (np.array([kind[i] for kind in kinds], np.int64) for i in range(2))
+        self.gain_in, self.gain_out = (np.zeros((len(kinds), config.dim), np.float32) for _ in range(2))
+        self.gate_up = TernaryMatrices(config.n_blocks, 2 * padded, config.dim)
+        self.down = TernaryMatrices(config.n_blocks, config.dim, padded)
+        self.gate = self.gate_up.values[:, : config.ffn_dim]
+        self.up = self.gate_up.values[:, padded : padded + config.ffn_dim]
+        self.down_values = self.down.values[:, :, : config.ffn_dim]
         self.use_int8(False)
+
+    @property
+    def layers(self) -> int:
+        """R."""
+        return self.config.n_blocks * self.config.n_passes
+
+    @property
+    def matrices(self) -> list[TernaryMatrices]:
+        """All ternary matrices, the mixer's too."""
+        return [self.gate_up, self.down, *self.mixer.matrices.values()]
 
     def use_int8(self, int8: bool, variant: str | None = None) -> None:
         """Choose the arithmetic of the ternary products; call pack when their weights have changed.
 
-        variant: one of _ternary_dots.available(), default linear_variant().
+        variant: one of _ternary_dots.available(), default the fastest.
         """
-        name = "plain" if not int8 else check_variant(variant) if variant else linear_variant()
-        self.int8, self.variant = int8, VARIANTS.index(name)
-        matrices = self.w_out, self.w_gate_up, self.w_down
-        self.layouts = self._empty_layouts([w.shape for w in matrices])
-        self.layouts_t = self._empty_layouts([w.T.shape for w in matrices])
+        self.int8, self.variant = int8, arithmetic_variant(int8, variant)
+        for matrices in self.matrices:
+            matrices.use(self.int8, self.variant)
+        self._forward, self._backward = self._weights(False), self._weights(True)
 
-    def _empty_layouts(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[np.ndarray, ...], ...]:
-        plain, none = self.int8 and self.variant == 0, (0, 0)
-        return (
-            tuple(empty_panels(*(none if self.int8 else shape)) for shape in shapes),
-            tuple(empty_columns(*(shape if self.int8 else none)) for shape in shapes),
-            tuple(np.empty(shape if plain else none, np.float32) for shape in shapes),
+    def _weights(self, transposed: bool) -> tuple[Weights, NamedTuple]:
+        gate_up, down = (m.transposed if transposed else m.forward for m in (self.gate_up, self.down))
+        own = Weights(
+            self.norm1,
+            self.norm2,
+            self.final_norm,
+            *gate_up,
+            *down,
+            np.float32(self.config.ffn_residual_scale),
+            self.copy_order,
+            self.copy_skip,
+            self.config.ngram_copy_reach,
+            self.gain_in,
+            self.gain_out,
         )
+        return own, self.mixer.weights(transposed)
+
+    def read(self, *, transposed: bool) -> tuple[Weights, NamedTuple]:
+        """The trunk's and the mixer's weights for a region."""
+        return self._backward if transposed else self._forward
 
     def pack(self) -> None:
-        """Fill the layouts from the ternary weights."""
-        matrices = self.w_out, self.w_gate_up, self.w_down
-        for layouts, weights in ((self.layouts, matrices), (self.layouts_t, tuple(w.T for w in matrices))):
-            for panels, codes, plain, weight in zip(*layouts, weights, strict=True):
-                if panels.size:
-                    fill_panels(panels, weight)
-                if codes.size:
-                    fill_columns(codes, weight)
-                if plain.size:
-                    plain[...] = weight
-
-    def set_conv(self, index: int, gate: np.ndarray, value: np.ndarray) -> None:
-        """Pack the convolution of one dilation: gate, value (C, C/G, K) float32."""
-        self.conv[index], self.conv_t[index] = pack_conv_weights(gate, value, self.groups)
+        """Fill the layouts from the ternary values."""
+        for matrices in self.matrices:
+            matrices.pack()
 
 
 class TrunkBuffers:
-    """Saved activations and scratch for batches of one shape (B, T); about 40 KB a token for v3's shape."""
+    """Saved activations and scratch for batches of one shape (B, T); about 40 KB per token for v3's shape."""
 
-    def __init__(self, weights: TrunkWeights, passes: int, batch: int, time: int) -> None:
-        count, groups, taps, size, _ = weights.conv.shape
-        dim, inner = weights.w_down.shape
-        rows, threads = batch * time, numba.get_num_threads()
-        self.shape = (batch, time, threads, weights.int8, weights.variant)
-        self.tile = max(1, TILE_ROWS // max(time, 1))  # sequences
-        tile_rows = self.tile * time
+    def __init__(self, weights: TrunkWeights, batch: int, time: int) -> None:
+        rows, threads, layers = batch * time, numba.get_num_threads(), weights.layers
+        blocks, dim, inner = weights.down.values.shape
+        tile = max(1, TILE_ROWS // max(time, 1))
+        tile_rows = tile * time
+        self.batch, self.time = batch, time
+        self.shape = Shape(time, tile, threads, layers, blocks)
+        copies = len(weights.copy_order)
 
         def zeros(*shape: int) -> np.ndarray:
             return aligned_zeros(shape, np.float32)
 
-        self.out, self.dx = zeros(rows, dim), zeros(rows, dim)
-        self.x, self.x1 = zeros(passes + 1, rows, dim), zeros(passes, rows, dim)
-        self.xm = zeros(passes, count + 1, rows, dim)
-        self.rstd, self.rstd_m = zeros(passes, 2, rows), zeros(passes, count, rows)
-        self.rstd_out = zeros(rows)
-        self.gv = zeros(passes, count, batch, groups, 2, time, size)
-        self.gu = zeros(passes, rows, 2 * inner)
-        self.followers = np.zeros((len(weights.orders), rows), np.int32)
-        # scratch, one per thread; the padding of n and dgv stays zero
-        self.normed, self.dm = zeros(threads, tile_rows, dim), zeros(threads, tile_rows, dim)
-        self.n, self.dn = zeros(threads, groups, time, size), zeros(threads, groups, time, size)
-        self.dgv = zeros(threads, groups, 2, time, size)
-        self.h, self.dh = zeros(threads, tile_rows, inner), zeros(threads, tile_rows, inner)
-        self.dgu = zeros(threads, tile_rows, 2 * inner)
-        # of int8 products
-        widest = max(dim, 2 * inner) + 3 if weights.int8 else 0
-        scaled = max(tile_rows, widest)
-        self.q = aligned_zeros((threads, (tile_rows + 3) * widest), np.int8)
-        self.scales, self.sums = zeros(threads, scaled), np.zeros((threads, scaled), np.int32)
-        both = codes_words(tile_rows, max(dim, inner)) if weights.int8 and weights.variant == VNNI else 0
-        self.codes = aligned_zeros((threads, both), np.int32)
-        self.shares = zeros(threads, tile_rows + 3)
-        self.spare = zeros(threads, max(SPARE_FLOATS, spare_floats(weights.variant, tile_rows, widest)))
-        # weight gradients, one per thread
-        self.dgains = zeros(threads, 2, len(weights.orders), dim)
-        self.dnorms = zeros(threads, 4 + count, dim)
-        self.dconv = zeros(threads, count, groups, taps, size, 2 * size)
-        self.dw_out, self.dw_down = zeros(threads, dim, dim), zeros(threads, dim, inner)
-        self.dw_gate_up = zeros(threads, 2 * inner, dim)
+        self.activations = Activations(
+            x=zeros(layers + 1, rows, dim),
+            post_mixer=zeros(layers, rows, dim),
+            rstd_mixer=zeros(layers, rows),
+            rstd_ffn=zeros(layers, rows),
+            gate_up=zeros(layers, rows, 2 * inner),
+            copies=np.zeros((copies, rows), np.int32),
+            out=zeros(rows, dim),
+            rstd_out=zeros(rows),
+        )
+        self.scratch = Scratch(
+            normed=zeros(threads, tile_rows, dim),
+            mixer_in=zeros(threads, tile_rows, dim),
+            dmixer_in=zeros(threads, tile_rows, dim),
+            hidden=zeros(threads, tile_rows, inner),
+            dhidden=zeros(threads, tile_rows, inner),
+            dgate_up=zeros(threads, tile_rows, 2 * inner),
+        )
+        self.gradients = Gradients(
+            dx=zeros(rows, dim),
+            norm1=zeros(threads, blocks, dim),
+            norm2=zeros(threads, blocks, dim),
+            final_norm=zeros(threads, 1, dim),
+            gate_up=zeros(threads, blocks, 2 * inner, dim),
+            down=zeros(threads, blocks, dim, inner),
+            gain_in=zeros(threads, copies, dim),
+            gain_out=zeros(threads, copies, dim),
+        )
+        self.mixer_activations = weights.mixer.new_activations(layers, batch, time)
+        self.mixer_scratch = weights.mixer.new_scratch(threads, time)
+        self.mixer_gradients = weights.mixer.new_gradients(threads)
+        shapes = [matrices.shape for matrices in weights.matrices]
+        self.arithmetic: Arithmetic = new_arithmetic(weights.int8, weights.variant, shapes, tile_rows, threads)
+        self._made_for = self._key(weights, batch, time)
+
+    @staticmethod
+    def _key(weights: TrunkWeights, batch: int, time: int) -> tuple[int, int, int, bool, int]:
+        return batch, time, numba.get_num_threads(), weights.int8, weights.variant
 
     def fits(self, weights: TrunkWeights, batch: int, time: int) -> bool:
         """Whether they serve for this shape of batch, these weights' arithmetic and the threads in use."""
-        return self.shape == (batch, time, numba.get_num_threads(), weights.int8, weights.variant)
+        return self._made_for == self._key(weights, batch, time)
 
 
 def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of buffers.out.
+    """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of the buffers.
 
     The ternary products are in float32, or, with weights.use_int8, of inputs rounded to int8; they read what
     weights.pack has laid out.
     rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.
-    Cost 2*R*N*(2*C*C*K*D/G + C*C + 3*C*I) flop. Source: FlashLM v3.
+    Cost 2*R*N*3*C*I flop and the mixers'. Source: FlashLM v3.
     """
-    b = buffers
-    _trunk_forward(
-        b.out, b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.rstd_out, b.gv, b.gu, b.followers, b.normed, b.n, b.h,
-        b.q, b.scales, b.sums, b.spare, embedding, rows, weights.orders, weights.reach, weights.gains,
-        weights.norms, weights.branches, weights.conv, weights.dilations, *weights.layouts, weights.variant,
-        sgemm_address(), b.shape[1], b.tile, b.shape[2],
-    )  # fmt: skip
-    return b.out
+    own, mixers = weights.read(transposed=False)
+    weights.mixer.forward_region(
+        Batch(rows, embedding),
+        buffers.activations,
+        buffers.scratch,
+        own,
+        buffers.arithmetic,
+        buffers.shape,
+        mixers,
+        buffers.mixer_activations,
+        buffers.mixer_scratch,
+    )
+    return buffers.activations.out
+
+
+class TrunkGradients(NamedTuple):
+    """What trunk_backward finds, summed over the threads."""
+
+    dx: np.ndarray  # (N, C): of the trunk's input, a view of the buffers
+    gain_in: np.ndarray  # (O, C)
+    gain_out: np.ndarray  # (O, C)
+    final_norm: np.ndarray  # (C,)
+    norm1: np.ndarray  # (L, C)
+    norm2: np.ndarray  # (L, C)
+    gate: np.ndarray  # (L, I, C)
+    up: np.ndarray  # (L, I, C)
+    down: np.ndarray  # (L, C, I)
+    mixers: list[dict[str, np.ndarray]]  # of each block, by name relative to the mixer
 
 
 def trunk_backward(
     buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarray, embedding: np.ndarray
-) -> dict[str, np.ndarray]:
+) -> TrunkGradients:
     """Gradients for dout (N, C) float32 after trunk_forward with the same buffers, weights and embedding.
 
-    Returns `dx` (N, C), the gradient of the trunk's input (a view of buffers.dx), `gains` (2, O, C), `norms`
-    (4 + D, C), `w_out` (C, C), `w_gate`, `w_up` (I, C), `w_down` (C, I), and `gates`, `values` (D, C, C/G, K). The
-    embedding's is left to the caller: of dx by its rows, of dx and dout by the followers (induction.scatter_followers).
+    The embedding's gradient is left to the caller: of dx by its rows, of dx and dout by the copies
+    (ngram_copy.scatter_copies).
     """
-    b = buffers
-    _trunk_backward(
-        b.dx, b.dgains, b.dnorms, b.dconv, b.dw_out, b.dw_gate_up, b.dw_down, b.normed, b.n, b.h, b.dh, b.dgu, b.dm,
-        b.dn, b.dgv, b.q, b.scales, b.sums, b.spare, b.codes, b.shares, dout, b.x, b.x1, b.xm, b.rstd, b.rstd_m,
-        b.rstd_out, b.gv, b.gu, b.followers, embedding, weights.norms, weights.branches, weights.conv_t,
-        weights.dilations, *weights.layouts_t, weights.variant, sgemm_address(), b.shape[1], b.tile, b.shape[2],
-    )  # fmt: skip
-    width = weights.norms.shape[1] // weights.groups
-    convs = [unpack_conv_gradient(dconv, width) for dconv in b.dconv.sum(0)]
-    dw_gate_up, inner = b.dw_gate_up.sum(0), weights.inner
-    return {
-        "dx": b.dx,
-        "gains": b.dgains.sum(0),
-        "norms": b.dnorms.sum(0),
-        "w_out": b.dw_out.sum(0),
-        "w_gate": dw_gate_up[:inner],
-        "w_up": dw_gate_up[len(dw_gate_up) // 2 :][:inner],
-        "w_down": b.dw_down.sum(0)[:, :inner],
-        "gates": np.stack([gate for gate, _ in convs]),
-        "values": np.stack([value for _, value in convs]),
-    }
+    own, mixers = weights.read(transposed=True)
+    g = buffers.gradients
+    weights.mixer.backward_region(
+        BatchGradient(dout, embedding),
+        g,
+        buffers.activations,
+        buffers.scratch,
+        own,
+        buffers.arithmetic,
+        buffers.shape,
+        buffers.mixer_gradients,
+        mixers,
+        buffers.mixer_activations,
+        buffers.mixer_scratch,
+    )
+    ffn_dim = weights.config.ffn_dim
+    gate_up = g.gate_up.sum(0)
+    return TrunkGradients(
+        dx=g.dx,
+        gain_in=g.gain_in.sum(0),
+        gain_out=g.gain_out.sum(0),
+        final_norm=g.final_norm.sum(0)[0],
+        norm1=g.norm1.sum(0),
+        norm2=g.norm2.sum(0),
+        gate=gate_up[:, :ffn_dim],
+        up=gate_up[:, gate_up.shape[1] // 2 :][:, :ffn_dim],
+        down=g.down.sum(0)[:, :, :ffn_dim],
+        mixers=[weights.mixer.gradients(b, buffers.mixer_gradients) for b in range(weights.config.n_blocks)],
+    )

@@ -54,7 +54,7 @@ def make_model(data: TokenData, head: str) -> Model:
     run = RunConfig.recipe_named("default").with_settings(settings)
     model = assemble.new_model(run, data, lambda line: None)[0]
     for name, value in model.parameters.items():
-        if name.startswith(("mixer.average.", "induction.")):
+        if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):
             value[:] = 0.1
     return model
 

@@ -28,9 +28,10 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.heads import DenseHead
-from flashlm_numba.kernels.reference_trunk import TERNARY
+from flashlm_numba.kernels.reference_trunk import is_ternary
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.model import Model, initial_parameters, parameter_shapes
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters, parameter_shapes
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
 from flashlm_numba.training.optimizer import Optimizer
@@ -135,7 +136,7 @@ def check_rounded(model: Model) -> None:
     found, want = (run_ours(make_rounded(model, variant), ids, dh) for variant in (None, "plain"))
     for name, value in want.items():
         error = np.linalg.norm(found[name] - value)
-        if not error <= (3e-2 if name in TERNARY else 5e-3) * np.linalg.norm(value):
+        if not error <= (3e-2 if is_ternary(name) else 5e-3) * np.linalg.norm(value):
             raise timing.WrongResultError(f"int8 activations: {name} is off by {error / np.linalg.norm(value):.2g}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashlm_numba.kernels.ngram_copy import followers, kinds
+from flashlm_numba.kernels.ngram_copy import copy_kinds, ngram_copies
 from flashlm_numba.model.config import ModelConfig
 from tools.peer_heads import adaptive_head, dense_loss
 
@@ -76,7 +76,7 @@ class Induction(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.kinds, self.reach = kinds(config.ngram_copy_orders), config.ngram_copy_reach
+        self.kinds, self.reach = copy_kinds(config.ngram_copy_orders), config.ngram_copy_reach
         self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
         self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
 
@@ -86,7 +86,7 @@ class Induction(nn.Module):
         One look-up for all, so that the embedding gets one gradient.
         """
         tokens = np.ascontiguousarray(ids.numpy(), np.int32)
-        found = np.stack([tokens, *(followers(tokens, order, self.reach, skip) for order, skip in self.kinds)])
+        found = np.stack([tokens, *(ngram_copies(tokens, order, self.reach, skip) for order, skip in self.kinds)])
         rows = F.embedding(torch.from_numpy(np.maximum(found, 0)), embedding)
         return rows[0], rows[1:] * torch.from_numpy(found[1:] >= 0)[..., None]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.kernels.ngram_copy import followers
+from flashlm_numba.kernels.ngram_copy import ngram_copies
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.system.display import peak_rss_mb
 from flashlm_numba.system.threads import available_cores
@@ -516,7 +516,7 @@ def train(
         parameters=sum(p.numel() for p in model.parameters()),
         groups={name: len(members) for name, members in parameter_groups(model).items()},
     )
-    followers(np.zeros((1, 1), np.int32), 1, 1)  # compiled outside the clock
+    ngram_copies(np.zeros((1, 1), np.int32), 1, 1)  # compiled outside the clock
     seen, step, due, start_seconds = 0, 0, seconds + validate_every, seconds
     left = sorted(marks)
     clock: dict[str, float] = {}

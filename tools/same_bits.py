@@ -36,7 +36,14 @@ SAMPLING = {
     "int8": ["--activations", "int8"],
 }
 # (pattern, replacement) of tensor names in files that were recorded before; applied in order
-RENAMED: list[tuple[str, str]] = []
+RENAMED: list[tuple[str, str]] = [
+    # a model of one block carries the block's number
+    (r"^((?:\w+:)?(?:first\.|second\.|steps\.|row_steps\.)?)(norm1|norm2|mixer|glu)\.", r"\1blocks.0.\2."),
+    (r"mixer\.average\.", "mixer.leaky."),
+    (r"induction\.(inputs|outputs)", r"ngram_copy.\1"),
+    (r"^(optimizer:)first\.", r"\1exp_avg."),
+    (r"^(optimizer:)second\.", r"\1exp_avg_sq."),
+]
 
 
 def command(*arguments: str) -> str:

@@ -21,7 +21,8 @@ from flashlm_numba.heads.tree import TreeHead, default_rank
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import checkpoint, packed
 from flashlm_numba.model.config import HeadConfig, RunConfig
-from flashlm_numba.model.model import Model, initial_parameters
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters, ternary_names
 from flashlm_numba.system.cache import cache_roots, writable_cache
 from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import peak_rss_mb
@@ -104,14 +105,15 @@ def export_run(folder: Path, out: Path, checkpoint_name: str | None = None, *, e
     loaded = load_model(folder, checkpoint_name, ema=ema)
     tensors = tensors_of(loaded.model)
     threshold = loaded.run.model.ternary_threshold
-    tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in packed.TERNARY}
+    ternary = ternary_names(loaded.run.model)
+    tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in ternary}
     start = loaded.run.training.embedding_init
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # of a path on this machine
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
     run = dataclasses.replace(loaded.run, data="", training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
-    packed.write(out, tensors, run.to_json(), state)
+    packed.write(out, tensors, ternary, run.to_json(), state)
     return out
 
 
@@ -121,10 +123,11 @@ def describe_run(folder: Path, checkpoint_name: str | None = None) -> dict[str, 
     run, parameters = loaded.run, loaded.model.parameters
     groups: dict[str, int] = {}
     for name, value in parameters.items():
-        group = name.split(".")[0]
+        parts = name.split(".")
+        group = parts[2] if parts[0] == "blocks" else parts[0]
         group = "norms" if group in ("norm1", "norm2", "final_norm") else group
         groups[group] = groups.get(group, 0) + value.size
-    ternary = sum(parameters[name].size for name in packed.TERNARY)
+    ternary = sum(parameters[name].size for name in ternary_names(run.model))
     path = folder if folder.is_file() else checkpoint.find(folder, checkpoint_name)
     files = [path] if path.is_file() else list(path.iterdir())
     peak = peak_rss_mb()

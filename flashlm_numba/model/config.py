@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flashlm_numba.model.mixers import MIXERS
 from flashlm_numba.system.errors import UserError
 
 
@@ -47,7 +48,9 @@ class ModelConfig:
     groups: int = 16  # of every convolution; must divide dim
     kernel_size: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # of the mixer's convolutions, in order
-    n_passes: int = 2  # passes through the one block
+    mixer: str = field(default="conv", metadata={"later": True})  # token mixer of every block: a name in MIXERS
+    n_blocks: int = field(default=1, metadata={"later": True})  # L, blocks with weights of their own
+    n_passes: int = 2  # passes through all blocks
     mixer_residual_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the mixer's output times this is added
     ffn_residual_scale: float = _in(1.0, 0, 1e3, open_low=True, later=True)  # the same for the GLU's output
     ngram_copy_orders: tuple[int, ...] = field(default=(), metadata={"later": True})  # repeated tokens to look up
@@ -57,17 +60,16 @@ class ModelConfig:
     activations: str = _one_of("float", *ACTIVATIONS, later=True)  # what ternary weights multiply, or rounded so
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_passes"):
+        for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_blocks", "n_passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        if self.dim % self.groups:
-            raise ValueError(f"model.groups must divide model.dim, got {self.groups} and {self.dim}")
         # beyond these nothing is learnt, and a file of settings could ask for all of the memory
-        for name, most in (("kernel_size", 64), ("n_passes", 64)):
+        for name, most in (("kernel_size", 64), ("n_blocks", 64), ("n_passes", 64)):
             if getattr(self, name) > most:
                 raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
-        if not self.dilations or not 1 <= min(self.dilations) <= max(self.dilations) <= 4096:
-            raise ValueError(f"model.dilations must be numbers from 1 to 4096, got {self.dilations}")
+        if self.mixer not in MIXERS:
+            raise ValueError(f"model.mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
+        MIXERS[self.mixer].check(self)
         orders = self.ngram_copy_orders
         if len(orders) > 16 or not all(1 <= order <= 16 for order in orders):
             raise ValueError(
@@ -76,15 +78,9 @@ class ModelConfig:
 
     @property
     def receptive_field(self) -> int:
-        """Tokens that a hidden state can see, its own included (415 for v3).
-
-        A running average is taken to end where a token's share of it is below 2**-24, float32's rounding.
-        """
-        reach = (self.kernel_size - 1) * sum(self.dilations)
-        if self.leaky_decay:
-            reach += math.ceil(math.log(2**-24) / math.log(self.leaky_decay))
-        look_up = self.ngram_copy_reach + max(self.ngram_copy_orders) - 1 if self.ngram_copy_orders else 0
-        return 1 + self.n_passes * reach + look_up
+        """Tokens that a hidden state can see, its own included (415 for v3)."""
+        copies = self.ngram_copy_reach + max(self.ngram_copy_orders) - 1 if self.ngram_copy_orders else 0
+        return 1 + self.n_blocks * self.n_passes * MIXERS[self.mixer].reach(self) + copies
 
 
 @dataclass(frozen=True)

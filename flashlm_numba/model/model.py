@@ -14,66 +14,13 @@ from flashlm_numba.heads import Head
 from flashlm_numba.kernels import _check, decode
 from flashlm_numba.kernels.decode import DecodeState
 from flashlm_numba.kernels.embedding import embedding_backward, zero
-from flashlm_numba.kernels.ngram_copy import scatter_followers
+from flashlm_numba.kernels.ngram_copy import scatter_copies
 from flashlm_numba.kernels.ternary import ternarize
-from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights, trunk_backward, trunk_forward
+from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkConfig, TrunkWeights, trunk_backward, trunk_forward
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
+from flashlm_numba.model.mixers import MIXERS
+from flashlm_numba.model.parameters import EMBEDDING, ENDS, parameter_shapes
 from flashlm_numba.system.errors import UserError
-
-ENDS = ("inputs", "outputs")  # of the trunk, where the rows of followers are added
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter but the head's own, in order; PyTorch's layouts."""
-    c, inner, width = config.dim, config.ffn_dim, config.dim // config.groups
-    convs = range(len(config.dilations))
-    return {
-        "embedding.weight": (config.vocab_size, c),
-        "norm1.weight": (c,),
-        **({"mixer.average.weight": (c,)} if config.leaky_decay else {}),
-        **{f"mixer.norms.{i}.weight": (c,) for i in convs},
-        **{f"mixer.gates.{i}.weight": (c, width, config.kernel_size) for i in convs},
-        **{f"mixer.values.{i}.weight": (c, width, config.kernel_size) for i in convs},
-        "mixer.out.weight": (c, c),
-        "norm2.weight": (c,),
-        "glu.gate.weight": (inner, c),
-        "glu.up.weight": (inner, c),
-        "glu.down.weight": (c, inner),
-        "router.weight": (1, c),
-        "router.bias": (1,),
-        "final_norm.weight": (c,),
-        **{f"induction.{end}.{i}.weight": (c,) for end in ENDS for i in range(len(config.ngram_copy_orders))},
-    }
-
-
-def initial_parameters(
-    config: ModelConfig, seed: int, embedding: np.ndarray | None = None, embedding_std: float = 0.02
-) -> dict[str, np.ndarray]:
-    """Starting values by FlashLM v3's rules, from a generator of their own per tensor.
-
-    Norms are one, the gains of the running average and of followers zero; convolutions, gate and up have std
-    fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
-    embedding (V, C): the rows to start from, else normal with embedding_std.
-    """
-    parameters = {}
-    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
-        rng = np.random.default_rng((seed, index))
-        if name == "embedding.weight" and embedding is not None:
-            _check.array("initial_parameters", "embedding", embedding, shape)
-            parameters[name] = embedding.copy()
-            continue
-        if len(shape) == 1:
-            zeros = name in ("router.bias", "mixer.average.weight") or name.startswith("induction.")
-            value = np.zeros(shape) if zeros else np.ones(shape)
-            parameters[name] = value.astype(np.float32)
-            continue
-        std = float(np.prod(shape[1:])) ** -0.5
-        if name == "embedding.weight":
-            std = embedding_std
-        elif name in ("mixer.out.weight", "glu.down.weight"):
-            std = 0.01
-        parameters[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
-    return parameters
 
 
 class Model:
@@ -97,22 +44,20 @@ class Model:
         self.parameters = {name: parameters[name] for name in parameter_shapes(config)}
         # np.zeros takes memory when it is written to, so a model that only generates has no gradients in memory
         self.gradients = {name: np.zeros(value.shape, np.float32) for name, value in self.parameters.items()}
-        self.head = make_head(self.parameters["embedding.weight"], self.gradients["embedding.weight"])
+        self.head = make_head(self.parameters[EMBEDDING], self.gradients[EMBEDDING])
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
-        branches = config.mixer_residual_scale, config.ffn_residual_scale
-        self._weights = TrunkWeights(
+        trunk = TrunkConfig(
             config.dim,
             config.ffn_dim,
-            config.groups,
-            config.kernel_size,
-            config.dilations,
-            branches,
-            config.leaky_decay,
+            config.n_blocks,
+            config.n_passes,
+            config.ffn_residual_scale,
             config.ngram_copy_orders,
             config.ngram_copy_reach,
         )
+        self._weights = TrunkWeights(trunk, MIXERS[config.mixer].build(config))
         self._buffers: TrunkBuffers | None = None
         self._rows: np.ndarray | None = None
         self.use_activations(config.activations)
@@ -133,26 +78,27 @@ class Model:
     def sync_weights(self) -> None:
         """Ternarise and pack the weights for the kernels; call after every change of the parameters."""
         p, w = self.parameters, self._weights
-        w.norms[0], w.norms[1], w.norms[2] = p["norm1.weight"], p["norm2.weight"], p["final_norm.weight"]
-        for i in range(len(self.config.dilations)):
-            w.norms[3 + i] = p[f"mixer.norms.{i}.weight"]
-            w.set_conv(i, p[f"mixer.gates.{i}.weight"], p[f"mixer.values.{i}.weight"])
-        if self.config.leaky_decay:
-            w.norms[-1] = p["mixer.average.weight"]
-        for e, o, name in self._inductions():
-            w.gains[e, o] = p[name]
         share = self.config.ternary_threshold
-        ternarize(p["mixer.out.weight"], w.w_out, threshold=share)
-        ternarize(p["glu.gate.weight"], w.w_gate, threshold=share)
-        ternarize(p["glu.up.weight"], w.w_up, threshold=share)
-        w.w_down_inner[...] = ternarize(p["glu.down.weight"], threshold=share)
+        for b in range(self.config.n_blocks):
+            block = self._block(b)
+            w.norm1[b], w.norm2[b] = block["norm1.weight"], block["norm2.weight"]
+            ternarize(block["glu.gate.weight"], w.gate[b], threshold=share)
+            ternarize(block["glu.up.weight"], w.up[b], threshold=share)
+            w.down_values[b] = ternarize(block["glu.down.weight"], threshold=share)
+            mixer = {n.removeprefix("mixer."): value for n, value in block.items() if n.startswith("mixer.")}
+            w.mixer.set_weights(b, mixer)
+            for name, matrices in w.mixer.matrices.items():
+                ternarize(mixer[name], matrices.values[b], threshold=share)
+        w.final_norm[...] = p["final_norm.weight"]
+        for o in range(len(self.config.ngram_copy_orders)):
+            w.gain_in[o], w.gain_out[o] = (p[f"ngram_copy.{end}.{o}.weight"] for end in ENDS)
         w.pack()
         self.head.prepare()
 
-    def _inductions(self) -> list[tuple[int, int, str]]:
-        """End, kind and name of the gains of followers."""
-        orders = range(len(self.config.ngram_copy_orders))
-        return [(e, o, f"induction.{end}.{o}.weight") for e, end in enumerate(ENDS) for o in orders]
+    def _block(self, block: int) -> dict[str, np.ndarray]:
+        """A block's parameters, by name relative to it."""
+        prefix = f"blocks.{block}."
+        return {n.removeprefix(prefix): value for n, value in self.parameters.items() if n.startswith(prefix)}
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, in one place."""
@@ -172,8 +118,8 @@ class Model:
         self._rows = np.ascontiguousarray(rows, np.int32)
         if self._buffers is None or not self._buffers.fits(self._weights, *ids.shape):
             self._buffers = None  # the old ones' memory is free before new ones are made
-            self._buffers = TrunkBuffers(self._weights, self.config.n_passes, *ids.shape)
-        return trunk_forward(self._buffers, self._weights, self.parameters["embedding.weight"], self._rows)
+            self._buffers = TrunkBuffers(self._weights, *ids.shape)
+        return trunk_forward(self._buffers, self._weights, self.parameters[EMBEDDING], self._rows)
 
     def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
         """Read a text, ids (T,) int32, T >= 1, in one pass: the state to go on from, and its last hidden state (1, C).
@@ -197,44 +143,46 @@ class Model:
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
         row = token if self.head.row_of_token is None else int(self.head.row_of_token[token])
-        return decode.decode_step(state, self._weights, self.parameters["embedding.weight"], row)
+        return decode.decode_step(state, self._weights, self.parameters[EMBEDDING], row)
 
     def backward(self, dh: np.ndarray) -> None:
         """Add the gradients for dh (B*T, C) float32 of the last forward call to `gradients`, the embedding's too."""
         if self._buffers is None or self._rows is None:
             raise ValueError("Model.backward: call forward first")
-        _check.array("Model.backward", "dh", dh, self._buffers.out.shape)
+        _check.array("Model.backward", "dh", dh, self._buffers.activations.out.shape)
         self._trunk_backward(dh)
         self._embedding_backward(dh)
 
     def _embedding_backward(self, dh: np.ndarray) -> None:
-        """What the embedding gets from its rows at the input, and from those of followers at both ends."""
+        """What the embedding gets from its rows at the input, and from the copied rows at both ends."""
         assert self._buffers is not None
         assert self._rows is not None
-        b, gradient, gains = self._buffers, self.gradients["embedding.weight"], self._weights.gains
-        embedding_backward(gradient, b.dx, self._rows)
-        for o, followers in enumerate(b.followers):
-            scatter_followers(gradient, b.dx, dh, followers, gains[0, o], gains[1, o])
+        b, w, gradient = self._buffers, self._weights, self.gradients[EMBEDDING]
+        dx = b.gradients.dx
+        embedding_backward(gradient, dx, self._rows)
+        for o, copies in enumerate(b.activations.copies):
+            scatter_copies(gradient, dx, dh, copies, w.gain_in[o], w.gain_out[o])
 
     def _trunk_backward(self, dh: np.ndarray) -> None:
         assert self._buffers is not None
         g = self.gradients
-        found = trunk_backward(self._buffers, self._weights, dh, self.parameters["embedding.weight"])
-        for i, name in enumerate(("norm1", "norm2", "final_norm")):
-            g[f"{name}.weight"] += found["norms"][i]
-        for i in range(len(self.config.dilations)):
-            g[f"mixer.norms.{i}.weight"] += found["norms"][3 + i]
-            g[f"mixer.gates.{i}.weight"] += found["gates"][i]
-            g[f"mixer.values.{i}.weight"] += found["values"][i]
-        if self.config.leaky_decay:
-            g["mixer.average.weight"] += found["norms"][-1]
-        for e, o, name in self._inductions():
-            g[name] += found["gains"][e, o]
-        # ternarize passes the gradient straight through
-        g["mixer.out.weight"] += found["w_out"]
-        g["glu.gate.weight"] += found["w_gate"]
-        g["glu.up.weight"] += found["w_up"]
-        g["glu.down.weight"] += found["w_down"]
+        found = trunk_backward(self._buffers, self._weights, dh, self.parameters[EMBEDDING])
+        for b in range(self.config.n_blocks):
+            # ternarize passes the gradient straight through
+            own = {
+                "norm1.weight": found.norm1[b],
+                "norm2.weight": found.norm2[b],
+                "glu.gate.weight": found.gate[b],
+                "glu.up.weight": found.up[b],
+                "glu.down.weight": found.down[b],
+                **{f"mixer.{name}": value for name, value in found.mixers[b].items()},
+            }
+            for name, value in own.items():
+                g[f"blocks.{b}.{name}"] += value
+        g["final_norm.weight"] += found.final_norm
+        for o in range(len(self.config.ngram_copy_orders)):
+            g[f"ngram_copy.inputs.{o}.weight"] += found.gain_in[o]
+            g[f"ngram_copy.outputs.{o}.weight"] += found.gain_out[o]
 
     def loss_and_grad(
         self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
@@ -265,7 +213,7 @@ class Model:
         after_head = time.perf_counter()
         if not accumulate:
             for name, gradient in self.gradients.items():
-                if name != "embedding.weight" and not name.startswith("head."):
+                if name != EMBEDDING and not name.startswith("head."):
                     zero(gradient)
         self._trunk_backward(dh)
         after_trunk = time.perf_counter()

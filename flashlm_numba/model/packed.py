@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import sync_folder
 
 FORMAT = "flashlm-numba packed 1"
-TERNARY = ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight")
+SUFFIX = ".base3"  # of a packed matrix's name
 PER_BYTE = 5
 _POWERS = 3 ** np.arange(PER_BYTE)
 
@@ -63,16 +64,19 @@ def _digest(tensors: dict[str, np.ndarray], config: str, state: str) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], config: str, state: dict[str, Any]) -> None:
-    """Write a model's tensors, with the ternary matrices as their ternary values, whole or not at all.
+def write(
+    path: Path, tensors: dict[str, np.ndarray], ternary: Collection[str], config: str, state: dict[str, Any]
+) -> None:
+    """Write a model's tensors, whole or not at all.
 
+    ternary : names of the matrices that are packed, given as their ternary values
     config : the run's settings as JSON;  state : how far it was trained. Raises UserError where the disk refuses.
     """
     from safetensors.numpy import save_file
 
-    stored = {f"{name}.base3": pack_base3(tensors[name]) for name in TERNARY}
-    stored |= {name: value for name, value in tensors.items() if name not in TERNARY}
-    shapes = {name: list(tensors[name].shape) for name in TERNARY}
+    stored = {name + SUFFIX: pack_base3(tensors[name]) for name in ternary}
+    stored |= {name: value for name, value in tensors.items() if name not in ternary}
+    shapes = {name: list(tensors[name].shape) for name in ternary}
     state_text = json.dumps(state | {"shapes": shapes}, sort_keys=True)
     metadata = {"format": FORMAT, "config": config, "state": state_text, "sha256": _digest(stored, config, state_text)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -122,8 +126,8 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     try:
         state = json.loads(state_text)
         shapes = state.pop("shapes")
-        for name in TERNARY:
-            tensors[name] = unpack_base3(tensors.pop(f"{name}.base3"), shapes[name][1])
+        for name in shapes:
+            tensors[name] = unpack_base3(tensors.pop(name + SUFFIX), shapes[name][1])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(damaged.format(error)) from None
     return config, tensors, state

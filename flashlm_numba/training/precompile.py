@@ -22,7 +22,8 @@ def main() -> None:
     from flashlm_numba.heads.label_tree import build_tree
     from flashlm_numba.kernels.optimizers import ema_update
     from flashlm_numba.model.config import ModelConfig
-    from flashlm_numba.model.model import Model, initial_parameters
+    from flashlm_numba.model.model import Model
+    from flashlm_numba.model.parameters import initial_parameters
     from flashlm_numba.system.threads import set_threads
     from flashlm_numba.training.optimizer import PRESETS, Optimizer
 

@@ -245,7 +245,7 @@ def test_two_tensors_in_one_place(fresh):
     folder = fresh()
     path = folder / "checkpoints" / "step-3"
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    header = json.dumps({"embedding.weight": entry, "norm1.weight": entry}).encode()
+    header = json.dumps({"embedding.weight": entry, "blocks.0.norm1.weight": entry}).encode()
     (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     rehash(path)
     assert command("info", folder).exit_code == 1

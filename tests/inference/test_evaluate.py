@@ -19,10 +19,11 @@ from flashlm_numba.inference.evaluate import (
     validation_subset,
     windows,
 )
-from flashlm_numba.kernels.ngram_copy import followers
+from flashlm_numba.kernels.ngram_copy import ngram_copies
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.model import Model, initial_parameters
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.training import loop as train
 
@@ -40,7 +41,7 @@ def model(request):
     config = dataclasses.replace(CONFIG, **request.param)
     parameters = initial_parameters(config, seed=1, embedding_std=1.0)
     for name, value in parameters.items():
-        if name.startswith(("mixer.average.", "induction.")):
+        if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):
             value[:] = np.random.default_rng(2).standard_normal(config.dim)
     return Model(config, parameters, DenseHead)
 
@@ -131,7 +132,7 @@ def last_token_leaks(h, ids, embedding):
 
 
 def look_up_reads_one_token_ahead(h, ids, embedding):
-    ahead = followers(ids, order=1, reach=1024)[0, 1:]
+    ahead = ngram_copies(ids, order=1, reach=1024)[0, 1:]
     h[:-1] += np.where(ahead >= 0, np.float32(1e-3), 0)[:, None] * embedding[ahead]
 
 

@@ -11,7 +11,8 @@ from flashlm_numba.heads.label_tree import build_tree
 from flashlm_numba.inference.generate import Utf8Stream, generate_ids, generate_text
 from flashlm_numba.kernels import decode
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.model import Model, initial_parameters
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.system.errors import UserError
 
 CONFIG = ModelConfig(
@@ -60,7 +61,7 @@ def with_gains(parameters):
     """The same with gains of the running average and of followers, where there are any: they start at zero."""
     rng = np.random.default_rng(3)
     for name, value in parameters.items():
-        if name.startswith(("mixer.average.", "induction.")):
+        if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):
             value[:] = rng.standard_normal(len(value))
     return parameters
 

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from flashlm_numba.kernels import (
     _math,
-    average,
     conv,
     embedding,
     glu,
-    induction,
+    leaky_average,
+    ngram_copy,
     reference,
     rmsnorm,
     ternary,
-    ternary_matmul,
+    ternary_gemv,
 )
 
 rows = st.integers(0, 9)
@@ -37,12 +37,14 @@ def test_average_matches_reference(seed, batch, time, dim, scale):
     rng = np.random.default_rng(seed)
     decay = float(rng.choice([0.0, 0.5, 0.9, 0.98]))
     x, gain, dout = normal(rng, batch, time, dim, scale=scale), normal(rng, dim), normal(rng, batch, time, dim)
-    out = average.average_forward(x, gain, decay)
-    dx, dgain = average.average_backward(dout, x, gain, decay)
+    out = leaky_average.leaky_average_forward(x, gain, decay)
+    dx, dgain = leaky_average.leaky_average_backward(dout, x, gain, decay)
     x64, gain64, dout64 = doubles(x, gain, dout)
-    assert_as_accurate(out, reference.average_forward(x, gain, decay), reference.average_forward(x64, gain64, decay), 8)
-    dx32, dgain32 = reference.average_backward(dout, x, gain, decay)
-    dx64, dgain64 = reference.average_backward(dout64, x64, gain64, decay)
+    assert_as_accurate(
+        out, reference.leaky_average_forward(x, gain, decay), reference.leaky_average_forward(x64, gain64, decay), 8
+    )
+    dx32, dgain32 = reference.leaky_average_backward(dout, x, gain, decay)
+    dx64, dgain64 = reference.leaky_average_backward(dout64, x64, gain64, decay)
     assert_as_accurate(dx, dx32, dx64, 8, "dx")
     assert_as_accurate(dgain, dgain32, dgain64, 8, "dgain")
 
@@ -52,22 +54,22 @@ def test_average_reference_backward_is_the_derivative():
     x, gain, dout = rng.standard_normal((2, 6, 3)), rng.standard_normal(3), rng.standard_normal((2, 6, 3))
 
     def loss():
-        return float((reference.average_forward(x, gain, 0.8) * dout).sum())
+        return float((reference.leaky_average_forward(x, gain, 0.8) * dout).sum())
 
-    dx, dgain = reference.average_backward(dout, x, gain, 0.8)
+    dx, dgain = reference.leaky_average_backward(dout, x, gain, 0.8)
     np.testing.assert_allclose(dx, numeric_gradient(loss, x), rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(dgain, numeric_gradient(loss, gain), rtol=1e-6, atol=1e-8)
 
 
 def test_average_keeps_the_size_of_independent_tokens():
     x = normal(np.random.default_rng(0), 1, 20_000, 1)
-    y = average.average_forward(x, np.ones(1, np.float32), 0.9) - x
+    y = leaky_average.leaky_average_forward(x, np.ones(1, np.float32), 0.9) - x
     assert np.std(y) == pytest.approx(1, abs=0.05)
 
 
 def test_average_refuses_a_decay_that_does_not_fade():
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
-        average.average_forward(np.zeros((1, 2, 3), np.float32), np.zeros(3, np.float32), 1.0)
+        leaky_average.leaky_average_forward(np.zeros((1, 2, 3), np.float32), np.zeros(3, np.float32), 1.0)
 
 
 @given(
@@ -79,29 +81,29 @@ def test_average_refuses_a_decay_that_does_not_fade():
     st.sampled_from([1, 2, 7, 50]),
     st.integers(0, 3),
 )
-def test_followers_match_reference(seed, batch, time, vocabulary, order, reach, skip):
+def test_ngram_copies_match_reference(seed, batch, time, vocabulary, order, reach, skip):
     rows = np.random.default_rng(seed).integers(0, vocabulary, (batch, time)).astype(np.int32)
-    found = induction.followers(rows, order, reach, skip)
-    np.testing.assert_array_equal(found, reference.followers(rows, order, reach, skip))
+    found = ngram_copy.ngram_copies(rows, order, reach, skip)
+    np.testing.assert_array_equal(found, reference.ngram_copies(rows, order, reach, skip))
     if time:  # nothing is seen of what comes later, nor of what lies further back
         at = time // 2
         changed = rows.copy()
         changed[:, at] += 1
-        np.testing.assert_array_equal(induction.followers(changed, order, reach, skip)[:, :at], found[:, :at])
+        np.testing.assert_array_equal(ngram_copy.ngram_copies(changed, order, reach, skip)[:, :at], found[:, :at])
         after = at + reach + order
-        np.testing.assert_array_equal(induction.followers(changed, order, reach, skip)[:, after:], found[:, after:])
+        np.testing.assert_array_equal(ngram_copy.ngram_copies(changed, order, reach, skip)[:, after:], found[:, after:])
 
 
-def test_followers_of_a_text():
+def test_ngram_copies_of_a_text():
     text = np.frombuffer(b"the cat saw the cow and the cat ran", np.uint8).astype(np.int32)[None]
-    found = induction.followers(text, 5, 100)[0]
+    found = ngram_copy.ngram_copies(text, 5, 100)[0]
     assert bytes(found[-6:-3].tolist()) == b"t s"  # after "he ca", "e cat" and " cat "
     assert found[-3:].tolist() == [-1, -1, -1]
-    assert (induction.followers(text, 5, 10)[0] == -1).all()
+    assert (ngram_copy.ngram_copies(text, 5, 10)[0] == -1).all()
 
 
 @given(seeds, st.integers(0, 30), st.integers(1, 20), st.integers(1, 6))
-def test_gradients_of_followers_match_reference(seed, rows, dim, vocabulary):
+def test_gradients_of_ngram_copies_match_reference(seed, rows, dim, vocabulary):
     rng = np.random.default_rng(seed)
     found = rng.integers(-1, vocabulary, rows).astype(np.int32)
     dx, dh = normal(rng, rows, dim), normal(rng, rows, dim)
@@ -112,37 +114,37 @@ def test_gradients_of_followers_match_reference(seed, rows, dim, vocabulary):
         normal(rng, vocabulary, dim),
     )
     got, want32, want64 = start.copy(), start.copy(), start.astype(np.float64)
-    induction.scatter_followers(got, dx, dh, found, gain_in, gain_out)
+    ngram_copy.scatter_copies(got, dx, dh, found, gain_in, gain_out)
     for want, kind in ((want32, np.float32), (want64, np.float64)):
         for d, gain in ((dx, gain_in), (dh, gain_out)):
-            reference.add_followers_backward(d.astype(kind), want, weight.astype(kind), found, gain.astype(kind))
+            reference.add_copies_backward(d.astype(kind), want, weight.astype(kind), found, gain.astype(kind))
     assert_as_accurate(got, want32, want64, 8, "dweight")
 
 
-def test_the_references_gradients_of_followers_are_the_derivatives():
+def test_the_references_gradients_of_ngram_copies_are_the_derivatives():
     rng = np.random.default_rng(1)
     x, weight, gain, dout = (rng.standard_normal(shape) for shape in ((6, 3), (4, 3), (3,), (6, 3)))
     found = np.array([-1, 2, 0, 2, -1, 3])
 
     def loss():
-        return float((reference.add_followers(x, weight, found, gain) * dout).sum())
+        return float((reference.add_copies(x, weight, found, gain) * dout).sum())
 
     dweight = np.zeros_like(weight)
-    dgain = reference.add_followers_backward(dout, dweight, weight, found, gain)
+    dgain = reference.add_copies_backward(dout, dweight, weight, found, gain)
     np.testing.assert_allclose(dweight, numeric_gradient(loss, weight), rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(dgain, numeric_gradient(loss, gain), rtol=1e-6, atol=1e-8)
 
 
-def test_followers_refuse_what_they_cannot_read():
+def test_ngram_copies_refuse_what_they_cannot_read():
     rows, zeros = np.zeros((1, 4), np.int32), np.zeros((4, 3), np.float32)
-    with pytest.raises(ValueError, match="followers: order must be at least 1, got 0"):
-        induction.followers(rows, 0, 5)
-    with pytest.raises(ValueError, match="followers: skip must be at least 0, got -1"):
-        induction.followers(rows, 1, 5, -1)
-    with pytest.raises(ValueError, match="followers: reach must be at least 1, got 0"):
-        induction.followers(rows, 1, 0)
+    with pytest.raises(ValueError, match="ngram_copies: order must be at least 1, got 0"):
+        ngram_copy.ngram_copies(rows, 0, 5)
+    with pytest.raises(ValueError, match="ngram_copies: skip must be at least 0, got -1"):
+        ngram_copy.ngram_copies(rows, 1, 5, -1)
+    with pytest.raises(ValueError, match="ngram_copies: reach must be at least 1, got 0"):
+        ngram_copy.ngram_copies(rows, 1, 0)
     with pytest.raises(ValueError, match=r"rows must be in \[-1, 4\), got 0 to 4"):
-        induction.scatter_followers(zeros, zeros, zeros, np.array([0, 1, 4, 2], np.int32), zeros[0], zeros[0])
+        ngram_copy.scatter_copies(zeros, zeros, zeros, np.array([0, 1, 4, 2], np.int32), zeros[0], zeros[0])
 
 
 def test_exp_is_exact_to_two_units_over_the_whole_range():
@@ -255,7 +257,7 @@ def test_pack_unpack_round_trip_and_matvec(seed, n, columns):
     packed = ternary.pack_ternary(weight)
     np.testing.assert_array_equal(packed, reference.pack_ternary(weight))
     np.testing.assert_array_equal(ternary.unpack_ternary(packed, columns), weight)
-    got = ternary_matmul.ternary_matvec(packed, x)
+    got = ternary_gemv.ternary_matvec(packed, x)
     # a sum that cancels, which plain NumPy may hit by luck: an ulp of what is summed, where a wrong weight is far more
     room = np.finfo(np.float32).eps * (np.abs(weight) @ np.abs(x))
     assert (np.abs(got - reference.ternary_matvec(*doubles(weight, x))) <= room).all()

@@ -11,7 +11,8 @@ from flashlm_numba.heads.label_tree import build_tree
 from flashlm_numba.kernels import ternary
 from flashlm_numba.model import model as model_module
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.model import Model, initial_parameters, parameter_shapes
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters, parameter_shapes
 
 SMALL = ModelConfig(
     97, 24, 37, 3, kernel_size=4, dilations=(1, 2, 8), n_passes=2, mixer_residual_scale=0.25, ffn_residual_scale=2**-7
@@ -35,9 +36,9 @@ def test_v3_has_the_published_number_of_parameters():
     assert size["embedding.weight"] == 12_865_792
     outside = size["embedding.weight"] + size["final_norm.weight"]
     assert sum(size.values()) - outside == 689_921
-    assert sum(n for name, n in size.items() if name.startswith("glu.")) == 524_544
-    norms = sum(n for name, n in size.items() if name.startswith("mixer.norms."))
-    assert sum(n for name, n in size.items() if name.startswith("mixer.")) == 164_608
+    assert sum(n for name, n in size.items() if name.startswith("blocks.0.glu.")) == 524_544
+    norms = sum(n for name, n in size.items() if name.startswith("blocks.0.mixer.norms."))
+    assert sum(n for name, n in size.items() if name.startswith("blocks.0.mixer.")) == 164_608
     assert norms == 3 * 256
     assert ModelConfig().receptive_field == 415
 
@@ -48,7 +49,7 @@ def test_v3_has_the_published_number_of_parameters():
 def test_hidden_states_see_nothing_of_the_future(length, activations, decay, orders):
     model = small_model(config=dataclasses.replace(SMALL, leaky_decay=decay, ngram_copy_orders=orders))
     for name, value in model.parameters.items():
-        if name.startswith(("mixer.average", "induction.")):
+        if name.startswith(("blocks.0.mixer.leaky", "ngram_copy.")):
             value[:] = 1
     model.use_activations(activations)
     ids, _ = batch(1, 3, length, vocab=4 if orders else SMALL.vocab_size)
@@ -125,7 +126,7 @@ def test_a_token_outside_the_receptive_field_has_no_influence():
 
 def test_a_running_average_fades_within_the_receptive_field():
     model = small_model(config=dataclasses.replace(SMALL, leaky_decay=0.5))
-    model.parameters["mixer.average.weight"][:] = 1
+    model.parameters["blocks.0.mixer.leaky.weight"][:] = 1
     model.sync_weights()
     field = model.config.receptive_field
     assert field == SMALL.receptive_field + 2 * 24  # 0.5**24 = 2**-24
@@ -144,7 +145,7 @@ def test_a_follower_is_looked_up_within_the_receptive_field():
     assert field == SMALL.receptive_field + 9 + 1
     rng = np.random.default_rng(4)
     for name, value in model.parameters.items():
-        if name.startswith("induction."):
+        if name.startswith("ngram_copy."):
             value[:] = rng.standard_normal(value.shape)
     model.sync_weights()
     ids = np.arange(field + 1, dtype=np.int32)[None] % 90
@@ -242,14 +243,19 @@ def test_the_same_step_gives_the_same_bits():
 
 def test_packed_weights_are_the_ones_training_evaluates():
     model = small_model()
-    for name in ("mixer.out.weight", "glu.gate.weight", "glu.up.weight", "glu.down.weight"):
+    for name in (
+        "blocks.0.mixer.out.weight",
+        "blocks.0.glu.gate.weight",
+        "blocks.0.glu.up.weight",
+        "blocks.0.glu.down.weight",
+    ):
         weight = model.parameters[name]
         packed = ternary.pack_ternary(ternary.ternarize(weight))
         used = {
-            "mixer.out.weight": model._weights.w_out,
-            "glu.gate.weight": model._weights.w_gate,
-            "glu.up.weight": model._weights.w_up,
-            "glu.down.weight": model._weights.w_down_inner,
+            "blocks.0.mixer.out.weight": model._weights.mixer.matrices["out.weight"].values[0],
+            "blocks.0.glu.gate.weight": model._weights.gate[0],
+            "blocks.0.glu.up.weight": model._weights.up[0],
+            "blocks.0.glu.down.weight": model._weights.down_values[0],
         }[name]
         np.testing.assert_array_equal(ternary.unpack_ternary(packed, weight.shape[1]), used)
 
@@ -288,11 +294,15 @@ def test_initial_parameters_have_the_recipes_spread():
     config = ModelConfig(vocab_size=500)
     parameters = initial_parameters(config, 3)
     expected = {
-        "mixer.out.weight": 0.01,
-        "glu.down.weight": 0.01,
-        "glu.gate.weight": 256**-0.5,
-        "glu.up.weight": 256**-0.5,
+        "blocks.0.mixer.out.weight": 0.01,
+        "blocks.0.glu.down.weight": 0.01,
+        "blocks.0.glu.gate.weight": 256**-0.5,
+        "blocks.0.glu.up.weight": 256**-0.5,
     }
-    expected |= {"embedding.weight": 0.02, "mixer.gates.0.weight": 64**-0.5, "mixer.values.2.weight": 64**-0.5}
+    expected |= {
+        "embedding.weight": 0.02,
+        "blocks.0.mixer.gates.0.weight": 64**-0.5,
+        "blocks.0.mixer.values.2.weight": 64**-0.5,
+    }
     for name, std in expected.items():
         assert parameters[name].std() == pytest.approx(std, rel=0.03), name

@@ -14,7 +14,8 @@ import pytest
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.label_tree import build_tree
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.model import Model, initial_parameters
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ModelConfig(vocab_size=503, dim=32, ffn_dim=50, groups=4, dilations=(1, 2, 8))
@@ -24,7 +25,8 @@ import json, sys
 import numba, numpy as np
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.heads import DenseHead, TreeHead
-from flashlm_numba.model.model import Model, initial_parameters
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.training.optimizer import Optimizer
 from flashlm_numba.system.threads import set_threads
 from flashlm_numba.heads.label_tree import build_tree

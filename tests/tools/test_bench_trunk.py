@@ -52,7 +52,7 @@ def test_a_wrong_gradient_ends_the_program(small, monkeypatch):
 
     def wrong(self, dh):
         right(self, dh)
-        self.gradients["glu.up.weight"][3, 5] *= 1.01
+        self.gradients["blocks.0.glu.up.weight"][3, 5] *= 1.01
 
     monkeypatch.setattr(Model, "backward", wrong)
     done = run("--repeats", 1)

@@ -34,20 +34,20 @@ E = "embedding.weight"
 def shapes_of(config: ModelConfig, node_rows: int = 0) -> dict[str, tuple[int, ...]]:
     """Shapes of every parameter of the model, in its order; with node_rows, of a tree head too."""
     c, i = config.dim, config.ffn_dim
-    shapes: dict[str, tuple[int, ...]] = {E: (config.vocab_size, c), "norm1.weight": (c,)}
+    shapes: dict[str, tuple[int, ...]] = {E: (config.vocab_size, c), "blocks.0.norm1.weight": (c,)}
     for k in range(len(config.dilations)):
-        shapes[f"mixer.norms.{k}.weight"] = (c,)
+        shapes[f"blocks.0.mixer.norms.{k}.weight"] = (c,)
     for part in ("gates", "values"):
         for k in range(len(config.dilations)):
-            shapes[f"mixer.{part}.{k}.weight"] = (c, c // config.groups, config.kernel_size)
+            shapes[f"blocks.0.mixer.{part}.{k}.weight"] = (c, c // config.groups, config.kernel_size)
     shapes |= {
-        "mixer.out.weight": (c, c),
-        "norm2.weight": (c,),
-        "glu.gate.weight": (i, c),
-        "glu.up.weight": (i, c),
+        "blocks.0.mixer.out.weight": (c, c),
+        "blocks.0.norm2.weight": (c,),
+        "blocks.0.glu.gate.weight": (i, c),
+        "blocks.0.glu.up.weight": (i, c),
     }
     shapes |= {
-        "glu.down.weight": (c, i),
+        "blocks.0.glu.down.weight": (c, i),
         "router.weight": (1, c),
         "router.bias": (1,),
         "final_norm.weight": (c,),
@@ -93,7 +93,7 @@ def test_parameter_groups_have_v3s_counts():
     counts = {group: sum(params[name].size for name in names) for group, names in groups.items()}
     assert counts == {NORMUON: 590_336, ADAMW_DECAY: 12_964_096, ADAMW_PLAIN: 1_537}
     assert sum(counts.values()) == 13_555_969
-    matrices = ["mixer.out", "glu.gate", "glu.up", "glu.down", "router"]
+    matrices = ["blocks.0.mixer.out", "blocks.0.glu.gate", "blocks.0.glu.up", "blocks.0.glu.down", "router"]
     assert groups[NORMUON] == [f"{name}.weight" for name in matrices]
     assert sorted(name for names in groups.values() for name in names) == sorted(params)
 
@@ -118,7 +118,7 @@ def test_describe_groups_counts_everything():
     lines = text.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("normuon")
-    assert "glu.gate.weight" in lines[0]
+    assert "blocks.0.glu.gate.weight" in lines[0]
     total = sum(math.prod(shape) for shape in shapes_of(TINY).values())
     assert f"{total:,} parameters" in lines[-1]
 
@@ -204,7 +204,7 @@ def test_step_matches_torch_over_ten_steps_with_a_tensor_frozen_at_first():
 
 def test_step_clips_at_exactly_torchs_factor():
     optimizer = tiny()
-    optimizer.grads["norm2.weight"][:2] = 3, 4
+    optimizer.grads["blocks.0.norm2.weight"][:2] = 3, 4
     assert optimizer.step(0.02, 3e-4, 2.0)["clip_scale"] == pytest.approx(2 / (5 + 1e-6), rel=1e-12)
     assert optimizer.step(0.02, 3e-4, 5.1)["clip_scale"] == 1.0
 
@@ -225,7 +225,7 @@ def test_frozen_tensor_keeps_its_values_and_starts_with_step_one():
     # unfrozen: its first step is AdamW's first, of size lr in every element
     train(optimizer, range(3, 4))
     assert optimizer.steps[E] == 1
-    assert optimizer.steps["norm1.weight"] == 4
+    assert optimizer.steps["blocks.0.norm1.weight"] == 4
     change = np.abs(optimizer.params[E] - start * np.float32(1 - 3e-3 * 0.1))
     np.testing.assert_allclose(change, 3e-3, rtol=1e-3)
 
@@ -233,7 +233,7 @@ def test_frozen_tensor_keeps_its_values_and_starts_with_step_one():
 def test_frozen_tensor_is_left_out_of_the_gradient_norm():
     optimizer = tiny()
     optimizer.grads[E][:] = np.inf
-    optimizer.grads["norm2.weight"][:2] = 3, 4
+    optimizer.grads["blocks.0.norm2.weight"][:2] = 3, 4
     assert optimizer.step(0.02, 3e-4, 1.0, frozen={E})["grad_norm"] == 5.0
 
 
@@ -255,7 +255,7 @@ def test_step_refuses_a_gradient_that_is_not_finite_and_changes_nothing(bad):
     optimizer = tiny()
     train(optimizer, range(1))
     before = {name: value.copy() for name, value in (optimizer.params | optimizer.state_dict()).items()}
-    optimizer.grads["glu.up.weight"][1, 1] = bad
+    optimizer.grads["blocks.0.glu.up.weight"][1, 1] = bad
     with pytest.raises(UserError, match=r"gradient of glu\.up\.weight is not finite"):
         optimizer.step(0.02, 3e-4, 1.0)
     for name, value in (optimizer.params | optimizer.state_dict()).items():
@@ -286,11 +286,11 @@ def test_lazy_rows_agree_with_torchs_sparse_adam():
             optimizer.grads[name][rng.random(len(params[name])) < 0.6] = 0
             parameter.grad = torch.tensor(optimizer.grads[name]).to_sparse(1)
         if step:
-            optimizer.grads["norm2.weight"][:] = 0
-        before = params["norm2.weight"].copy()
+            optimizer.grads["blocks.0.norm2.weight"][:] = 0
+        before = params["blocks.0.norm2.weight"].copy()
         optimizer.step(0.02, 0.01, None)
         sparse.step()
-        assert (params["norm2.weight"] != before).all()
+        assert (params["blocks.0.norm2.weight"] != before).all()
         for name, parameter in tables.items():
             np.testing.assert_allclose(params[name], parameter.detach().numpy(), atol=2e-6, err_msg=f"{name} {step}")
 

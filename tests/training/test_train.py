@@ -290,7 +290,7 @@ def test_not_finite_gradient_names_the_tensor(tiny_run, corpus, tmp_path, monkey
 
             def loss_and_grad(*arguments, **options):
                 result = forward(*arguments, **options)
-                session.model.gradients["glu.up.weight"][0, 0] = np.inf
+                session.model.gradients["blocks.0.glu.up.weight"][0, 0] = np.inf
                 return result
 
             session.model.loss_and_grad = loss_and_grad
@@ -516,4 +516,4 @@ def test_ema_is_the_average_of_the_weights(tiny_run, corpus, tmp_path):
             want = 0.75 * averages[i - 1][name] + 0.25 * weights[i][name]
             np.testing.assert_allclose(averages[i][name], want, rtol=1e-5, atol=1e-7)
     # validating the average has put the weights back
-    assert not np.array_equal(averages[2]["glu.up.weight"], weights[2]["glu.up.weight"])
+    assert not np.array_equal(averages[2]["blocks.0.glu.up.weight"], weights[2]["blocks.0.glu.up.weight"])

@@ -1,0 +1,79 @@
+"""Names, shapes and starting values of the model's parameters, but its head's own; block by block.
+
+embedding.weight
+blocks.B.norm1.weight, blocks.B.mixer.*, blocks.B.norm2.weight, blocks.B.glu.{gate,up,down}.weight
+router.{weight,bias}, final_norm.weight
+ngram_copy.{inputs,outputs}.O.weight
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashlm_numba.kernels import _check
+from flashlm_numba.model.config import ModelConfig
+from flashlm_numba.model.mixers import MIXERS, Parameter
+
+ENDS = ("inputs", "outputs")  # of the trunk, where copied rows are added
+EMBEDDING = "embedding.weight"
+
+
+def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Every parameter but the head's own, in order; PyTorch's layouts. Starting values by FlashLM v3's rules.
+
+    Norms are one; the gains of the leaky average and of the n-gram copies zero; convolutions, gate and up have std
+    fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
+    """
+    c, inner = config.dim, config.ffn_dim
+    norm = Parameter((c,), fill=1.0)
+    found = {EMBEDDING: Parameter((config.vocab_size, c), 0.02)}
+    for block in range(config.n_blocks):
+        mixer = MIXERS[config.mixer].parameters(config)
+        own = {
+            "norm1.weight": norm,
+            **{f"mixer.{name}": parameter for name, parameter in mixer.items()},
+            "norm2.weight": norm,
+            "glu.gate.weight": Parameter((inner, c), c**-0.5, ternary=True),
+            "glu.up.weight": Parameter((inner, c), c**-0.5, ternary=True),
+            "glu.down.weight": Parameter((c, inner), 0.01, ternary=True),
+        }
+        found |= {f"blocks.{block}.{name}": parameter for name, parameter in own.items()}
+    found |= {
+        "router.weight": Parameter((1, c), c**-0.5),
+        "router.bias": Parameter((1,)),
+        "final_norm.weight": norm,
+    }
+    orders = range(len(config.ngram_copy_orders))
+    return found | {f"ngram_copy.{end}.{o}.weight": Parameter((c,)) for end in ENDS for o in orders}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter but the head's own, in order."""
+    return {name: parameter.shape for name, parameter in model_parameters(config).items()}
+
+
+def ternary_names(config: ModelConfig) -> list[str]:
+    """Names of the matrices that are evaluated as -1, 0 and +1."""
+    return [name for name, parameter in model_parameters(config).items() if parameter.ternary]
+
+
+def initial_parameters(
+    config: ModelConfig, seed: int, embedding: np.ndarray | None = None, embedding_std: float = 0.02
+) -> dict[str, np.ndarray]:
+    """The starting values, float32, each tensor's from a generator of its own.
+
+    embedding (V, C): the rows to start from, else normal with embedding_std.
+    """
+    parameters = {}
+    for index, (name, (shape, std, fill, _)) in enumerate(model_parameters(config).items()):
+        if name == EMBEDDING and embedding is not None:
+            _check.array("initial_parameters", "embedding", embedding, shape)
+            parameters[name] = embedding.copy()
+            continue
+        if not std:
+            parameters[name] = np.full(shape, fill, np.float32)
+            continue
+        rng = np.random.default_rng((seed, index))
+        std = embedding_std if name == EMBEDDING else std
+        parameters[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
+    return parameters

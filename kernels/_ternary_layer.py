@@ -1,0 +1,164 @@
+"""A ternary layer inside the trunk's regions: its product and the gradient of its weight, in float32 or in int8.
+
+A block's layers of one kind are stacked: L matrices (R, K), one per block. `TernaryMatrices` keeps their ternary values
+and the layouts that the products read; `Arithmetic` says which product is taken and holds each thread's scratch for it.
+Letters: L blocks, M rows of activations, R outputs, K inputs, P threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
+from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, panel_product
+from flashlm_numba.kernels._rows import aligned_zeros
+from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, VNNI, check_variant
+from flashlm_numba.kernels.ternary_gemm import (
+    empty_columns,
+    fill_columns,
+    linear_variant,
+    spare_floats,
+    ternary_linear_rows,
+)
+from flashlm_numba.kernels.ternary_wgrad import codes_words, weight_gradient_rows
+
+
+class Arithmetic(NamedTuple):
+    """How ternary products are computed, and each thread's scratch for them."""
+
+    q: np.ndarray  # (P, any) int8: rounded activations
+    scales: np.ndarray  # (P, any) float32: their scales
+    sums: np.ndarray  # (P, any) int32
+    spare: np.ndarray  # (P, any) float32
+    wgrad_codes: np.ndarray  # (P, any) int32: bytes of a weight gradient's operand; (P, 0) where it is not rounded
+    wgrad_scales: np.ndarray  # (P, any) float32
+    variant: int  # index in VARIANTS
+    sgemm: int  # address of BLAS's sgemm
+
+
+class Layouts(NamedTuple):
+    """What the products with L matrices, or with their transposes, read; two of the three are empty."""
+
+    panels: np.ndarray  # (L, any, K, 32) float32, in float arithmetic: see _packed_gemm.py
+    codes: np.ndarray  # (L, K / 4, R', 4) uint8, in int8: see ternary_gemm.py
+    plain: np.ndarray  # (L, R, K) float32, in int8 where no int8 instruction serves
+
+
+@helper
+def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
+    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where there are codes of the weight.
+
+    panels, codes, plain : of one matrix, out of Layouts
+    """
+    if codes.shape[1] > 0:
+        ternary_linear_rows(
+            out,
+            x,
+            plain,
+            codes,
+            arithmetic.q[thread],
+            arithmetic.scales[thread],
+            arithmetic.sums[thread],
+            arithmetic.spare[thread],
+            add,
+            arithmetic.variant,
+            arithmetic.sgemm,
+        )
+    else:
+        panel_product(out, x, panels, arithmetic.spare[thread], add)
+
+
+@helper
+def ternary_weight_gradient(out, a, b, arithmetic, thread):
+    """out (R, K) += a (M, R).T @ b (M, K), both rounded to int8 where there is room for them."""
+    codes = arithmetic.wgrad_codes[thread]
+    if codes.shape[0] > 0:
+        weight_gradient_rows(
+            out,
+            a,
+            b,
+            codes,
+            arithmetic.wgrad_scales[thread],
+            arithmetic.q[thread],
+            arithmetic.scales[thread],
+            arithmetic.sums[thread],
+            arithmetic.spare[thread],
+            arithmetic.variant,
+            arithmetic.sgemm,
+        )
+    else:
+        gemm_tn(arithmetic.sgemm, out, a, b, np.float32(1))
+
+
+def arithmetic_variant(int8: bool, variant: str | None = None) -> int:
+    """Index in VARIANTS of the products to take: "plain" in float arithmetic, else the one named or the fastest."""
+    return PLAIN if not int8 else VARIANTS.index(check_variant(variant) if variant else linear_variant())
+
+
+def new_arithmetic(
+    int8: bool, variant: int, matrices: Sequence[tuple[int, int]], rows: int, threads: int
+) -> Arithmetic:
+    """Scratch for products of up to `rows` rows with matrices of these shapes (R, K), for so many threads."""
+    widest = max(max(shape) for shape in matrices) + 3 if int8 else 0
+    scaled = max(rows, widest)
+    words = codes_words(rows, max(columns for _, columns in matrices)) if int8 and variant == VNNI else 0
+    return Arithmetic(
+        q=aligned_zeros((threads, (rows + 3) * widest), np.int8),
+        scales=aligned_zeros((threads, scaled), np.float32),
+        sums=np.zeros((threads, scaled), np.int32),
+        spare=aligned_zeros((threads, max(SPARE_FLOATS, spare_floats(variant, rows, widest))), np.float32),
+        wgrad_codes=aligned_zeros((threads, words), np.int32),
+        wgrad_scales=aligned_zeros((threads, rows + 3), np.float32),
+        variant=variant,
+        sgemm=sgemm_address(),
+    )
+
+
+class TernaryMatrices:
+    """L ternary matrices (R, K) float32 of one kind, one per block, and what the products with them read.
+
+    values : (L, R, K), written by the model (`ternarize`); call pack afterwards
+    forward, transposed : Layouts for x @ weight.T and for x @ weight
+    """
+
+    def __init__(self, blocks: int, rows: int, columns: int) -> None:
+        self.values = np.zeros((blocks, rows, columns), np.float32)
+        self.use(False, PLAIN)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, K)."""
+        return self.values.shape[1], self.values.shape[2]
+
+    def use(self, int8: bool, variant: int) -> None:
+        """Choose the arithmetic; call pack afterwards."""
+        blocks, rows, columns = self.values.shape
+        self.forward = _empty_layouts(blocks, rows, columns, int8, variant)
+        self.transposed = _empty_layouts(blocks, columns, rows, int8, variant)
+
+    def pack(self) -> None:
+        """Fill the layouts from the values."""
+        for block, value in enumerate(self.values):
+            for layouts, weight in ((self.forward, value), (self.transposed, value.T)):
+                if layouts.panels.size:
+                    fill_panels(layouts.panels[block], weight)
+                if layouts.codes.size:
+                    fill_columns(layouts.codes[block], weight)
+                if layouts.plain.size:
+                    layouts.plain[block] = weight
+
+
+def _empty_layouts(blocks: int, rows: int, columns: int, int8: bool, variant: int) -> Layouts:
+    none = (0, 0)
+    shape = (rows, columns)
+    panels = empty_panels(*(none if int8 else shape))
+    codes = empty_columns(*(shape if int8 else none))
+    return Layouts(
+        panels=aligned_zeros((blocks, *panels.shape), np.float32),
+        codes=aligned_zeros((blocks, *codes.shape), np.uint8),
+        plain=np.empty((blocks, *(shape if int8 and variant == PLAIN else none)), np.float32),
+    )
