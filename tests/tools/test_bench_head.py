@@ -137,10 +137,10 @@ def test_the_dense_reference_is_that_of_the_kernels(monkeypatch):
         np.testing.assert_allclose(found[name], truth, rtol=1e-9, atol=1e-15)
 
 
-def test_the_readme_has_the_table_of_the_results():
+def test_benchmarks_page_has_the_table_of_the_results():
     printed = run("--table", ROOT / "results" / "bench_head.json").output
     table, _, heads = printed.partition("\n\n")
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert "| `tree:default` |" in heads
 
 
