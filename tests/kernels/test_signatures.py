@@ -62,7 +62,8 @@ def stores_through_fields(function):
                         bound.add(to.id)
     for node in assignments:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        for target in [t for target in targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]:
+        single = [t for to in targets for t in (to.elts if isinstance(to, ast.Tuple) else [to])]
+        for target in single:
             if isinstance(target, ast.Subscript) and reads_a_field(target.value, bound):
                 lines.append(node.lineno)
     return lines
