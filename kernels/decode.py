@@ -20,7 +20,14 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
-from flashlm_numba.kernels._microkernels import dot_products_int8, tile_product_32
+from flashlm_numba.kernels._microkernels import (
+    TileLeft,
+    TileOut,
+    TileRight,
+    address_of,
+    dot_products_int8,
+    tile_product_32,
+)
 from flashlm_numba.kernels._rows import scale_rows
 from flashlm_numba.kernels.conv import gate_sequence, to_groups
 from flashlm_numba.kernels.glu import glu_rows
@@ -113,12 +120,10 @@ def _decode_step(
             flat_w = conv[d].reshape(-1)
             for g in range(group_count):
                 for w in range(0, 2 * size, 32):
-                    tile_product_32(
-                        flat_gv, g * 2 * size + w, 2 * size,
-                        rings, oldest + g * size, stride, 1, dilations[d] * stride,
-                        flat_w, g * taps * size * 2 * size + w, 2 * size, 2 * size * size,
-                        1, size, taps, 0,
-                    )  # fmt: skip
+                    to = TileOut(address_of(flat_gv, g * 2 * size + w), 2 * size)
+                    left = TileLeft(address_of(rings, oldest + g * size), stride, 1, dilations[d] * stride)
+                    right = TileRight(address_of(flat_w, g * taps * size * 2 * size + w), 2 * size, 2 * size * size)
+                    tile_product_32(to, left, right, 1, size, taps, 0)
             gate_sequence(m, gv, m, width)
         scale_rows(m, m, branches[0])
         _linear(delta, m_long, dim, w_out, p_out, q, scales, sums, variant)
