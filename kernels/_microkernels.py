@@ -10,7 +10,7 @@ higher: with few sums at a time, each multiplication waits for the one before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -22,18 +22,45 @@ from numba.extending import intrinsic
 from flashlm_numba.kernels._jit import helper, target_features
 
 
+class TileOut(NamedTuple):
+    """Where a tile product goes: element (m, w) lies m * row_stride + w floats after start."""
+
+    start: Any  # by address_of, as below
+    row_stride: int
+
+
+class TileLeft(NamedTuple):
+    """The operand of any strides: a[t, m, k] lies t * tap_stride + m * row_stride + k * depth_stride floats on."""
+
+    start: Any
+    row_stride: int
+    depth_stride: int
+    tap_stride: int
+
+
+class TileRight(NamedTuple):
+    """The operand with contiguous rows: b[t, k, w] lies t * tap_stride + k * depth_stride + w floats on."""
+
+    start: Any
+    depth_stride: int
+    tap_stride: int
+
+
 def _make_tile(rows: int, width: int) -> Any:
-    """An intrinsic for `rows` rows: addresses as integers, strides and counts in elements."""
+    """An intrinsic for `rows` rows of a TileOut, TileLeft and TileRight; counts in elements."""
     vector = ir.VectorType(ir.FloatType(), width)
     int64 = ir.IntType(64)
-    name = types.intp
 
     @intrinsic
-    def tile(typingctx, a, am, ak, at, b, bk, bt, depth, taps, out, om, accumulate):
-        signature = types.void(*[name] * 12)
+    def tile(typingctx, out, a, b, depth, taps, accumulate):
+        operands = (types.NamedUniTuple(types.intp, len(kind._fields), kind) for kind in (TileOut, TileLeft, TileRight))
+        signature = types.void(*operands, types.intp, types.intp, types.intp)
 
         def codegen(context, builder, sig, args):
-            a, am, ak, at, b, bk, bt, depth, taps, out, om, accumulate = args
+            out, om = cgutils.unpack_tuple(builder, args[0], 2)
+            a, am, ak, at = cgutils.unpack_tuple(builder, args[1], 4)
+            b, bk, bt = cgutils.unpack_tuple(builder, args[2], 3)
+            depth, taps, accumulate = args[3:]
             four, one, zero = (ir.Constant(int64, value) for value in (4, 1, 0))
             am, ak, at, bk, bt, om = (builder.mul(x, four) for x in (am, ak, at, bk, bt, om))
             fma = cgutils.get_or_insert_function(
@@ -103,8 +130,8 @@ def _make_tile(rows: int, width: int) -> Any:
 
         return signature, codegen
 
-    def call(a, am, ak, at, b, bk, bt, depth, taps, out, om, accumulate):
-        tile(a, am, ak, at, b, bk, bt, depth, taps, out, om, accumulate)
+    def call(out, a, b, depth, taps, accumulate):
+        tile(out, a, b, depth, taps, accumulate)
 
     # Compiled functions are known by their names, across the files of the cache too: each tile needs its own.
     call.__name__ = call.__qualname__ = f"_tile_{rows}_{width}"
@@ -234,16 +261,19 @@ def _make_prefetch(write: int) -> Any:
 
 if numba.config.DISABLE_JIT:
 
+    def address_of(data, offset):
+        return data[offset:]
+
     def _plain(width):
-        def product(out, o0, om, a, a0, am, ak, at, b, b0, bk, bt, rows, depth, taps, accumulate):
+        def product(out, a, b, rows, depth, taps, accumulate):
             if rows == 0:
                 return
             m, k, t, w = np.arange(rows), np.arange(depth), np.arange(taps), np.arange(width)
-            left = a[a0 + t[:, None, None] * at + m[:, None] * am + k * ak]
-            right = b[b0 + t[:, None, None] * bt + k[:, None] * bk + w]
+            left = a.start[t[:, None, None] * a.tap_stride + m[:, None] * a.row_stride + k * a.depth_stride]
+            right = b.start[t[:, None, None] * b.tap_stride + k[:, None] * b.depth_stride + w]
             value = np.einsum("tmk,tkw->mw", left, right)
-            where = o0 + m[:, None] * om + w
-            out[where] = out[where] + value if accumulate else value
+            where = m[:, None] * out.row_stride + w
+            out.start[where] = out.start[where] + value if accumulate else value
 
         return product
 
@@ -268,29 +298,43 @@ else:
     _prefetch_read, _prefetch_write = _make_prefetch(0), _make_prefetch(1)
     HAS_AVX512 = "+avx512f" in target_features()
 
+    @helper
+    def address_of(data, offset):
+        """Address of element offset of data, 1-D contiguous float32. Its owner must stay alive; the address does not
+        keep it so. (In plain Python, where no kernel is compiled, the array from there on.)
+        """
+        return np.int64(data.ctypes.data) + 4 * offset
+
+    @helper
+    def _out_row(out, m):
+        return TileOut(out.start + 4 * m * out.row_stride, out.row_stride)
+
+    @helper
+    def _left_row(a, m):
+        return TileLeft(a.start + 4 * m * a.row_stride, a.row_stride, a.depth_stride, a.tap_stride)
+
     def _make_tile_product(width, many, some):
         """For tiles of `many` rows, then of `some`, then of one."""
         tile_many, tile_some, tile_one = (_make_tile(rows, width) for rows in (many, some, 1))
 
-        def tile_product(out, o0, om, a, a0, am, ak, at, b, b0, bk, bt, rows, depth, taps, accumulate):
-            pout, pa, pb = out.ctypes.data + 4 * o0, a.ctypes.data + 4 * a0, b.ctypes.data + 4 * b0
+        def tile_product(out, a, b, rows, depth, taps, accumulate):
             m = 0
             while m + many <= rows:
-                tile_many(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+                tile_many(_out_row(out, m), _left_row(a, m), b, depth, taps, accumulate)
                 m += many
             while m + some <= rows:
-                tile_some(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+                tile_some(_out_row(out, m), _left_row(a, m), b, depth, taps, accumulate)
                 m += some
             while m < rows:
-                tile_one(pa + 4 * m * am, am, ak, at, pb, bk, bt, depth, taps, pout + 4 * m * om, om, accumulate)
+                tile_one(_out_row(out, m), _left_row(a, m), b, depth, taps, accumulate)
                 m += 1
 
         tile_product.__name__ = tile_product.__qualname__ = f"_tile_product_{width}_{many}"  # see _make_tile
         return helper(tile_product)
 
-    # out[o0 + m*om + w] (+)= sum over t < taps, k < depth of a[a0 + t*at + m*am + k*ak] * b[b0 + t*bt + k*bk + w],
-    # w < 16 or 32, m < rows. out, a, b: 1-D contiguous float32 (views of whole buffers); rows >= 0, depth >= 1,
-    # taps >= 1; unchecked. The same bits whatever the height of the tiles.
+    # tile_product(out, a, b, rows, depth, taps, accumulate) for a TileOut, TileLeft and TileRight:
+    # out[m, w] (+)= sum over t < taps, k < depth of a[t, m, k] * b[t, k, w], m < rows, w < 16 or 32; rows >= 0,
+    # depth >= 1, taps >= 1; unchecked. The same bits whatever the height of the tiles.
     tile_products_16 = {6: _make_tile_product(16, 6, 4), 16: _make_tile_product(16, 16, 4)}
     tile_products_32 = {12: _make_tile_product(32, 12, 3)}  # for the registers of AVX-512
     tile_product_16, tile_product_32 = tile_products_16[16 if HAS_AVX512 else 6], tile_products_32[12]
@@ -347,7 +391,7 @@ else:
 
         def short_product(out, a, b, beta):
             rows, dim, depth = out.shape[0], out.shape[1], a.shape[1]
-            pa, pb, po = a.ctypes.data, b.ctypes.data, out.ctypes.data
+            pa, pb, po = np.int64(a.ctypes.data), np.int64(b.ctypes.data), np.int64(out.ctypes.data)
             am, ak, sb, so = a.strides[0] // 4, a.strides[1] // 4, b.strides[0] // 4, out.strides[0] // 4
             add = np.int64(beta != 0)
             whole = dim - dim % width if depth > 0 else 0
@@ -359,13 +403,14 @@ else:
                         for row in range(m + tile_rows, m + 2 * tile_rows):
                             for line in range(0, 4 * width, 64):
                                 _prefetch_write(po + 4 * (row * so + c) + line)
-                    at, to = pa + 4 * m * am, po + 4 * (m * so + c)
+                    to = TileOut(po + 4 * (m * so + c), so)
+                    left, right = TileLeft(pa + 4 * m * am, am, ak, 0), TileRight(pb + 4 * c, sb, 0)
                     if count == tile_rows:
-                        many(at, am, ak, 0, pb + 4 * c, sb, 0, depth, 1, to, so, add)
+                        many(to, left, right, depth, 1, add)
                     elif count == 2:
-                        two(at, am, ak, 0, pb + 4 * c, sb, 0, depth, 1, to, so, add)
+                        two(to, left, right, depth, 1, add)
                     else:
-                        one(at, am, ak, 0, pb + 4 * c, sb, 0, depth, 1, to, so, add)
+                        one(to, left, right, depth, 1, add)
                 m += count
             for m in range(rows if whole < dim else 0):
                 for c in range(whole, dim):

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.kernels._jit import helper, serial_kernel
-from flashlm_numba.kernels._microkernels import HAS_AVX512, tile_product_16, tile_product_32
+from flashlm_numba.kernels._microkernels import (
+    HAS_AVX512,
+    TileLeft,
+    TileOut,
+    TileRight,
+    address_of,
+    tile_product_16,
+    tile_product_32,
+)
 from flashlm_numba.kernels._rows import aligned_zeros
 
 WIDTH = 32
@@ -47,20 +55,22 @@ def _make_panel_product(wide: bool) -> Any:
     def panel_product(out, x, panels, spare, add):
         rows, count, depth = out.shape[0], out.shape[1], x.shape[1]
         to, a = out.reshape(-1), x.reshape(-1)
+        left = TileLeft(address_of(a, 0), depth, 1, 0)
         for p in range(panels.shape[0]):
             panel, first, last = panels[p].reshape(-1), p * WIDTH, min(count, (p + 1) * WIDTH)
             if wide and last - first == WIDTH:
-                tile_product_32(to, first, count, a, 0, depth, 1, 0, panel, 0, WIDTH, 0, rows, depth, 1, add)
+                place, right = TileOut(address_of(to, first), count), TileRight(address_of(panel, 0), WIDTH, 0)
+                tile_product_32(place, left, right, rows, depth, 1, add)
                 continue
             for c in range(first, last, 16):
+                right = TileRight(address_of(panel, c - first), WIDTH, 0)
                 if c + 16 <= last:
-                    tile_product_16(to, c, count, a, 0, depth, 1, 0, panel, c - first, WIDTH, 0, rows, depth, 1, add)
+                    tile_product_16(TileOut(address_of(to, c), count), left, right, rows, depth, 1, add)
                     continue
                 for m in range(0, rows, SPARE_ROWS):  # a part of a register
                     high = min(SPARE_ROWS, rows - m)
-                    tile_product_16(
-                        spare, 0, 16, a, m * depth, depth, 1, 0, panel, c - first, WIDTH, 0, high, depth, 1, 0
-                    )
+                    some = TileLeft(address_of(a, m * depth), depth, 1, 0)
+                    tile_product_16(TileOut(address_of(spare, 0), 16), some, right, high, depth, 1, 0)
                     for i in range(high):
                         for j in range(last - c):
                             value = spare[16 * i + j]

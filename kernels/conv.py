@@ -17,7 +17,7 @@ import numpy as np
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._math import exp32
-from flashlm_numba.kernels._microkernels import tile_product_16
+from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, tile_product_16
 
 _ONE = np.float32(1)
 
@@ -62,12 +62,13 @@ def conv_sequence(gv, n, weight, dilation, first, last):
             high = time if s == taps - 1 else min((s + 1) * dilation, time)
             for half in range(2):
                 for w in range(0, size, 16):
-                    tile_product_16(
-                        flat_gv, ((2 * g + half) * time + low) * size + w, size,
-                        flat_n, (g * time + low - s * dilation) * size, size, 1, dilation * size,
-                        flat_w, ((g * taps + taps - 1 - s) * 2 * size + half) * size + w, 2 * size, 2 * size * size,
-                        high - low, size, s + 1, 0,
-                    )  # fmt: skip
+                    first_tap = ((g * taps + taps - 1 - s) * 2 * size + half) * size + w
+                    out = TileOut(address_of(flat_gv, ((2 * g + half) * time + low) * size + w), size)
+                    left = TileLeft(
+                        address_of(flat_n, (g * time + low - s * dilation) * size), size, 1, dilation * size
+                    )
+                    right = TileRight(address_of(flat_w, first_tap), 2 * size, 2 * size * size)
+                    tile_product_16(out, left, right, high - low, size, s + 1, 0)
 
 
 @helper
@@ -82,12 +83,14 @@ def conv_sequence_dinput(dn, dgv, weight_t, dilation, first, last):
             low = 0 if s == taps - 1 else max(time - (s + 1) * dilation, 0)
             for half in range(2):
                 for w in range(0, size, 16):
-                    tile_product_16(
-                        flat_dn, (g * time + low) * size + w, size,
-                        flat_dgv, ((2 * g + half) * time + low) * size, size, 1, dilation * size,
-                        flat_w, (g * taps * 2 + half) * size * size + w, size, 2 * size * size,
-                        high - low, size, s + 1, half,
-                    )  # fmt: skip
+                    out = TileOut(address_of(flat_dn, (g * time + low) * size + w), size)
+                    left = TileLeft(
+                        address_of(flat_dgv, ((2 * g + half) * time + low) * size), size, 1, dilation * size
+                    )
+                    right = TileRight(
+                        address_of(flat_w, (g * taps * 2 + half) * size * size + w), size, 2 * size * size
+                    )
+                    tile_product_16(out, left, right, high - low, size, s + 1, half)
 
 
 @helper
@@ -101,12 +104,13 @@ def conv_sequence_dweight(dweight, n, dgv, dilation, first, last):
             if time - m * dilation > 0:
                 for half in range(2):
                     for w in range(0, size, 16):
-                        tile_product_16(
-                            flat_dw, ((g * taps + taps - 1 - m) * 2 * size + half) * size + w, 2 * size,
-                            flat_n, g * time * size, 1, size, 0,
-                            flat_dgv, ((2 * g + half) * time + m * dilation) * size + w, size, 0,
-                            size, time - m * dilation, 1, 1,
-                        )  # fmt: skip
+                        tap = ((g * taps + taps - 1 - m) * 2 * size + half) * size + w
+                        out = TileOut(address_of(flat_dw, tap), 2 * size)
+                        left = TileLeft(address_of(flat_n, g * time * size), 1, size, 0)
+                        right = TileRight(
+                            address_of(flat_dgv, ((2 * g + half) * time + m * dilation) * size + w), size, 0
+                        )
+                        tile_product_16(out, left, right, size, time - m * dilation, 1, 1)
 
 
 @helper

@@ -19,7 +19,7 @@ import numpy as np
 from numba import prange
 
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
-from flashlm_numba.kernels._microkernels import tile_product_32
+from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, tile_product_32
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, scale_rows
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices, ternary_product, ternary_weight_gradient
 from flashlm_numba.kernels.conv import (
@@ -328,12 +328,10 @@ def _step(x, mixer_in, layer, block, position, weights, state, scratch):
         flat_w = weights.conv[block, d].reshape(-1)
         for g in range(groups):
             for w in range(0, 2 * size, 32):
-                tile_product_32(
-                    flat_gate_value, g * 2 * size + w, 2 * size,
-                    state.rings, oldest + g * size, stride, 1, weights.dilations[d] * stride,
-                    flat_w, g * taps * size * 2 * size + w, 2 * size, 2 * size * size,
-                    1, size, taps, 0,
-                )  # fmt: skip
+                to = TileOut(address_of(flat_gate_value, g * 2 * size + w), 2 * size)
+                left = TileLeft(address_of(state.rings, oldest + g * size), stride, 1, weights.dilations[d] * stride)
+                right = TileRight(address_of(flat_w, g * taps * size * 2 * size + w), 2 * size, 2 * size * size)
+                tile_product_32(to, left, right, 1, size, taps, 0)
         gate_sequence(m, state.gate_value, m, dim // groups, 0, groups)
     scale_rows(m, m, weights.residual_scale)
     matrix_product(scratch.delta, mixer_in, dim, weights.out_int8[block], weights.out_packed[block], scratch)

@@ -9,8 +9,7 @@ from helpers import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _packed_gemm as _panels
-from flashlm_numba.kernels import _rows
+from flashlm_numba.kernels import _packed_gemm, _rows
 
 sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 70])
 
@@ -18,7 +17,7 @@ sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 70])
 @functools.cache
 def product(wide):
     """panel_product as a function that Python can call."""
-    helper = _panels.panel_products[wide]
+    helper = _packed_gemm.panel_products[wide]
     return helper if numba.config.DISABLE_JIT else numba.njit(lambda *arguments: helper(*arguments))
 
 
@@ -33,11 +32,11 @@ def test_products_match_numpy(wide, seed, rows, depth, outputs, add):
     whole = np.full((rows + 2, outputs), np.nan, np.float32)  # a row of NaN on either side
     whole[1 : rows + 1] = before if add else np.nan
     found = whole[1 : rows + 1]
-    panels = _panels.empty_panels(outputs, depth)
-    _panels.fill_panels(panels, weight)
-    spare = np.full(_panels.SPARE_FLOATS + 16, np.nan, np.float32)
-    product(wide)(found, x, panels, spare[: _panels.SPARE_FLOATS], int(add))
-    assert np.isnan(spare[_panels.SPARE_FLOATS :]).all()
+    panels = _packed_gemm.empty_panels(outputs, depth)
+    _packed_gemm.fill_panels(panels, weight)
+    spare = np.full(_packed_gemm.SPARE_FLOATS + 16, np.nan, np.float32)
+    product(wide)(found, x, panels, spare[: _packed_gemm.SPARE_FLOATS], int(add))
+    assert np.isnan(spare[_packed_gemm.SPARE_FLOATS :]).all()
     exact = x.astype(np.float64) @ weight.T.astype(np.float64) + before
     assert_as_accurate(found, before + x @ weight.T, exact, 8)
     assert np.isnan(whole[[0, -1]]).all()
@@ -45,9 +44,9 @@ def test_products_match_numpy(wide, seed, rows, depth, outputs, add):
 
 def test_panels_of_a_transpose_hold_its_rows_and_zeros():
     weight = np.arange(12, dtype=np.float32).reshape(3, 4)
-    panels = _panels.empty_panels(4, 3)
+    panels = _packed_gemm.empty_panels(4, 3)
     panels[...] = np.nan
-    _panels.fill_panels(panels, weight.T)
+    _packed_gemm.fill_panels(panels, weight.T)
     np.testing.assert_array_equal(panels[0, :, :4], weight)
     assert (panels[0, :, 4:] == 0).all()
     assert panels.ctypes.data % 64 == 0

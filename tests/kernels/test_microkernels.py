@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _microkernels as _tile
+from flashlm_numba.kernels import _microkernels
+from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of
 
 seeds, few = st.integers(0, 2**32 - 1), st.integers(0, 9)
 dims = st.sampled_from([1, 3, 8, 16, 17, 31, 40, 64, 100, 130])
@@ -84,9 +85,9 @@ def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, dep
         inside = out[1 : 1 + rows * (width + 2)].reshape(rows, width + 2)[:, :width]
         inside[...] = before
         # a (taps, rows, depth) from 3 on, its rows one after another; b (taps, depth, width) from 5 on
-        call(f"tile_products_{width}", height)(
-            out, 1, width + 2, a, 3, depth, 1, rows * depth, b, 5, width, depth * width, rows, depth, taps, accumulate
-        )
+        to, left = TileOut(address_of(out, 1), width + 2), TileLeft(address_of(a, 3), depth, 1, rows * depth)
+        right = TileRight(address_of(b, 5), width, depth * width)
+        call(f"tile_products_{width}", height)(to, left, right, rows, depth, taps, accumulate)
         result = inside.copy()
         inside[...] = np.nan
         assert np.isnan(out).all()  # nothing beside it was written
@@ -101,6 +102,6 @@ def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, dep
 
 @functools.cache
 def call(name, key=None):
-    """A helper of _tile.py, or the one of this key in a table, as a function that Python can call."""
-    helper = getattr(_tile, name) if key is None else getattr(_tile, name)[key]
+    """A helper of _microkernels.py, or the one of this key in a table, as a function that Python can call."""
+    helper = getattr(_microkernels, name) if key is None else getattr(_microkernels, name)[key]
     return helper if numba.config.DISABLE_JIT else numba.njit(lambda *arguments: helper(*arguments))
