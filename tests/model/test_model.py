@@ -124,7 +124,27 @@ def test_a_token_outside_the_receptive_field_has_no_influence():
     assert (before != model.forward(ids)[-1]).any()
 
 
-def test_a_running_average_fades_within_the_receptive_field():
+def test_blocks_have_weights_of_their_own_and_are_gone_through_in_order():
+    """Two blocks with the same weights are one block with twice the passes, in the hidden states and in the gradients."""
+    one = small_model(config=dataclasses.replace(SMALL, n_passes=4))
+    two = small_model(config=dataclasses.replace(SMALL, n_blocks=2, n_passes=2))
+    for name, value in two.parameters.items():
+        value[...] = one.parameters[name.replace("blocks.1.", "blocks.0.")]
+    ids, targets = batch(7, 2, 30)
+    weights = np.full(60, 1 / 60, np.float32)
+    for model in (one, two):
+        model.sync_weights()
+        model.loss_and_grad(ids, targets, weights, accumulate=False)
+    np.testing.assert_array_equal(one.forward(ids), two.forward(ids))
+    for name, value in one.gradients.items():
+        other = two.gradients[name] + (two.gradients[name.replace("blocks.0.", "blocks.1.")] if "blocks" in name else 0)
+        np.testing.assert_allclose(other, value, atol=1e-6 + 1e-5 * np.abs(value).max(), err_msg=name)
+    two.parameters["blocks.1.glu.up.weight"][...] *= -1
+    two.sync_weights()
+    assert not np.array_equal(one.forward(ids), two.forward(ids))
+
+
+def test_a_leaky_average_fades_within_the_receptive_field():
     model = small_model(config=dataclasses.replace(SMALL, leaky_decay=0.5))
     model.parameters["blocks.0.mixer.leaky.weight"][:] = 1
     model.sync_weights()

@@ -72,14 +72,15 @@ def text(rng, rows, length):
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
-@pytest.mark.parametrize("kind", ["dense", "tree"])
-def test_errors_do_not_grow_along_a_trajectory(kind):
+@pytest.mark.parametrize(("kind", "n_blocks"), [("dense", 1), ("tree", 1), ("dense", 2)])
+def test_errors_do_not_grow_along_a_trajectory(kind, n_blocks):
+    config = dataclasses.replace(SHAPE, n_blocks=n_blocks)
     tree = build_tree("adaptive", np.arange(SHAPE.vocab_size)[::-1])
 
     def make_head(weight, dweight):
         return TreeHead(tree, weight, dweight) if kind == "tree" else DenseHead(weight, dweight)
 
-    model = Model(SHAPE, initial_parameters(SHAPE, 0), make_head)
+    model = Model(config, initial_parameters(config, 0), make_head)
     optimizer = Optimizer(model.parameters, model.gradients, PRESETS["published"])
     rng = np.random.default_rng(0)
     weights = np.full(2 * 24, 1 / 48, np.float32)
@@ -108,16 +109,18 @@ def test_errors_do_not_grow_along_a_trajectory(kind):
     assert np.median(errors[-quarter:]) < 3 * np.median(errors[:quarter]), errors
 
 
-def test_the_references_gradients_are_the_derivatives():
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_the_references_gradients_are_the_derivatives(n_blocks):
     """Central differences of the whole trunk in float64, for every weight that is not made ternary."""
     config = ModelConfig(
         7, 6, 5, 2, kernel_size=2, dilations=(1, 2), n_passes=2, mixer_residual_scale=0.3, ffn_residual_scale=0.2
     )
     config = dataclasses.replace(config, leaky_decay=0.7, ngram_copy_orders=(1, 2, 1), ngram_copy_reach=4)
+    config = dataclasses.replace(config, n_blocks=n_blocks)
     parameters = {n: v.astype(np.float64) for n, v in initial_parameters(config, 0, embedding_std=0.5).items()}
     rng = np.random.default_rng(1)
     for name, gains in parameters.items():
-        if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):
+        if ".mixer.leaky." in name or name.startswith("ngram_copy."):
             gains[:] = rng.standard_normal(6)
     ids, dout = rng.integers(0, 3, (2, 8)), rng.standard_normal((16, 6))
 
