@@ -125,7 +125,7 @@ def test_a_token_outside_the_receptive_field_has_no_influence():
 
 
 def test_blocks_have_weights_of_their_own_and_are_gone_through_in_order():
-    """Two blocks with the same weights are one block with twice the passes, in the hidden states and in the gradients."""
+    """Two blocks with the same weights are one block with twice the passes, forward and backward."""
     one = small_model(config=dataclasses.replace(SMALL, n_passes=4))
     two = small_model(config=dataclasses.replace(SMALL, n_blocks=2, n_passes=2))
     for name, value in two.parameters.items():
