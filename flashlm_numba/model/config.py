@@ -123,7 +123,6 @@ class OptimizerConfig:
 
     adamw_eps: ClassVar[float] = 1e-8  # added to the root of the second moment
 
-
     normuon: str = _one_of("published", *NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
     normuon_iterations: int = _in(5, 0, 20, later=True)  # Newton-Schulz iterations a step

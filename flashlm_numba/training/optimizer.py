@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -180,17 +181,17 @@ class Optimizer:
 
     def _step_adamw(self, names: list[str], lr: float, scale: float, weight_decay: float) -> None:
         config = self.config
+        numbers: dict[str, Any] = {
+            "beta1": config.adamw_beta1,
+            "beta2": config.adamw_beta2,
+            "eps": config.adamw_eps,
+            "weight_decay": weight_decay,
+            "scale": scale,
+        }
         for name in names:
-            state, table = self._stepped(name), self._is_table(name)
-            numbers = {
-                "lr": lr if table else config.nonembedding_lr_scale * lr,
-                "beta1": config.adamw_beta1,
-                "beta2": config.adamw_beta2,
-                "eps": config.adamw_eps,
-                "weight_decay": weight_decay,
-                "scale": scale,
-            }
-            weight, grad, moments = self.params[name], self.grads[name], (state.get("exp_avg"), state["exp_avg_sq"])
+            weight, grad, state, table = self.params[name], self.grads[name], self._stepped(name), self._is_table(name)
+            moments = state.get("exp_avg"), state["exp_avg_sq"]
+            numbers["lr"] = lr if table else config.nonembedding_lr_scale * lr
             if "row_steps" in state:
                 adamw_rowwise_step(weight, *moments, state["row_steps"], grad, **numbers)
             else:
