@@ -36,7 +36,10 @@ SAMPLING = {
     "int8": ["--activations", "int8"],
 }
 # (pattern, replacement) of tensor names in files that were recorded before; applied in order
-RENAMED: list[tuple[str, str]] = []
+RENAMED: list[tuple[str, str]] = [
+    (r"^optimizer:first\.", "optimizer:exp_avg."),
+    (r"^optimizer:second\.", "optimizer:exp_avg_sq."),
+]
 
 
 def command(*arguments: str) -> str:
