@@ -17,7 +17,10 @@
     dense_inference one position's logits, from float32 or int8 rows
     tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
     draw            the largest of many logits, and a draw from them
-    optimizers      AdamW, NorMuon, the norm of the clip, the moving average of the weights
+    adamw           AdamW, also of a table's rows that have a gradient, or with one second moment per row
+    normuon         NorMuon: momentum orthogonalised, its rows brought to one size
+    grad_norm       sum of squares of a gradient, for the clip
+    ema             exponential moving average of the weights
     reference, reference_trunk, reference_tree, reference_optim
                     NumPy twins: the executable specification (decode: by trunk)
 
@@ -27,23 +30,27 @@
     _blas           matrix products by BLAS inside a parallel region
     _microkernels   small matrix products in registers
     _packed_gemm    large ones in registers, with a weight laid out once per step
+    _elementwise    shares of threads in a flat tensor, sums of squares
     _math, _check   exp as a polynomial; checks of arguments
 
 Nothing is imported here: a program loads the kernels that it uses, and Numba with the first of them.
 """
 
 __all__ = [
+    "adamw",
     "conv",
     "decode",
     "dense_head",
     "dense_inference",
     "draw",
+    "ema",
     "embedding",
     "glu",
+    "grad_norm",
     "leaky_average",
     "low_rank",
     "ngram_copy",
-    "optimizers",
+    "normuon",
     "reference",
     "reference_optim",
     "reference_tree",

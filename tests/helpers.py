@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,21 @@ def import_torch() -> Any:
     if "CI" in os.environ:
         return importlib.import_module("torch")
     return pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
+
+
+def normal_arrays(rng: np.random.Generator, shapes: Sequence[Any]) -> list[np.ndarray]:
+    """A float32 array of standard normal numbers for every shape."""
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def copies(lists: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Copies of lists of arrays."""
+    return [[x.copy() for x in part] for part in lists]
+
+
+def wide(lists: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Float64 copies of lists of arrays."""
+    return [[x.astype(np.float64) for x in part] for part in lists]
 
 
 def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "result") -> None:

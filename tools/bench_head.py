@@ -112,7 +112,7 @@ def make_session(
     run = RunConfig.recipe_named("default").with_settings(settings)
     run = dataclasses.replace(run, threads=threads, data=str(data.folder), data_hash=data.hash)
     model, _ = assemble.new_model(run, data, lambda line: None)
-    optimizer = Optimizer(model.parameters, model.gradients, train.optimizer_settings(run))
+    optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
     return train.Session(run, data.folder, data, model, optimizer, {})
 
 

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flashlm_numba.model.mixers import MIXERS
 from flashlm_numba.system.errors import UserError
@@ -104,11 +104,22 @@ class HeadConfig:
     log_prior: bool = False  # add the tokens' fixed log frequency to the logits
 
 
+# What a variant of NorMuon fixes: fields of kernels.normuon.NorMuonRule, which says what they mean
+NORMUON_VARIANTS: dict[str, dict[str, Any]] = {
+    # the authors' repository, arXiv:2510.05491
+    "published": {"momentum": 0.95, "beta2": 0.95, "eps": 1e-10, "nesterov": True, "update_rms": None},
+    # FlashLM v3
+    "v3": {"momentum": 0.95, "beta2": 0.999, "eps": 1e-8, "nesterov": False, "update_rms": 0.2},
+}
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Update rules and the schedule of their learning rates."""
 
-    normuon: str = _one_of("published", "published", "v3")  # variant of NorMuon, for the ternary matrices
+    adamw_eps: ClassVar[float] = 1e-8  # added to the root of the second moment
+
+    normuon: str = _one_of("published", *NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
     normuon_iterations: int = _in(5, 0, 20, later=True)  # Newton-Schulz iterations a step
     adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
@@ -123,6 +134,11 @@ class OptimizerConfig:
     clip: float = _in(1.0, 0, open_low=True)  # largest global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear rise from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # last share of the steps, in which the rate falls linearly to 0
+
+    @property
+    def normuon_variant(self) -> dict[str, Any]:
+        """What the variant of NorMuon fixes, see NORMUON_VARIANTS."""
+        return NORMUON_VARIANTS[self.normuon]
 
     def __post_init__(self) -> None:
         if self.rowwise_exp_avg_sq and not self.sparse_adamw:

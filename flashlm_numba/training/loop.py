@@ -28,7 +28,7 @@ from flashlm_numba.data.shards import TokenData, is_prepared, open_run_tokens, o
 from flashlm_numba.data.tokenizer import EOT, Tokenizer
 from flashlm_numba.inference.evaluate import score, validation_subset
 from flashlm_numba.inference.generate import generate_text
-from flashlm_numba.kernels.optimizers import ema_update
+from flashlm_numba.kernels.ema import ema_update
 from flashlm_numba.model import build as assemble
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model.config import Phase, Plan, RunConfig, plan_for
@@ -36,7 +36,8 @@ from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import Display
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_threads
-from flashlm_numba.training.optimizer import PRESETS, Optimizer, OptimizerSettings, lr_scale
+from flashlm_numba.training.optimizer import Optimizer
+from flashlm_numba.training.schedule import lr_scale
 
 if TYPE_CHECKING:
     from flashlm_numba.model.model import Model
@@ -96,24 +97,6 @@ class Step:
     shares: dict[str, float]  # of the step's time: embedding, trunk, head, optimizer
 
 
-def optimizer_settings(run: RunConfig) -> OptimizerSettings:
-    """The update rules' settings that a run's configuration asks for."""
-    o = run.optimizer
-    return replace(
-        PRESETS[o.normuon],
-        normuon_lr=o.normuon_lr,
-        normuon_iterations=o.normuon_iterations,
-        adamw_lr=o.adamw_lr,
-        adamw_trunk_factor=o.nonembedding_lr_scale,
-        adamw_beta1=o.adamw_beta1,
-        adamw_beta2=o.adamw_beta2,
-        adamw_decay=o.weight_decay,
-        adamw_lazy=o.sparse_adamw,
-        adamw_rows=o.rowwise_exp_avg_sq,
-        clip=o.clip,
-    )
-
-
 def position_weights(seed: int, step: int, micro: int, positions: int, share: float, micros: int) -> np.ndarray:
     """Each position's share of the step's loss, (positions,) float32; over the micro-batches they sum to 1.
 
@@ -161,11 +144,11 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
         ]
         bad = next((name for name, value in named if not np.isfinite(value).all()), "the logits")
         raise UserError(f"The loss is {loss} ({bad} not finite), so training has diverged; nothing was updated.")
-    settings = session.optimizer.settings
-    rates = settings.normuon_lr * lr, settings.adamw_lr * lr
+    config = session.optimizer.config
+    rates = config.normuon_lr * lr, config.adamw_lr * lr
     # rows that start at random or from the corpus are ours to train from the first step
     frozen = {EMBEDDING} if phase.frozen and run.embedding_given else set()
-    session.optimizer.step(*rates, settings.clip, frozen=frozen)
+    session.optimizer.step(*rates, config.clip, frozen=frozen)
     end = time.perf_counter()
     shares["optimizer"] = end - before
     return Step(
@@ -357,7 +340,7 @@ def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path,
 
 
 def _session(run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray]) -> Session:
-    optimizer = Optimizer(model.parameters, model.gradients, optimizer_settings(run))
+    optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
     subset = validation_subset(data.validation, run.training.validation_tokens)
     return Session(run, folder, data, model, optimizer, ema, subset=subset)
 
@@ -450,12 +433,7 @@ def _loop(session: Session, display: Display) -> int:
         while clock.step < plan.steps and not caught:
             step = clock.step + 1
             phase = run.phase_at(step)
-            scale = lr_scale(
-                step - 1,
-                total=plan.schedule_steps,
-                warmup=run.optimizer.warmup_steps,
-                decay=run.optimizer.warmdown_ratio * plan.schedule_steps,
-            )
+            scale = lr_scale(step - 1, plan.schedule_steps, run.optimizer)
             sampled = run.head.name == "sampled" and not run.full_at(step)  # its loss and NLL read low
             try:
                 done = train_step(session, phase, step, lr=scale, full=not sampled)

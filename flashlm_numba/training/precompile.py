@@ -7,7 +7,6 @@ trains therefore never compiles: it loads what this module has put into the cach
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ def main() -> None:
     """Call every kernel on a narrow model: compiled code is the same for any width."""
     from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
     from flashlm_numba.heads.label_tree import build_tree
-    from flashlm_numba.kernels.optimizers import ema_update
-    from flashlm_numba.model.config import ModelConfig
+    from flashlm_numba.kernels.ema import ema_update
+    from flashlm_numba.model.config import NORMUON_VARIANTS, ModelConfig, OptimizerConfig
     from flashlm_numba.model.model import Model
     from flashlm_numba.model.parameters import initial_parameters
     from flashlm_numba.system.threads import set_threads
-    from flashlm_numba.training.optimizer import PRESETS, Optimizer
+    from flashlm_numba.training.optimizer import Optimizer
 
     set_threads(None)
     # an embedding beyond the serial optimiser's size
@@ -42,14 +41,18 @@ def main() -> None:
     def make_sampled(weight: np.ndarray, dweight: np.ndarray) -> Any:
         return SampledHead(weight, dweight, counts=np.arange(config.vocab_size), candidates=100, log_prior=prior)
 
+    optimizers = (
+        *(OptimizerConfig(normuon=variant) for variant in NORMUON_VARIANTS),
+        OptimizerConfig(sparse_adamw=True),
+        OptimizerConfig(sparse_adamw=True, rowwise_exp_avg_sq=True),
+    )
     ids = np.arange(64, dtype=np.int32).reshape(2, 32)
     for make_head in (make_tree, make_dense, make_sampled):
         model = Model(config, initial_parameters(config, 0), make_head)
-        lazy = replace(PRESETS["published"], adamw_lazy=True)
-        for preset in (*PRESETS.values(), lazy, replace(lazy, adamw_rows=True)):
+        for optimizer in optimizers:
             model.head.begin(np.random.default_rng(0), full=False)
             model.loss_and_grad(ids, ids, np.full(ids.size, 1 / ids.size, np.float32), accumulate=False)
-            Optimizer(model.parameters, model.gradients, preset).step(0.0, 0.0, 1.0)
+            Optimizer(model.parameters, model.gradients, optimizer).step(0.0, 0.0, 1.0)
             for value in model.parameters.values():
                 ema_update(value.copy(), value, 0.999)
         h = model.forward(ids)

@@ -266,7 +266,7 @@ def test_every_command_refuses_weights_that_are_not_finite(run, tmp_path):
         arrays[file][tensor].flat[7] = np.nan
         checkpoint.save(damaged, 3, arrays, rest)
 
-    for file, tensor in (("optimizer", "second.embedding.weight"), ("ema", "blocks.0.glu.up.weight")):
+    for file, tensor in (("optimizer", "exp_avg_sq.embedding.weight"), ("ema", "blocks.0.glu.up.weight")):
         spoil(file, tensor)
         done = _run("train", "--resume", damaged, "--steps", 4)
         assert done.exit_code == 1

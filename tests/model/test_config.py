@@ -67,6 +67,8 @@ def test_settings_are_typed_and_take_dotted_or_plain_names():
         ("dilations=1,x", "model.dilations must be whole numbers with commas between them, got '1,x'."),
         ("ngram_copy_reach=9000", "model.ngram_copy_reach must be at least 1 and at most 8192, got 9000."),
         ("clip=0", "optimizer.clip must be above 0, got 0."),
+        ("adamw_lr=-1", "optimizer.adamw_lr must be at least 0"),
+        ("adamw_beta2=1", "optimizer.adamw_beta2 must be at least 0 and at most 0.9999, got 1."),
         ("loss_fraction=1.5", "head.loss_fraction must be above 0 and at most 1, got 1.5."),
         ("adamw_lr=nan", "optimizer.adamw_lr must be a finite number, got nan."),
         ("adamw_lr=1e400", "optimizer.adamw_lr must be a finite number, got inf."),

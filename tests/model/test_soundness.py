@@ -14,10 +14,10 @@ from flashlm_numba.inference.evaluate import score
 from flashlm_numba.kernels import reference, reference_tree
 from flashlm_numba.kernels.reference_trunk import is_ternary, trunk_backward, trunk_forward
 from flashlm_numba.model import build as assemble
-from flashlm_numba.model.config import ModelConfig
+from flashlm_numba.model.config import ModelConfig, OptimizerConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
-from flashlm_numba.training.optimizer import PRESETS, Optimizer
+from flashlm_numba.training.optimizer import Optimizer
 
 SHAPE = ModelConfig(vocab_size=61, dim=16, ffn_dim=24, groups=4, dilations=(1, 3), n_passes=2, leaky_decay=0.8)
 SHAPE = dataclasses.replace(SHAPE, ternary_threshold=0.5, ngram_copy_orders=(1, 2, 1), ngram_copy_reach=15)
@@ -81,7 +81,7 @@ def test_errors_do_not_grow_along_a_trajectory(kind, n_blocks):
         return TreeHead(tree, weight, dweight) if kind == "tree" else DenseHead(weight, dweight)
 
     model = Model(config, initial_parameters(config, 0), make_head)
-    optimizer = Optimizer(model.parameters, model.gradients, PRESETS["published"])
+    optimizer = Optimizer(model.parameters, model.gradients, OptimizerConfig(weight_decay=0.1))
     rng = np.random.default_rng(0)
     weights = np.full(2 * 24, 1 / 48, np.float32)
     errors, plain_errors, losses = [], [], []

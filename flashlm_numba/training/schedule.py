@@ -1,0 +1,25 @@
+"""The schedule of the learning rates: linear warm-up, constant, linear warm-down."""
+
+from __future__ import annotations
+
+from flashlm_numba.model.config import OptimizerConfig
+
+
+def lr_scale(step: int, schedule_steps: int, config: OptimizerConfig) -> float:
+    """Factor of every learning rate at a step.
+
+    step : steps done before this one; never time, since a slow or sleeping machine would then follow another schedule
+    schedule_steps : steps that the schedule is laid out for
+    config : warmup_steps and warmdown_ratio
+    The first step has 1 / warmup_steps. The rate falls over the last warmdown_ratio * schedule_steps steps, and is 0
+    from schedule_steps on.
+
+    >>> config = OptimizerConfig(warmup_steps=4, warmdown_ratio=0.4)
+    >>> [lr_scale(step, 10, config) for step in range(10)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    warmdown_steps = config.warmdown_ratio * schedule_steps
+    up = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps > 0 else 1.0
+    if warmdown_steps <= 0:
+        return up
+    return min(up, max(0.0, (schedule_steps - step) / warmdown_steps))
