@@ -188,8 +188,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[str, Any]:
     """state, if it says how far a run was trained: step, tokens and seconds; UserError otherwise.
 
-    Hashes keep damage out; a file that was made up can have them right. model_hash: RunConfig's, which the state's must
-    be; None, of an exported file, which has its settings inside: it has none.
+    Hashes keep damage out; a file that was made up can have them right.
+    model_hash : RunConfig's, which the state's must equal; None for an exported file, which holds its settings itself
     """
     if isinstance(state, dict) and model_hash is not None and state.get("model_hash") != model_hash:
         raise UserError(
