@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY, command
 
 from flashlm_numba.data.prepare import prepare
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.compiled import ensure_compiled
 
 
@@ -49,7 +49,7 @@ def corpus(corpus_files, tmp_path_factory):
 @pytest.fixture
 def tiny_run():
     """Settings of a run that takes milliseconds a step."""
-    return RunConfig.recipe_named("default").with_settings(TINY)
+    return from_recipe("default", TINY)
 
 
 @pytest.fixture(scope="module")

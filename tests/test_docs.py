@@ -9,7 +9,7 @@ import pytest
 
 from flashlm_numba.cli import main as cli
 from flashlm_numba.heads import label_tree as tree
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.recipes import from_recipe
 from tools import bench_train, command_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def test_commands_of_the_tools_have_these_options(page):
         asked = {word for word in shlex.split(words) if word.startswith("--")}
         assert asked <= known, (script, asked - known)
         for settings in bench_train.expand(re.findall(r"--set (\S+)", words)):  # raises for one that is not there
-            RunConfig.recipe_named("default").with_settings(settings)
+            from_recipe("default", settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

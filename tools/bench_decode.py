@@ -34,8 +34,8 @@ from flashlm_numba.data.shards import TokenData, default_corpus, open_tokens
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.inference.generate import generate_ids
 from flashlm_numba.model import build as assemble
-from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
+from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
 from tools import bandwidth, timing
@@ -51,7 +51,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 def make_model(data: TokenData, head: str) -> Model:
     """The recipe default's shape with this head, as before its first step, but for gains that would be zero."""
     settings = [f"head.name={head}", "log_prior=true", "activations=float"]
-    run = RunConfig.recipe_named("default").with_settings(settings)
+    run = from_recipe("default", settings)
     model = assemble.new_model(run, data, lambda line: None)[0]
     for name, value in model.parameters.items():
         if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):

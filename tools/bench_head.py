@@ -37,12 +37,15 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.data.shards import TokenData, default_corpus, open_tokens
 from flashlm_numba.model import build as assemble
-from flashlm_numba.model.config import Phase, RunConfig
+from flashlm_numba.model.config import Phase
+from flashlm_numba.model.recipes import from_recipe
+from flashlm_numba.model.settings import parse_phase
 from flashlm_numba.system.display import peak_rss_mb
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
-from flashlm_numba.training import loop as train
 from flashlm_numba.training.optimizer import Optimizer
+from flashlm_numba.training.session import Session
+from flashlm_numba.training.step import train_step
 from tools import head_candidates, head_report, timing
 from tools.head_candidates import CANDIDATES, QUICK, Candidate, Problem, UnavailableError
 
@@ -103,17 +106,17 @@ def measure_heads(
 
 def make_session(
     data: TokenData, head: str, threads: int, positions: float = 1.0, activations: str = "float"
-) -> train.Session:
+) -> Session:
     """A model of v3's shape with this head and both optimisers, on the data's first step."""
     settings = [f"head.name={head}", f"loss_fraction={positions}", "log_prior=false", f"activations={activations}"]
     settings += ["leaky_decay=0", "ngram_copy_orders=[]"]  # v3's trunk, as the peers'
     if head == "dense":
         settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
-    run = RunConfig.recipe_named("default").with_settings(settings)
+    run = from_recipe("default", settings)
     run = dataclasses.replace(run, threads=threads, data=str(data.folder), data_hash=data.hash)
     model, _ = assemble.new_model(run, data, lambda line: None)
     optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
-    return train.Session(run, data.folder, data, model, optimizer, {})
+    return Session(run, data.folder, data, model, optimizer, {})
 
 
 def measure_steps(
@@ -135,7 +138,7 @@ def measure_steps(
         session = make_session(data, threads=threads, **options)
         seconds, parts = [], []
         for step in range(repeats + 2):
-            done = train.train_step(session, batch, step, lr=1e-3)
+            done = train_step(session, batch, step, lr=1e-3)
             if step >= 2:
                 seconds.append(done.seconds)
                 parts.append(done.shares)
@@ -261,7 +264,7 @@ def main(
             timing.check_writable(path)
     rows, repeats = rows or (1024 if quick else 4096), repeats or (2 if quick else 7)
     try:
-        phase = Phase.parse(batch)
+        phase = parse_phase(batch)
         threads = set_threads(threads)
         tokens = open_tokens(data or default_corpus())
     except (UserError, ValueError) as error:

@@ -46,6 +46,8 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model.config import SECTIONS, RunConfig
+from flashlm_numba.model.recipes import from_recipe
+from flashlm_numba.model.settings import run_from_json
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_cores
 from tools import timing
@@ -184,7 +186,7 @@ class Job:
                 recipe = value
             else:
                 settings.insert(0, {"--head": f"head.name={value}", "--tree": f"head.tree={value}"}.get(option, value))
-        return differences(RunConfig.recipe_named(recipe).with_settings(settings))
+        return differences(from_recipe(recipe, settings))
 
     def made(self, row: dict[str, Any]) -> bool:
         """Whether a row of a results file is this job's: the same run by the same recipe, however it was asked for,
@@ -352,7 +354,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
 
 def check_same(run: Path, job: Job, data: Path) -> None:
     """ClickException if a run that was kept is another than this job's: it would go on under the wrong name."""
-    config = RunConfig.from_json((run / "config.json").read_text(encoding="utf-8"), run / "config.json")
+    config = run_from_json((run / "config.json").read_text(encoding="utf-8"), run / "config.json")
     there, wanted = differences(config), job.recipe
     names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
     pairs = {

@@ -17,7 +17,7 @@ import click
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.cli import main as commands
+from flashlm_numba.cli.main import main as group
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 WIDTH = 100
@@ -40,7 +40,7 @@ def reference() -> str:
         "changes are in",
         "[training.md](training.md).",
     ]
-    for name in ("", *sorted(commands.commands)):
+    for name in ("", *sorted(group.commands)):
         words = f"flashlm-numba {name}".strip()
         lines += ["", f"## {words}", "", "```", help_of(name), "```"]
     return "\n".join(lines) + "\n"

@@ -7,20 +7,20 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashlm_numba.system.display import Display
+from flashlm_numba.cli.self_checks import run_checks
+from flashlm_numba.system.display import TERMINAL
 from flashlm_numba.system.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "tiktoken", "datasets", "safetensors", "torch")
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")  # what the kernels care about
 GENERIC = ("Prescott", "Core2", "Nehalem", "Generic", "armv8")  # OpenBLAS's names for processors without wide registers
-TOLERANCE = 1e-4  # of the largest value; float32 rounding stays below a tenth of it
 READ_BYTES = 1 << 28  # beyond most last caches
 ROOM = 2 << 30  # bytes of disk that a run and the caches may need
 
@@ -62,150 +62,6 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-# --- self-checks: each returns its error relative to the largest value ---
-
-
-def _relative(found: np.ndarray, truth: np.ndarray) -> float:
-    error = np.abs(found.astype(np.float64) - truth).max(initial=0.0)
-    return float(error / max(float(np.abs(truth).max(initial=0.0)), 1e-30))
-
-
-def _worst(errors: Iterable[float]) -> float:
-    """The largest; NaN if there is one, which max() would pass over."""
-    return float(np.max(list(errors)))
-
-
-def _check_dense_head() -> float:
-    from flashlm_numba.heads.dense import DenseHead
-    from flashlm_numba.kernels import reference
-
-    rng = np.random.default_rng(0)
-    h, weight = rng.standard_normal((37, 48), np.float32), rng.standard_normal((1_501, 48), np.float32)
-    targets, weights = rng.integers(0, 1_501, 37).astype(np.int32), rng.random(37, np.float32)
-    head = DenseHead(weight, np.zeros_like(weight))
-    loss, _, dh = head.forward_backward(h, targets, weights)
-    h64, weight64, weights64 = (a.astype(np.float64) for a in (h, weight, weights))
-    want_loss, _, _ = reference.dense_head_forward(h64, weight64, targets)
-    want_dh, want_dweight = reference.dense_head_backward(weights64, h64, weight64, targets)
-    pairs = (loss, want_loss), (dh, want_dh), (head.dweight, want_dweight)
-    return _worst(_relative(found, truth) for found, truth in pairs)
-
-
-def _check_tree_head() -> float:
-    from flashlm_numba.heads.label_tree import build_tree
-    from flashlm_numba.heads.tree import TreeHead
-    from flashlm_numba.kernels import reference_tree
-
-    rng = np.random.default_rng(1)
-    tree = build_tree("adaptive", np.arange(1_501)[::-1])
-    h, weight = rng.standard_normal((37, 48), np.float32), rng.standard_normal((1_501, 48), np.float32)
-    targets, weights = rng.integers(0, 1_501, 37).astype(np.int32), rng.random(37, np.float32)
-    head = TreeHead(tree, weight, np.zeros_like(weight))
-    loss, _, dh = head.forward_backward(h, targets, weights)
-    h64, weight64, nodes64, weights64 = (a.astype(np.float64) for a in (h, weight, head.nodes, weights))
-    dweight, dnodes = np.zeros(weight.shape), np.zeros(head.nodes.shape)
-    want_loss, _, want_dh = reference_tree.tree_head_forward_backward(
-        h64, weight64, nodes64, tree.spans, tree.row_of_token[targets], weights64, dweight, dnodes
-    )
-    pairs = (loss, want_loss), (dh, want_dh), (head.dweight, dweight), (head.dnodes, dnodes)
-    return _worst(_relative(found, truth) for found, truth in pairs)
-
-
-def _small_model() -> Any:
-    """A narrow model with all that a trunk can have, none of it zero."""
-    from flashlm_numba.heads.dense import DenseHead
-    from flashlm_numba.model.config import ModelConfig
-    from flashlm_numba.model.model import Model
-    from flashlm_numba.model.parameters import initial_parameters
-
-    config = ModelConfig(
-        97,
-        48,
-        70,
-        3,
-        dilations=(1, 2, 8),
-        mixer_residual_scale=2**-3,
-        ffn_residual_scale=2**-10,
-        leaky_decay=0.9,
-        ngram_copy_orders=(1,),
-    )
-
-    def make_head(weight: np.ndarray, dweight: np.ndarray) -> Any:
-        return DenseHead(weight, dweight)
-
-    parameters = initial_parameters(config, 0, embedding_std=0.5)
-    for name, value in parameters.items():
-        if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):
-            value[:] = 0.5  # they start at zero
-    return Model(config, parameters, make_head)
-
-
-def _check_trunk() -> float:
-    """A pass over a text against the decoder, which shares none of its products."""
-    model = _small_model()
-    ids = np.random.default_rng(2).integers(0, 97, (1, 40)).astype(np.int32)
-    whole = model.forward(ids).copy()
-    state, first = model.prefill(ids[0, :1])
-    steps = [first[0].copy(), *(model.decode_step(state, int(token))[0].copy() for token in ids[0, 1:])]
-    return _relative(np.array(steps), whole.astype(np.float64))
-
-
-def _check_trunk_gradients() -> float:
-    """Hidden states and all gradients against the plain NumPy of the kernels' reference, in float64."""
-    from flashlm_numba.kernels import reference_trunk
-
-    model = _small_model()
-    config = model.config
-    rng = np.random.default_rng(3)
-    ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few different ones: they repeat, and have followers
-    dout = rng.standard_normal((ids.size, config.dim), np.float32)
-    want, saved = reference_trunk.trunk_forward(
-        {name: value.astype(np.float64) for name, value in model.parameters.items()},
-        ids,
-        groups=config.groups,
-        dilations=config.dilations,
-        n_passes=config.n_passes,
-        mixer_residual_scale=config.mixer_residual_scale,
-        ffn_residual_scale=config.ffn_residual_scale,
-        leaky_decay=config.leaky_decay,
-        ternary_threshold=config.ternary_threshold,
-        ngram_copy_orders=config.ngram_copy_orders,
-        ngram_copy_reach=config.ngram_copy_reach,
-    )
-    error = _relative(model.forward(ids), want)
-    model.backward(dout)
-    gradients = reference_trunk.trunk_backward(dout.astype(np.float64), saved)
-    return _worst([error, *(_relative(model.gradients[name], truth) for name, truth in gradients.items())])
-
-
-def _check_weight_gradients() -> float:
-    """The int8 gradients of ternary weights, of whole numbers that rounding leaves as they are: exact, or not."""
-    from flashlm_numba.kernels.ternary_wgrad import weight_gradient
-
-    rng = np.random.default_rng(4)
-    a, b = (rng.integers(-127, 128, (37, columns)).astype(np.float32) for columns in (21, 70))
-    a[0], b[:, 0] = 127, 127  # the largest of each column, and of each row
-    return _relative(weight_gradient(a, b), a.astype(np.float64).T @ b)
-
-
-def _check_ternary() -> float:
-    """Every variant of the packed ternary product that this processor has, against plain loops: exact, or not."""
-    from flashlm_numba.kernels import _ternary_dots
-    from flashlm_numba.kernels import ternary_gemv as ternary_matmul
-
-    return max(0.0 if ternary_matmul._agrees_with_plain(name) else 1.0 for name in _ternary_dots.available())
-
-
-CHECKS: dict[str, Callable[[], float]] = {
-    "dense head": _check_dense_head,
-    "tree head": _check_tree_head,
-    "trunk": _check_trunk,
-    "trunk's gradients": _check_trunk_gradients,
-    "int8 gradients": _check_weight_gradients,
-    "ternary products": _check_ternary,
-}
 
 
 # --- measurements: short ones, to tell a slow machine from a fast one ---
@@ -253,79 +109,33 @@ def examine(threads: int) -> dict[str, Any]:
 
     threads : the number that is used. Problems make results wrong or training impossible; notes cost speed.
     """
-    import numba
-
     from flashlm_numba.kernels import _jit
     from flashlm_numba.kernels.ternary_gemv import best_variant
     from flashlm_numba.system.cache import writable_cache
     from flashlm_numba.system.compiled import ensure_compiled
 
-    with Display() as display:
-        ensure_compiled(display.note)
-    errors: dict[str, float | None] = {}
-    problems, notes = [], []
-    for name, check in CHECKS.items():
-        try:
-            error = errors[name] = check()
-        except Exception as broken:  # whatever it is, the other lines help to find out
-            errors[name] = None
-            problems.append(f"The self-check of the {name} ended with {type(broken).__name__}: {broken}.")
-            continue
-        if not np.isfinite(error):
-            errors[name] = None  # JSON has no NaN
-        if not error <= TOLERANCE:
-            problems.append(
-                f"The self-check of the {name} failed: an error of {error:.2g} of the largest value, where at "
-                f"most {TOLERANCE:g} was expected: results would be wrong. Please report it with all of this output."
-            )
+    ensure_compiled(TERMINAL.note)
+    errors, problems = run_checks()
     features = {feature.removeprefix("+") for feature in _jit.target_features() if feature.startswith("+")}
     blas = blas_libraries()
-    if kind := os.environ.get("OPENBLAS_CORETYPE"):
-        notes.append(
-            f"OPENBLAS_CORETYPE is set to {kind}, so BLAS computes as on that processor, perhaps slowly; unset it."
-        )
-    if "avx2" in features:
-        notes += [
-            f"BLAS ({pool['file']}) has taken this processor for a {pool['core']}, without wide registers, so products "
-            "are slow; a newer NumPy and SciPy may know it."
-            for pool in blas
-            if pool["core"] in GENERIC
-        ]
     try:
         variant = best_variant()
     except ValueError as wrong:  # of the environment variable that forces one
         variant = "none"
         problems.append(f"{wrong}.")
-    if variant == "plain":
-        notes.append(
-            "No fast int8 products for this processor: train with --set activations=float, which is faster here."
-        )
-    cores = available_cores()
-    if threads < cores:
-        notes.append(f"{threads} of {cores} cores are used (NUMBA_NUM_THREADS, or --threads).")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 0.5 * cores:
-        notes.append(f"Other programs are at work (load {load:.1f} on {cores} cores), so the speeds here are low.")
-    if _jit.CACHE_IS_TEMPORARY:
-        notes.append(f"{_jit.cache_root()} cannot be written, so kernels are compiled anew by every process.")
     caches = {"kernels": str(_jit.CACHE_FOLDER), "data": str(writable_cache())}
-    for place in {*caches.values(), os.getcwd()}:
-        free = shutil.disk_usage(place).free
-        if free < ROOM:
-            notes.append(f"Only {free / 1e9:.1f} GB are free at {place}; a run takes up to half a gigabyte.")
     memory = _memory_mb()
-    if memory and memory["total"] < 2_000:
-        notes.append(f"This machine has {memory['total']:,} MB of memory; training takes about 750.")
-    try:
-        layer = numba.threading_layer() if not numba.config.DISABLE_JIT else "none"
-    except ValueError:  # nothing has run in parallel: one thread
-        layer = "none yet"
+    notes = [  # before the measurements, which are load themselves
+        *_notes_on_products(features, blas, variant),
+        *_notes_on_load(threads),
+        *_notes_on_room(caches.values(), memory),
+    ]
     return {
         "cpu": cpu_name(),
         "platform": platform.platform(),
-        "cores": cores,
+        "cores": available_cores(),
         "threads": threads,
-        "threading_layer": layer,
+        "threading_layer": _threading_layer(),
         "features": [feature for feature in FEATURES if feature in features],
         "ternary_products": variant,
         "blas": blas,
@@ -338,6 +148,55 @@ def examine(threads: int) -> dict[str, Any]:
         "notes": notes,
         "problems": problems,
     }
+
+
+def _notes_on_products(features: set[str], blas: list[dict[str, Any]], variant: str) -> Iterator[str]:
+    """What makes matrix products slow."""
+    if kind := os.environ.get("OPENBLAS_CORETYPE"):
+        yield f"OPENBLAS_CORETYPE is set to {kind}, so BLAS computes as on that processor, perhaps slowly; unset it."
+    if "avx2" in features:
+        for pool in blas:
+            if pool["core"] in GENERIC:
+                yield (
+                    f"BLAS ({pool['file']}) has taken this processor for a {pool['core']}, without wide registers, so "
+                    "products are slow; a newer NumPy and SciPy may know it."
+                )
+    if variant == "plain":
+        yield "No fast int8 products for this processor: train with --set activations=float, which is faster here."
+
+
+def _notes_on_load(threads: int) -> Iterator[str]:
+    """Cores that are not used, or busy."""
+    cores = available_cores()
+    if threads < cores:
+        yield f"{threads} of {cores} cores are used (NUMBA_NUM_THREADS, or --threads)."
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5 * cores:
+        yield f"Other programs are at work (load {load:.1f} on {cores} cores), so the speeds here are low."
+
+
+def _notes_on_room(caches: Iterable[str], memory: dict[str, int] | None) -> Iterator[str]:
+    """Too little disk or memory."""
+    from flashlm_numba.kernels import _jit
+
+    if _jit.CACHE_IS_TEMPORARY:
+        yield f"{_jit.cache_root()} cannot be written, so kernels are compiled anew by every process."
+    for place in {*caches, os.getcwd()}:
+        free = shutil.disk_usage(place).free
+        if free < ROOM:
+            yield f"Only {free / 1e9:.1f} GB are free at {place}; a run takes up to half a gigabyte."
+    if memory and memory["total"] < 2_000:
+        yield f"This machine has {memory['total']:,} MB of memory; training takes about 750."
+
+
+def _threading_layer() -> str:
+    """Numba's layer, as far as it is chosen."""
+    import numba
+
+    try:
+        return numba.threading_layer() if not numba.config.DISABLE_JIT else "none"
+    except ValueError:  # nothing has run in parallel: one thread
+        return "none yet"
 
 
 def report(found: dict[str, Any]) -> str:

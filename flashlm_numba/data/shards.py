@@ -22,7 +22,7 @@ from flashlm_numba.data import sources
 from flashlm_numba.data.tokenizer import EOT, Tokenizer
 from flashlm_numba.system import files
 from flashlm_numba.system.cache import from_cache, writable_cache
-from flashlm_numba.system.display import Display
+from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class TokenData:
         self.validation = self.splits["validation"]
         self.test = self.splits.get("test")
 
-    def verify(self, *names: str) -> None:
+    def verify(self, *names: str, progress: Progress = TERMINAL) -> None:
         """Compare the SHA-256 of every shard of these splits (default: all) with the manifest's.
 
         Reads everything once, with a bar over the tokens where that takes seconds. Raises UserError naming the first
@@ -276,8 +276,7 @@ class TokenData:
         with contextlib.ExitStack() as stack:
             bar = None
             if total >= SHOWN_TOKENS:
-                display = stack.enter_context(Display())
-                bar = stack.enter_context(display.tokens("checking", total))
+                bar = stack.enter_context(progress.tokens("checking", total))
             for shard in shards:
                 if self._sha256(shard, bar) != shard.sha256:
                     raise UserError(
@@ -285,7 +284,7 @@ class TokenData:
                         "delete the folder and prepare the corpus again."
                     )
 
-    def _sha256(self, shard: Shard, bar: Display | None) -> str:
+    def _sha256(self, shard: Shard, bar: Progress | None) -> str:
         path, digest = self.folder / shard.name, hashlib.sha256()
         try:
             with path.open("rb") as file:

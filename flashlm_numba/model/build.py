@@ -23,6 +23,7 @@ from flashlm_numba.model import checkpoint, packed
 from flashlm_numba.model.config import HeadConfig, RunConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters, ternary_names
+from flashlm_numba.model.settings import run_from_json
 from flashlm_numba.system.cache import cache_roots, writable_cache
 from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import peak_rss_mb
@@ -50,7 +51,7 @@ def read_config(folder: Path) -> RunConfig:
     """The settings of a run's folder; UserError if there are none or they are not sane."""
     path = folder / "config.json"
     try:
-        return RunConfig.from_json(path.read_text(encoding="utf-8"), path)
+        return run_from_json(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"There is no run at {folder}; give a folder that `flashlm-numba train` made.") from None
     except NotADirectoryError:
@@ -84,7 +85,7 @@ def _load_exported(path: Path, checkpoint_name: str | None, ema: bool, note: Not
     if checkpoint_name is not None or ema:
         raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
     config, tensors, state = packed.read(path)
-    run = RunConfig.from_json(config, path)
+    run = run_from_json(config, path)
     ensure_compiled(note)
     try:
         return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path))

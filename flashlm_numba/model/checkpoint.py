@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import sync_folder
+from flashlm_numba.system.files import sync_folder, write_text
 
 KEEP = 3  # checkpoints kept in a run
 
@@ -60,7 +60,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
         for part in (len(text).to_bytes(8, "little"), text, *(_bytes(arrays[name]) for name in order)):
             file.write(part)
             digest.update(part)
-        _sync(file)
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -74,16 +75,6 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     found = load_file(path)
     return {name: found.pop(name).copy() for name in list(found)}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole, synced to disk: after a crash it holds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _sync(file)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: dict[str, Any]) -> Path:
@@ -197,10 +188,10 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[str, Any]:
     """state, if it says how far a run was trained: step, tokens and seconds; UserError otherwise.
 
-    Hashes keep damage out; a file that was made up can have them right. model_hash: RunConfig's, which the state's must
-    be where it has one.
+    Hashes keep damage out; a file that was made up can have them right.
+    model_hash : RunConfig's, which the state's must equal; None for an exported file, which holds its settings itself
     """
-    if isinstance(state, dict) and model_hash is not None and state.get("model_hash", model_hash) != model_hash:
+    if isinstance(state, dict) and model_hash is not None and state.get("model_hash") != model_hash:
         raise UserError(
             f"The settings of the model in config.json are not those that {where} was trained with; restore the file."
         )
@@ -301,8 +292,3 @@ def _hash(content: dict[str, Any]) -> str:
 def _bytes(array: np.ndarray) -> Any:
     """The array's memory as a buffer, little-endian, without a copy where the machine is."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
-
-
-def _sync(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,11 +1,13 @@
-"""What a long command shows while it works: a progress bar in a terminal, a plain line at times elsewhere.
+"""What a long command shows while it works: the one hook for it, and what the command line hangs there.
 
-Everything goes to standard error, so that results on standard output can be piped.
+In a terminal that is a progress bar, elsewhere a plain line at times. Everything goes to standard error, so that
+results on standard output can be piped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 PLAIN_SECONDS = 20.0  # between lines where there is no terminal
 WIDE = 130  # columns of a terminal that everything about a step fits into
@@ -57,12 +60,37 @@ def peak_rss_mb() -> float | None:
     return peak * (1e-6 if sys.platform == "darwin" else 1024e-6)
 
 
-class Display:
-    """Notes and one progress bar at a time."""
+class Progress:
+    """The hook that long work shows itself to; this one shows nothing. A notebook's overrides what it wants to see."""
+
+    def note(self, text: str) -> None:
+        """A line of text, for people."""
+
+    @contextlib.contextmanager
+    def steps(self, total: int, done: int) -> Iterator[None]:
+        """Inside, a run trains from the step after `done` up to `total`."""
+        yield
+
+    def step(self, line: dict[str, Any], seconds_left: float) -> None:
+        """A step is done: its line of metrics.jsonl, and the time that is left."""
+
+    @contextlib.contextmanager
+    def tokens(self, label: str, total: int | None) -> Iterator[Progress]:
+        """Inside, `total` tokens (None: unknown) are gone through; label says for what."""
+        yield self
+
+    def advance(self, count: int) -> None:
+        """So many more tokens are done."""
+
+    def stopping(self) -> None:
+        """A signal asks to stop, and the step is finished first; called by the signal's handler, so without print."""
+
+
+class Display(Progress):
+    """Notes and one progress bar at a time, on standard error."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._progress: Progress | None = None
+        self._progress: Bar | None = None
         self._task: TaskID | None = None
         self._total = 0
         self._done = 0
@@ -83,6 +111,11 @@ class Display:
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             _print(text)
+
+    def stopping(self) -> None:
+        """Say that the step is finished first."""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nFinishing the step and saving; once more to stop without saving.\n")
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
@@ -124,9 +157,10 @@ class Display:
     def _start(self, label: str, total: int, done: int) -> None:
         self._total, self._done, self._label = total, done, label
         self._last = time.monotonic()
-        if self._terminal:
+        if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
 
             console = Console(stderr=True)
             columns = (
@@ -135,7 +169,7 @@ class Display:
                 BarColumn(bar_width=16 if console.width >= WIDE else 6),
                 TextColumn("{task.fields[text]}"),
             )
-            self._progress = Progress(*columns, console=console, refresh_per_second=4)
+            self._progress = Bar(*columns, console=console, refresh_per_second=4)
             self._progress.start()
             self._task = self._progress.add_task(label, total=total or None, completed=done, text="")
 
@@ -152,3 +186,6 @@ class Display:
             with contextlib.suppress(OSError):
                 self._progress.stop()
             self._progress = None
+
+
+TERMINAL = Display()  # what a command shows unless it is told otherwise

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import command
 
-from flashlm_numba.cli import doctor
+from flashlm_numba.cli import doctor, self_checks
 from flashlm_numba.kernels import _ternary_dots
 from flashlm_numba.kernels import ternary_gemv as ternary_matmul
 
@@ -25,7 +25,7 @@ def test_a_good_machine_gets_a_good_verdict():
     done = command("doctor")
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1].startswith("All is well")
-    for name in doctor.CHECKS:
+    for name in self_checks.CHECKS:
         assert f"{name}: error" in done.stdout
 
 
@@ -35,7 +35,7 @@ def test_json_holds_what_the_lines_say(quick):
     found = json.loads(done.stdout)
     assert found["threads"] == 1
     assert found["problems"] == []
-    assert all(error < doctor.TOLERANCE / 3 for error in found["checks"].values())  # it could tell a worse kernel
+    assert all(error < self_checks.TOLERANCE / 3 for error in found["checks"].values())  # it could tell a worse kernel
     assert found["ternary_products"] in _ternary_dots.available()
 
 
@@ -112,7 +112,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(quick, monkeypatch):
     def broken():
         raise ValueError("no such instruction")
 
-    monkeypatch.setitem(doctor.CHECKS, "trunk", broken)
+    monkeypatch.setitem(self_checks.CHECKS, "trunk", broken)
     found = doctor.examine(1)
     assert found["checks"]["trunk"] is None
     assert found["checks"]["tree head"] is not None

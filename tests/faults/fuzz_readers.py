@@ -20,13 +20,14 @@ def readers(place):
     from flashlm_numba.data.shards import SPLITS, Manifest, Shard, SplitManifest
     from flashlm_numba.heads.label_tree import Tree, build_tree
     from flashlm_numba.model import packed
-    from flashlm_numba.model.config import RunConfig
+    from flashlm_numba.model.recipes import from_recipe
+    from flashlm_numba.model.settings import run_from_json
 
     whole = build_tree("adaptive", np.arange(50)).to_tensors()
     arrays = sorted(name for name in whole if name != "tree.shape")
 
     def settings(data):
-        RunConfig.from_json(data.decode("utf-8", "replace"), place)
+        run_from_json(data.decode("utf-8", "replace"), place)
 
     def export(data):
         place.write_bytes(data)
@@ -42,7 +43,7 @@ def readers(place):
             Tree.from_tensors({**whole, arrays[data[0] % len(arrays)]: changed})
 
     ternary = {name: np.ones((2, 3), np.float32) for name in ("blocks.0.mixer.out.weight", "blocks.0.glu.up.weight")}
-    text = RunConfig.recipe_named("default").to_json()
+    text = from_recipe("default").to_json()
     packed.write(place, ternary, text, {"step": 1, "tokens": 2, "seconds": 3.0})
     shard = Shard("train-00000.bin", 9, "0" * 64)
     splits = {name: SplitManifest(1, 9, 8, 30, (replace(shard, name=f"{name}-00000.bin"),)) for name in SPLITS[:2]}

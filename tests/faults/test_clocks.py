@@ -7,15 +7,17 @@ import itertools
 import json
 import re
 import time
+from dataclasses import replace
 
 from programs import INJECTED, bits, losses
 
-from flashlm_numba.system.threads import set_threads
-from flashlm_numba.training import loop as train
+from flashlm_numba.training.plan import Length
+from flashlm_numba.training.run import Finished, start_run
 
 
 def _run(run, corpus, folder):
-    assert train.start_run(run, data=str(corpus), out=folder, threads=set_threads(1), steps=9, seed=3) == 0
+    done = start_run(replace(run, seed=3), Length(steps=9), data=str(corpus), out=folder, threads=1)
+    assert done == Finished(folder, 0)
 
 
 def test_a_jump_of_two_hours(tiny_run, corpus, tmp_path, monkeypatch):
@@ -41,4 +43,4 @@ def test_nothing_reads_the_wall_clock_but_for_a_name():
         count = len(re.findall(r"time\.time\(|\.now\(|utcnow", path.read_text(encoding="utf-8")))
         if count:
             found[path.name] = count
-    assert found == {"train.py": 1}  # the name of a run's folder
+    assert found == {"run.py": 1}  # the name of a run's folder

@@ -25,7 +25,8 @@ from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.training import loop as train
+from flashlm_numba.training.plan import Length
+from flashlm_numba.training.run import start_run
 
 EOT = 0
 CONFIG = ModelConfig(vocab_size=61, dim=32, ffn_dim=40, groups=4, kernel_size=3, dilations=(1, 2), n_passes=2)
@@ -173,7 +174,7 @@ def test_a_folder_is_scored_whole_unless_it_has_validation_files(tmp_path):
 def test_a_run_is_not_scored_on_data_that_took_the_place_of_its_own(tiny_run, corpus, tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(corpus, data)
-    train.start_run(tiny_run, data=str(data), out=run, threads=1, steps=1)
+    start_run(tiny_run, Length(steps=1), data=str(data), out=run, threads=1)
     assert evaluate_run(run)["documents"] == 5
     shutil.rmtree(data)
     (tmp_path / "other.txt").write_text("one two three four five\n" * 40)

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
+from flashlm_numba.model.recipes import from_recipe
 from tools import bandwidth, bench_decode
 
 SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=1,2", "embedding_init=random")
@@ -14,9 +14,8 @@ SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=1,2", "embedding_init=ra
 
 @pytest.fixture
 def small(monkeypatch):
-    recipe = RunConfig.recipe_named
     monkeypatch.setattr(bandwidth, "MEGABYTES", 1)
-    monkeypatch.setattr(RunConfig, "recipe_named", lambda name: recipe(name).with_settings(SMALL))
+    monkeypatch.setattr(bench_decode, "from_recipe", lambda name, settings: from_recipe(name, [*SMALL, *settings]))
 
 
 def run(*arguments):

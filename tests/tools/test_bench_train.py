@@ -14,7 +14,8 @@ from click import ClickException
 from click.testing import CliRunner
 
 from flashlm_numba.inference.evaluate import evaluate_run
-from flashlm_numba.model.config import RECIPES, RunConfig
+from flashlm_numba.model.config import RECIPES
+from flashlm_numba.model.recipes import from_recipe
 from tools import bench_train
 
 SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=[1]", "phases=2x16", "embedding_init=random", "warmup_steps=2")
@@ -99,7 +100,7 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
 
 
 def test_the_peers_are_given_what_the_default_recipe_does():
-    run = RunConfig.recipe_named("default")
+    run = from_recipe("default")
     (phase,) = run.training.phases
     assert bench_train.TORCH["batch"] == f"{phase.batch_size}x{phase.seq_len}"
     for name, option in bench_train.TORCH_OPTION.items():
@@ -117,7 +118,7 @@ def test_no_setting_of_the_default_recipe_is_forgotten_for_the_peers():
         "rowwise_exp_avg_sq",
         "normuon_iterations",
     }  # how it is computed
-    changed = {name.partition(".") for name in bench_train.differences(RunConfig.recipe_named("default"))}
+    changed = {name.partition(".") for name in bench_train.differences(from_recipe("default"))}
     settings = {name for section, _, name in changed if section in ("model", "optimizer")}
     assert settings
     assert settings - ours <= bench_train.TORCH_OPTION.keys()
@@ -155,7 +156,7 @@ def test_a_row_must_have_the_marks_that_are_asked_for():
 def test_the_file_names_of_two_recipes_differ():
     slugs = {bench_train.Job("tree", (), 1, None, 7.0, 2).slug}
     with pytest.MonkeyPatch.context() as patch:
-        recipe = RunConfig.recipe_named("default").with_settings(["leaky_decay=0.5"])
+        recipe = from_recipe("default", ["leaky_decay=0.5"])
         patch.setitem(RECIPES, "default", recipe)
         slugs.add(bench_train.Job("tree", (), 1, None, 7.0, 2).slug)
     slugs.add(bench_train.Job("tree", (), 1, None, 7.0, 2, (1.0,)).slug)

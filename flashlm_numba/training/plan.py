@@ -1,0 +1,142 @@
+"""How far a run goes: a number of steps, whether it was asked for in steps, in tokens or in minutes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+from flashlm_numba.data.tokenizer import EOT
+from flashlm_numba.inference.evaluate import score
+from flashlm_numba.model.config import Phase, Plan, RunConfig
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.training.session import BATCH, WINDOW, Session
+from flashlm_numba.training.step import train_step
+
+DEFAULT_MINUTES = 20.0  # a run of no stated length
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to train: one of the three, or none for the run's own length."""
+
+    steps: int | None = None  # optimiser steps, counted from the run's first
+    tokens: int | None = None  # tokens at least, counted from the run's first step
+    minutes: float | None = None  # on the training clock; of a resumed run: more of them
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the steps are known before the speed is measured."""
+        return self.steps is not None or self.tokens is not None
+
+    def or_own(self, run: RunConfig) -> Length:
+        """This length, or where none was given the recipe's: its phases' if they end, else DEFAULT_MINUTES."""
+        if self.in_steps or self.minutes is not None:
+            return self
+        return Length(minutes=DEFAULT_MINUTES) if run.fixed_schedule is None else Length(steps=run.fixed_schedule)
+
+
+OWN_LENGTH = Length()
+
+
+def plan_for(run: RunConfig, *, steps: int | None = None, tokens: int | None = None) -> RunConfig:
+    """Give run a plan of `steps`, or of as many steps as `tokens` need.
+
+    Raises UserError if the phases end before that.
+    """
+    fixed = run.fixed_schedule
+    if tokens is not None:
+        steps = _steps_for_tokens(run, tokens)
+    if steps is None:
+        raise ValueError("plan_for: give steps or tokens")
+    if steps < 1:
+        raise UserError(f"A run needs at least one step, got {steps}.")
+    if fixed is not None and steps > fixed:
+        raise UserError(
+            f"The phases of recipe '{run.recipe}' end at step {fixed:,}, but {steps:,} steps were asked for; "
+            "ask for fewer, or set longer phases with --set phases=..."
+        )
+    return replace(run, plan=Plan(steps=steps, schedule_steps=fixed or steps))
+
+
+def _steps_for_tokens(run: RunConfig, tokens: int) -> int:
+    """Fewest steps that see at least this many tokens."""
+    steps, left = 0, tokens
+    for phase in run.training.phases:
+        need = math.ceil(left / phase.tokens)
+        if phase.last_step is None or steps + need <= phase.last_step:
+            return steps + need
+        left -= (phase.last_step - steps) * phase.tokens
+        steps = phase.last_step
+    raise UserError(
+        f"The phases of recipe '{run.recipe}' see {run.tokens_until(steps):,} tokens, but {tokens:,} were "
+        "asked for; ask for fewer, or set longer phases with --set phases=..."
+    )
+
+
+# --- minutes ---
+
+
+def plan_minutes(session: Session, minutes: float, began: float) -> RunConfig:
+    """Turn minutes into steps, from the speed of each phase that will be reached, measured at lr 0.
+
+    The minutes are the training clock's, less what starting and validating will take, up to 2 % of them.
+
+    began : time.perf_counter() when the command began
+    """
+    session.progress.note("Measuring the speed ...")
+    run, at = session.run, session.clock.step
+    validation = _validation_seconds(session)
+    budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
+    rates: list[float] = []
+    steps, left = at, minutes * 60
+    if at == 0:  # the embedding's start and the tree are on the clock already
+        left -= min(session.clock.seconds, left)
+    for phase in run.training.phases:
+        end = math.inf if phase.last_step is None else phase.last_step
+        if end <= at:
+            rates.append(0.0)  # over before this plan begins
+            continue
+        rates.append(_phase_rate(session, phase, budget))
+        if len(rates) == 1 or steps == at:
+            validations = 1 + left / rates[-1] / (run.training.validate_every or math.inf)
+            left -= min(0.02 * left, time.perf_counter() - began + validations * validation)
+        here = min(end - steps, math.floor(left / rates[-1]))
+        steps += int(here)
+        left -= here * rates[-1]
+        if steps < end:
+            break
+    steps = max(steps, at + 1)
+    reached = ", ".join(f"{rate:.3g} s a step" for rate in rates if rate)
+    session.progress.note(
+        f"{minutes:g} {'minute is' if minutes == 1 else 'minutes are'} {steps - at:,} steps ({reached})."
+    )
+    return replace(run, plan=Plan(steps, run.fixed_schedule or steps, minutes, tuple(rates)))
+
+
+def _validation_seconds(session: Session) -> float:
+    """Seconds that one validation takes, from scoring the first of its documents."""
+    started = time.perf_counter()
+    few = session.subset[:1]
+    if not few:
+        return 0.0
+    score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
+    return (time.perf_counter() - started) * session.run.training.validation_tokens / len(few[0])
+
+
+def _phase_rate(session: Session, phase: Phase, budget: float) -> float:
+    """Seconds per step of this phase, on average over the run."""
+    head = session.run.head
+    rate = _step_seconds(session, phase, budget)
+    if head.name == "sampled":  # its last steps are dense ones
+        rate += head.full_softmax_ratio * (_step_seconds(session, phase, budget, full=True) - rate)
+    return rate
+
+
+def _step_seconds(session: Session, phase: Phase, budget: float, *, full: bool = False) -> float:
+    """Seconds that a step of this phase takes, from steps at lr 0 for about `budget` seconds."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < budget:
+        times.append(train_step(session, phase, len(times) + 1, lr=0.0, full=full).seconds)
+    return statistics.fmean(times[1:])  # the mean, slow steps included, is what a run's length follows

@@ -1,0 +1,87 @@
+"""One run in progress: what it trains and how far it is; made new, or out of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashlm_numba.data.shards import TokenData
+from flashlm_numba.data.tokenizer import Tokenizer
+from flashlm_numba.inference.evaluate import validation_subset
+from flashlm_numba.model import build as assemble
+from flashlm_numba.model import checkpoint
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.system.compiled import ensure_compiled
+from flashlm_numba.system.display import Progress
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from flashlm_numba.model.model import Model
+
+WINDOW, BATCH = 1_024, 2_048  # positions in validating; a longer receptive field raises the first
+
+
+@dataclass
+class Clock:
+    """Where a run stands."""
+
+    step: int = 0  # steps done
+    tokens: int = 0  # tokens seen
+    seconds: float = 0.0  # of training: the embedding's start, the tree, steps and saving; not compiling or validating
+
+
+@dataclass
+class Session:
+    """One run in progress."""
+
+    run: RunConfig
+    folder: Path
+    data: TokenData
+    model: Model
+    optimizer: Optimizer
+    ema: dict[str, np.ndarray]  # running average of the parameters; empty where none is kept
+    progress: Progress = field(default_factory=Progress)  # shown what happens
+    clock: Clock = field(default_factory=Clock)
+    subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+
+
+def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress) -> Session:
+    """A run before its first step; what making the model took is on its clock."""
+    model, seconds = assemble.new_model(run, data, progress.note, lambda: ensure_compiled(progress.note))
+    ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
+    session = _session(run, folder, data, model, ema, progress)
+    session.clock.seconds = seconds
+    return session
+
+
+def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, progress: Progress) -> Session:
+    """A run as it was when the checkpoint `path` was written, but for the optimiser's state.
+
+    Raises UserError where the checkpoint is not of these settings.
+    """
+    ensure_compiled(progress.note)
+    progress.note(f"Reading {path}.")
+    state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
+    counts = data.train.counts(run.model.vocab_size)
+    model = assemble.model_from(run, checkpoint.load(path, "model"), counts)
+    ema = checkpoint.load(path, "ema") if run.training.ema else {}
+    if ema and {name: (a.shape, a.dtype) for name, a in ema.items()} != {
+        name: (a.shape, a.dtype) for name, a in model.parameters.items()
+    }:
+        raise UserError(f"The average in {path} is not of this model's weights; use another checkpoint.")
+    session = _session(run, folder, data, model, ema, progress)
+    session.clock = Clock(state["step"], state["tokens"], state["seconds"])
+    return session
+
+
+def _session(
+    run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray], progress: Progress
+) -> Session:
+    optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
+    subset = validation_subset(data.validation, run.training.validation_tokens)
+    return Session(run, folder, data, model, optimizer, ema, progress, subset=subset)

@@ -1,0 +1,100 @@
+"""One optimiser step: its batches, the positions that count in its loss, forward, backward and update.
+
+What a step draws is a function of the seed and the step's number: batches and positions come from generators
+seeded by them, so that a resumed run needs no stored position and goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashlm_numba.data.shards import sample_batch
+from flashlm_numba.model.config import Phase
+from flashlm_numba.model.model import Model
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.training.session import Session
+
+EMBEDDING = "embedding.weight"
+_POSITIONS, _CANDIDATES = 1, 2  # the random streams of the positions and of the head, beside the batches' own
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did."""
+
+    loss: float  # nats per position: what was minimised, smoothing and z-loss included
+    nll: float  # nats per token at the same positions: plain -ln p
+    lr: float  # of AdamW
+    seconds: float
+    shares: dict[str, float]  # of the step's time: embedding, trunk, head, optimizer
+
+
+def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool = False) -> Step:
+    """One optimiser step on the batches of `step`; lr is the schedule's factor (0 changes no parameter).
+
+    full : the sampled head takes the softmax over all tokens.
+
+    Raises UserError, before any parameter is changed, where the loss or a gradient is not finite.
+    """
+    run, model = session.run, session.model
+    start = time.perf_counter()
+    model.sync_weights()
+    loss = nll = 0.0
+    shares = {"embedding": 0.0, "trunk": 0.0, "head": 0.0, "optimizer": 0.0}
+    for micro in range(phase.grad_accum):
+        ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.batch_size, phase.seq_len)
+        weights = loss_weights(run.seed, step, micro, targets.size, run.head.loss_fraction, phase.grad_accum)
+        model.head.begin(np.random.default_rng((run.seed, step, micro, _CANDIDATES)), full=full)
+        losses, nlls, seconds = model.loss_and_grad(ids, targets, weights, accumulate=micro > 0)
+        share = 1 / (len(losses) * phase.grad_accum)  # the same for every position that counts
+        loss += float(losses.sum(dtype=np.float64)) * share
+        nll += float(nlls.sum(dtype=np.float64)) * share
+        for name, spent in seconds.items():
+            shares[name] += spent
+    before = time.perf_counter()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss is {loss} ({_not_finite(model)} not finite), so training has diverged; nothing was updated."
+        )
+    config = session.optimizer.config
+    rates = config.normuon_lr * lr, config.adamw_lr * lr
+    # rows that start at random or from the corpus are ours to train from the first step
+    frozen = {EMBEDDING} if phase.frozen and run.embedding_given else set()
+    session.optimizer.step(*rates, config.clip, frozen=frozen)
+    end = time.perf_counter()
+    shares["optimizer"] = end - before
+    seconds_of_step = end - start
+    return Step(
+        loss,
+        nll,
+        rates[1],
+        seconds_of_step,
+        {name: round(spent / seconds_of_step, 4) for name, spent in shares.items()},
+    )
+
+
+def loss_weights(seed: int, step: int, micro: int, positions: int, fraction: float, micros: int) -> np.ndarray:
+    """Each position's weight in the step's loss, (positions,) float32; over the micro-batches they sum to 1.
+
+    A random `fraction` of the positions (at least one) counts, drawn from (seed, step, micro); the others weigh 0.
+
+    >>> sorted(loss_weights(0, 1, 0, 8, 0.25, 2).tolist())
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.25]
+    """
+    kept = max(1, int(positions * fraction))
+    if kept == positions:
+        return np.full(positions, 1 / (positions * micros), np.float32)
+    rng = np.random.default_rng((seed, step, micro, _POSITIONS))
+    weights = np.zeros(positions, np.float32)
+    weights[rng.permutation(positions)[:kept]] = 1 / (kept * micros)
+    return weights
+
+
+def _not_finite(model: Model) -> str:
+    """The first parameter or gradient that is not finite, where the loss is not."""
+    named = [*model.parameters.items(), *((f"the gradient of {name}", g) for name, g in model.gradients.items())]
+    return next((name for name, value in named if not np.isfinite(value).all()), "the logits")

@@ -1,0 +1,39 @@
+"""The named recipes."""
+
+import pytest
+
+from flashlm_numba.model.recipes import RECIPES, from_recipe
+from flashlm_numba.system.errors import UserError
+
+
+def test_v3_recipe_is_the_published_one():
+    v3 = from_recipe("v3")
+    shape = [(p.last_step, p.batch_size, p.seq_len, p.grad_accum, p.frozen) for p in v3.training.phases]
+    assert shape == [
+        (1_000, 4, 64, 4, True),
+        (4_000, 4, 128, 4, False),
+        (7_000, 4, 256, 8, False),
+        (10_000, 4, 512, 8, False),
+    ]
+    assert (v3.head.name, v3.head.loss_fraction, v3.head.label_smoothing, v3.head.z_loss) == (
+        "dense",
+        0.25,
+        0.1,
+        1e-4,
+    )
+    assert (v3.optimizer.normuon, v3.optimizer.normuon_lr, v3.optimizer.adamw_lr) == ("v3", 0.02, 3e-4)
+    assert (v3.optimizer.weight_decay, v3.optimizer.clip, v3.optimizer.warmup_steps) == (0.1, 1.0, 200)
+    assert v3.training.ema == 0.999
+    assert v3.fixed_schedule == 10_000
+    assert v3.fixed_schedule * v3.optimizer.warmdown_ratio == 1_000
+    assert v3.tokens_until(2_000) == 1_000 * 4 * 64 * 4 + 1_000 * 4 * 128 * 4
+
+
+def test_a_recipe_that_there_is_not():
+    with pytest.raises(UserError, match="There is no recipe 'v9'; the recipes are default, v3"):
+        from_recipe("v9")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_itself(name):
+    assert from_recipe(name).recipe == name
