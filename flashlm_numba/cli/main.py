@@ -24,6 +24,7 @@ from typing import Any, Literal
 import click
 
 from flashlm_numba import __version__
+from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.model.config import ACTIVATIONS, RECIPES, RunConfig
 from flashlm_numba.system.display import plural
 from flashlm_numba.system.errors import UserError
@@ -64,6 +65,14 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("it is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _HeadName(click.Choice):
+    """A name in HEADS, one that was registered after this module was imported too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        self.choices = tuple(HEADS)
         return super().convert(value, param, ctx)
 
 
@@ -216,7 +225,7 @@ def prepare(
 @click.argument("data", required=False, type=_Path())
 @click.option(
     "--head",
-    type=click.Choice(["dense", "sampled", "tree"]),
+    type=_HeadName(HEADS),
     help="Output layer: a softmax over all tokens (dense), over the nodes of a tree (much faster), or, in training "
     "only, over some drawn tokens (sampled: its training loss reads low, since the other tokens are only estimated). "
     "Default: the recipe's, tree for default, dense for v3.",
@@ -346,9 +355,8 @@ def _check_settings(head: str, settings: tuple[str, ...], options: dict[str, str
     twice = sorted(name for name in names if options.get(name) is not None)
     if twice:
         raise click.UsageError(f"--set {twice[0]} says again what an option says; give only one of the two.")
-    for owner, own in (("tree", ("tree",)), ("sampled", ("num_sampled", "full_softmax_ratio"))):
-        idle = sorted(name for name in names if head != owner and name.startswith(own))
-        if idle:
+    for owner in HEADS:
+        if idle := sorted(names & set(head_class(owner).own_settings) - set(head_class(head).own_settings)):
             raise click.UsageError(
                 f"With the {head} head {', '.join(idle)} would change nothing; leave it out, or give --head {owner}."
             )
@@ -471,7 +479,6 @@ def generate(
     import time
 
     from flashlm_numba.data.tokenizer import EOT, Tokenizer
-    from flashlm_numba.heads import DenseHead
     from flashlm_numba.inference.generate import generate_text
     from flashlm_numba.model.build import load_model
     from flashlm_numba.system.display import peak_rss_mb
@@ -483,7 +490,7 @@ def generate(
     if int8_head:
         if top_p is not None and top_k is None:
             raise click.UsageError("--int8-head with --top-p needs --top-k too: the rest is drawn from all tokens.")
-        if not isinstance(model.head, DenseHead):
+        if not model.head.has_int8:
             raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")
         model.head.use_int8()
     if hasattr(sys.stdout, "reconfigure"):
@@ -524,7 +531,7 @@ def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
 
     The ternary weights are packed, 1.6 bits each; all others are kept in full, so the model computes what it computed.
     """
-    from flashlm_numba.model.build import export_run
+    from flashlm_numba.model.export import export_run
 
     size = export_run(run, file, checkpoint, ema=ema).stat().st_size
     click.echo(f"{file}: {size / 1e6:,.1f} MB")
@@ -539,7 +546,7 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
 
     RUN may also be a file that `export` wrote.
     """
-    from flashlm_numba.model.build import describe_run
+    from flashlm_numba.model.describe import describe_run
 
     description = describe_run(run, checkpoint)
     if as_json:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+Note = Callable[[str], None]  # shows a line to the user
 
 PLAIN_SECONDS = 20.0  # between lines where there is no terminal
 WIDE = 130  # columns of a terminal that everything about a step fits into
@@ -41,7 +43,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
     """A line on standard error; whoever read it may have gone (a closed terminal, `| head`): the work goes on."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
@@ -82,7 +84,7 @@ class Display:
             with contextlib.suppress(OSError):
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            _print(text)
+            say(text)
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
@@ -145,7 +147,7 @@ class Display:
         elif force or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             of = f"/{self._total:,}" if self._total else ""
-            _print(f"{self._label} {self._done:,}{of}  {text}")
+            say(f"{self._label} {self._done:,}{of}  {text}")
 
     def _stop(self) -> None:
         if self._progress is not None:

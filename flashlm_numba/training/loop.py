@@ -36,6 +36,7 @@ from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import Display
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_threads
+from flashlm_numba.training import inputs
 from flashlm_numba.training.optimizer import PRESETS, Optimizer, OptimizerSettings, lr_scale
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def position_weights(seed: int, step: int, micro: int, positions: int, share: fl
 def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool = False) -> Step:
     """One optimiser step on the batches of `step`; lr is the schedule's factor (0 changes no parameter).
 
-    full : the sampled head takes the softmax over all tokens.
+    full : a head that draws candidates takes all tokens.
 
     Raises UserError, before any parameter is changed, where the loss or a gradient is not finite.
     """
@@ -202,7 +203,7 @@ def start_run(
     folder = out if out is not None else Path("runs") / name
     _check_free(folder)
     with Display() as display:
-        source = assemble.training_data(data, display.note)
+        source = inputs.training_data(data, display.note)
         token_data = open_tokens(source)
         token_data.verify()
         run = replace(
@@ -212,7 +213,7 @@ def start_run(
             data=str(source.resolve()),
             data_hash=token_data.hash,
         )
-        assemble.check(run, token_data)
+        inputs.check(run, token_data)
         # what is impossible is said before the folder is made and the embedding computed
         fixed_length = steps is not None or tokens is not None
         if fixed_length:
@@ -290,7 +291,7 @@ def resume_run(
                 "there, or start a new run."
             )
         token_data.verify()
-        assemble.check(run, token_data)
+        inputs.check(run, token_data)
         if path is None:
             display.note(f"{folder} has no checkpoint yet; it starts again from its first step.")
             session = _new_session(run, folder, token_data, display)
@@ -394,6 +395,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
         validation = (time.perf_counter() - started) * run.training.validation_tokens / len(few[0])
     budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
     fixed = run.fixed_schedule
+    full_ratio = session.model.head.full_ratio(run.head)
     rates: list[float] = []
     steps, left = at, minutes * 60
     if at == 0:  # the embedding's start and the tree are on the clock already
@@ -403,10 +405,8 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
         if end <= at:
             rates.append(0.0)  # over before this plan begins
             continue
-        rate = _step_seconds(session, phase, budget)
-        if run.head.name == "sampled":  # its last steps are dense ones
-            rate += run.head.full_softmax_ratio * (_step_seconds(session, phase, budget, full=True) - rate)
-        rates.append(rate)
+        kinds = ((False, 1 - full_ratio), (True, full_ratio))
+        rates.append(sum(share * _step_seconds(session, phase, budget, full=full) for full, share in kinds if share))
         if len(rates) == 1 or steps == at:
             validations = 1 + left / rates[-1] / (run.training.validate_every or math.inf)
             left -= min(0.02 * left, time.perf_counter() - began + validations * validation)
@@ -437,6 +437,7 @@ def _loop(session: Session, display: Display) -> int:
     """Train until the plan's last step or a signal; returns the exit status."""
     run, clock = session.run, session.clock
     training, plan = run.training, run.plan
+    sampled_steps = plan.schedule_steps * (1 - session.model.head.full_ratio(run.head))  # the first ones
     saved_at = clock.seconds
     seen_at = clock.seconds if clock.step else 0.0  # a mark may pass while the start and the tree are made
     saved_step = clock.step if checkpoint.any_in(session.folder) else -1
@@ -456,7 +457,7 @@ def _loop(session: Session, display: Display) -> int:
                 warmup=run.optimizer.warmup_steps,
                 decay=run.optimizer.warmdown_ratio * plan.schedule_steps,
             )
-            sampled = run.head.name == "sampled" and not run.full_at(step)  # its loss and NLL read low
+            sampled = step <= sampled_steps  # the loss and NLL read low
             try:
                 done = train_step(session, phase, step, lr=scale, full=not sampled)
             except UserError as error:
@@ -665,7 +666,7 @@ def _describe(session: Session, display: Display) -> None:
     """Say what is about to be trained."""
     run = session.run
     size = sum(value.size for value in session.model.parameters.values())
-    head = f"tree ({run.head.tree})" if run.head.name == "tree" else run.head.name
+    head = session.model.head.title(run.head)
     display.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.heads.label_tree import SHAPES, Tree, balanced_kmeans, build_tree, tree_from_lists
+from flashlm_numba.heads.label_tree import Tree, tree_from_lists
+from flashlm_numba.heads.tree_shapes import SHAPES, balanced_kmeans, build_tree
 from flashlm_numba.system.errors import UserError
 
 SIZES = [1, 2, 3, 4, 5, 7, 10, 37, 99, 250]
@@ -170,7 +171,7 @@ def test_build_tree_says_what_it_cannot_do():
 def test_clusters_beyond_the_memory_are_refused(monkeypatch):
     rows = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
     assert build_tree("clustered", np.ones(100), rows=rows, arity=2).vocab_size == 100
-    monkeypatch.setattr("flashlm_numba.heads.label_tree.MOST_SIMILARITIES", 150)
+    monkeypatch.setattr("flashlm_numba.heads.tree_shapes.MOST_SIMILARITIES", 150)
     with pytest.raises(UserError, match="2 clusters of 100 tokens would need too much memory; ask for at most 1"):
         build_tree("clustered", np.ones(100), rows=rows, arity=2)
 

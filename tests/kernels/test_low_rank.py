@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba.heads import TreeHead
-from flashlm_numba.heads.label_tree import build_tree, tree_from_lists
-from flashlm_numba.heads.tree import default_rank, factor_nodes, init_nodes
+from flashlm_numba.heads.label_tree import tree_from_lists
+from flashlm_numba.heads.tree_nodes import default_rank, factor_nodes, init_nodes
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.kernels import low_rank
 from flashlm_numba.system.errors import UserError
 
