@@ -163,7 +163,9 @@ class TreeHead(Head):
         """As Head.from_settings; node rows that were not saved start from the leaf rows, weighed by the counts."""
         tree = Tree.from_tensors(constants)
         nodes, basis = parameters.get("nodes.weight"), parameters.get("nodes.basis")
-        rank = settings.tree_rank or default_rank(settings.tree, tree, weight.shape[1]) if nodes is None else None
+        rank = None
+        if nodes is None:
+            rank = settings.tree_rank or default_rank(settings.tree, tree, weight.shape[1])
         options = loss_options(settings, constants)
         return TreeHead(tree, weight, dweight, counts=counts, nodes=nodes, basis=basis, rank=rank, **options)
 

@@ -14,7 +14,8 @@ from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.model.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = [part for setting in TINY for part in ("--set", setting)]
+# of a layout of 6 steps, so that a run that stops before is the same run
+SETTINGS = [part for setting in (*TINY[:4], "phases=6:2x16x2", *TINY[5:]) for part in ("--set", setting)]
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def unigram(monkeypatch):
     monkeypatch.setitem(HEADS, "unigram", "")  # goes at the end
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    found = {}
-    exec(next(block for block in blocks if "class UnigramHead" in block), found)
-    return found["UnigramHead"]
+    example = next(block for block in blocks if "class UnigramHead" in block)
+    definition = example[: example.index("\nconfig = ")]  # what comes after trains it
+    exec(definition, {})
 
 
 def run_command(*arguments):
@@ -43,10 +44,9 @@ def test_head_registered_in_the_table_works_in_every_command(unigram, corpus, tm
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert lines[-1]["loss"] < lines[0]["loss"] == pytest.approx(np.log(50_257), rel=1e-6)
-    once, twice = (load_file(folder / "checkpoints/step-4/model.safetensors") for folder in (whole, run))
-    assert np.array_equal(once["head.bias"], twice["head.bias"])
-    bias = load_file(run / "checkpoints/step-6/model.safetensors")["head.bias"]
-    assert np.abs(bias).max() > 0.1
+    once, twice = (load_file(folder / "checkpoints/step-6/model.safetensors")["head.bias"] for folder in (whole, run))
+    assert np.array_equal(once, twice)
+    assert np.abs(once).max() > 0.1
 
     run_command("export", run, file)
     for path in (run, file):
