@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import the heads, and with them Numba, when they are asked for: `flashlm-numba --help` does not wait."""
     if name in ("DenseHead", "SampledHead", "TreeHead"):
-        from flashlm_numba.heads import base as heads
+        from flashlm_numba import heads
 
         return getattr(heads, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,3 +86,11 @@ def numeric_gradient(function: Callable[[], float], x: np.ndarray, step: float =
 def command(*arguments: object) -> Result:
     """`flashlm-numba` with these arguments, in this process."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def some_counts(seed: int, vocab: int) -> np.ndarray:
+    """Token counts (vocab,), a few of them large, one of them 0."""
+    rng = np.random.default_rng(seed)
+    counts = (rng.pareto(0.8, vocab) * 20).astype(np.int64)
+    counts[rng.integers(0, vocab)] = 0
+    return counts

@@ -23,8 +23,9 @@ import numpy as np
 
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.heads import DenseHead, Head, SampledHead, TreeHead
-from flashlm_numba.heads.label_tree import SHAPES, Tree, build_tree
-from flashlm_numba.heads.tree import default_rank
+from flashlm_numba.heads.label_tree import Tree
+from flashlm_numba.heads.tree_nodes import default_rank
+from flashlm_numba.heads.tree_shapes import SHAPES, build_tree
 from flashlm_numba.kernels import dense_head, reference_tree, tree_head
 from flashlm_numba.model.config import HeadConfig
 from flashlm_numba.model.embedding_init import cached_start

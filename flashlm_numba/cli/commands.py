@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from flashlm_numba.cli import options
-from flashlm_numba.cli.options import Number, PathOrSource, use_threads
+from flashlm_numba.cli.options import HeadName, Number, PathOrSource, use_threads
+from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe
 from flashlm_numba.system.display import peak_rss_mb, plural
@@ -99,7 +100,7 @@ def prepare(
 @click.argument("data", required=False, type=PathOrSource())
 @click.option(
     "--head",
-    type=click.Choice(["dense", "sampled", "tree"]),
+    type=HeadName(HEADS),
     help="Output layer: a softmax over all tokens (dense), over the nodes of a tree (much faster), or, in training "
     "only, over some drawn tokens (sampled: its training loss reads low, since the other tokens are only estimated). "
     "Default: the recipe's, tree for default, dense for v3.",
@@ -235,9 +236,8 @@ def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str |
     twice = sorted(name for name in names if given.get(name) is not None)
     if twice:
         raise click.UsageError(f"--set {twice[0]} says again what an option says; give only one of the two.")
-    for owner, own in (("tree", ("tree",)), ("sampled", ("num_sampled", "full_softmax_ratio"))):
-        idle = sorted(name for name in names if head != owner and name.startswith(own))
-        if idle:
+    for owner in HEADS:
+        if idle := sorted(names & set(head_class(owner).own_settings) - set(head_class(head).own_settings)):
             raise click.UsageError(
                 f"With the {head} head {', '.join(idle)} would change nothing; leave it out, or give --head {owner}."
             )
@@ -395,9 +395,7 @@ def generate(
 
 def _use_int8_head(model: Model, run: Path) -> None:
     """Read the dense head's rows as int8; another head is a usage error."""
-    from flashlm_numba.heads import DenseHead
-
-    if not isinstance(model.head, DenseHead):
+    if not model.head.has_int8:
         raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")
     model.head.use_int8()
 
@@ -420,7 +418,7 @@ def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
 
     The ternary weights are packed, 1.6 bits each; all others are kept in full, so the model computes what it computed.
     """
-    from flashlm_numba.model.build import export_run
+    from flashlm_numba.model.export import export_run
 
     size = export_run(run, file, checkpoint, ema=ema).stat().st_size
     click.echo(f"{file}: {size / 1e6:,.1f} MB")
@@ -435,7 +433,7 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
 
     RUN may also be a file that `export` wrote.
     """
-    from flashlm_numba.model.build import describe_run
+    from flashlm_numba.model.describe import describe_run
 
     description = describe_run(run, checkpoint)
     if as_json:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from flashlm_numba.heads import HEADS
 from flashlm_numba.model.config import ACTIVATIONS
 
 
@@ -28,6 +29,14 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class HeadName(click.Choice):
+    """A name in HEADS, one that was registered after this module was imported too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        self.choices = tuple(HEADS)
+        return super().convert(value, param, ctx)
 
 
 threads = click.option(

@@ -61,8 +61,8 @@ def _check_dense_head() -> float:
 
 
 def _check_tree_head() -> float:
-    from flashlm_numba.heads.label_tree import build_tree
     from flashlm_numba.heads.tree import TreeHead
+    from flashlm_numba.heads.tree_shapes import build_tree
     from flashlm_numba.kernels import reference_tree
 
     rng = np.random.default_rng(1)

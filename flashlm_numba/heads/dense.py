@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba.heads.options import check_options, check_rows
+from flashlm_numba.heads.base import Head, check_options, check_rows, loss_options
+from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, dense_inference, draw
 from flashlm_numba.kernels import dense_head as kernels
@@ -18,7 +19,7 @@ __all__ = ["DenseHead"]
 RESCORED = 64  # of logits from int8 rows: the largest, which are drawn nearly always
 
 
-class DenseHead:
+class DenseHead(Head):
     """softmax(h @ weight.T): exact, every token's logit for every position, in bounded scratch.
 
     weight (V, C) float32 may be shared with the embedding; its gradient is added to dweight (V, C) (made here if not
@@ -31,7 +32,7 @@ class DenseHead:
     """
 
     name = "dense"
-    row_of_token = None
+    has_int8 = True
 
     def __init__(
         self,
@@ -57,15 +58,23 @@ class DenseHead:
         self._scratch: kernels.DenseScratch | None = None
         self._int8: tuple[np.ndarray, np.ndarray] | None = None  # rows and their scales
 
+    @classmethod
+    def from_settings(
+        cls,
+        settings: HeadConfig,
+        weight: np.ndarray,
+        dweight: np.ndarray,
+        *,
+        constants: dict[str, np.ndarray],
+        parameters: dict[str, np.ndarray],
+        counts: np.ndarray | None,
+    ) -> DenseHead:
+        """As Head.from_settings; the counts are not used."""
+        return DenseHead(weight, dweight, **loss_options(settings, constants))
+
     def _buffers(self) -> kernels.DenseScratch:
         self._scratch = kernels.scratch_for(self._scratch, *self.weight.shape)
         return self._scratch
-
-    def prepare(self) -> None:
-        """Nothing: the rows are used as they are."""
-
-    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
-        """Nothing: this loss draws nothing."""
 
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True

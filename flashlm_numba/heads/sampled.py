@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.heads.base import check_targets, loss_options
+from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.dense import DenseHead
-from flashlm_numba.heads.options import check_targets
 from flashlm_numba.kernels import dense_head as kernels
 from flashlm_numba.kernels.embedding import embedding_backward, embedding_forward, zero
 
@@ -73,6 +74,7 @@ class SampledHead(DenseHead):
     """
 
     name = "sampled"
+    own_settings = ("num_sampled", "full_softmax_ratio")
 
     def __init__(
         self,
@@ -96,6 +98,28 @@ class SampledHead(DenseHead):
         self._sizes = counts[self._by_frequency].astype(np.float64) + 1
         self._uniform: float | None = 0.5
         self._few: kernels.DenseScratch | None = None
+
+    @classmethod
+    def full_ratio(cls, settings: HeadConfig) -> float:
+        """The last share of the steps, which takes the softmax over all tokens."""
+        return settings.full_softmax_ratio
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: HeadConfig,
+        weight: np.ndarray,
+        dweight: np.ndarray,
+        *,
+        constants: dict[str, np.ndarray],
+        parameters: dict[str, np.ndarray],
+        counts: np.ndarray | None,
+    ) -> DenseHead:
+        """As Head.from_settings; without counts, which only training needs, a dense head."""
+        options = loss_options(settings, constants)
+        if counts is None:
+            return DenseHead(weight, dweight, **options)
+        return SampledHead(weight, dweight, counts=counts, candidates=settings.num_sampled, **options)
 
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
         """Set what the next forward_backward draws; full: the softmax over all tokens, nothing is drawn."""

@@ -2,82 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from flashlm_numba.heads.label_tree import Tree, build_tree
-from flashlm_numba.heads.options import check_options, check_rows, check_targets
+from flashlm_numba.heads.base import Head, check_options, check_rows, check_targets, loss_options
+from flashlm_numba.heads.config import HeadConfig
+from flashlm_numba.heads.label_tree import Tree
 from flashlm_numba.heads.sampling import check_settings, sample_rows
+from flashlm_numba.heads.tree_nodes import default_rank, factor_nodes, init_nodes, node_log_prior
+from flashlm_numba.heads.tree_shapes import build_tree, check_shape
 from flashlm_numba.kernels import tree_head as kernels
 from flashlm_numba.kernels import tree_inference
 from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
 
-__all__ = ["TreeHead", "default_rank", "factor_nodes", "init_nodes", "node_log_prior"]
-
-
-def _over_leaves(ufunc: np.ufunc, tree: Tree, value: np.ndarray) -> np.ndarray:
-    """ufunc reduced over the leaf rows below each node but the root: value (V, ...) gives (M, ...)."""
-    if tree.n_nodes == 1:
-        return np.empty((0, *value.shape[1:]), value.dtype)
-    # reduceat takes starts only: each node's start and end in turn, every second result; an end may be V
-    padded = np.concatenate([value, value[:1]])
-    pairs = np.stack([tree.token_start[1:], tree.leaf_end[1:]], axis=1).ravel()
-    return ufunc.reduceat(padded, pairs, axis=0)[::2]
-
-
-def init_nodes(tree: Tree, weight: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-    """Node rows (M, C) float32 to start from: the mean of the rows below, weighted by the tokens' counts plus
-    one.
-
-    weight (V, C), rows in leaf order; counts (V,) by token id, default all alike. A node's logit is then
-    about that of its frequent tokens, so that the tree starts where the rows already are.
-    """
-    share = np.ones(tree.vocab_size) if counts is None else np.asarray(counts, np.float64)[tree.token_of_row] + 1
-    total = _over_leaves(np.add, tree, share)
-    nodes = np.empty((tree.n_nodes - 1, weight.shape[1]), np.float32)
-    for c in range(0, weight.shape[1], 32):  # a few columns at a time: the float64 copy stays small
-        columns = slice(c, c + 32)
-        nodes[:, columns] = _over_leaves(np.add, tree, weight[:, columns] * share[:, None]) / total[:, None]
-    return nodes
-
-
-def default_rank(shape: str, tree: Tree, dim: int) -> int | None:
-    """Rank that training gives the node rows of a tree that was asked for as `shape`; None: they are kept whole.
-
-    The default tree by meaning has some 1,400 rows for GPT-2's vocabulary; at three sixteenths of the channels they are
-    as many parameters as the 320 rows of an adaptive tree, 0.6 % of the model.
-    """
-    return max(1, 3 * dim // 16) if shape == "default" and tree.shape == "clustered" else None
-
-
-def factor_nodes(nodes: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest rows of this rank to nodes (M, C), as coords (M, R) and basis (R, C) float32 to multiply.
-
-    The basis is orthogonal, in size such that the numbers of coords are as large as those of the rows: a rule that
-    moves every number by about the learning rate, such as AdamW's, then moves a row as far as if it were kept whole.
-    R is rank, or C where that is less. Raises ValueError if rank is below 1.
-    """
-    if rank < 1:
-        raise ValueError(f"factor_nodes: rank must be at least 1, got {rank}")
-    dim = nodes.shape[1]
-    rank = min(rank, dim)
-    whole = nodes.astype(np.float64)
-    _, vectors = np.linalg.eigh(whole.T @ whole)  # by rising eigenvalue
-    chosen = vectors[:, ::-1][:, :rank]
-    size = (dim / rank) ** 0.5
-    return (whole @ chosen / size).astype(np.float32), np.ascontiguousarray((chosen * size).T, np.float32)
-
-
-def node_log_prior(tree: Tree, log_prior: np.ndarray) -> np.ndarray:
-    """Log of the summed prior of the tokens below each node (M,) float32; log_prior (V,) in leaf order."""
-    return _over_leaves(np.logaddexp, tree, log_prior.astype(np.float64)).astype(np.float32)
+__all__ = ["TreeHead"]
 
 
 NEVER = -1e30  # log probability of what cannot be, as a number
 
 
-class TreeHead:
+class TreeHead(Head):
     """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the
     path.
 
@@ -101,6 +47,15 @@ class TreeHead:
     """
 
     name = "tree"
+    own_settings = (
+        "tree",
+        "tree_clustering",
+        "tree_root_tokens",
+        "tree_clusters",
+        "tree_classes",
+        "tree_arity",
+        "tree_rank",
+    )
 
     def __init__(
         self,
@@ -169,6 +124,63 @@ class TreeHead:
             self.weight, self.nodes, self._spans, soft_cap=soft_cap, **self._prior
         )
 
+    @classmethod
+    def check(cls, settings: HeadConfig, *, has_rows: bool) -> None:
+        """Raise UserError unless the tree's shape is there and takes the options set."""
+        rows = has_rows and _clusters_rows(settings)
+        check_shape(settings.tree, _shape_options(settings), rows=rows, prefix="tree_")
+
+    @classmethod
+    def title(cls, settings: HeadConfig) -> str:
+        """The name and the shape of the tree asked for."""
+        return f"tree ({settings.tree})"
+
+    @classmethod
+    def constants_from_data(
+        cls, settings: HeadConfig, counts: np.ndarray, rows: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """As Head.constants_from_data, and the tree's arrays."""
+        given = rows if _clusters_rows(settings) else None
+        tree = build_tree(settings.tree, counts, rows=given, **_shape_options(settings))
+        return super().constants_from_data(settings, counts, rows) | tree.to_tensors()
+
+    @classmethod
+    def token_of_row(cls, constants: dict[str, np.ndarray]) -> np.ndarray:
+        """The tokens (V,) in leaf order."""
+        return constants["tree.token_of_row"]
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: HeadConfig,
+        weight: np.ndarray,
+        dweight: np.ndarray,
+        *,
+        constants: dict[str, np.ndarray],
+        parameters: dict[str, np.ndarray],
+        counts: np.ndarray | None,
+    ) -> TreeHead:
+        """As Head.from_settings; node rows that were not saved start from the leaf rows, weighed by the counts."""
+        tree = Tree.from_tensors(constants)
+        nodes, basis = parameters.get("nodes.weight"), parameters.get("nodes.basis")
+        rank = None
+        if nodes is None:
+            rank = settings.tree_rank or default_rank(settings.tree, tree, weight.shape[1])
+        options = loss_options(settings, constants)
+        return TreeHead(tree, weight, dweight, counts=counts, nodes=nodes, basis=basis, rank=rank, **options)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """As Head.constants, and the tree's arrays."""
+        return super().constants() | self.tree.to_tensors()
+
+    def describe(self, counts: Callable[[], np.ndarray | None]) -> dict[str, Any]:
+        """The tree's shape, and what a position costs where the training text is there to count tokens in."""
+        found = counts()
+        description = self.tree.describe(found)
+        if found is None:  # then nothing is known of how often a token occurs
+            description = {name: value for name, value in description.items() if not name.startswith("expected")}
+        return {"tree": description}
+
     def _take_nodes(self, nodes: np.ndarray, rank: int | None, basis: np.ndarray | None) -> None:
         """Set the node rows, whole or as a product, and their gradients."""
         count, dim = self.tree.n_nodes - 1, self.weight.shape[1]
@@ -201,9 +213,6 @@ class TreeHead:
     def _rows(self, targets: np.ndarray) -> np.ndarray:
         check_targets("TreeHead", targets, self.vocab_size)
         return self.row_of_token[targets]
-
-    def begin(self, rng: np.random.Generator, *, full: bool) -> None:
-        """Nothing: this loss draws nothing."""
 
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
@@ -311,3 +320,19 @@ class TreeHead:
             else:
                 rows[n] = self._sampler.draw_top(h[n : n + 1], top_k or 1, rng.random(), temperature, top_p)
         return self.tree.token_of_row[rows]
+
+
+def _shape_options(settings: HeadConfig) -> dict[str, int]:
+    """The options of build_tree that the settings give."""
+    options = {
+        "root_tokens": settings.tree_root_tokens,
+        "clusters": settings.tree_clusters,
+        "classes": settings.tree_classes,
+        "arity": settings.tree_arity,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _clusters_rows(settings: HeadConfig) -> bool:
+    """Whether the tree's builder is given the rows that the embedding starts from."""
+    return settings.tree_clustering == "embedding" or settings.tree == "clustered"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashlm_numba.system.display import Note, say
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,13 +190,14 @@ def evaluate_run(
     subset: str | None = None,
     column: str = "text",
     lines: bool = False,
+    note: Note = say,
 ) -> dict[str, Any]:
     """Score a run's model; the object that `eval --json` prints.
 
     data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
     or its validation documents where file names set some apart); None: the run's own validation documents.
     activations : "float" or "int8", as Model.use_activations; None: as the run was trained.
-    subset, column, lines : of a source, as `prepare` takes them.
+    subset, column, lines : of a source, as `prepare` takes them.  note : as of load_model
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
     from flashlm_numba.data.shards import is_prepared, open_run_tokens, open_tokens
@@ -203,7 +205,7 @@ def evaluate_run(
     from flashlm_numba.model.build import load_model
     from flashlm_numba.system.display import Display
 
-    loaded = load_model(run, checkpoint_name, ema=ema)
+    loaded = load_model(run, checkpoint_name, ema=ema, note=note)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
     if not is_causal(loaded.model):

@@ -12,18 +12,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.model.mixers import MIXERS
-
-
-def _in(default: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Any:
-    """A number's default with its range [low, high], or (low, high] if open_low."""
-    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
-
-
-def _one_of(default: str, *choices: str) -> Any:
-    """A word's default with the words allowed."""
-    return field(default=default, metadata={"choices": choices})
-
+from flashlm_numba.system.fields import in_range as _in
+from flashlm_numba.system.fields import one_of as _one_of
 
 ACTIVATIONS = ("float", "int8")
 
@@ -47,7 +39,7 @@ class ModelConfig:
     ngram_copy_reach: int = _in(1024, 1, 8192)  # how many tokens back an earlier occurrence may end
     leaky_decay: float = _in(0.0, 0, 0.995)  # decay per token of the mixer's leaky average; 0: there is none
     ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude: a weight beyond it is +1 or -1
-    activations: str = _one_of("float", *ACTIVATIONS)  # what ternary weights multiply: floats, or rounded to int8
+    activations: str = _one_of("float", ACTIVATIONS)  # what ternary weights multiply: floats, or rounded to int8
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_blocks", "n_passes"):
@@ -73,27 +65,6 @@ class ModelConfig:
         return 1 + self.n_blocks * self.n_passes * MIXERS[self.mixer].reach(self) + copies
 
 
-@dataclass(frozen=True)
-class HeadConfig:
-    """The output layer and what the training loss is."""
-
-    name: str = _one_of("tree", "dense", "sampled", "tree")  # the command line's --head
-    num_sampled: int = _in(4_096, 1)  # sampled: tokens in a micro-batch's softmax, its targets included
-    full_softmax_ratio: float = _in(0.05, 0, 1)  # sampled: last share of the steps, with the softmax over all tokens
-    tree: str = "default"  # shape of the tree, --tree
-    tree_clustering: str = _one_of("embedding", "frequency", "embedding")  # what tokens in a node have in common
-    tree_root_tokens: int | None = _in(None, 0)  # adaptive: tokens in the root; none: from V
-    tree_clusters: int | None = _in(None, 1)  # adaptive: nodes below the root
-    tree_classes: int | None = _in(None, 1)  # two-level: nodes below the root
-    tree_arity: int | None = _in(None, 2)  # balanced, clustered: children of a node
-    tree_rank: int | None = _in(None, 1)  # of the inner nodes' rows, kept as a product; none: by shape
-    loss_fraction: float = _in(1.0, 0, 1, open_low=True)  # share of the positions that the loss is taken at
-    label_smoothing: float = _in(0.0, 0, 0.999)  # spread over all tokens (a tree: a node's children)
-    z_loss: float = _in(0.0, 0)  # weight of log(Z)**2, which keeps the logits from drifting
-    soft_cap: float | None = _in(None, 0, 1e6, open_low=True)  # logits become cap * tanh(logit / cap); none: off
-    log_prior: bool = False  # add the tokens' fixed log frequency to the logits
-
-
 # What a variant of NorMuon fixes: fields of kernels.normuon.NorMuonRule, which says what they mean
 NORMUON_VARIANTS: dict[str, dict[str, Any]] = {
     # the authors' repository, arXiv:2510.05491
@@ -109,7 +80,7 @@ class OptimizerConfig:
 
     adamw_eps: ClassVar[float] = 1e-8  # added to the root of the second moment
 
-    normuon: str = _one_of("published", *NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
+    normuon: str = _one_of("published", NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
     normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations a step
     adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
@@ -197,7 +168,7 @@ class RunConfig:
     data: str = ""  # folder of the prepared tokens
     data_hash: str = ""  # SHA-256 over the shards, so that a resumed run reads the same tokens
     model: ModelConfig = ModelConfig()
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     plan: Plan = Plan()
@@ -232,10 +203,6 @@ class RunConfig:
             tokens += max(0, end - start) * phase.tokens
             start = max(start, end)
         return tokens
-
-    def full_at(self, step: int) -> bool:
-        """Whether the sampled head takes the softmax over all tokens in a step; steps count from 1."""
-        return step > self.plan.schedule_steps * (1 - self.head.full_softmax_ratio)
 
     @property
     def embedding_given(self) -> bool:

@@ -10,13 +10,15 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+Note = Callable[[str], None]  # shows a line to the user
 
 PLAIN_SECONDS = 20.0  # between lines where there is no terminal
 WIDE = 130  # columns of a terminal that everything about a step fits into
@@ -44,7 +46,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
     """A line on standard error; whoever read it may have gone (a closed terminal, `| head`): the work goes on."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
@@ -110,7 +112,7 @@ class Display(Progress):
             with contextlib.suppress(OSError):
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            _print(text)
+            say(text)
 
     def stopping(self) -> None:
         """Say that the step is finished first."""
@@ -179,7 +181,7 @@ class Display(Progress):
         elif force or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             of = f"/{self._total:,}" if self._total else ""
-            _print(f"{self._label} {self._done:,}{of}  {text}")
+            say(f"{self._label} {self._done:,}{of}  {text}")
 
     def _stop(self) -> None:
         if self._progress is not None:

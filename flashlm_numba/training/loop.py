@@ -22,8 +22,7 @@ from flashlm_numba.data.tokenizer import EOT
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.kernels.ema import ema_update
-from flashlm_numba.model import build as assemble
-from flashlm_numba.model import checkpoint
+from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import writing_to
@@ -47,10 +46,11 @@ def train(session: Session) -> int:
         progress.steps(last, clock.step),
     ):
         checkpoints = _Checkpoints(session, log)
+        sampled_steps = run.plan.schedule_steps * (1 - session.model.head.full_ratio(run.head))  # the first ones
         while clock.step < last and not caught:
             step = clock.step + 1
             phase = run.phase_at(step)
-            sampled = run.head.name == "sampled" and not run.full_at(step)  # its loss and NLL read low
+            sampled = step <= sampled_steps  # the loss and NLL read low
             with _divergence(session, step):
                 done = train_step(session, phase, step, lr=_lr_factor(run, step), full=not sampled)
             spent = done.seconds + _update_ema(session)
@@ -199,7 +199,7 @@ class _Checkpoints:
 
 def _contents(session: Session, keep: bool) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
     """The tensors of a checkpoint by file, and its state."""
-    files = {"model": assemble.tensors_of(session.model), "optimizer": session.optimizer.state_dict()}
+    files = {"model": build.tensors_of(session.model), "optimizer": session.optimizer.state_dict()}
     if session.ema:
         files["ema"] = session.ema
     samples = session.folder / "samples.txt"

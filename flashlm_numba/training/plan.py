@@ -127,11 +127,9 @@ def _validation_seconds(session: Session) -> float:
 
 def _phase_rate(session: Session, phase: Phase, budget: float) -> float:
     """Seconds per step of this phase, on average over the run."""
-    head = session.run.head
-    rate = _step_seconds(session, phase, budget)
-    if head.name == "sampled":  # its last steps are dense ones
-        rate += head.full_softmax_ratio * (_step_seconds(session, phase, budget, full=True) - rate)
-    return rate
+    full_ratio = session.model.head.full_ratio(session.run.head)
+    kinds = ((False, 1 - full_ratio), (True, full_ratio))
+    return sum(share * _step_seconds(session, phase, budget, full=full) for full, share in kinds if share)
 
 
 def _step_seconds(session: Session, phase: Phase, budget: float, *, full: bool = False) -> float:

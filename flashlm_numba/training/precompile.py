@@ -7,7 +7,7 @@ trains therefore never compiles: it loads what this module has put into the cach
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from flashlm_numba.system.errors import UserError
 
 def main() -> None:
     """Call every kernel on a narrow model: compiled code is the same for any width."""
-    from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
-    from flashlm_numba.heads.label_tree import build_tree
+    from flashlm_numba.heads import HEADS, head_class
+    from flashlm_numba.heads.config import HeadConfig
     from flashlm_numba.kernels.ema import ema_update
     from flashlm_numba.model.config import NORMUON_VARIANTS, ModelConfig, OptimizerConfig
     from flashlm_numba.model.model import Model
@@ -29,25 +29,17 @@ def main() -> None:
     set_threads(None)
     # an embedding beyond the serial optimiser's size
     config = ModelConfig(vocab_size=5_000, dim=16, ffn_dim=8, groups=1, ngram_copy_orders=(1,))
-    tree = build_tree("default", np.arange(config.vocab_size))
-    prior = np.full(config.vocab_size, -8.5, np.float32)
-
-    def make_dense(weight: np.ndarray, dweight: np.ndarray) -> Any:
-        return DenseHead(weight, dweight, log_prior=prior)
-
-    def make_tree(weight: np.ndarray, dweight: np.ndarray) -> Any:
-        return TreeHead(tree, weight, dweight, log_prior=prior, rank=2)
-
-    def make_sampled(weight: np.ndarray, dweight: np.ndarray) -> Any:
-        return SampledHead(weight, dweight, counts=np.arange(config.vocab_size), candidates=100, log_prior=prior)
-
+    counts = np.arange(config.vocab_size)
     optimizers = (
         *(OptimizerConfig(normuon=variant) for variant in NORMUON_VARIANTS),
         OptimizerConfig(sparse_adamw=True),
         OptimizerConfig(sparse_adamw=True, rowwise_exp_avg_sq=True),
     )
     ids = np.arange(64, dtype=np.int32).reshape(2, 32)
-    for make_head in (make_tree, make_dense, make_sampled):
+    for name in HEADS:
+        head, settings = head_class(name), HeadConfig(name=name, num_sampled=100, tree_rank=2, log_prior=True)
+        constants = head.constants_from_data(settings, counts, None)
+        make_head = partial(head.from_settings, settings, constants=constants, parameters={}, counts=counts)
         model = Model(config, initial_parameters(config, 0), make_head)
         for optimizer in optimizers:
             model.head.begin(np.random.default_rng(0), full=False)
@@ -62,7 +54,7 @@ def main() -> None:
         model.decode_step(state, 0)
         for temperature, top_k in ((1.0, None), (0.8, 4), (0.0, None)):
             model.head.sample(h[:1], np.random.default_rng(0), temperature=temperature, top_k=top_k)
-        if isinstance(model.head, DenseHead):
+        if model.head.has_int8:
             model.head.use_int8()
             model.head.sample(h[:1], np.random.default_rng(0))
         model.use_activations("int8")

@@ -15,14 +15,14 @@ from pathlib import Path
 from flashlm_numba.data.shards import TokenData, is_prepared, open_run_tokens, open_tokens
 from flashlm_numba.data.tokenizer import EOT
 from flashlm_numba.inference.evaluate import score
-from flashlm_numba.model import build as assemble
-from flashlm_numba.model import checkpoint
+from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import write_text, writing_to
 from flashlm_numba.system.threads import available_threads, set_threads
+from flashlm_numba.training import inputs
 from flashlm_numba.training.loop import train
 from flashlm_numba.training.plan import OWN_LENGTH, Length, plan_for, plan_minutes
 from flashlm_numba.training.session import Session, new_session, restored_session
@@ -103,11 +103,11 @@ def _check_free(folder: Path) -> None:
 
 def _with_data(run: RunConfig, data: str | None, threads: int, progress: Progress) -> tuple[RunConfig, TokenData]:
     """The settings with the data and the threads that the run uses, and its tokens, checked."""
-    source = assemble.training_data(data, progress.note)
+    source = inputs.training_data(data, progress.note)
     tokens = open_tokens(source)
     tokens.verify(progress=progress)
     run = replace(run, threads=threads, data=str(source.resolve()), data_hash=tokens.hash)
-    assemble.check(run, tokens)
+    inputs.check(run, tokens)
     return run, tokens
 
 
@@ -115,7 +115,7 @@ def _describe(session: Session) -> None:
     """Say what is about to be trained."""
     run = session.run
     size = sum(value.size for value in session.model.parameters.values())
-    head = f"tree ({run.head.tree})" if run.head.name == "tree" else run.head.name
+    head = session.model.head.title(run.head)
     session.progress.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "
@@ -156,7 +156,7 @@ def resume_run(
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
-    run = assemble.read_config(folder)
+    run = build.read_config(folder)
     elsewhere = "make it writable, or copy the run to where you may write and resume the copy"
     with writing_to(folder, elsewhere), checkpoint.lock(folder, "wait for it, or stop it"):
         path = None
@@ -212,7 +212,7 @@ def _same_tokens(run: RunConfig, folder: Path, progress: Progress) -> TokenData:
             "there, or start a new run."
         )
     tokens.verify(progress=progress)
-    assemble.check(run, tokens)
+    inputs.check(run, tokens)
     return tokens
 
 

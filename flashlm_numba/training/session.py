@@ -11,8 +11,7 @@ import numpy as np
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.data.tokenizer import Tokenizer
 from flashlm_numba.inference.evaluate import validation_subset
-from flashlm_numba.model import build as assemble
-from flashlm_numba.model import checkpoint
+from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import Progress
@@ -52,7 +51,7 @@ class Session:
 
 def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress) -> Session:
     """A run before its first step; what making the model took is on its clock."""
-    model, seconds = assemble.new_model(run, data, progress.note, lambda: ensure_compiled(progress.note))
+    model, seconds = build.new_model(run, data, progress.note, lambda: ensure_compiled(progress.note))
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     session = _session(run, folder, data, model, ema, progress)
     session.clock.seconds = seconds
@@ -68,7 +67,7 @@ def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, 
     progress.note(f"Reading {path}.")
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     counts = data.train.counts(run.model.vocab_size)
-    model = assemble.model_from(run, checkpoint.load(path, "model"), counts)
+    model = build.model_from(run, checkpoint.load(path, "model"), counts)
     ema = checkpoint.load(path, "ema") if run.training.ema else {}
     if ema and {name: (a.shape, a.dtype) for name, a in ema.items()} != {
         name: (a.shape, a.dtype) for name, a in model.parameters.items()

@@ -18,7 +18,8 @@ def readers(place):
     import numpy as np
 
     from flashlm_numba.data.shards import SPLITS, Manifest, Shard, SplitManifest
-    from flashlm_numba.heads.label_tree import Tree, build_tree
+    from flashlm_numba.heads.label_tree import Tree
+    from flashlm_numba.heads.tree_shapes import build_tree
     from flashlm_numba.model import packed
     from flashlm_numba.model.recipes import from_recipe
     from flashlm_numba.model.settings import run_from_json

@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import open_tokens
-from flashlm_numba.heads.label_tree import Tree, build_tree
+from flashlm_numba.heads.label_tree import Tree
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.model import build as assemble
 from flashlm_numba.model import checkpoint, packed
+from flashlm_numba.model.export import export_run
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.training.optimizer import Optimizer
 
@@ -174,7 +176,7 @@ def test_changed_settings_and_state(fresh, change, name):
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model.safetensors"
-    assemble.export_run(run, path)
+    export_run(run, path)
     return path
 
 

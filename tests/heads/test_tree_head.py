@@ -7,9 +7,11 @@ from helpers import assert_as_accurate, numeric_gradient
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashlm_numba.heads.label_tree import SHAPES, build_tree, tree_from_lists
+from flashlm_numba.heads.label_tree import tree_from_lists
 from flashlm_numba.heads.sampling import sample_rows
-from flashlm_numba.heads.tree import TreeHead, init_nodes
+from flashlm_numba.heads.tree import TreeHead
+from flashlm_numba.heads.tree_nodes import init_nodes
+from flashlm_numba.heads.tree_shapes import SHAPES, build_tree
 from flashlm_numba.kernels import reference_tree, tree_head, tree_inference
 
 shapes = st.sampled_from([name for name in SHAPES if name != "default"])

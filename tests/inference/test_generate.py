@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flashlm_numba.data.tokenizer import EOT, Tokenizer
 from flashlm_numba.heads import DenseHead, TreeHead
-from flashlm_numba.heads.label_tree import build_tree
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.generate import Utf8Stream, generate_ids, generate_text
 from flashlm_numba.kernels import decode
 from flashlm_numba.model.config import ModelConfig

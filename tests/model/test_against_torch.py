@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_as_accurate, import_torch
 
 from flashlm_numba.heads import DenseHead, TreeHead
-from flashlm_numba.heads.label_tree import build_tree
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.kernels.reference_trunk import is_ternary
 from flashlm_numba.model.config import ModelConfig, OptimizerConfig
 from flashlm_numba.model.model import Model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
-from flashlm_numba.heads.label_tree import build_tree
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.kernels import ternary
 from flashlm_numba.model import model as model_module
 from flashlm_numba.model.config import ModelConfig

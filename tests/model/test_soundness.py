@@ -9,7 +9,7 @@ from helpers import assert_as_accurate, command, numeric_gradient
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.data.tokenizer import EOT
 from flashlm_numba.heads import DenseHead, TreeHead
-from flashlm_numba.heads.label_tree import build_tree
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.kernels import reference, reference_tree
 from flashlm_numba.kernels.reference_trunk import is_ternary, trunk_backward, trunk_forward

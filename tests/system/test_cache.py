@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from helpers import TINY
 
-from flashlm_numba.model import build as assemble
 from flashlm_numba.system.cache import cache_roots, from_cache, writable_cache
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.training import inputs
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_the_built_in_text_is_prepared_apart_whatever_else_the_cache_holds(tmp_p
     (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef").mkdir(parents=True)
     (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef" / "manifest.json").write_text("{}")
     apart, notes = [], []
-    monkeypatch.setattr(assemble, "run_apart", apart.append)
-    monkeypatch.setattr(assemble, "default_corpus", lambda: tmp_path)
-    assert assemble.training_data(None, notes.append) == tmp_path
+    monkeypatch.setattr(inputs, "run_apart", apart.append)
+    monkeypatch.setattr(inputs, "default_corpus", lambda: tmp_path)
+    assert inputs.training_data(None, notes.append) == tmp_path
     assert apart == [["-m", "flashlm_numba", "prepare"]]
     assert "Preparing the built-in text" in notes[-1]

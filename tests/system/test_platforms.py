@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flashlm_numba.heads import DenseHead, TreeHead
-from flashlm_numba.heads.label_tree import build_tree
+from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
@@ -29,7 +29,7 @@ from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.training.optimizer import Optimizer
 from flashlm_numba.system.threads import set_threads
-from flashlm_numba.heads.label_tree import build_tree
+from flashlm_numba.heads.tree_shapes import build_tree
 
 threads = set_threads(None)
 config = ModelConfig(vocab_size=97, dim=12, ffn_dim=16, groups=3, dilations=(1, 2), activations=sys.argv[1])

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 from helpers import assert_as_accurate, import_torch
 
-from flashlm_numba.heads.label_tree import SHAPES, build_tree, tree_from_lists
+from flashlm_numba.heads.label_tree import tree_from_lists
+from flashlm_numba.heads.tree_shapes import SHAPES, build_tree
 from flashlm_numba.kernels.reference_tree import tree_head_forward_backward
 from flashlm_numba.model.config import ModelConfig
 

@@ -1,0 +1,69 @@
+"""What `info` says of a run or an exported model."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.model import checkpoint
+from flashlm_numba.model.build import load_model
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.parameters import ternary_names
+from flashlm_numba.system.display import Note, peak_rss_mb, say
+from flashlm_numba.system.errors import UserError
+
+
+def describe_run(folder: Path, checkpoint_name: str | None = None, *, note: Note = say) -> dict[str, Any]:
+    """What `info` shows: parameters by group, sizes, the tree's shape, how far the run was trained."""
+    loaded = load_model(folder, checkpoint_name, note=note)
+    run, parameters = loaded.run, loaded.model.parameters
+    groups: dict[str, int] = {}
+    for name, value in parameters.items():
+        parts = name.split(".")
+        group = parts[2] if parts[0] == "blocks" else parts[0]
+        group = "norms" if group in ("norm1", "norm2", "final_norm") else group
+        groups[group] = groups.get(group, 0) + value.size
+    ternary = sum(parameters[name].size for name in ternary_names(run.model))
+    path = folder if folder.is_file() else checkpoint.find(folder, checkpoint_name)
+    files = [path] if path.is_file() else list(path.iterdir())
+    peak = peak_rss_mb()
+    return {
+        "run": str(folder),
+        "recipe": run.recipe,
+        "head": run.head.name,
+        "activations": run.model.activations,
+        "parameters": sum(value.size for value in parameters.values()),
+        "parameters_by_group": groups,
+        "ternary_parameters": ternary,
+        "bytes": {
+            "float32": 4 * sum(value.size for value in parameters.values()),
+            "ternary_packed": -(-ternary // 4),  # 2 bits a weight
+            "exported" if path.is_file() else "checkpoint": sum(file.stat().st_size for file in files),
+        },
+        "peak_memory_mb": None if peak is None else round(peak),  # of this process, with the model loaded
+        **({"tree": None} | loaded.model.head.describe(lambda: _counts(run))),  # every head's JSON has the key
+        "receptive_field": run.model.receptive_field,
+        "checkpoint": path.name,
+        "trained": {
+            "running_average": bool(loaded.state.get("ema")),  # an exported one
+            "steps": loaded.state["step"],
+            "planned_steps": run.plan.steps,
+            "tokens": loaded.state["tokens"],
+            "seconds": round(loaded.state["seconds"], 1),
+        },
+        "data": run.data,
+    }
+
+
+def _counts(run: RunConfig) -> np.ndarray | None:
+    """How often each token occurs in the training text (V,), or None where that is not there any more."""
+    if run.data:  # an exported model does not say where its text is
+        with contextlib.suppress(UserError):
+            data = open_tokens(Path(run.data))
+            if data.hash == run.data_hash:
+                return data.train.counts(run.model.vocab_size)
+    return None

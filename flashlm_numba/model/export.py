@@ -1,0 +1,40 @@
+"""A run's model written to one file, which is read like a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from flashlm_numba.kernels.ternary import ternarize
+from flashlm_numba.model import packed
+from flashlm_numba.model.build import load_model, tensors_of
+from flashlm_numba.model.parameters import ternary_names
+from flashlm_numba.system.display import Note, say
+from flashlm_numba.system.errors import UserError
+
+
+def export_run(
+    folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say
+) -> Path:
+    """Write a run's model to one file, with its ternary weights packed; eval, generate and info read it like a run.
+
+    The file holds no path of this machine: of the training text it keeps the hash. Raises UserError if the run cannot
+    be read, out exists or cannot be written.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, exported already; give the folder of a run.")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another file, or remove it.")
+    loaded = load_model(folder, checkpoint_name, ema=ema, note=note)
+    tensors = tensors_of(loaded.model)
+    threshold = loaded.run.model.ternary_threshold
+    ternary = ternary_names(loaded.run.model)
+    tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in ternary}
+    start = loaded.run.training.embedding_init
+    if start not in ("corpus", "random") and not start.startswith("hf:"):
+        start = Path(start).name  # of a path on this machine
+    training = dataclasses.replace(loaded.run.training, embedding_init=start)
+    run = dataclasses.replace(loaded.run, data="", training=training)
+    state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
+    packed.write(out, tensors, ternary, run.to_json(), state)
+    return out

@@ -1,0 +1,57 @@
+"""What a run is trained on: the prepared text, found, and held against the run's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashlm_numba.data.shards import TokenData, cached_corpus, default_corpus
+from flashlm_numba.heads import head_class
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.system.cache import cache_roots, writable_cache
+from flashlm_numba.system.display import Note
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.process import run_apart
+
+
+def training_data(source: str | None, note: Note) -> Path:
+    """The prepared folder to train on: the one named, or the built-in text's in the cache.
+
+    Preparing runs in a process of its own, so that training does not keep the memory it took.
+    """
+    if source is not None:
+        folder = Path(source)
+        if not folder.exists():
+            raise UserError(f"There is no folder {source}; make one with `flashlm-numba prepare SOURCE --out DIR`.")
+        if not folder.is_dir():
+            raise UserError(
+                f"{source} is not a prepared folder; first run `flashlm-numba prepare {source} --out DIR`, "
+                "then train on DIR."
+            )
+        return folder
+    if cached_corpus() is None:
+        place, usual = writable_cache(), cache_roots()[0]
+        if place != usual:
+            note(f"The cache folder {usual} cannot be written, so {place} is used, which may be gone tomorrow.")
+        note("Preparing the built-in text, this first time ...")
+        run_apart(["-m", "flashlm_numba", "prepare"])
+    return default_corpus()
+
+
+def check(run: RunConfig, data: TokenData) -> None:
+    """Raise UserError unless the model and the data fit together."""
+    vocabulary = data.manifest.vocab_size
+    if run.model.vocab_size != vocabulary:
+        raise UserError(
+            f"The tokens in {data.folder} have a vocabulary of {vocabulary:,}, but model.vocab_size is "
+            f"{run.model.vocab_size:,}; leave that setting out."
+        )
+    longest = max(phase.seq_len for phase in run.training.phases)
+    if data.train.n_tokens <= longest:
+        raise UserError(
+            f"The training text in {data.folder} has {data.train.n_tokens:,} tokens, and a sequence of {longest} needs "
+            f"{longest + 1:,}; use more text, or shorter sequences, such as --set phases=16x32."
+        )
+    start = run.training.embedding_init
+    head_class(run.head.name).check(run.head, has_rows=start != "random")
+    if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
+        raise UserError(f"There is no file {start} to start the embedding from; give a GPT-2 .safetensors file.")
