@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba.data.shards import TokenData, cached_corpus, default_corpus, open_tokens
+from flashlm_numba.data.builtin import cached_corpus, default_corpus
+from flashlm_numba.data.manifest import MANIFEST, Manifest
+from flashlm_numba.data.shards import TokenData, open_tokens
+from flashlm_numba.data.tokenizer import VOCABULARIES, Vocabulary, vocabulary_named
 from flashlm_numba.heads import DenseHead, SampledHead
 from flashlm_numba.heads.label_tree import Tree, build_tree, check_shape
 from flashlm_numba.heads.tree import TreeHead, default_rank
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import checkpoint, packed
-from flashlm_numba.model.config import HeadConfig, RunConfig
+from flashlm_numba.model.config import HeadConfig, ModelConfig, RunConfig
 from flashlm_numba.model.model import Model, initial_parameters
 from flashlm_numba.system.cache import cache_roots, writable_cache
 from flashlm_numba.system.compiled import ensure_compiled
@@ -172,12 +175,39 @@ def _describe_tree(loaded: Loaded) -> dict[str, Any] | None:
     return description
 
 
+def vocabulary_of(run: RunConfig) -> Vocabulary:
+    """The vocabulary that a run's model reads and writes: its training text's, by the manifest where that is there.
+
+    Without the text, as with an exported model, it is the first of VOCABULARIES that has as many tokens as the model:
+    the settings do not name it. Raises UserError if there is none.
+    """
+    if run.data:
+        with contextlib.suppress(UserError):
+            manifest = Manifest.read(Path(run.data) / MANIFEST)
+            if manifest.hash == run.data_hash:
+                return manifest.vocabulary
+    for name in VOCABULARIES:
+        vocabulary = vocabulary_named(name)
+        if vocabulary.size == run.model.vocab_size:
+            return vocabulary
+    raise UserError(
+        f"No vocabulary here has the model's {run.model.vocab_size:,} tokens; put the training text back to {run.data}."
+    )
+
+
+def with_vocabulary_of(data: TokenData, run: RunConfig) -> RunConfig:
+    """The run with a model of the data's vocabulary, unless --set asked for another size, which check() refuses."""
+    if run.model.vocab_size != ModelConfig.vocab_size:
+        return run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=data.vocabulary.size))
+
+
 def check(run: RunConfig, data: TokenData) -> None:
     """Raise UserError unless the model and the data fit together."""
-    vocabulary = data.manifest.vocab_size
-    if run.model.vocab_size != vocabulary:
+    size = data.vocabulary.size
+    if run.model.vocab_size != size:
         raise UserError(
-            f"The tokens in {data.folder} have a vocabulary of {vocabulary:,}, but model.vocab_size is "
+            f"The tokens in {data.folder} have a vocabulary of {size:,}, but model.vocab_size is "
             f"{run.model.vocab_size:,}; leave that setting out."
         )
     longest = max(phase.seq_len for phase in run.training.phases)
@@ -305,12 +335,14 @@ def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.nd
     start, config = run.training.embedding_init, run.model
     if start == "random":
         return None, 0.0
-    from flashlm_numba.model import embedding_init as embeddings
-
     if start == "corpus":
-        return embeddings.cached_start(data, config.dim, vocab_size=config.vocab_size, threads=run.threads, report=note)
+        from flashlm_numba.model import embedding_init
+
+        return embedding_init.cached_start(data, config.dim, threads=run.threads, report=note)
+    from flashlm_numba.model import pretrained
+
     began = time.perf_counter()
-    rows, kept = embeddings.from_gpt2(start, config.dim, config.vocab_size)
+    rows, kept = pretrained.from_gpt2(start, config.dim, config.vocab_size)
     note(f"The embedding starts from {start}, cut to {config.dim} dimensions: {kept:.1%} of its variance.")
     return rows, time.perf_counter() - began
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashlm_numba.data.shards import TokenData, is_prepared, open_run_tokens, open_tokens, sample_batch
-from flashlm_numba.data.tokenizer import EOT, Tokenizer
+from flashlm_numba.data.builtin import open_run_tokens
+from flashlm_numba.data.shards import TokenData, is_prepared, open_tokens, sample_batch
 from flashlm_numba.inference.evaluate import score, validation_subset
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.kernels.optimizers import ema_update
@@ -82,7 +82,6 @@ class Session:
     ema: dict[str, np.ndarray]  # running average of the parameters; empty where none is kept
     clock: Clock = field(default_factory=Clock)
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
-    tokenizer: Tokenizer = field(default_factory=Tokenizer)
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,7 @@ def start_run(
             data=str(source.resolve()),
             data_hash=token_data.hash,
         )
+        run = assemble.with_vocabulary_of(token_data, run)
         assemble.check(run, token_data)
         # what is impossible is said before the folder is made and the embedding computed
         fixed_length = steps is not None or tokens is not None
@@ -358,6 +358,7 @@ def _restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path,
 
 def _session(run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray]) -> Session:
     optimizer = Optimizer(model.parameters, model.gradients, optimizer_settings(run))
+    data.vocabulary.load()  # a damaged one is told of now, not at the first sample
     subset = validation_subset(data.validation, run.training.validation_tokens)
     return Session(run, folder, data, model, optimizer, ema, subset=subset)
 
@@ -367,7 +368,7 @@ def _warm_up(session: Session, display: Display) -> None:
     phase = session.run.training.phases[0]
     train_step(session, replace(phase, batch_size=2, seq_len=min(16, phase.seq_len)), 0, lr=0.0)
     if session.subset:
-        score(session.model, [session.subset[0][:16]], eot=EOT)
+        score(session.model, [session.subset[0][:16]], eot=session.data.vocabulary.eot)
 
 
 @contextlib.contextmanager
@@ -390,7 +391,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
     started = time.perf_counter()
     validation = 0.0
     if few := session.subset[:1]:
-        score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
+        score(session.model, few, eot=session.data.vocabulary.eot, window=WINDOW, batch=BATCH)
         validation = (time.perf_counter() - started) * run.training.validation_tokens / len(few[0])
     budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
     fixed = run.fixed_schedule
@@ -517,7 +518,8 @@ def _validate(session: Session, display: Display) -> dict[str, float]:
     tokens = sum(map(len, session.subset))
 
     def nll() -> float:
-        return score(session.model, session.subset, eot=EOT, window=WINDOW, batch=BATCH).mean_nll
+        eot = session.data.vocabulary.eot
+        return score(session.model, session.subset, eot=eot, window=WINDOW, batch=BATCH).mean_nll
 
     values = {"val_nll": nll()}
     if session.ema:
@@ -533,12 +535,11 @@ def _validate(session: Session, display: Display) -> dict[str, float]:
     if session.run.training.sample_tokens:
         pieces = generate_text(
             session.model,
-            session.tokenizer,
+            session.data.vocabulary,
             "",
             max_tokens=session.run.training.sample_tokens,
             seed=session.run.seed,
             temperature=0.8,
-            eot=EOT,
         )
         with (session.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"=== step {session.clock.step} ===\n{''.join(pieces)}\n\n")
