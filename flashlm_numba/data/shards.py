@@ -145,7 +145,7 @@ class Split:
 
 
 class TokenData:
-    """A prepared corpus: .folder, .manifest, .hash, .vocabulary, .train, .validation, .test (None where it has none)."""
+    """A prepared corpus: folder, manifest, hash, vocabulary; train, validation and test (None where it has none)."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
