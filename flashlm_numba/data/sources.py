@@ -32,7 +32,7 @@ BUILT_IN_ORIGIN = (
     "(texts: The American Presidency Project, UC Santa Barbara)"
 )
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
-MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes a letter
+MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes per letter
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

@@ -62,7 +62,7 @@ class Plan:
 
     def documents(self) -> Iterator[Document]:
         """Held-out documents first, so that their twins can be kept out of training."""
-        held_out: set[bytes] = set()  # 8 bytes a document: the one thing here that grows with the corpus
+        held_out: set[bytes] = set()  # 8 bytes per document: the one thing here that grows with the corpus
         if self.split != "auto":
             self.rule = f"all documents are {self.split}"
             taken = 0

@@ -157,7 +157,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     with path.open("wb") as file:
         np.savez(file, rows=start, seconds=np.nan)
     assert embeddings.cached_start(data, 16, 5)[1] > 0
-    np.save(path.with_suffix(".npy"), start)  # as earlier versions kept it, under the archive's name
+    np.save(path.with_suffix(".npy"), start)  # an array that is in no archive
     path.with_suffix(".npy").replace(path)
     np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5)[0], start)
     assert len(list(path.parent.iterdir())) == 1  # no half-written files

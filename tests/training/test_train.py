@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model import embedding_init as embeddings
 from flashlm_numba.model.config import Phase, RunConfig, plan_for
@@ -350,7 +351,8 @@ def test_minutes_keep_time_for_validating_where_there_is_a_text_for_it(tiny_run,
     monkeypatch.setattr(train, "_step_seconds", lambda *_, **__: 1.0)
     monkeypatch.setattr(train, "score", lambda *_, **__: None)
     run = tiny_run.with_settings(["validation_tokens=30000"])
-    session = SimpleNamespace(run=run, clock=train.Clock(), subset=documents, model=None)
+    data = SimpleNamespace(vocabulary=vocabulary_named("gpt2"))
+    session = SimpleNamespace(run=run, clock=train.Clock(), data=data, subset=documents, model=None)
     display = SimpleNamespace(note=lambda _: None)
     # some hundredths of a second are gone already; 2 % of a minute at most are kept for validating
     assert train._plan_minutes(session, 1.0, 0.0, display).plan.steps == steps
