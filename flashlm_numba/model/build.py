@@ -191,8 +191,8 @@ def vocabulary_of(run: RunConfig) -> Vocabulary:
         if vocabulary.size == run.model.vocab_size:
             return vocabulary
     raise UserError(
-        f"No vocabulary here has the model's {run.model.vocab_size:,} tokens, and the training text, which names it, is "
-        "gone; put the text back where it was."
+        f"No vocabulary here has the model's {run.model.vocab_size:,} tokens, and the training text, which names it, "
+        "is gone; put the text back where it was."
     )
 
 
