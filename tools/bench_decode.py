@@ -30,7 +30,8 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.data.shards import TokenData, default_corpus, open_tokens
+from flashlm_numba.data.builtin import default_corpus
+from flashlm_numba.data.shards import TokenData, open_tokens
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.inference.generate import generate_ids
 from flashlm_numba.model import build as assemble

@@ -35,7 +35,8 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashlm_numba.data.shards import TokenData, default_corpus, open_tokens
+from flashlm_numba.data.builtin import default_corpus
+from flashlm_numba.data.shards import TokenData, open_tokens
 from flashlm_numba.model import build as assemble
 from flashlm_numba.model.config import Phase
 from flashlm_numba.model.recipes import from_recipe

@@ -81,7 +81,7 @@ def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) ->
     counts = np.bincount(folded, data.train.counts(data.manifest.vocab_size), minlength=vocab)
     h = rng.standard_normal((rows, dim), np.float32)
     if vocab == data.manifest.vocab_size:
-        weight, _ = cached_start(data, dim, vocab_size=vocab)
+        weight, _ = cached_start(data, dim)
     else:
         weight = rng.standard_normal((vocab, dim), np.float32) * np.float32(0.05)
     return Problem(h, weight, targets, counts[:vocab].astype(np.int64))

@@ -488,7 +488,7 @@ def train(
         if start == "corpus":
             from flashlm_numba.model.embedding_init import cached_start
 
-            rows, seconds = cached_start(tokens, config.dim, vocab_size=config.vocab_size)
+            rows, seconds = cached_start(tokens, config.dim)
         else:
             rows = np.load(start)
         with torch.no_grad():

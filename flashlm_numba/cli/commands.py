@@ -67,8 +67,9 @@ def prepare(
     Hugging Face dataset. Without SOURCE: the built-in text, which `train` uses by default. A run that was
     stopped goes on when the same command is given again.
     """
+    from flashlm_numba.data.builtin import default_corpus
     from flashlm_numba.data.prepare import prepare as prepare_tokens
-    from flashlm_numba.data.shards import default_corpus, open_tokens
+    from flashlm_numba.data.shards import open_tokens
 
     if out is None:
         if (source, validation, subset, max_tokens, max_docs) != (None,) * 5 or lines or split != "auto":
@@ -356,12 +357,12 @@ def generate(
 
     The options act in the order temperature, top-k, top-p.
     """
-    from flashlm_numba.data.tokenizer import EOT, Tokenizer
     from flashlm_numba.inference.generate import generate_text
-    from flashlm_numba.model.build import load_model
+    from flashlm_numba.model.build import load_model, vocabulary_of
 
     use_threads(threads)
-    model = load_model(run, checkpoint, ema=ema).model
+    loaded = load_model(run, checkpoint, ema=ema)
+    model = loaded.model
     if activations is not None:
         model.use_activations(activations)
     if int8_head:
@@ -370,19 +371,19 @@ def generate(
         _use_int8_head(model, run)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
-    tokenizer = Tokenizer()  # a damaged vocabulary is told of before the prompt is shown
+    vocabulary = vocabulary_of(loaded.run)
+    vocabulary.load()  # a damaged one is told of before the prompt is shown
     click.echo(prompt, nl=False)
     drawn: list[float] = []  # when each token was
     pieces = generate_text(
         model,
-        tokenizer,
+        vocabulary,
         prompt,
         max_tokens=max_tokens,
         seed=secrets.randbits(32) if seed is None else seed,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eot=EOT,
         on_token=lambda: drawn.append(time.perf_counter()),
     )
     for piece in pieces:

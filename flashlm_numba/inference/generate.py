@@ -12,7 +12,7 @@ from flashlm_numba.heads.sampling import check_settings
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
-    from flashlm_numba.data.tokenizer import Tokenizer
+    from flashlm_numba.data.tokenizer import Vocabulary
     from flashlm_numba.model.model import Model
 
 
@@ -27,7 +27,7 @@ def generate_ids(
 ) -> Iterator[int]:
     """Sample token ids without end, each from the ids before it.
 
-    context : the ids to start from, at least one (<|endoftext|> starts a document);
+    context : the ids to start from, at least one (the end of text starts a document);
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the top token.
     The context is read in one pass, each token then costs the same whatever is before it.
     Raises ValueError if the context is empty or a setting out of range, UserError if nothing can be drawn.
@@ -68,7 +68,7 @@ class Utf8Stream:
 
 def generate_text(
     model: Model,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     prompt: str,
     *,
     max_tokens: int,
@@ -76,23 +76,22 @@ def generate_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eot: int,
     on_token: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
     """Continue a prompt; yields pieces of text, without the prompt, as soon as they are whole characters.
 
-    prompt : any text; empty starts a new document. Ends after max_tokens tokens or at <|endoftext|> (id eot).
+    prompt : any text; empty starts a new document. Ends after max_tokens tokens or at the end of text.
     on_token : called when a token has been drawn.
     """
-    context = [eot, *tokenizer.encode(prompt)]
+    context = [vocabulary.eot, *vocabulary.encode(prompt)]
     rng = np.random.default_rng(seed)
     stream = Utf8Stream()
     tokens = generate_ids(model, context, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
     for _, token in zip(range(max_tokens), tokens, strict=False):
         on_token()
-        if token == eot:
+        if token == vocabulary.eot:
             break
-        piece = stream.feed(tokenizer.decode_bytes([token]))
+        piece = stream.feed(vocabulary.decode_bytes([token]))
         if piece:
             yield piece
     last = stream.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.data.manifest import MANIFEST, Manifest
 from flashlm_numba.data.shards import TokenData
+from flashlm_numba.data.tokenizer import VOCABULARIES, Vocabulary, vocabulary_named
 from flashlm_numba.heads import Head, head_class
 from flashlm_numba.model import checkpoint, packed
 from flashlm_numba.model.config import RunConfig
@@ -80,6 +83,27 @@ def _load_exported(path: Path, checkpoint_name: str | None, ema: bool, note: Not
         raise UserError(f"{path} cannot be used: {error}") from None
 
 
+def vocabulary_of(run: RunConfig) -> Vocabulary:
+    """The vocabulary that a run's model reads and writes: its training text's, by the manifest where that is there.
+
+    Without the text, as with an exported model, it is the first of VOCABULARIES that has as many tokens as the model:
+    the settings do not name it. Raises UserError if there is none.
+    """
+    if run.data:
+        with contextlib.suppress(UserError):
+            manifest = Manifest.read(Path(run.data) / MANIFEST)
+            if manifest.hash == run.data_hash:
+                return manifest.vocabulary
+    for name in VOCABULARIES:
+        vocabulary = vocabulary_named(name)
+        if vocabulary.size == run.model.vocab_size:
+            return vocabulary
+    raise UserError(
+        f"No vocabulary here has the model's {run.model.vocab_size:,} tokens, and the training text, which names it, "
+        "is gone; put the text back where it was."
+    )
+
+
 def new_model(
     run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[], None] = lambda: None
 ) -> tuple[Model, float]:
@@ -143,11 +167,13 @@ def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.nd
     start, config = run.training.embedding_init, run.model
     if start == "random":
         return None, 0.0
-    from flashlm_numba.model import embedding_init as embeddings
-
     if start == "corpus":
-        return embeddings.cached_start(data, config.dim, vocab_size=config.vocab_size, threads=run.threads, report=note)
+        from flashlm_numba.model import embedding_init
+
+        return embedding_init.cached_start(data, config.dim, threads=run.threads, report=note)
+    from flashlm_numba.model import pretrained
+
     began = time.perf_counter()
-    rows, kept = embeddings.from_gpt2(start, config.dim, config.vocab_size)
+    rows, kept = pretrained.from_gpt2(start, config.dim, config.vocab_size)
     note(f"The embedding starts from {start}, cut to {config.dim} dimensions: {kept:.1%} of its variance.")
     return rows, time.perf_counter() - began

@@ -1,6 +1,6 @@
-"""Start of the embedding E (V, C): from the corpus itself, or from a GPT-2 checkpoint.
+"""Start of the embedding E (V, C) from the corpus itself; model/pretrained.py starts it from a checkpoint.
 
-The corpus start is a truncated SVD of a positive pointwise mutual information matrix: which tokens stand
+The start is a truncated SVD of a positive pointwise mutual information matrix: which tokens stand
 shortly before and shortly after a token (docs/embeddings.md). It runs in a process of its own,
 `python -m flashlm_numba.model.embedding_init DATA OUT`, so that its memory and its threads are not the training's, and
 its result is kept in the user's cache folder by the hash of the data.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -20,12 +19,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
-from flashlm_numba.data.sources import HUB_TIMEOUT
 from flashlm_numba.system.cache import from_cache, writable_cache
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import write_atomically
@@ -34,7 +32,6 @@ from flashlm_numba.system.process import environment
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split, TokenData
 
-EOT = 50_256  # <|endoftext|>: no pair of tokens is counted across it
 WINDOW = 5  # tokens to either side that are context; a token at distance d counts 1/d
 MAX_TOKENS = 8_000_000  # of the corpus that are looked at, evenly spread over it
 MAX_PAIRS = 16_000_000  # different (token, next token) pairs that are kept; the rarest go first
@@ -49,15 +46,13 @@ _CHUNK = 1 << 20  # tokens counted at a time
 Report = Callable[[str], None]
 
 
-# ------------------------------------------------------------------------------------------- from the corpus
-
-
 def from_corpus(
     split: Split,
     vocab_size: int,
     dim: int,
     seed: int = 0,
     *,
+    eot: int,
     max_tokens: int = MAX_TOKENS,
     rms: float = RMS,
     threads: int | None = None,
@@ -66,6 +61,7 @@ def from_corpus(
     """Embedding (vocab_size, dim) float32 whose rows are close where tokens are used alike.
 
     split : anything with `n_tokens` and `windows(starts, length)`; at most max_tokens of it are read
+    eot : id of the end of text: no pair of tokens is counted across it
     threads : for the sparse products (default: all cores); the result does not depend on it, while BLAS's own
         thread count can change last bits
     report : called with a sentence after each stage
@@ -76,7 +72,7 @@ def from_corpus(
     """
     say = report or (lambda sentence: None)
     rng = np.random.default_rng(seed)
-    pairs = count_pairs(_blocks(split, max_tokens), vocab_size)
+    pairs = count_pairs(_blocks(split, max_tokens), vocab_size, eot=eot)
     say(f"counted {pairs.nnz:,} pairs of tokens in {min(split.n_tokens, max_tokens):,}")
     associations, tokens = ppmi(pairs)
     del pairs
@@ -106,12 +102,12 @@ def _blocks(split: Split, max_tokens: int) -> Iterator[np.ndarray]:
         yield split.windows(np.array([start]), int(min(length, end - start)))[0]
 
 
-def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WINDOW) -> sparse.csr_matrix:
+def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WINDOW, *, eot: int) -> sparse.csr_matrix:
     """counts[a, b] (V, V) float32: sum of 1/d over the places where b stands d <= window tokens after a.
 
-    Pairs with an <|endoftext|> between them are left out (it is itself the neighbour of both documents).
+    Pairs with an end of text (id eot) between them are left out (it is itself the neighbour of both documents).
 
-    >>> pairs = count_pairs(iter([np.array([3, 4, 3, 5])]), vocab_size=6, window=2)
+    >>> pairs = count_pairs(iter([np.array([3, 4, 3, 5])]), vocab_size=6, window=2, eot=0)
     >>> pairs.toarray()[3].tolist()
     [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
     """
@@ -122,7 +118,7 @@ def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WIN
                 f"The tokens have ids from {ids.min()} to {ids.max()}, but the vocabulary has {vocab_size}; "
                 "prepare the data with this vocabulary."
             )
-        total = total + _count_block(ids.astype(np.int32), vocab_size, window)
+        total = total + _count_block(ids.astype(np.int32), vocab_size, window, eot)
         if total.nnz > MAX_PAIRS:
             excess = total.nnz - MAX_PAIRS
             total.data[np.argpartition(total.data, excess)[:excess]] = 0.0
@@ -130,18 +126,18 @@ def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WIN
     return total
 
 
-def _count_block(ids: np.ndarray, vocab_size: int, window: int) -> sparse.csr_matrix:
+def _count_block(ids: np.ndarray, vocab_size: int, window: int, eot: int) -> sparse.csr_matrix:
     """count_pairs of one block: the product of (V, n) "a stands at i" and (n, V) "b follows i closely"."""
     n = len(ids)
     places = np.argsort(ids.astype(np.uint16) if vocab_size <= 1 << 16 else ids, kind="stable").astype(np.int32)
     ends = np.cumsum(np.bincount(ids, minlength=vocab_size))
     stands = sparse.csr_matrix((np.ones(n, np.float32), places, np.concatenate([[0], ends])), shape=(vocab_size, n))
-    documents = np.cumsum(ids == EOT)  # EOTs up to and including i
+    documents = np.cumsum(ids == eot)  # ends of text up to and including i
     after = np.zeros((n, window), np.int32)
     weights = np.zeros((n, window), np.float32)
     for d in range(1, min(window, n - 1) + 1):
         after[:-d, d - 1] = ids[d:]
-        same = documents[d - 1 : -1] == documents[:-d]  # no EOT strictly between i and i + d
+        same = documents[d - 1 : -1] == documents[:-d]  # no end of text strictly between i and i + d
         weights[:-d, d - 1] = same * np.float32(1 / d)
     follows = sparse.csr_matrix(
         (weights.ravel(), after.ravel(), np.arange(0, n * window + 1, window)), shape=(n, vocab_size)
@@ -233,7 +229,7 @@ def _sparse_product(a: sparse.csr_matrix, b: np.ndarray, pool: ThreadPoolExecuto
     return out
 
 
-# --------------------------------------------------------------------------------------- cached, in a process
+# --- cached, in a process
 
 
 def cached_start(
@@ -241,38 +237,39 @@ def cached_start(
     dim: int,
     seed: int = 0,
     *,
-    vocab_size: int = 50_257,
     threads: int | None = None,
     report: Report | None = None,
 ) -> tuple[np.ndarray, float]:
     """from_corpus of data.train, from the cache (see cache.py) or made there by a process of its own.
 
-    Returns (vocab_size, dim) float32, and the seconds that making it took, whenever that was. `report` gets a
-    sentence when work begins and after each stage. A damaged cache file is made anew. Raises UserError if no
-    folder can be written.
+    Returns (V, dim) float32, where V is the size of the data's vocabulary, and the seconds that making it took,
+    whenever that was. `report` gets a sentence when work begins and after each stage. A damaged cache file is made
+    anew. Raises UserError if no folder can be written.
     """
     threads = threads or os.cpu_count() or 1
-    name = cache_name(data.hash, dim, seed, vocab_size, threads)
+    vocab_size = data.vocabulary.size
+    name = cache_name(data, dim, seed, threads)
     found = from_cache(f"{CACHE}/{name}", lambda path: _load(path, (vocab_size, dim)))
     if found is not None:
         return found
     folder = writable_cache(CACHE)
     if report:
         report(f"making the start of the embedding from {data.folder} (once, then kept in {folder})")
-    _run_apart(data.folder, folder / name, dim, seed, vocab_size, threads, report)
+    _run_apart(data.folder, folder / name, dim, seed, threads, report)
     found = _load(folder / name, (vocab_size, dim))
     if found is None:
         raise RuntimeError(f"the embedding process left no usable {name}")
     return found
 
 
-def cache_name(data_hash: str, dim: int, seed: int, vocab_size: int, threads: int) -> str:
+def cache_name(data: TokenData, dim: int, seed: int, threads: int) -> str:
     """The file that cached_start keeps in CACHE: named by data, shape, seed and the settings of this module.
 
     And by the threads, since another number of them changes last digits.
     """
-    settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, EOT)
-    key = hashlib.sha256(f"{data_hash} {vocab_size} {dim} {seed} {threads} {settings}".encode()).hexdigest()
+    tokens = data.vocabulary
+    settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, tokens.eot)
+    key = hashlib.sha256(f"{data.hash} {tokens.size} {dim} {seed} {threads} {settings}".encode()).hexdigest()
     return f"corpus-{key[:24]}.npz"
 
 
@@ -289,13 +286,11 @@ def _load(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, float] | None
     return (rows, seconds) if 0 <= seconds < float("inf") else None
 
 
-def _run_apart(
-    folder: Path, out: Path, dim: int, seed: int, vocab_size: int, threads: int, report: Report | None
-) -> None:
+def _run_apart(folder: Path, out: Path, dim: int, seed: int, threads: int, report: Report | None) -> None:
     """Run this module as a process, handing on the sentences that it prints."""
     count = str(threads)
     command = [sys.executable, "-m", "flashlm_numba.model.embedding_init", str(folder), str(out)]
-    command += ["--dim", str(dim), "--seed", str(seed), "--vocab-size", str(vocab_size), "--threads", count]
+    command += ["--dim", str(dim), "--seed", str(seed), "--threads", count]
     variables = environment(OPENBLAS_NUM_THREADS=count, OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
@@ -326,7 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="folder of prepared tokens")
     parser.add_argument("out", type=Path, help="file to write, .npz")
     parser.add_argument("--dim", type=int, default=256, help="channels C")
-    parser.add_argument("--vocab-size", type=int, default=50_257, help="tokens V")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     options = parser.parse_args(arguments)
@@ -338,8 +332,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"embedding: {sentence}", flush=True)
 
     try:
-        split = open_tokens(options.data).train
-        rows = from_corpus(split, options.vocab_size, options.dim, options.seed, threads=options.threads, report=say)
+        data = open_tokens(options.data)
+        tokens = data.vocabulary
+        rows = from_corpus(
+            data.train, tokens.size, options.dim, options.seed, eot=tokens.eot, threads=options.threads, report=say
+        )
         seconds = time.perf_counter() - began
         write_atomically(options.out, lambda file: np.savez(file, rows=rows, seconds=seconds))
     except UserError as error:
@@ -360,105 +357,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     return 0
-
-
-# ------------------------------------------------------------------------------------ from a GPT-2 checkpoint
-
-
-def from_gpt2(source: str | Path, dim: int, vocab_size: int = 50_257) -> tuple[np.ndarray, float]:
-    """Rows (vocab_size, dim) float32 of a GPT-2 checkpoint's token embedding, and the share of variance kept.
-
-    source : a local .safetensors file, or `hf:NAME` for model.safetensors of a Hugging Face repository
-    The embedding W (V, D) = U S Vt is cut to U S of the `dim` largest singular values, as FlashLM v3 did;
-    the share is the sum of their squares over that of all. Raises UserError for a file that is missing,
-    damaged, or not GPT-2's.
-    """
-    weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else Path(source))
-    rows, width = weight.shape
-    if not vocab_size <= rows < vocab_size + 128:  # a padded vocabulary, as 50,304, has unused rows at its end
-        raise UserError(
-            f"{name} in {source} has {rows:,} rows, but the vocabulary has {vocab_size:,} tokens; "
-            "use a checkpoint of GPT-2's vocabulary."
-        )
-    if width < dim:
-        raise UserError(
-            f"{name} in {source} has {width} columns, fewer than the model's {dim} channels; "
-            "use a wider checkpoint or a narrower model."
-        )
-    weight = weight[:vocab_size]
-    if not np.isfinite(weight).all():
-        raise UserError(f"{name} in {source} holds values that are not finite; use an undamaged checkpoint.")
-    from scipy import linalg
-
-    # W = U S Vt, so U S = W V, and V are the eigenvectors of the small W.T @ W (D, D)
-    gram = weight.T.astype(np.float64) @ weight.astype(np.float64)
-    squares, vectors = linalg.eigh(gram)
-    squares, vectors = squares[::-1], vectors[:, ::-1][:, :dim]
-    total = float(squares.sum())
-    if total <= 0:
-        raise UserError(f"{name} in {source} is all zeros; use a trained checkpoint.")
-    signs = np.where(vectors[np.abs(vectors).argmax(axis=0), np.arange(dim)] < 0, -1.0, 1.0)
-    return weight @ (vectors * signs).astype(np.float32), float(squares[:dim].sum()) / total
-
-
-_WTE_NAMES = ("wte.weight", "transformer.wte.weight")
-
-
-def _read_wte(path: Path) -> tuple[np.ndarray, str]:
-    """The token embedding of a .safetensors file as float32 (V, D), and its name there."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(f"There is no file {path}; --embeddings takes a GPT-2 .safetensors file, or hf:NAME.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            name = next((n for n in _WTE_NAMES if n in file.keys()), None)  # noqa: SIM118 (no mapping)
-            if name is None:
-                raise UserError(
-                    f"{path} has no tensor {' or '.join(_WTE_NAMES)}; use a GPT-2 checkpoint in safetensors."
-                )
-            view = file.get_slice(name)
-            kind, shape = view.get_dtype(), view.get_shape()
-            if len(shape) != 2 or kind not in ("F32", "F16", "BF16"):
-                raise UserError(
-                    f"{name} in {path} is {kind} of shape {tuple(shape)}; expected F32, F16 or BF16 of "
-                    "shape (tokens, channels)."
-                )
-            if kind == "BF16":  # NumPy has no such type
-                return _read_bfloat16(path, name, tuple(shape)), name
-            return file.get_tensor(name).astype(np.float32), name
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable .safetensors file ({error}); copy or download it again.") from None
-
-
-def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A bfloat16 tensor as float32, whose upper half it is; safetensors has checked the file."""
-    with path.open("rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
-        start, _ = json.loads(file.read(header_length))[name]["data_offsets"]
-    raw: Any = np.memmap(path, "<u2", "r", offset=8 + header_length + start, shape=shape)
-    return (raw.astype(np.uint32) << 16).view(np.float32)
-
-
-def _download(source: str) -> Path:
-    """model.safetensors of `hf:NAME`, from the Hugging Face cache (as it is, without asking the hub) or the hub."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    name = source.removeprefix("hf:")
-    try:
-        try:
-            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors", local_files_only=True))
-        except LocalEntryNotFoundError:
-            # one request first, since the download repeats a failing one for half a minute
-            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
-            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors"))
-    except Exception as error:  # dozens of kinds: no network, no such repository, gated, full disk
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"Cannot get model.safetensors of {name} from the Hugging Face hub ({reason}); check the name "
-            "and the network, or give a local .safetensors file."
-        ) from None
 
 
 if __name__ == "__main__":

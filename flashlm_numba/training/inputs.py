@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from flashlm_numba.data.shards import TokenData, cached_corpus, default_corpus
+from flashlm_numba.data.builtin import cached_corpus, default_corpus
+from flashlm_numba.data.shards import TokenData
 from flashlm_numba.heads import head_class
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.config import ModelConfig, RunConfig
 from flashlm_numba.system.cache import cache_roots, writable_cache
 from flashlm_numba.system.display import Note
 from flashlm_numba.system.errors import UserError
@@ -39,10 +41,10 @@ def training_data(source: str | None, note: Note) -> Path:
 
 def check(run: RunConfig, data: TokenData) -> None:
     """Raise UserError unless the model and the data fit together."""
-    vocabulary = data.manifest.vocab_size
-    if run.model.vocab_size != vocabulary:
+    size = data.vocabulary.size
+    if run.model.vocab_size != size:
         raise UserError(
-            f"The tokens in {data.folder} have a vocabulary of {vocabulary:,}, but model.vocab_size is "
+            f"The tokens in {data.folder} have a vocabulary of {size:,}, but model.vocab_size is "
             f"{run.model.vocab_size:,}; leave that setting out."
         )
     longest = max(phase.seq_len for phase in run.training.phases)
@@ -55,3 +57,10 @@ def check(run: RunConfig, data: TokenData) -> None:
     head_class(run.head.name).check(run.head, has_rows=start != "random")
     if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
         raise UserError(f"There is no file {start} to start the embedding from; give a GPT-2 .safetensors file.")
+
+
+def with_vocabulary_of(data: TokenData, run: RunConfig) -> RunConfig:
+    """The run with a model of the data's vocabulary, unless --set asked for another size, which check() refuses."""
+    if run.model.vocab_size != ModelConfig.vocab_size:
+        return run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=data.vocabulary.size))

@@ -18,7 +18,6 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from flashlm_numba.data.tokenizer import EOT
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.kernels.ema import ema_update
@@ -125,7 +124,7 @@ def _validate(session: Session) -> dict[str, float]:
 
 
 def _validation_nll(session: Session) -> float:
-    return score(session.model, session.subset, eot=EOT, window=WINDOW, batch=BATCH).mean_nll
+    return score(session.model, session.subset, eot=session.data.vocabulary.eot, window=WINDOW, batch=BATCH).mean_nll
 
 
 def _exchange(session: Session) -> None:
@@ -142,12 +141,11 @@ def _write_sample(session: Session) -> None:
     """Add a text that the model writes to samples.txt."""
     pieces = generate_text(
         session.model,
-        session.tokenizer,
+        session.data.vocabulary,
         "",
         max_tokens=session.run.training.sample_tokens,
         seed=session.run.seed,
         temperature=0.8,
-        eot=EOT,
     )
     with (session.folder / "samples.txt").open("a", encoding="utf-8") as file:
         file.write(f"=== step {session.clock.step} ===\n{''.join(pieces)}\n\n")

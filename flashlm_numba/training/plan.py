@@ -7,7 +7,6 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 
-from flashlm_numba.data.tokenizer import EOT
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model.config import Phase, Plan, RunConfig
 from flashlm_numba.system.errors import UserError
@@ -121,7 +120,7 @@ def _validation_seconds(session: Session) -> float:
     few = session.subset[:1]
     if not few:
         return 0.0
-    score(session.model, few, eot=EOT, window=WINDOW, batch=BATCH)
+    score(session.model, few, eot=session.data.vocabulary.eot, window=WINDOW, batch=BATCH)
     return (time.perf_counter() - started) * session.run.training.validation_tokens / len(few[0])
 
 

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flashlm_numba.data.shards import TokenData, is_prepared, open_run_tokens, open_tokens
-from flashlm_numba.data.tokenizer import EOT
+from flashlm_numba.data.builtin import open_run_tokens
+from flashlm_numba.data.shards import TokenData, is_prepared, open_tokens
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
@@ -107,6 +107,7 @@ def _with_data(run: RunConfig, data: str | None, threads: int, progress: Progres
     tokens = open_tokens(source)
     tokens.verify(progress=progress)
     run = replace(run, threads=threads, data=str(source.resolve()), data_hash=tokens.hash)
+    run = inputs.with_vocabulary_of(tokens, run)
     inputs.check(run, tokens)
     return run, tokens
 
@@ -267,7 +268,7 @@ def rehearse(session: Session, minutes: float | None, began: float) -> None:
     phase = session.run.training.phases[0]
     train_step(session, replace(phase, batch_size=2, seq_len=min(16, phase.seq_len)), 0, lr=0.0)
     if session.subset:
-        score(session.model, [session.subset[0][:16]], eot=EOT)
+        score(session.model, [session.subset[0][:16]], eot=session.data.vocabulary.eot)
     if minutes is not None:
         session.run = plan_minutes(session, minutes, began)
     session.optimizer.load_state_dict({})

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashlm_numba.data.shards import TokenData
-from flashlm_numba.data.tokenizer import Tokenizer
 from flashlm_numba.inference.evaluate import validation_subset
 from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
@@ -46,7 +45,6 @@ class Session:
     progress: Progress = field(default_factory=Progress)  # shown what happens
     clock: Clock = field(default_factory=Clock)
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
-    tokenizer: Tokenizer = field(default_factory=Tokenizer)
 
 
 def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress) -> Session:
@@ -81,6 +79,7 @@ def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, 
 def _session(
     run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray], progress: Progress
 ) -> Session:
+    data.vocabulary.load()  # a damaged one is told of now, not at the first sample
     optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
     subset = validation_subset(data.validation, run.training.validation_tokens)
     return Session(run, folder, data, model, optimizer, ema, progress, subset=subset)

@@ -4,74 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
-import shlex
-import socket
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
-from click.testing import CliRunner
+from texts import TEXTS, jsonl, write
 
-from flashlm_numba.cli.main import main
 from flashlm_numba.data import sources
-from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.data.sources import resolve
 from flashlm_numba.system.errors import UserError
-
-TEXTS = ["First document.\n\nIt has two lines.", "Second: é, 中文, 🙂.", "Third\tand last."]
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError(f"a test tried the network: {args}")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-
-
-def fineweb_table(texts):
-    """The columns of FineWeb-Edu."""
-    n = len(texts)
-    return pa.table(
-        {
-            "text": pa.array(texts, pa.string()),
-            "id": [f"<urn:uuid:{i}>" for i in range(n)],
-            "dump": ["CC-MAIN-2024-10"] * n,
-            "url": [f"https://example.org/{i}" for i in range(n)],
-            "file_path": ["s3://x"] * n,
-            "language": ["en"] * n,
-            "language_score": [0.9] * n,
-            "token_count": pa.array(range(n), pa.int64()),
-            "score": [3.1] * n,
-            "int_score": pa.array([3] * n, pa.int64()),
-        }
-    )
-
-
-def jsonl(texts):
-    return "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(texts)).encode()
-
-
-def write(path, texts):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith(".parquet"):
-        pq.write_table(fineweb_table(texts), path, row_group_size=2)
-    elif path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(jsonl(texts)))
-    elif path.name.endswith(".zst"):
-        path.write_bytes(zstandard.compress(jsonl(texts)))
-    elif path.name.endswith(".jsonl"):
-        path.write_bytes(jsonl(texts))
-    else:
-        path.write_text("\n".join(texts), encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "we[i]rd *?/.x/b.jsonl"])
@@ -236,90 +177,6 @@ def test_built_in_text_with_speeches_missing_is_one_sentence(tmp_path, monkeypat
     (folder / "1790.txt").write_text("Fellow citizens")
     with pytest.raises(UserError, match="damaged, 1 speeches of 249: reinstall it"):
         resolve(None)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in for the hub: FineWeb-Edu's name and columns, over local parquet and the real `datasets`."""
-    datasets = sources.quiet_datasets()
-    import huggingface_hub
-
-    hub = SimpleNamespace(splits={"train": TEXTS}, error=None, calls=[])
-    load = datasets.load_dataset
-
-    def dataset_info(self, name, *, timeout):
-        if hub.error is not None:
-            raise hub.error
-        assert timeout <= 20
-        return SimpleNamespace(sha="f00d", card_data={"license": "odc-by"})
-
-    def load_dataset(name, subset, *, split=None, revision, streaming):
-        hub.calls.append((name, subset, split, revision, streaming))
-        files = {s: write(tmp_path / f"{s}.parquet", texts) for s, texts in hub.splits.items()}
-        return load("parquet", data_files=files, split=split, streaming=streaming, cache_dir=str(tmp_path))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return hub
-
-
-def test_hub_dataset_streams_at_a_fixed_revision(hub):
-    source = resolve("HuggingFaceFW/fineweb-edu", subset="sample-10BT")
-    assert source.roles == ("all",)
-    assert list(source.documents("all")) == TEXTS
-    assert source.licence == "odc-by"
-    assert source.fingerprint()["revision"] == "f00d"
-    assert hub.calls == [
-        ("HuggingFaceFW/fineweb-edu", "sample-10BT", None, "f00d", True),
-        ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "f00d", True),
-    ]
-    with pytest.raises(UserError, match="has no column body"):
-        list(resolve("HuggingFaceFW/fineweb-edu", column="body").documents("all"))
-
-
-def test_the_readmes_hub_command_prepares_what_it_asks_for(hub, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^flashlm-numba (prepare HuggingFaceFW.*)$", readme, re.M)
-    hub.splits = {"train": [f"{text} Number {n}." for n in range(40) for text in TEXTS]}
-    words = shlex.split(line)
-    words[words.index("--out") + 1] = str(tmp_path / "fineweb")
-    done = CliRunner().invoke(main, words)
-    assert done.exit_code == 0, done.output
-    assert re.search(r"^train +\d+ documents", done.stdout, re.M)
-    assert open_tokens(tmp_path / "fineweb").train.n_documents > 100
-
-
-def test_hub_dataset_keeps_its_splits(hub):
-    hub.splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
-    source = resolve("some/dataset")
-    assert {role: list(source.documents(role)) for role in source.roles} == {
-        "train": ["a"],
-        "validation": ["b"],
-        "test": ["c"],
-    }
-
-
-def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
-    hub.error = ConnectionError("[Errno -2] Name or service not known")
-    with pytest.raises(UserError, match=r"no file or folder here, and Hugging Face cannot be reached .*local files"):
-        resolve("HuggingFaceFW/fineweb-edu")
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    hub.error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-    with pytest.raises(UserError, match="no public dataset on Hugging Face: check the spelling"):
-        resolve("HuggingFaceFW/finewebedu")
-    hub.error = None
-    source = resolve("HuggingFaceFW/fineweb-edu")
-
-    def broken(*args, **kwargs):
-        raise ConnectionError("reset by peer")
-
-    monkeypatch.setattr(sources.quiet_datasets(), "load_dataset", broken)
-    monkeypatch.setattr(sources, "RETRY_SECONDS", (0.0,))
-    with pytest.raises(UserError, match=r"stopped \(reset by peer\): .* run the same command again to continue"):
-        list(source.documents("all"))
-    with pytest.raises(UserError, match=r"Cannot open .* choose a --subset"):
-        resolve("HuggingFaceFW/fineweb-edu")
 
 
 def test_import_is_light():

@@ -8,45 +8,60 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba.data import tokenizer as module
-from flashlm_numba.data.tokenizer import EOT, Tokenizer, split_text
+from flashlm_numba.data.tokenizer import VOCABULARIES, split_text, vocabulary_named
 from flashlm_numba.system.errors import UserError
 
 # \x1c is a space to Python and none to the tokenizer; \u00a0 and \u2003 are spaces to both
+GPT2 = vocabulary_named("gpt2")
 TEXTS = st.text(st.sampled_from("ab1.,'é中🙂 \n\t\r\x1c\u00a0\u2003"), max_size=60)
 
 
 def test_encode_gives_gpt2_ids():
-    tokenizer = Tokenizer()
-    assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.encode_batch(["Hello world", "", " world"], threads=2) == [[15496, 995], [], [995]]
-    assert tokenizer.encode(" gazed") == [50255]  # the last merge, which a careless reader of the file drops
-    assert tokenizer.vocab_size == EOT + 1
+    assert GPT2.encode("Hello world") == [15496, 995]
+    assert GPT2.encode_batch(["Hello world", "", " world"]) == [[15496, 995], [], [995]]
+    assert GPT2.encode(" gazed") == [50255]  # the last merge, which a careless reader of the file drops
+    assert (GPT2.size, GPT2.eot, GPT2.dtype) == (50257, 50256, "<u2")
+
+
+def test_a_vocabulary_is_found_by_its_name_and_reads_no_file_until_it_is_used(monkeypatch):
+    monkeypatch.setattr(module, "_encoding", lambda: pytest.fail("a file was read"))
+    for name in VOCABULARIES:
+        assert vocabulary_named(name).name == name
+    with pytest.raises(UserError, match="no vocabulary 'gpt5'; the vocabularies are gpt2"):
+        vocabulary_named("gpt5")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, "<u2"), ((1 << 16) + 1, "<u4")])
+def test_every_id_fits_the_dtype_of_a_shard(size, dtype):
+    vocabulary = vocabulary_named("gpt2")
+    vocabulary.size = size
+    assert vocabulary.dtype == dtype
+    assert np.iinfo(dtype).max >= size - 1
 
 
 def test_endoftext_in_text_stays_text():
-    tokenizer = Tokenizer()
-    ids = tokenizer.encode("a<|endoftext|>b")
-    assert EOT not in ids
-    assert tokenizer.decode(ids) == "a<|endoftext|>b"
-    assert tokenizer.decode([EOT]) == "<|endoftext|>"
+    ids = GPT2.encode("a<|endoftext|>b")
+    assert GPT2.eot not in ids
+    assert GPT2.decode(ids) == "a<|endoftext|>b"
+    assert GPT2.decode([GPT2.eot]) == "<|endoftext|>"
 
 
 @given(TEXTS)
 def test_decode_inverts_encode(text):
-    tokenizer = Tokenizer()
-    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+    assert GPT2.decode_bytes(GPT2.encode(text)) == text.encode()
 
 
 @given(TEXTS, st.integers(15, 30))
 def test_split_text_keeps_the_tokens(text, limit):
     # without a seam within limit characters the cut is arbitrary, so give the text one there
     text = "".join(c + ("x \n" if i % 5 == 4 else "") for i, c in enumerate(text))
-    encode = Tokenizer()._tiktoken.encode_ordinary
+    encode = module._encoding().encode_ordinary
     pieces = list(split_text(text, limit))
     assert "".join(pieces) == text
     assert all(len(piece) <= 2 * limit for piece in pieces)
@@ -55,13 +70,12 @@ def test_split_text_keeps_the_tokens(text, limit):
 
 def test_encode_survives_a_million_blank_lines():
     text = "\n" * 1_000_000 + "a"
-    tokenizer = Tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert GPT2.decode(GPT2.encode(text)) == text
 
 
 def test_decode_rejects_ids_outside_the_vocabulary():
     with pytest.raises(ValueError, match=r"must be in \[0, 50257\), got 50257"):
-        Tokenizer().decode([50257])
+        GPT2.decode([50257])
 
 
 def test_loading_leaves_environment_and_temporary_folder_alone(monkeypatch, tmp_path):
@@ -103,7 +117,7 @@ def test_missing_vocabulary_offline_is_one_sentence(monkeypatch, tmp_path):
     module._encoding.cache_clear()
     try:
         with pytest.raises(UserError, match=r"not installed and cannot be downloaded .* connect"):
-            Tokenizer()
+            GPT2.load()
     finally:
         module._encoding.cache_clear()
 

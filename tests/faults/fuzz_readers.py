@@ -17,7 +17,7 @@ def readers(place):
     """By name: a function of bytes that reads them as a file of its kind, and a whole file to begin with."""
     import numpy as np
 
-    from flashlm_numba.data.shards import SPLITS, Manifest, Shard, SplitManifest
+    from flashlm_numba.data.manifest import SPLITS, Manifest, Shard, SplitManifest
     from flashlm_numba.heads.label_tree import Tree
     from flashlm_numba.heads.tree_shapes import build_tree
     from flashlm_numba.model import packed

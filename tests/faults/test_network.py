@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from programs import INJECTED
 
-from flashlm_numba.data import sources
+from flashlm_numba.data import documents, sources
+from flashlm_numba.data import hub as hub_module
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.system.errors import UserError
@@ -39,7 +40,7 @@ class Stream:
 @pytest.fixture
 def hub(monkeypatch):
     """hub.breaks: (part, row) at which the stream breaks, each once; hub.closed: times that it cannot be opened."""
-    datasets = sources.quiet_datasets()
+    datasets = documents.quiet_datasets()
     import huggingface_hub
 
     hub = SimpleNamespace(breaks=[], closed=0, opened=0)
@@ -56,7 +57,7 @@ def hub(monkeypatch):
     info = SimpleNamespace(sha="f00d", card_data={"license": "odc-by"})
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, *, timeout: info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(hub_module, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     return hub
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from flashlm_numba.heads import HEADS, Head, head_class
 from flashlm_numba.heads.config import HeadConfig
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.recipes import from_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 # of a layout of 6 steps, so that a run that stops before is the same run
@@ -61,7 +61,7 @@ def test_head_registered_in_the_table_works_in_every_command(unigram, corpus, tm
 
 
 def test_a_head_that_is_not_in_the_table_is_refused_with_the_names_that_are(unigram):
-    assert RunConfig.recipe_named("default").with_settings(["head.name=unigram"]).head.name == "unigram"
+    assert from_recipe("default", ["head.name=unigram"]).head.name == "unigram"
     for arguments in (("--head", "bigram"), ("--set", "head.name=bigram")):
         done = command("train", *arguments)
         assert done.exit_code

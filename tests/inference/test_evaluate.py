@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba.data.prepare import prepare
+from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.inference.evaluate import (
     _source_documents,
@@ -167,7 +168,7 @@ def test_a_folder_is_scored_whole_unless_it_has_validation_files(tmp_path):
     for number, name in enumerate(("train", "test", "validation"), 1):
         (tmp_path / f"{name}.txt").write_text(f"Of {name} there is this.\n")
         sizes = {"documents": 0, "bytes": 0}
-        documents = list(_source_documents(str(tmp_path), sizes))
+        documents = list(_source_documents(str(tmp_path), sizes, vocabulary_named("gpt2")))
         assert len(documents) == sizes["documents"] == (1 if name == "validation" else number)
 
 

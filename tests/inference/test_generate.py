@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.data.tokenizer import EOT, Tokenizer
+from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.generate import Utf8Stream, generate_ids, generate_text
@@ -15,6 +15,7 @@ from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.system.errors import UserError
 
+GPT2 = vocabulary_named("gpt2")
 CONFIG = ModelConfig(
     61, 32, 40, 4, kernel_size=3, dilations=(1, 2), n_passes=2, mixer_residual_scale=0.25, ffn_residual_scale=0.01
 )
@@ -174,12 +175,12 @@ def test_settings_out_of_range_are_refused_before_anything_is_drawn(model):
 class _Parrot:
     """A model that says fixed tokens, whatever it reads, and keeps what it read."""
 
-    config, vocab_size = CONFIG, 50_257
+    config, vocab_size = CONFIG, GPT2.size
 
     def __init__(self, tokens):
         self.tokens, self.read, self.head = iter(tokens), [], self
 
-    def prepare(self):
+    def sync_weights(self):
         pass
 
     def prefill(self, ids):
@@ -195,24 +196,24 @@ class _Parrot:
 
 def _say(tokens, prompt="", **options):
     parrot = _Parrot(tokens)
-    pieces = list(generate_text(parrot, Tokenizer(), prompt, eot=EOT, **{"max_tokens": 50, **options}))
+    pieces = list(generate_text(parrot, GPT2, prompt, **{"max_tokens": 50, **options}))
     return pieces, parrot
 
 
 def test_text_streams_in_whole_characters_and_ends_at_end_of_text():
-    hedgehog = Tokenizer().encode(" 🦔!")
+    hedgehog = GPT2.encode(" 🦔!")
     assert len(hedgehog) > 2  # several tokens for one character
-    pieces, _ = _say([*hedgehog, EOT, 11])
+    pieces, _ = _say([*hedgehog, GPT2.eot, 11])
     assert "".join(pieces) == " 🦔!"
     assert "\ufffd" not in "".join(pieces)
-    cut = "".join(_say([hedgehog[0], EOT])[0])
+    cut = "".join(_say([hedgehog[0], GPT2.eot])[0])
     assert cut.endswith("\ufffd")
     assert "".join(_say(hedgehog * 3, max_tokens=len(hedgehog))[0]) == " 🦔!"
 
 
 @pytest.mark.parametrize("prompt", ["", "Hello", "日本語 🙂\n\x00", "<|endoftext|>", "lone \udce9 surrogate"])
 def test_any_prompt_starts_from_end_of_text(prompt):
-    ids = [EOT, *Tokenizer().encode(prompt)]
-    _, parrot = _say([EOT], prompt)
+    ids = [GPT2.eot, *GPT2.encode(prompt)]
+    _, parrot = _say([GPT2.eot], prompt)
     assert parrot.read == [ids]
-    assert ids.count(EOT) == 1
+    assert ids.count(GPT2.eot) == 1

@@ -7,7 +7,6 @@ import pytest
 from helpers import assert_as_accurate, command, numeric_gradient
 
 from flashlm_numba.data.shards import open_tokens
-from flashlm_numba.data.tokenizer import EOT
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.evaluate import score
@@ -161,12 +160,13 @@ def test_three_ways_to_the_nll_of_a_trained_run_agree(corpus, tmp_path, head):
     done = command("train", corpus, "--out", tmp_path / "run", "--steps", 8, "--threads", 1, *words)
     assert done.exit_code == 0, done.output
     model = assemble.load_model(tmp_path / "run").model
-    documents = list(open_tokens(corpus).validation.documents())
-    by_rule = score(model, documents, eot=EOT).nll
+    data = open_tokens(corpus)
+    documents, eot = list(data.validation.documents()), data.vocabulary.eot
+    by_rule = score(model, documents, eot=eot).nll
     brute = exact = 0.0
     parameters = {name: value.astype(np.float64) for name, value in model.parameters.items() if name[:5] != "head."}
     for document in documents:
-        ids = np.concatenate([[EOT], document[:-1]]).astype(np.int32)[None]
+        ids = np.concatenate([[eot], document[:-1]]).astype(np.int32)[None]
         h = model.forward(ids)
         p = model.head.distribution(h).astype(np.float64)
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)

@@ -61,7 +61,11 @@ def test_minutes_keep_time_for_validating_where_there_is_a_text_for_it(tiny_run,
     monkeypatch.setattr(plan, "_step_seconds", lambda *_, **__: 1.0)
     monkeypatch.setattr(plan, "score", lambda *_, **__: None)
     run = with_settings(tiny_run, ["validation_tokens=30000"])
-    session = SimpleNamespace(run=run, clock=Clock(), subset=documents, model=None, progress=Progress())
+    data, head = SimpleNamespace(vocabulary=vocabulary_named("gpt2")), head_class(run.head.name)
+    model = SimpleNamespace(head=SimpleNamespace(full_ratio=head.full_ratio))
+    session = SimpleNamespace(
+        run=run, clock=Clock(), data=data, subset=documents, model=model, progress=Progress()
+    )
     # some hundredths of a second are gone already; 2 % of a minute at most are kept for validating
     assert plan.plan_minutes(session, 1.0, 0.0).plan.steps == steps
 

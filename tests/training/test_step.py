@@ -54,7 +54,7 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     tiny_run, corpus, tmp_path, monkeypatch, given, moves
 ):
     rows = np.random.default_rng(0).standard_normal((50_257, 16), np.float32)
-    monkeypatch.setattr("flashlm_numba.model.embedding_init.from_gpt2", lambda *arguments: (rows, 0.7))
+    monkeypatch.setattr("flashlm_numba.model.pretrained.from_gpt2", lambda *arguments: (rows, 0.7))
     (tmp_path / "some.safetensors").touch()
     init = f"embedding_init={tmp_path / 'some.safetensors'}" if given else "embedding_init=random"
     run = with_settings(tiny_run, ["head.name=dense", "phases=3:2x8:frozen,2x16", init, "checkpoint_every=1"])

@@ -1,9 +1,8 @@
-"""Start of E: the corpus' associations, the cache, and GPT-2 checkpoints."""
+"""Start of E from the corpus: its associations, and the cache."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import tempfile
@@ -11,11 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from scipy import sparse
 
+from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.model import embedding_init as embeddings
-from flashlm_numba.model.embedding_init import count_pairs, from_corpus, from_gpt2, ppmi, truncated_svd
+from flashlm_numba.model.embedding_init import count_pairs, from_corpus, ppmi, truncated_svd
 from flashlm_numba.system.cache import writable_cache
 from flashlm_numba.system.errors import UserError
 
@@ -41,30 +40,29 @@ def grammar(n, seed):
     return ids
 
 
-def test_count_pairs_is_what_a_plain_loop_counts_and_crosses_no_end_of_text(monkeypatch):
-    monkeypatch.setattr(embeddings, "EOT", 9)
+def test_count_pairs_is_what_a_plain_loop_counts_and_crosses_no_end_of_text():
     ids = np.random.default_rng(0).integers(0, 10, 500)
     window, expected = 3, np.zeros((10, 10))
     for i in range(len(ids)):
         for j in range(i + 1, min(i + window + 1, len(ids))):
             if 9 not in ids[i + 1 : j]:
                 expected[ids[i], ids[j]] += 1 / (j - i)
-    got = count_pairs(iter([ids]), 10, window).toarray()
+    got = count_pairs(iter([ids]), 10, window, eot=9).toarray()
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_count_pairs_of_almost_nothing(n):
-    assert count_pairs(iter([np.arange(n)]), 5).nnz == max(0, n - 1)
+    assert count_pairs(iter([np.arange(n)]), 5, eot=4).nnz == max(0, n - 1)
 
 
 def test_count_pairs_drops_the_rarest_when_there_are_too_many(monkeypatch):
     monkeypatch.setattr(embeddings, "MAX_PAIRS", 3)
-    pairs = count_pairs(iter([np.array([1, 2] * 50 + [3, 4, 6, 7])]), 8, window=1)
+    pairs = count_pairs(iter([np.array([1, 2] * 50 + [3, 4, 6, 7])]), 8, window=1, eot=0)
     assert pairs.nnz == 3
     assert (pairs[1, 2], pairs[2, 1]) == (50, 49)
     with pytest.raises(UserError, match="ids from 1 to 7, but the vocabulary has 5"):
-        count_pairs(iter([np.array([1, 7])]), 5)
+        count_pairs(iter([np.array([1, 7])]), 5, eot=0)
 
 
 def test_ppmi_is_its_definition():
@@ -93,7 +91,7 @@ def test_truncated_svd_finds_the_leading_vectors_for_any_thread_count():
 
 
 def test_from_corpus_puts_tokens_used_alike_together():
-    start = from_corpus(Tokens(grammar(20_000, 0)), 40, 8, seed=3)
+    start = from_corpus(Tokens(grammar(20_000, 0)), 40, 8, seed=3, eot=0)
     assert start.shape == (40, 8)
     assert start.dtype == np.float32
     unit = start / np.linalg.norm(start, axis=1, keepdims=True)
@@ -109,22 +107,22 @@ def test_from_corpus_puts_tokens_used_alike_together():
 
 def test_from_corpus_is_deterministic_and_reads_no_more_than_it_may():
     ids = grammar(9_000, 1)
-    first, second = (from_corpus(Tokens(ids), 40, 8, seed=3) for _ in range(2))
+    first, second = (from_corpus(Tokens(ids), 40, 8, seed=3, eot=0) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert not np.array_equal(first, from_corpus(Tokens(ids), 40, 8, seed=4))
+    assert not np.array_equal(first, from_corpus(Tokens(ids), 40, 8, seed=4, eot=0))
     tokens = Tokens(ids)
-    from_corpus(tokens, 40, 8, max_tokens=4_000)
+    from_corpus(tokens, 40, 8, eot=0, max_tokens=4_000)
     assert tokens.read == 4_000
 
 
 def test_from_corpus_copes_with_a_corpus_smaller_than_the_model():
     for ids in ([7], [7, 7], [7, 8, 9]):
-        start = from_corpus(Tokens(ids), 300, 256, seed=0)
+        start = from_corpus(Tokens(ids), 300, 256, seed=0, eot=0)
         assert start.shape == (300, 256)
         assert np.isfinite(start).all()
         assert start.any(axis=1).all()
     with pytest.raises(UserError, match="training split is empty"):
-        from_corpus(Tokens([]), 300, 256)
+        from_corpus(Tokens([]), 300, 256, eot=0)
 
 
 def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkeypatch):
@@ -142,9 +140,9 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     assert seconds > 0
     assert start.shape == (50_257, 16)
     assert any("singular vectors" in sentence for sentence in said)
-    np.testing.assert_array_equal(start, from_corpus(data.train, 50_257, 16, 5))
+    np.testing.assert_array_equal(start, from_corpus(data.train, 50_257, 16, 5, eot=50_256))
 
-    path = writable_cache("embeddings") / embeddings.cache_name(data.hash, 16, 5, 50_257, os.cpu_count())
+    path = writable_cache("embeddings") / embeddings.cache_name(data, 16, 5, os.cpu_count())
     assert path.is_file()
     assert path.is_relative_to(tmp_path)
     monkeypatch.setattr(embeddings, "_run_apart", lambda *_: pytest.fail("made again although cached"))
@@ -159,7 +157,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
     with path.open("wb") as file:
         np.savez(file, rows=start, seconds=np.nan)
     assert embeddings.cached_start(data, 16, 5)[1] > 0
-    np.save(path.with_suffix(".npy"), start)  # as earlier versions kept it, under the archive's name
+    np.save(path.with_suffix(".npy"), start)  # an array that is in no archive
     path.with_suffix(".npy").replace(path)
     np.testing.assert_array_equal(embeddings.cached_start(data, 16, 5)[0], start)
     assert len(list(path.parent.iterdir())) == 1  # no half-written files
@@ -167,7 +165,7 @@ def test_cached_start_runs_apart_once_and_mends_a_damaged_cache(tmp_path, monkey
 
 def test_cached_start_hands_on_what_the_process_says_is_wrong(tmp_path):
     with pytest.raises(UserError, match="There is no folder"):
-        embeddings._run_apart(tmp_path / "nowhere", tmp_path / "out.npy", 8, 0, 300, 1, None)
+        embeddings._run_apart(tmp_path / "nowhere", tmp_path / "out.npy", 8, 0, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +179,10 @@ def test_the_process_says_in_a_sentence_what_is_wrong(tmp_path, monkeypatch, cap
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("flashlm_numba.data.shards.open_tokens", lambda folder: SimpleNamespace(train=None))
+    monkeypatch.setattr(
+        "flashlm_numba.data.shards.open_tokens",
+        lambda folder: SimpleNamespace(train=None, vocabulary=vocabulary_named("gpt2")),
+    )
     monkeypatch.setattr(embeddings, "from_corpus", lambda *arguments, **options: np.zeros((300, 8), np.float32))
     monkeypatch.setattr(embeddings, "write_atomically", fail)
     assert embeddings.main([str(tmp_path), str(tmp_path / "out.npz")]) == 2
@@ -196,115 +197,4 @@ def test_a_process_that_is_killed_is_told_of(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(embeddings.sys, "executable", str(script))
     with pytest.raises(UserError, match="was ended by signal 9; if that was for want of memory"):
-        embeddings._run_apart(tmp_path, tmp_path / "out.npz", 8, 0, 300, 1, None)
-
-
-def wte(v, d, seed=0):
-    """A matrix (v, d) whose singular values fall off."""
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((v, d)) * 0.8 ** np.arange(d)).astype(np.float32)
-
-
-def bfloat16_file(path, name, array):
-    """A .safetensors file by its specification: header length, JSON header, raw bytes."""
-    raw = (array.view(np.uint32) >> 16).astype("<u2").tobytes()
-    before = np.arange(3, dtype="<f4").tobytes()  # so that the tensor does not start the data
-    header = {
-        "first": {"dtype": "F32", "shape": [3], "data_offsets": [0, len(before)]},
-        name: {"dtype": "BF16", "shape": list(array.shape), "data_offsets": [len(before), len(before + raw)]},
-    }
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + before + raw)
-
-
-def test_from_gpt2_keeps_the_leading_singular_directions(tmp_path):
-    weight = wte(500, 32)
-    save_file({"wte.weight": weight, "wpe.weight": wte(20, 32)}, tmp_path / "model.safetensors")
-    rows, kept = from_gpt2(tmp_path / "model.safetensors", 8, vocab_size=500)
-    u, s, _ = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    assert kept == pytest.approx((s[:8] ** 2).sum() / (s**2).sum(), rel=1e-5)
-    assert 0.5 < kept < 1
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=0), s[:8], rtol=1e-4)  # U S
-    np.testing.assert_allclose(rows @ rows.T, u[:, :8] * s[:8] ** 2 @ u[:, :8].T, atol=1e-3 * s[0] ** 2)
-    everything, share = from_gpt2(tmp_path / "model.safetensors", 32, vocab_size=500)
-    assert share == pytest.approx(1)
-    np.testing.assert_allclose(everything @ everything.T, weight @ weight.T, atol=1e-4 * s[0] ** 2)
-
-
-@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_from_gpt2_reads_half_precision_and_both_names(tmp_path, kind):
-    path = tmp_path / "model.safetensors"
-    weight = wte(128, 16)  # a padded vocabulary: 100 tokens
-    if kind == "float16":
-        weight = weight.astype(np.float16).astype(np.float32)
-        save_file({"transformer.wte.weight": weight.astype(np.float16)}, path)
-    else:
-        weight = (weight.view(np.uint32) & 0xFFFF0000).view(np.float32)
-        bfloat16_file(path, "transformer.wte.weight", weight)
-    rows, kept = from_gpt2(str(path), 16, vocab_size=100)
-    assert kept == pytest.approx(1)
-    np.testing.assert_allclose(rows @ rows.T, weight[:100] @ weight[:100].T, atol=1e-3)
-
-
-def test_from_gpt2_refuses_what_is_no_gpt2_checkpoint(tmp_path):
-    path = tmp_path / "model.safetensors"
-
-    def refused(sentence, source=path):
-        with pytest.raises(UserError, match=sentence):
-            from_gpt2(source, 8, vocab_size=500)
-
-    refused("There is no file")
-    path.write_bytes(b"no safetensors at all, only text that is long enough")
-    refused("is not a readable .safetensors file")
-    save_file({"embed.weight": wte(500, 16)}, path)
-    refused("has no tensor wte.weight")
-    save_file({"wte.weight": wte(400, 16)}, path)
-    refused("has 400 rows, but the vocabulary has 500 tokens")
-    save_file({"wte.weight": wte(700, 16)}, path)
-    refused("has 700 rows, but the vocabulary has 500 tokens")
-    save_file({"wte.weight": wte(500, 4)}, path)
-    refused("has 4 columns, fewer than the model's 8")
-    save_file({"wte.weight": np.zeros((500, 16), np.int8)}, path)
-    refused("is I8 of shape")
-    save_file({"wte.weight": np.zeros(500, np.float32)}, path)
-    refused("is F32 of shape")
-    save_file({"wte.weight": wte(500, 16) * np.float32(np.nan)}, path)
-    refused("not finite")
-    save_file({"wte.weight": np.zeros((500, 16), np.float32)}, path)
-    refused("all zeros")
-
-
-def test_from_gpt2_takes_a_hub_name_and_says_when_it_cannot_be_had(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    path = tmp_path / "model.safetensors"
-    save_file({"wte.weight": wte(500, 16)}, path)
-    asked, cached, online = [], False, True
-
-    def download(*name, local_files_only=False):
-        asked.append((*name, "cache" if local_files_only else "hub"))
-        if local_files_only and not cached:
-            raise LocalEntryNotFoundError("not there")
-        return str(path)
-
-    def model_info(self, name, timeout):
-        asked.append(("info", name))
-        assert timeout <= 10
-        if not online:
-            raise ConnectionError("no network\nand much more")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    gpt2, file = "openai-community/gpt2", "model.safetensors"
-    assert from_gpt2(f"hf:{gpt2}", 8, vocab_size=500)[0].shape == (500, 8)
-    assert asked == [(gpt2, file, "cache"), ("info", gpt2), (gpt2, file, "hub")]
-
-    asked, online = [], False  # the request that tells so comes before the download, which would try for long
-    with pytest.raises(UserError, match=r"openai-community/gpt2 from the Hugging Face hub \(no network\); check"):
-        from_gpt2(f"hf:{gpt2}", 8)
-    assert asked == [(gpt2, file, "cache"), ("info", gpt2)]
-
-    asked, cached = [], True
-    assert from_gpt2(f"hf:{gpt2}", 8, vocab_size=500)[0].shape == (500, 8)
-    assert asked == [(gpt2, file, "cache")]
+        embeddings._run_apart(tmp_path, tmp_path / "out.npz", 8, 0, 1, None)

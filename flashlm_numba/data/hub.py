@@ -1,0 +1,129 @@
+"""Documents of a dataset on Hugging Face, streamed through the library `datasets` at a fixed revision."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flashlm_numba.data.documents import ALL, ROLES, Source, quiet_datasets, reason, role_of, texts_of
+from flashlm_numba.system.errors import UserError
+
+HUB_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub can be reached
+RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waited before a stream that broke is opened again, beside what `datasets` does
+
+
+@dataclass(frozen=True)
+class HubDataset(Source):
+    """A dataset on Hugging Face: see Source."""
+
+    name: str
+    splits: dict[str, tuple[str, ...]]  # role -> the dataset's own splits
+    revision: str | None = None  # commit
+    subset: str | None = None
+    column: str = "text"
+    licence: str | None = None
+    kind = "hub"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that have documents."""
+        return tuple(self.splits)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, revision and how it is read: see Source.fingerprint."""
+        splits = {role: list(splits) for role, splits in self.splits.items()}
+        read = {"column": self.column, "lines": False}
+        return super().fingerprint() | read | {"subset": self.subset, "revision": self.revision, "splits": splits}
+
+    def documents(
+        self,
+        role: str,
+        first_part: int = 0,
+        started: Callable[[int], None] = lambda part: None,
+        note: Callable[[str], None] = lambda sentence: None,
+    ) -> Iterator[str]:
+        """Stream the texts of a role; a stream that breaks is opened again where it stopped: see Source.documents."""
+        begun, read, failures = -1, 0, 0  # the last part that was begun, and its documents that were handed on
+        while True:
+            try:
+                for part, stream in self._parts(role):
+                    if part < max(first_part, begun):
+                        continue
+                    if part > begun:
+                        started(part)
+                        begun, read = part, 0
+                    for text in itertools.islice(texts_of(stream, self.column, self.name), read, None):
+                        read += 1
+                        failures = 0
+                        yield text
+                return
+            except (UserError, ImportError):
+                raise
+            except Exception as error:  # of whichever library: a connection ends in many ways
+                lasting = isinstance(error, FileNotFoundError | LookupError)
+                if failures == len(RETRY_SECONDS) or lasting:
+                    raise UserError(
+                        f"Reading {self.name} from Hugging Face stopped ({reason(error)}): "
+                        "check the connection and run the same command again to continue."
+                    ) from error
+                seconds = RETRY_SECONDS[failures]
+                failures += 1
+                note(f"Reading {self.name} stopped ({reason(error)}); trying again in {seconds:g} s.")
+                time.sleep(seconds)
+
+    def _parts(self, role: str) -> Iterator[tuple[int, Any]]:
+        """Number and rows of every file of a role."""
+        datasets = quiet_datasets()
+        part = 0
+        for split in self.splits[role]:
+            stream = datasets.load_dataset(self.name, self.subset, split=split, revision=self.revision, streaming=True)
+            files = getattr(stream, "num_shards", 1)  # not in the oldest versions of `datasets`
+            for index in range(files):
+                yield part, stream.shard(files, index) if files > 1 else stream
+                part += 1
+
+
+def resolve_dataset(name: str, subset: str | None, column: str) -> HubDataset:
+    """Find a dataset on Hugging Face at the revision of this moment, without reading its documents.
+
+    Raises UserError if there is none of this name, it has no such subset, or the hub cannot be reached.
+    """
+    datasets = quiet_datasets()
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    # One request first, since `datasets` repeats a failing one for half a minute.
+    try:
+        info = huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{name} is no file or folder here and no public dataset on Hugging Face: check the spelling "
+            "(for a private dataset, log in with `hf auth login`)."
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{name} is no file or folder here, and Hugging Face cannot be reached ({reason(error)}): "
+            "check the spelling and the connection, or use local files or the built-in text."
+        ) from error
+    card = getattr(info, "card_data", None)
+    licence = card.get("license") if card is not None else None
+    try:
+        splits = list(datasets.load_dataset(name, subset, revision=info.sha, streaming=True))
+    except Exception as error:
+        hint = "choose another --subset" if subset else "choose a --subset"
+        raise UserError(f"Cannot open {name} on Hugging Face ({reason(error)}): {hint} or dataset.") from error
+    groups = {role: tuple(s for s in splits if (role_of(s) or "train") == role) for role in ROLES}
+    groups = {role: group for role, group in groups.items() if group}
+    if list(groups) == ["train"]:  # as FineWeb-Edu: nobody has set anything apart yet
+        groups = {ALL: groups["train"]}
+    return HubDataset(
+        name,
+        splits=groups,
+        revision=info.sha,
+        subset=subset,
+        column=column,
+        licence=", ".join(licence) if isinstance(licence, list) else licence,
+    )
