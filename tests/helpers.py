@@ -33,7 +33,7 @@ def import_torch() -> Any:
     """PyTorch; the calling test, or test file, is skipped where it is not installed, but in CI, which must have it."""
     if "CI" in os.environ:
         return importlib.import_module("torch")
-    return pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
+    return pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[baseline]'")
 
 
 def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "result") -> None:

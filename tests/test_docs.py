@@ -10,7 +10,8 @@ import pytest
 from flashlm_numba.cli import main as cli
 from flashlm_numba.heads import label_tree as tree
 from flashlm_numba.model.config import RunConfig
-from tools import bench_train, command_reference
+from tools import command_reference
+from tools.bench.train_jobs import expand
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,7 +54,7 @@ def test_commands_of_the_tools_have_these_options(page):
         }
         asked = {word for word in shlex.split(words) if word.startswith("--")}
         assert asked <= known, (script, asked - known)
-        for settings in bench_train.expand(re.findall(r"--set (\S+)", words)):  # raises for one that is not there
+        for settings in expand(re.findall(r"--set (\S+)", words)):  # raises for one that is not there
             RunConfig.recipe_named("default").with_settings(settings)
 
 
