@@ -119,8 +119,8 @@ def main(
             raise click.ClickException(f"{path} cannot be written ({why}); the row is above.") from None
         click.echo(table([row]).splitlines()[-1], err=True)
     if failures:
-        names = ", ".join(" ".join([job.name, *job.settings]) for job in failures)
-        raise click.ClickException(f"{len(failures)} of {len(jobs)} runs failed, see above: {names}.")
+        failed = ", ".join(" ".join([job.name, *job.settings]) for job in failures)
+        raise click.ClickException(f"{len(failures)} of {len(jobs)} runs failed, see above: {failed}.")
 
 
 def text_tokens(data: Path) -> dict[str, int]:
