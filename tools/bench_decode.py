@@ -1,4 +1,4 @@
-"""How fast does the model write? Tokens a second of one stream, ours and PyTorch re-reading the window.
+"""How fast does the model write? Tokens per second of one stream, ours and PyTorch's, which reads the window again.
 
 \b
     python tools/bench_decode.py                     every candidate
@@ -201,8 +201,8 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
     limit = reading["best"] * 1e9 / dense.parameters["embedding.weight"].nbytes
     share = rates["dense, temperature 1"]["median"] / limit
     click.echo(
-        f"One thread reads {reading['best']:.1f} GB/s: the dense head's rows {limit:,.0f} times a second; {share:.0%} "
-        "of that is reached."
+        f"One thread reads {reading['best']:.1f} GB/s: the dense head's rows {limit:,.0f} times per second; "
+        f"{share:.0%} of that is reached."
     )
     if json_path is not None:
         result = {

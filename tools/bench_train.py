@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
@@ -69,34 +70,17 @@ def main(
     if len(data_and_results) < 3 or (tokens is None) == (minutes is None):
         raise click.UsageError("Give DATA, RESULTS.json, one name or more, and either --tokens or --minutes.")
     data, path, names = Path(data_and_results[0]).resolve(), Path(data_and_results[1]), data_and_results[2:]
-    if unknown := [name for name in names if name not in OURS and name not in BASELINES]:
-        raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *BASELINES])}.")
-    if tokens is not None and (own := [name for name in names if "total" in BASELINES.get(name, {})]):
-        raise click.UsageError(
-            f"{own[0]} has a schedule of its own and is stopped by --minutes; --tokens is for others."
-        )
-    if importlib.util.find_spec("torch") is None and (torch := [name for name in names if name in BASELINES]):
-        raise click.UsageError(f"{torch[0]} needs torch, which is not installed: pip install -e '.[baseline]'")
+    check_names(names, with_tokens=tokens is not None)
     output.check_writable(path)
     read_rows(path)
-    combinations = expand(settings)
-    try:
-        at = tuple(sorted(float(mark) for mark in marks.split(",") if mark.strip()))
-    except ValueError:
-        raise click.UsageError(f"--marks takes minutes separated by commas, got '{marks}'.") from None
-    if at and (minutes is None or not 0 < at[0] <= at[-1] < minutes):
-        raise click.UsageError("--marks must lie between 0 and --minutes.")
+    at = read_marks(marks, minutes)
     jobs = [
         Job(name, combination, seed, tokens, minutes, threads, at)
-        for combination in combinations
+        for combination in expand(settings)
         for seed in seeds
         for name in names
     ]
-    try:
-        for job in jobs:
-            _ = job.recipe
-    except UserError as error:
-        raise click.UsageError(str(error)) from None
+    check_settings(jobs)
     size = text_tokens(data)
     runs = None if runs is None else runs.resolve()
     failures = []
@@ -121,6 +105,38 @@ def main(
     if failures:
         failed = ", ".join(" ".join([job.name, *job.settings]) for job in failures)
         raise click.ClickException(f"{len(failures)} of {len(jobs)} runs failed, see above: {failed}.")
+
+
+def check_names(names: Sequence[str], with_tokens: bool) -> None:
+    """UsageError for a name that there is not, or that cannot run here or on a budget in tokens."""
+    if unknown := [name for name in names if name not in OURS and name not in BASELINES]:
+        raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *BASELINES])}.")
+    if with_tokens and (own := [name for name in names if "total" in BASELINES.get(name, {})]):
+        raise click.UsageError(
+            f"{own[0]} has a schedule of its own and is stopped by --minutes; --tokens is for others."
+        )
+    if importlib.util.find_spec("torch") is None and (baselines := [name for name in names if name in BASELINES]):
+        raise click.UsageError(f"{baselines[0]} needs torch, which is not installed: pip install -e '.[baseline]'")
+
+
+def read_marks(text: str, minutes: float | None) -> tuple[float, ...]:
+    """Minutes in order from "1,5,7". UsageError for those that no run of so many minutes has."""
+    try:
+        marks = tuple(sorted(float(mark) for mark in text.split(",") if mark.strip()))
+    except ValueError:
+        raise click.UsageError(f"--marks takes minutes separated by commas, got '{text}'.") from None
+    if marks and (minutes is None or not 0 < marks[0] <= marks[-1] < minutes):
+        raise click.UsageError("--marks must lie between 0 and --minutes.")
+    return marks
+
+
+def check_settings(jobs: Iterable[Job]) -> None:
+    """UsageError for a setting or a value that there is not, before the first run."""
+    try:
+        for job in jobs:
+            _ = job.recipe
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def text_tokens(data: Path) -> dict[str, int]:

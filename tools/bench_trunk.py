@@ -271,7 +271,7 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
         result |= {"read_gbytes_per_s": read["best"], "roofline": points}
         for name, point in points.items():
             click.echo(
-                f"  {name:<32} {point['flop'] / point['bytes']:>7.1f} flop a byte  "
+                f"  {name:<32} {point['flop'] / point['bytes']:>7.1f} flop per byte  "
                 f"{point['flop'] / point['seconds'] * 1e-9:>7.1f} GFLOP/s"
             )
     if json_path is not None:

@@ -42,6 +42,6 @@ def draw_roofline(result: Mapping[str, Any]) -> Any:
         side = "right" if intensity[name] > (low * high) ** 0.5 else "left"
         axes.annotate(name, (intensity[name], rate), textcoords="offset points", xytext=(0, -14), fontsize=9, ha=side)
     axes.legend(frameon=False, loc="lower right")
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     return figure

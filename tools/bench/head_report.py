@@ -138,7 +138,7 @@ def _draw_shares(result: Mapping[str, Any]) -> Any:
 
 
 def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
-    """Microseconds a position against V and against N, both axes logarithmic."""
+    """Microseconds per position against V and against N, both axes logarithmic."""
     figure = new_figure(11, 4.5)
     panels = (
         ("vocab", f"tokens in the vocabulary, V (N = {scaling['vocab_at_rows']:,})"),
@@ -152,7 +152,7 @@ def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
             high = [1e6 / rate["p20"] for rate in rates.values()]
             (line,) = axes.plot(sizes, cost, marker="o", label=name)
             axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.2)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds a position, forward and backward")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds per position, forward and backward")
         axes.grid(alpha=0.3)
         if scaling[key]:
             axes.legend(frameon=False)

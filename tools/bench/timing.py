@@ -46,7 +46,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn, round after round, so that a drift of the machine meets all alike.
 
-    Returns name -> summary of seconds per call, one value a round. `pause` (seconds) before every turn lets the idle
+    Returns name -> summary of seconds per call, one value per round. `pause` (seconds) before every turn lets the idle
     threads of the candidate before, which spin for a moment, fall asleep. A call shorter than `burst` seconds is made
     again until they have passed, and the turn's value is the median without the first call, which wakes threads and
     fills caches: a head is called over and over by training. Raises ValueError for fewer than one repeat.
