@@ -33,7 +33,7 @@ def import_torch() -> Any:
     """PyTorch; the calling test, or test file, is skipped where it is not installed, but in CI, which must have it."""
     if "CI" in os.environ:
         return importlib.import_module("torch")
-    return pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[peer]'")
+    return pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[baseline]'")
 
 
 def normal_arrays(rng: np.random.Generator, shapes: Sequence[Any]) -> list[np.ndarray]:

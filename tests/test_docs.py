@@ -11,7 +11,8 @@ from flashlm_numba.cli import main as cli
 from flashlm_numba.heads import HEADS, tree_shapes
 from flashlm_numba.model.mixers import MIXERS
 from flashlm_numba.model.recipes import from_recipe
-from tools import bench_train, command_reference
+from tools import command_reference
+from tools.bench.train_jobs import expand
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,7 +58,7 @@ def test_commands_of_the_tools_have_these_options(page):
         }
         asked = {word for word in shlex.split(words) if word.startswith("--")}
         assert asked <= known, (script, asked - known)
-        for settings in bench_train.expand(re.findall(r"--set (\S+)", words)):  # raises for one that is not there
+        for settings in expand(re.findall(r"--set (\S+)", words)):  # raises for one that is not there
             from_recipe("default", settings)
 
 

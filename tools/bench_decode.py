@@ -1,4 +1,4 @@
-"""How fast does the model write? Tokens a second of one stream, ours and PyTorch re-reading the window.
+"""How fast does the model write? Tokens per second of one stream, ours and PyTorch's, which reads the window again.
 
 \b
     python tools/bench_decode.py                     every candidate
@@ -39,7 +39,7 @@ from flashlm_numba.model.model import Model
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
-from tools import bandwidth, timing
+from tools.bench import bandwidth, machine, output, timing
 
 CHECKED = 64  # tokens that are decoded and compared with the whole forward pass
 FEW = 4  # tokens of a call that reads the window again for each
@@ -124,9 +124,9 @@ def torch_reading_again(context: list[int]) -> Callable[[int], None]:
     """The same in PyTorch, with its dense head and FlashLM v3's trunk, over the 415 tokens that this one sees."""
     import torch
 
-    from tools.peer_model import PeerModel
+    from tools.baseline.model import BaselineModel
 
-    model = PeerModel()
+    model = BaselineModel()
     window = torch.tensor(context[-model.config.receptive_field :])
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ def torch_reading_again(context: list[int]) -> Callable[[int], None]:
 def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, json_path: Path | None) -> None:
     """See the module's docstring."""
     if json_path is not None:
-        timing.check_writable(json_path)
+        output.check_writable(json_path)
     try:
         threads = set_threads(None)
         corpus = open_tokens(data or default_corpus())
@@ -202,18 +202,18 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
     limit = reading["best"] * 1e9 / dense.parameters["embedding.weight"].nbytes
     share = rates["dense, temperature 1"]["median"] / limit
     click.echo(
-        f"One thread reads {reading['best']:.1f} GB/s: the dense head's rows {limit:,.0f} times a second; {share:.0%} "
-        "of that is reached."
+        f"One thread reads {reading['best']:.1f} GB/s: the dense head's rows {limit:,.0f} times per second; "
+        f"{share:.0%} of that is reached."
     )
     if json_path is not None:
         result = {
-            "machine": timing.environment(threads),
+            **machine.stamp(threads),
             "trained": trained is not None,
             "context": field,
             "tokens_per_s": rates,
             "read_gbytes_per_s": reading["best"],
         }
-        timing.write_json(json_path, result)
+        output.write_json(json_path, result)
 
 
 if __name__ == "__main__":

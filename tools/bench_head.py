@@ -11,51 +11,42 @@
 
 All candidates get the same positions: hidden states drawn at random, the next tokens of the built-in text, and the rows
 that training starts with. Every candidate's loss and gradients, at all positions and of all rows, are checked against
-float64 before it is timed; a wrong one ends the program with status 1 (tools/head_candidates.py). The candidates
+float64 before it is timed; a wrong one ends the program with status 1 (tools/bench/). The candidates
 then take turns, and medians are printed with the 20 % and 80 % quantiles. GFLOP/s count matrix products only; the
 GEMM rate is the best median over 2048 cubed and the dense head's three products at N = 4,096 (quick: at the batch's
 N); GB/s count h, the rows read, dh and all gradients once each, so they are a lower bound; scratch is what the
-head's own arrays hold after a call. The PyTorch peers (tools/peer_torch.py) stand beside ours where torch is
+head's own arrays hold after a call. The PyTorch baselines (tools/baseline/) stand beside ours where torch is
 installed. Use a quiet machine.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.data.builtin import default_corpus
 from flashlm_numba.data.shards import TokenData, open_tokens
-from flashlm_numba.model import build as assemble
 from flashlm_numba.model.config import Phase
-from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.model.settings import parse_phase
 from flashlm_numba.system.display import peak_rss_mb
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
-from flashlm_numba.training.optimizer import Optimizer
-from flashlm_numba.training.session import Session
-from flashlm_numba.training.step import train_step
-from tools import head_candidates, head_report, timing
-from tools.head_candidates import CANDIDATES, QUICK, Candidate, Problem, UnavailableError
+from tools.bench import charts, head_check, head_problem, head_report, machine, output, timing
+from tools.bench.head_candidates import CANDIDATES, QUICK
+from tools.bench.head_problem import Candidate, Problem, UnavailableError
+from tools.bench.our_heads import forget_references
+from tools.bench.steps import measure_steps
 
-STEP = Phase(None, 16, 128, 1)  # tokens of a training step
-V3_LOSS = {
-    "label_smoothing": 0.1,
-    "z_loss": 1e-4,
-}  # of the dense steps, ours and torch's; the others train on plain NLL
-SHARES = ("embedding", "trunk", "head", "optimizer")
 BY_ROWS = 2048  # a second batch size, at which the dense heads are measured too
 DENSE = ("dense", "torch:eager")
 SCALED = ("dense", "tree:adaptive", "torch:eager", "torch:tree")
@@ -77,8 +68,8 @@ def prepare(names: Sequence[str], problem: Problem) -> tuple[dict[str, Candidate
         except UnavailableError as error:
             missing[name] = str(error)
             continue
-        errors[name] = head_candidates.check(name, candidates[name])
-    head_candidates.forget_references()
+        errors[name] = head_check.check(name, candidates[name])
+    forget_references()
     return candidates, errors, missing
 
 
@@ -105,70 +96,6 @@ def measure_heads(
     return report, missing
 
 
-def make_session(
-    data: TokenData, head: str, threads: int, positions: float = 1.0, activations: str = "float"
-) -> Session:
-    """A model of v3's shape with this head and both optimisers, on the data's first step."""
-    settings = [f"head.name={head}", f"loss_fraction={positions}", "log_prior=false", f"activations={activations}"]
-    settings += ["leaky_decay=0", "ngram_copy_orders=[]"]  # v3's trunk, as the peers'
-    if head == "dense":
-        settings += [f"{name}={value}" for name, value in V3_LOSS.items()]
-    run = from_recipe("default", settings)
-    run = dataclasses.replace(run, threads=threads, data=str(data.folder), data_hash=data.hash)
-    model, _ = assemble.new_model(run, data, lambda line: None)
-    optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
-    return Session(run, data.folder, data, model, optimizer, {})
-
-
-def measure_steps(
-    data: TokenData, threads: int, repeats: int, batch: Phase = STEP
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole training steps: tokens/s and shares of the step's time, ours and torch's, by candidate.
-
-    Ours take the default recipe's AdamW, without a first moment, torch's the fused one, which always keeps it.
-    """
-    rates: dict[str, Any] = {}
-    shares: dict[str, Any] = {}
-    ours: dict[str, dict[str, Any]] = {
-        "dense": {"head": "dense"},
-        "dense@0.25": {"head": "dense", "positions": 0.25},
-        "tree": {"head": "tree", "activations": "int8"},  # the default recipe, but for batches and v3's trunk
-        "tree@float": {"head": "tree"},  # with float32 products, as the peers
-    }
-    for name, options in ours.items():
-        session = make_session(data, threads=threads, **options)
-        seconds, parts = [], []
-        for step in range(repeats + 2):
-            done = train_step(session, batch, step, lr=1e-3)
-            if step >= 2:
-                seconds.append(done.seconds)
-                parts.append(done.shares)
-        rates[name] = timing.rate(timing.summary(seconds), batch.tokens)
-        shares[name] = {part: round(float(np.median([p[part] for p in parts])), 4) for part in SHARES}
-    if importlib.util.find_spec("torch") is None:
-        return rates, shares
-    import torch
-
-    from tools import peer_torch
-
-    torch.set_num_threads(threads)
-    shape = f"{batch.rows}x{batch.length}x{batch.grad_accum}"
-    # torch's fused AdamW, the faster; "plain": its default one, as in FlashLM v3
-    peers: dict[str, dict[str, Any]] = {
-        "torch": {"fused": True, **V3_LOSS},
-        "torch-plain": V3_LOSS,
-        "torch@0.25": {"fused": True, "positions": 0.25, **V3_LOSS},
-        "torch:adaptive": {"fused": True, "adaptive_div": 1.0},
-        "torch:adaptive-div4": {"fused": True, "adaptive_div": 4.0},
-        "torch:adaptive-plain": {"adaptive_div": 1.0},
-        "torch:adaptive-div4-plain": {"adaptive_div": 4.0},
-    }
-    for name, options in peers.items():
-        result = peer_torch.measure_step(shape, repeats=max(2, repeats), data=data.folder, **options)
-        rates[name], shares[name] = result["tokens_per_s"], result["shares"]
-    return rates, shares
-
-
 def measure_scaling(
     dim: int, repeats: int, vocabularies: Sequence[int] = VOCABULARIES, rows: Sequence[int] = ROWS
 ) -> dict[str, Any]:
@@ -180,7 +107,7 @@ def measure_scaling(
     result: dict[str, Any] = {"vocab": {}, "rows": {}, "vocab_at_rows": SCALED_ROWS, "rows_at_vocab": 50_257}
     batches = [("vocab", v, SCALED_ROWS, v) for v in vocabularies] + [("rows", n, n, 50_257) for n in rows]
     for axis, size, n, vocab in batches:
-        problem = head_candidates.zipf_problem(n, dim, vocab)
+        problem = head_problem.zipf_problem(n, dim, vocab)
         names = [name for name in SCALED if name != "torch:eager" or 4 * n * vocab <= WIDEST_LOGITS]
         _, _, missing = prepare(names, problem.first(64))
         names = [name for name in names if name not in missing]
@@ -233,101 +160,125 @@ def say_head(name: str, head: Mapping[str, Any] | None, missing: Mapping[str, st
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw the shares of a step into this PNG.")
 @click.option("--table", "table_path", type=click.Path(exists=True, path_type=Path), help="Print this JSON's tables.")
-def main(
-    rows: int | None,
-    vocab: int,
-    dim: int,
-    threads: int | None,
-    repeats: int | None,
-    heads: tuple[str, ...],
-    data: Path | None,
-    steps: bool,
-    batch: str,
-    scaling: bool,
-    quick: bool,
-    json_path: Path | None,
-    plot_path: Path | None,
-    table_path: Path | None,
-) -> None:
+def main(table_path: Path | None, **options: Any) -> None:
     """See the module's docstring."""
     if table_path is not None:
         result = json.loads(table_path.read_text(encoding="utf-8"))
         click.echo(head_report.summary_table(result) + "\n\n" + head_report.heads_table(result))
         return
-    if plot_path is not None and not (steps or scaling):
-        raise click.UsageError(
-            "--plot draws training steps and --scaling; with --no-steps alone there is nothing to draw"
-        )
-    if plot_path is not None and not head_report.can_plot():
-        raise click.ClickException("--plot needs matplotlib: pip install -e '.[dev]', or pip install matplotlib")
-    for path in (json_path, plot_path):
-        if path is not None:
-            timing.check_writable(path)
-    rows, repeats = rows or (1024 if quick else 4096), repeats or (2 if quick else 7)
+    run(Options(**options))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; None: the default, which --quick changes."""
+
+    rows: int | None
+    vocab: int
+    dim: int
+    threads: int | None
+    repeats: int | None
+    heads: tuple[str, ...]
+    data: Path | None
+    steps: bool
+    batch: str
+    scaling: bool
+    quick: bool
+    json_path: Path | None
+    plot_path: Path | None
+
+    def check(self) -> None:
+        """A click exception for what cannot be drawn or written: said before anything is measured."""
+        if self.plot_path is not None and not (self.steps or self.scaling):
+            raise click.UsageError(
+                "--plot draws training steps and --scaling; with --no-steps alone there is nothing to draw"
+            )
+        if self.plot_path is not None and not charts.can_plot():
+            raise click.ClickException("--plot needs matplotlib: pip install -e '.[dev]', or pip install matplotlib")
+        for path in (self.json_path, self.plot_path):
+            if path is not None:
+                output.check_writable(path)
+
+
+def run(options: Options) -> None:
+    """Measure, report and write what the options ask for."""
+    options.check()
+    quick, vocab, dim = options.quick, options.vocab, options.dim
+    rows, repeats = options.rows or (1024 if quick else 4096), options.repeats or (2 if quick else 7)
     try:
-        phase = parse_phase(batch)
-        threads = set_threads(threads)
-        tokens = open_tokens(data or default_corpus())
+        phase = parse_phase(options.batch)
+        threads = set_threads(options.threads)
+        tokens = open_tokens(options.data or default_corpus())
     except (UserError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     if importlib.util.find_spec("torch") is not None:
         import torch
 
         torch.set_num_threads(threads)
-    machine = timing.environment(threads)
-    say_machine(machine)
-    problem = head_candidates.make_problem(tokens, rows, dim, vocab, seed=0)
+    stamp = machine.stamp(threads)
+    say_machine(stamp["machine"])
+    problem = head_problem.make_problem(tokens, rows, dim, vocab, seed=0)
     gemm_rows = min(rows, 4096) if quick else 4096
-    gemm = timing.gemm_rate(threads, rows=gemm_rows, dim=dim, vocab_size=vocab, repeats=min(repeats, 5))
-    click.echo(f"  GEMM {gemm['best']:.0f} GFLOP/s (NumPy's BLAS, float32, best of four shapes)")
-
-    names = heads or (QUICK if quick else tuple(CANDIDATES))
+    gemm = machine.gemm_rate(threads, rows=gemm_rows, dim=dim, vocab_size=vocab, repeats=min(repeats, 5))["best"]
+    click.echo(f"  GEMM {gemm:.0f} GFLOP/s (NumPy's BLAS, float32, best of four shapes)")
     try:
-        report, missing = measure_heads(names, problem, repeats, gemm["best"])
-        click.echo(
-            f"Forward and backward with all gradients, zeroing them included; {rows:,} positions, V = {vocab:,}:"
-        )
-        for name in names:
-            say_head(name, report[name], missing)
-        dense = [name for name in DENSE if report.get(name)]
-        if rows > BY_ROWS and dense:
-            click.echo(f"The same at {BY_ROWS:,} positions:")
-            for name, entry in measure_heads(dense, problem.first(BY_ROWS), repeats, gemm["best"])[0].items():
-                report[name]["by_rows"] = {str(BY_ROWS): entry}
-                say_head(name, entry, {})
+        heads = report_heads(options.heads or (QUICK if quick else tuple(CANDIDATES)), problem, repeats, gemm)
         curves = None
-        if scaling:
+        if options.scaling:
             click.echo("Cost against the vocabulary and the batch:")
             curves = measure_scaling(dim, min(repeats, 5))
     except timing.WrongResultError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
-    step_rates: dict[str, Any] = {}
-    shares: dict[str, Any] = {}
-    if steps:
-        step_rates, shares = measure_steps(tokens, threads, repeats, phase)
-        click.echo(f"Whole training steps, v3's shape, {batch} tokens, both optimisers:")
-        for name, rate in step_rates.items():
-            say_rate(name, rate, "tokens/s", ", ".join(f"{part} {share:.0%}" for part, share in shares[name].items()))
+    step_rates, shares = report_steps(tokens, threads, repeats, phase, options.batch) if options.steps else ({}, {})
     result = {
-        "machine": machine,
+        "machine": stamp["machine"],
         "rows": rows,
         "vocab_size": vocab,
         "dim": dim,
-        "gemm_gflops": gemm["best"],
-        "heads": report,
+        "gemm_gflops": gemm,
+        "heads": heads,
         "shares": shares,
-        "batch": batch,
+        "batch": options.batch,
         "steps": {name: {"tokens_per_s": rate} for name, rate in step_rates.items()},
         **({"scaling": curves} if curves else {}),
         "peak_rss_mb": peak_rss_mb(),
+        "commit": stamp["commit"],
+        "date": stamp["date"],
     }
     click.echo(f"Peak memory of this process: {result['peak_rss_mb'] or float('nan'):,.0f} MB")
-    if json_path is not None:
-        timing.write_json(json_path, result)
-    if plot_path is not None:
-        for path in head_report.plot(result, plot_path):
+    if options.json_path is not None:
+        output.write_json(options.json_path, result)
+    if options.plot_path is not None:
+        for path in head_report.plot(result, options.plot_path):
             click.echo(f"wrote {path}")
+
+
+def report_heads(names: Sequence[str], problem: Problem, repeats: int, gemm_gflops: float) -> dict[str, Any]:
+    """Measure the named heads, the dense ones at BY_ROWS positions too, and print a line for each."""
+    report, missing = measure_heads(names, problem, repeats, gemm_gflops)
+    rows, vocab = len(problem.targets), len(problem.weight)
+    click.echo(f"Forward and backward with all gradients, zeroing them included; {rows:,} positions, V = {vocab:,}:")
+    for name in names:
+        say_head(name, report[name], missing)
+    dense = [name for name in DENSE if report.get(name)]
+    if rows > BY_ROWS and dense:
+        click.echo(f"The same at {BY_ROWS:,} positions:")
+        for name, entry in measure_heads(dense, problem.first(BY_ROWS), repeats, gemm_gflops)[0].items():
+            report[name]["by_rows"] = {str(BY_ROWS): entry}
+            say_head(name, entry, {})
+    return report
+
+
+def report_steps(
+    tokens: TokenData, threads: int, repeats: int, phase: Phase, batch: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure whole training steps, and print a line for each; rates and shares by candidate."""
+    rates, shares = measure_steps(tokens, threads, repeats, phase)
+    click.echo(f"Whole training steps, v3's shape, {batch} tokens, both optimisers:")
+    for name, rate in rates.items():
+        say_rate(name, rate, "tokens/s", ", ".join(f"{part} {share:.0%}" for part, share in shares[name].items()))
+    return rates, shares
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from flashlm_numba.kernels import _ternary_dots
 from flashlm_numba.kernels.ternary import pack_ternary
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize_rows, ternary_matmul_int8, ternary_matvec
 from flashlm_numba.system.threads import set_threads
-from tools import bandwidth, timing
+from tools.bench import bandwidth, machine, output, timing
 
 # rows, columns, rows of activations, threads (0: all)
 QUICK = ((768, 256, 1, 1), (768, 256, 16, 1))
@@ -104,14 +104,16 @@ def measure_shape(rows: int, columns: int, inputs: int, threads: int, repeats: i
 def main(repeats: int, threads: int | None, quick: bool, json_path: Path | None) -> None:
     """See the module's docstring."""
     if json_path is not None:
-        timing.check_writable(json_path)
+        output.check_writable(json_path)
     try:
         threads = set_threads(threads)
         best = best_variant()
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    machine = timing.environment(threads)
-    click.echo(f"{machine['cpu']}, {threads} threads; variant {best}, of {', '.join(_ternary_dots.available())}")
+    stamp = machine.stamp(threads)
+    click.echo(
+        f"{stamp['machine']['cpu']}, {threads} threads; variant {best}, of {', '.join(_ternary_dots.available())}"
+    )
     reading: dict[int, dict[str, Any]] = {}
     if not quick:
         for count in sorted({1, threads}):
@@ -136,12 +138,12 @@ def main(repeats: int, threads: int | None, quick: bool, json_path: Path | None)
         shapes.append({"rows": rows, "columns": columns, "inputs": inputs, "threads": count, "gweights_per_s": rates})
     if json_path is not None:
         result = {
-            "machine": machine,
+            **stamp,
             "best_variant": best,
             "bandwidth": {str(count): found for count, found in reading.items()},
             "shapes": shapes,
         }
-        timing.write_json(json_path, result)
+        output.write_json(json_path, result)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from flashlm_numba.model.parameters import initial_parameters, parameter_shapes
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
 from flashlm_numba.training.optimizer import Optimizer
-from tools import bandwidth, head_candidates, head_report, timing
+from tools.bench import bandwidth, charts, head_candidates, head_check, head_problem, machine, output, timing
 
 Call = Callable[[], dict[str, np.ndarray]]
 
@@ -74,22 +74,22 @@ def torch_call(model: Model, ids: np.ndarray, dh: np.ndarray, **options: Any) ->
     """The same in PyTorch, and a call that returns the gradients too. options: dtype, or compile."""
     import torch
 
-    from tools.peer_model import PeerModel
+    from tools.baseline.model import BaselineModel
 
     dtype = options.get("dtype", torch.float32)
-    peer = PeerModel(model.config).to(dtype)
-    peer.state_from_numpy({name: model.parameters[name] for name in peer.params_to_numpy()})
-    hidden = torch.compile(peer.hidden) if options.get("compile") else peer.hidden
+    baseline = BaselineModel(model.config).to(dtype)
+    baseline.state_from_numpy({name: model.parameters[name] for name in baseline.params_to_numpy()})
+    hidden = torch.compile(baseline.hidden) if options.get("compile") else baseline.hidden
     tokens, gradient = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(dh).to(dtype)
 
     def run() -> dict[str, np.ndarray]:
-        peer.zero_grad(set_to_none=False)
+        baseline.zero_grad(set_to_none=False)
         h = hidden(tokens)
         h.backward(gradient)
         return {"hidden": h.detach().numpy()}
 
     def found() -> dict[str, np.ndarray]:
-        return run() | peer.grads_to_numpy()
+        return run() | baseline.grads_to_numpy()
 
     return run, found
 
@@ -113,7 +113,7 @@ def check(model: Model) -> float:
     # a vector is one row: held to its own value alone, an entry that sums to almost nothing has no correct digit
     rows = [{name: np.atleast_2d(found[name]) for name in names} for found in (ours, narrow, wide)]
     rows = [{name: a.reshape(len(a), -1) for name, a in found.items()} for found in rows]
-    return head_candidates.compare("trunk", *rows)
+    return head_check.compare("trunk", *rows)
 
 
 def make_rounded(model: Model, variant: str | None = None) -> Model:
@@ -122,7 +122,7 @@ def make_rounded(model: Model, variant: str | None = None) -> Model:
     rounded = Model(config, {name: model.parameters[name] for name in parameter_shapes(config)}, DenseHead)
     if variant is not None:
         rounded._weights.use_int8(True, variant)
-        rounded.prepare()
+        rounded.sync_weights()
     return rounded
 
 
@@ -179,7 +179,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
             "seconds": tokens / trunk_rate,
         }
     }
-    problem = head_candidates.zipf_problem(4096, config.dim, config.vocab_size)
+    problem = head_problem.zipf_problem(4096, config.dim, config.vocab_size)
     heads = {name: head_candidates.CANDIDATES[name](problem) for name in ("dense", "tree:adaptive")}
     weight = np.random.default_rng(0).integers(-1, 2, (16384, 1024)).astype(np.float32)
     packed = np.tile(ternary.pack_ternary(weight), (1, 16))
@@ -187,6 +187,8 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
     optimizer = Optimizer(model.parameters, model.gradients)
     state, _ = model.prefill(np.array([1], np.int32))
     forward = flop_per_token(config) / 3
+    own, mixer = state.weights, state.mixer_weights
+    read = sum(a.nbytes for a in (own.gate_up_int8, own.down_int8, mixer.out_int8, mixer.conv))  # of all blocks
     work: dict[str, tuple[float, float, Callable[[], Any]]] = {
         **{f"{name} head, training": (head.flop, head.nbytes, head.run) for name, head in heads.items()},
         "ternary matvec, 16,384 squared": (
@@ -196,7 +198,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
         ),
         "decoding, a token": (
             forward,
-            float(config.n_passes * sum(a.nbytes for a in (*state.ternary, model._weights.conv))),
+            float(config.n_passes * read),
             lambda: model.decode_step(state, 1),
         ),
         # parameter, gradient and two moments read, all but the gradient written; about 12 operations an element
@@ -214,9 +216,9 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
 
 def _kept_bytes(model: Model) -> int:
     """Of what the forward pass keeps for the backward pass."""
-    b = model._buffers
-    assert b is not None
-    return sum(a.nbytes for a in (b.x, b.x1, b.xm, b.rstd, b.rstd_m, b.gv, b.gu, b.out))
+    buffers = model._buffers
+    assert buffers is not None
+    return sum(a.nbytes for a in (*buffers.activations, *buffers.mixer_activations))
 
 
 @click.command(help=__doc__)
@@ -226,13 +228,13 @@ def _kept_bytes(model: Model) -> int:
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw the roofline to this .png or .svg.")
 def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: Path | None) -> None:
     """See the module's docstring."""
-    if plot_path is not None and not head_report.can_plot():
+    if plot_path is not None and not charts.can_plot():
         raise click.ClickException("--plot needs matplotlib: pip install -e '.[dev]', or pip install matplotlib")
     if plot_path is not None and plot_path.suffix not in (".png", ".svg"):
         raise click.BadParameter(f"{plot_path} must end in .png or .svg.")
     for path in (json_path, plot_path):
         if path is not None:
-            timing.check_writable(path)
+            output.check_writable(path)
     try:
         threads = set_threads(threads)
         model = make_model(ModelConfig())
@@ -243,11 +245,13 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
     except timing.WrongResultError as wrong:
         click.echo(f"Wrong result: {wrong}.", err=True)
         sys.exit(1)
-    machine = timing.environment(threads)
+    stamp = machine.stamp(threads)
     # before PyTorch's threads, which wait for work by spinning
     read = None if plot_path is None else bandwidth.read_bandwidth(threads, repeats=repeats)
-    gemm = timing.gemm_rate(threads, repeats=repeats)
-    click.echo(f"{machine['cpu']}, {threads} threads; GEMM {gemm['best']:.0f} GFLOP/s; largest error {error:.2g}")
+    gemm = machine.gemm_rate(threads, repeats=repeats)
+    click.echo(
+        f"{stamp['machine']['cpu']}, {threads} threads; GEMM {gemm['best']:.0f} GFLOP/s; largest error {error:.2g}"
+    )
     rates = measure(model, threads, repeats)
     flop = flop_per_token(model.config)
     for name, rate in rates.items():
@@ -257,7 +261,7 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
             f"{gflops:.0f} GFLOP/s, {gflops / gemm['best']:.0%} of the GEMM rate"
         )
     result: dict[str, Any] = {
-        "machine": machine,
+        **stamp,
         "gemm_gflops": gemm["best"],
         "batch": [ROWS, LENGTH],
         "flop_per_token": flop,
@@ -270,13 +274,13 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
         result |= {"read_gbytes_per_s": read["best"], "roofline": points}
         for name, point in points.items():
             click.echo(
-                f"  {name:<32} {point['flop'] / point['bytes']:>7.1f} flop a byte  "
+                f"  {name:<32} {point['flop'] / point['bytes']:>7.1f} flop per byte  "
                 f"{point['flop'] / point['seconds'] * 1e-9:>7.1f} GFLOP/s"
             )
     if json_path is not None:
-        timing.write_json(json_path, result)
+        output.write_json(json_path, result)
     if plot_path is not None:
-        head_report.draw_roofline(result).savefig(plot_path, dpi=150)
+        charts.draw_roofline(result).savefig(plot_path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.system.display import plural
-from tools import bench_train, head_report, timing
+from tools.bench import charts, output
+from tools.bench.rows import read_rows
+from tools.bench.train_runs import PROMPT
 
 Row = Mapping[str, Any]
 
@@ -31,7 +33,7 @@ after so many minutes of training. The clock counts making the start of the embe
 checkpoints; it stands still for compiling, preparing and scoring. A value at a mark inside a run is taken while the
 learning rate is still high; the runs without a schedule of their own, all but `v3` and `torch:v3`, end with a rate that
 has fallen to 0.
-Peak memory is of the process that trains: of ours with its last validation on a 32,768-token subset, of the peers
+Peak memory is of the process that trains: of ours with its last validation on a 32,768-token subset, of PyTorch's
 without scoring.
 """
 
@@ -88,9 +90,9 @@ def machines(rows: Sequence[Row]) -> str:
     return "\n".join(f"- {machine}: {plural(len(names), 'run')}" for machine, names in found.items())
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """Lines on what must be known of a run to read its numbers; a row's "remark" is written by hand."""
-    lines = [f"- {label(row)}: {row['remark']}" for row in rows if "remark" in row]
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Lines on what must be known of a run to read its numbers; a row's "note" is written by hand."""
+    lines = [f"- {label(row)}: {row['note']}" for row in rows if "note" in row]
     return ["", *lines] if lines else []
 
 
@@ -138,7 +140,7 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
         [
             HEADER.format(name=results.name),
             table(rows),
-            *remarks(rows),
+            *notes(rows),
             "",
             f"![NLL against minutes of training]({chart})",
             "",
@@ -152,9 +154,9 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
             "",
             commands(rows),
             "",
-            f'## What the models write after "{bench_train.PROMPT}"',
+            f'## What the models write after "{PROMPT}"',
             "",
-            "Temperature 0.8, among the 40 likeliest tokens, at the marks and the end. The PyTorch peers write none.",
+            "Temperature 0.8, among the 40 likeliest tokens, at the marks and the end. PyTorch's runs write none.",
             "",
             samples(rows),
         ]
@@ -163,12 +165,12 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
 
 def draw(rows: Sequence[Row]) -> Any:
     """NLL against minutes of training, both axes logarithmic, a line for each run."""
-    figure = head_report.new_figure(9, 6)
+    figure = charts.new_figure(9, 6)
     axes = figure.subplots()
     for row in sorted(rows, key=lambda row: row["nll"]):
         at = points(row)
-        peer = row["name"].startswith("torch")
-        axes.plot([p[0] for p in at], [p[1] for p in at], "--s" if peer else "-o", label=label(row))
+        torch = row["name"].startswith("torch")
+        axes.plot([p[0] for p in at], [p[1] for p in at], "--s" if torch else "-o", label=label(row))
     ticks = [1, 2, 5, 7, 10, 30, 72]
     axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="validation NLL, nats per token")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -184,16 +186,16 @@ def draw(rows: Sequence[Row]) -> Any:
 @click.argument("markdown", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("chart", type=click.Path(path_type=Path, dir_okay=False))
 def main(results: Path, markdown: Path, chart: Path) -> None:
-    rows = labelled([row for row in bench_train.read_rows(results) if "minutes_asked" in row])
+    rows = labelled([row for row in read_rows(results) if "minutes_asked" in row])
     if not rows:
         raise click.UsageError(f"{results} has no runs of so many minutes; make some with bench_train.py --minutes.")
-    if not head_report.can_plot():
+    if not charts.can_plot():
         raise click.UsageError("The chart needs matplotlib: pip install -e '.[dev]'")
     text, figure = page(rows, results, chart.name), draw(rows)
     if chart.suffix[1:] not in (kinds := figure.canvas.get_supported_filetypes()):
         raise click.UsageError(f"{chart} must end in one of .{', .'.join(kinds)}.")
     for path in (markdown, chart):
-        timing.check_writable(path)
+        output.check_writable(path)
     figure.savefig(chart, dpi=120)
     markdown.write_text(text, encoding="utf-8")
     click.echo(f"Wrote {markdown} and {chart}.")

@@ -1,4 +1,4 @@
-"""The model, its gradients and the optimisers against autograd in PyTorch (tools/peer_model.py), from shared weights.
+"""The model, its gradients and the optimisers against autograd in PyTorch (tools/baseline), from shared weights.
 
 Torch in float64 is the truth, and torch in float32 shows how far plain float32 is from it.
 """
@@ -20,7 +20,8 @@ from flashlm_numba.training.schedule import lr_scale
 
 torch = import_torch()
 
-from tools import peer_model, peer_optim  # noqa: E402  both need torch
+from tools.baseline import model as baseline_model  # noqa: E402  both need torch
+from tools.baseline import optimizer as baseline_optimizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +70,14 @@ def batch(config, seed, rows, length):
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
-def peer(config, parameters, dtype):
-    model = peer_model.PeerModel(config).to(dtype)
+def baseline(config, parameters, dtype):
+    model = baseline_model.BaselineModel(config).to(dtype)
     model.state_from_numpy(parameters)
     return model
 
 
-def peer_gradients(config, parameters, dtype, ids, targets, weights, options):
-    model = peer(config, parameters, dtype)
+def baseline_gradients(config, parameters, dtype, ids, targets, weights, options):
+    model = baseline(config, parameters, dtype)
     loss, nll = model.loss_and_grad(ids, targets, weights, **options)
     return loss, nll, model.grads_to_numpy()
 
@@ -96,8 +97,8 @@ def test_loss_and_every_gradient_agree_with_autograd(config, loss):
         lambda w, dw: DenseHead(w, dw, **options),
     )
     got_loss, got_nll, _ = model.loss_and_grad(ids, targets, weights)
-    loss32, nll32, grads32 = peer_gradients(config, parameters, torch.float32, ids, targets, weights, options)
-    loss64, nll64, grads64 = peer_gradients(config, parameters, torch.float64, ids, targets, weights, options)
+    loss32, nll32, grads32 = baseline_gradients(config, parameters, torch.float32, ids, targets, weights, options)
+    loss64, nll64, grads64 = baseline_gradients(config, parameters, torch.float64, ids, targets, weights, options)
     assert_as_accurate(got_loss, loss32[kept], loss64[kept], 8, "loss")
     assert_as_accurate(got_nll, nll32[kept], nll64[kept], 8, "nll")
     assert grads64.keys() == model.gradients.keys()
@@ -159,9 +160,11 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
         model = Model(dataclasses.replace(config, activations=kind), copies, DenseHead)
         loss, _, _ = model.loss_and_grad(ids, targets, weights)
         found[kind] = {"loss": loss, **model.gradients}
-    monkeypatch.setattr(peer_model.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self)))
-    monkeypatch.setattr(peer_model.GLU, "forward", glu)
-    loss, _, gradients = peer_gradients(config, parameters, torch.float32, ids, targets, weights, {})
+    monkeypatch.setattr(
+        baseline_model.TernaryLinear, "forward", lambda self, x: rounded_product(x, straight_through(self))
+    )
+    monkeypatch.setattr(baseline_model.GLU, "forward", glu)
+    loss, _, gradients = baseline_gradients(config, parameters, torch.float32, ids, targets, weights, {})
     for name, want in {"loss": loss, **gradients}.items():
         if name.startswith("router"):
             continue
@@ -203,8 +206,8 @@ def tree_loss(h, weight, nodes, tree, targets, *, label_smoothing=0.0, z_loss=0.
     return torch.stack(losses), torch.stack(nlls).detach()
 
 
-def peer_tree_gradients(config, parameters, dtype, tree, ids, targets, weights, options):
-    model = peer(config, {name: value for name, value in parameters.items() if not name.startswith("head.")}, dtype)
+def baseline_tree_gradients(config, parameters, dtype, tree, ids, targets, weights, options):
+    model = baseline(config, {name: value for name, value in parameters.items() if not name.startswith("head.")}, dtype)
     nodes = torch.from_numpy(parameters["head.nodes.weight"].copy()).to(dtype).requires_grad_()
     kept = weights > 0
     h = model.hidden(torch.as_tensor(tree.row_of_token[ids], dtype=torch.int64))[torch.as_tensor(kept)]
@@ -233,8 +236,8 @@ def test_loss_and_every_gradient_of_the_tree_agree_with_autograd(shape, loss):
     model = Model(config, own, lambda w, dw: TreeHead(tree, w, dw, nodes=own["head.nodes.weight"], **options))
     got_loss, got_nll, _ = model.loss_and_grad(ids, targets, weights)
     given = config, parameters
-    loss32, nll32, grads32 = peer_tree_gradients(*given, torch.float32, tree, ids, targets, weights, options)
-    loss64, nll64, grads64 = peer_tree_gradients(*given, torch.float64, tree, ids, targets, weights, options)
+    loss32, nll32, grads32 = baseline_tree_gradients(*given, torch.float32, tree, ids, targets, weights, options)
+    loss64, nll64, grads64 = baseline_tree_gradients(*given, torch.float64, tree, ids, targets, weights, options)
     assert_as_accurate(got_loss, loss32, loss64, 8, "loss")
     assert_as_accurate(got_nll, nll32, nll64, 8, "nll")
     assert grads64.keys() == model.gradients.keys()
@@ -250,8 +253,10 @@ def both_optimizers(config, settings, frozen_first):
     parameters = weights_away_from_the_threshold(config)
     ours = Model(config, {name: value.copy() for name, value in parameters.items()}, DenseHead)
     optimizer = Optimizer(ours.parameters, ours.gradients, settings)
-    theirs = peer(config, parameters, torch.float32)
-    peers = peer_optim.Optimizers(theirs, normuon=settings.normuon, adamw_lr=settings.adamw_lr, clip=settings.clip)
+    theirs = baseline(config, parameters, torch.float32)
+    their_optimizers = baseline_optimizer.Optimizers(
+        theirs, normuon=settings.normuon, adamw_lr=settings.adamw_lr, clip=settings.clip
+    )
     losses = []
     for step in range(10):
         ids, targets = batch(config, 10 + step, 4, 24)
@@ -262,12 +267,12 @@ def both_optimizers(config, settings, frozen_first):
         ours.sync_weights()
         loss, _, _ = ours.loss_and_grad(ids, targets, weights)
         norm = optimizer.step(settings.normuon_lr * scale, settings.adamw_lr * scale, settings.clip, frozen=frozen)
-        peers.zero_grad()
+        their_optimizers.zero_grad()
         theirs.embedding.weight.requires_grad_(not frozen)
-        peer_loss, _ = theirs.loss_and_grad(ids, targets)
-        peer_norm = peers.step(scale)
-        assert peer_optim.schedule(step, warmup=3, total=10, decay=4) == pytest.approx(scale)
-        losses.append((float(loss.mean()), float(peer_loss.mean()), norm["grad_norm"], peer_norm))
+        their_loss, _ = theirs.loss_and_grad(ids, targets)
+        their_norm = their_optimizers.step(scale)
+        assert baseline_optimizer.schedule(step, warmup=3, total=10, decay=4) == pytest.approx(scale)
+        losses.append((float(loss.mean()), float(their_loss.mean()), norm["grad_norm"], their_norm))
         if step == 0:
             first = {name: value.copy() for name, value in ours.parameters.items()}, theirs.params_to_numpy()
     return parameters, first, np.array(losses)
@@ -327,8 +332,8 @@ def test_gradients_of_a_random_shape_agree_with_autograd(seed):
     copies = {name: value.copy() for name, value in parameters.items()}
     model = Model(config, copies, lambda w, dw: DenseHead(w, dw, **options))
     got_loss, got_nll, _ = model.loss_and_grad(ids, targets, weights)
-    loss32, nll32, grads32 = peer_gradients(config, parameters, torch.float32, ids, targets, weights, options)
-    loss64, nll64, grads64 = peer_gradients(config, parameters, torch.float64, ids, targets, weights, options)
+    loss32, nll32, grads32 = baseline_gradients(config, parameters, torch.float32, ids, targets, weights, options)
+    loss64, nll64, grads64 = baseline_gradients(config, parameters, torch.float64, ids, targets, weights, options)
     assert_as_accurate(got_loss, loss32, loss64, 8, "loss")
     assert_as_accurate(got_nll, nll32, nll64, 8, "nll")
     for name, truth in grads64.items():

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.recipes import from_recipe
-from tools import bandwidth, bench_decode
+from tools import bench_decode
+from tools.bench import bandwidth
 
 SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=1,2", "embedding_init=random")
 

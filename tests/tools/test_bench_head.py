@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from helpers import import_torch
 
 from flashlm_numba.kernels import reference
-from tools import bench_head, head_candidates, head_report, timing
+from tools import bench_head
+from tools.bench import charts, head_candidates, head_check, head_problem, head_report, machine, our_heads
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--vocab", "300", "--dim", "16", "--rows", "64", "--repeats", "1", "--no-steps"]
@@ -27,7 +28,7 @@ def run(*arguments):
 @pytest.fixture
 def no_gemm(monkeypatch):
     """Leave out the machine's GEMM rate, half of the time of a small run."""
-    monkeypatch.setattr(timing, "gemm_rate", lambda *args, **settings: {"best": 1.0})
+    monkeypatch.setattr(machine, "gemm_rate", lambda *args, **settings: {"best": 1.0})
 
 
 def test_every_candidate_is_checked_timed_and_written(corpus, tmp_path):
@@ -74,7 +75,7 @@ def test_dense_heads_are_measured_at_half_the_batch_too(corpus, tmp_path, monkey
 )
 @pytest.mark.parametrize("row", [0, -1])
 def test_a_wrong_result_ends_with_status_1(corpus, monkeypatch, no_gemm, wrong, part, row):
-    right = head_candidates.run_head
+    right = our_heads.run_head
 
     def planted(head, problem):
         found = right(head, problem)
@@ -83,7 +84,7 @@ def test_a_wrong_result_ends_with_status_1(corpus, monkeypatch, no_gemm, wrong, 
             found[part][rows[row]] *= 1.001
         return found
 
-    monkeypatch.setattr(head_candidates, "run_head", planted)
+    monkeypatch.setattr(our_heads, "run_head", planted)
     result = CliRunner().invoke(bench_head.main, [*SMALL, "--head", wrong, "--data", str(corpus)])
     assert result.exit_code == 1
     assert f"{wrong}: {part} errs" in result.output
@@ -92,9 +93,9 @@ def test_a_wrong_result_ends_with_status_1(corpus, monkeypatch, no_gemm, wrong, 
 
 def test_a_wrong_gradient_of_the_torch_tree_ends_with_status_1(corpus, monkeypatch, no_gemm):
     import_torch()
-    from tools import peer_heads
+    from tools.baseline import tree_head
 
-    right = peer_heads.tree_head
+    right = tree_head.tree_head
 
     def planted(*arguments, **options):
         call = right(*arguments, **options)
@@ -106,7 +107,7 @@ def test_a_wrong_gradient_of_the_torch_tree_ends_with_status_1(corpus, monkeypat
 
         return run
 
-    monkeypatch.setattr(peer_heads, "tree_head", planted)
+    monkeypatch.setattr(tree_head, "tree_head", planted)
     result = CliRunner().invoke(bench_head.main, [*SMALL, "--head", "torch:tree", "--data", str(corpus)])
     assert result.exit_code == 1
     assert "torch:tree: nodes.weight errs" in result.output
@@ -114,22 +115,22 @@ def test_a_wrong_gradient_of_the_torch_tree_ends_with_status_1(corpus, monkeypat
 
 def test_a_rare_tokens_wrong_gradient_cannot_hide_behind_a_frequent_ones():
     truth = np.array([[1.0, 2.0], [1e-9, 3e-9], [0, 0]])
-    assert head_candidates.relative_error(truth * (1 + 1e-7), truth) == pytest.approx(1e-7)
+    assert head_check.relative_error(truth * (1 + 1e-7), truth) == pytest.approx(1e-7)
     for row, factor in ((1, 1.01), (0, np.nan)):
         wrong = truth.copy()
         wrong[row] *= factor
-        assert not head_candidates.relative_error(wrong, truth) < 0.009
+        assert not head_check.relative_error(wrong, truth) < 0.009
     wrong = truth.copy()
     wrong[2, 0] = 1e-30
-    assert head_candidates.relative_error(wrong, truth) == np.inf
-    with pytest.raises(head_candidates.WrongResultError, match="x: dweight errs"):
-        head_candidates.compare("x", {"dweight": wrong}, {"dweight": truth.astype(np.float32)}, {"dweight": truth})
+    assert head_check.relative_error(wrong, truth) == np.inf
+    with pytest.raises(head_check.WrongResultError, match="x: dweight errs"):
+        head_check.compare("x", {"dweight": wrong}, {"dweight": truth.astype(np.float32)}, {"dweight": truth})
 
 
 def test_the_dense_reference_is_that_of_the_kernels(monkeypatch):
-    monkeypatch.setattr(head_candidates, "CHUNK", 7)
-    problem = head_candidates.zipf_problem(20, 5, 30)
-    found = head_candidates.dense_reference(problem, np.float64)
+    monkeypatch.setattr(our_heads, "CHUNK", 7)
+    problem = head_problem.zipf_problem(20, 5, 30)
+    found = our_heads.dense_reference(problem, np.float64)
     h, weight, weights = (a.astype(np.float64) for a in (problem.h, problem.weight, problem.weights))
     loss, _, _ = reference.dense_head_forward(h, weight, problem.targets)
     dh, dweight = reference.dense_head_backward(weights, h, weight, problem.targets)
@@ -156,7 +157,7 @@ def test_scaling_and_shares_are_drawn(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_said_before_anything_is_measured(monkeypatch):
-    monkeypatch.setattr(head_report, "can_plot", lambda: False)
+    monkeypatch.setattr(charts, "can_plot", lambda: False)
     result = CliRunner().invoke(bench_head.main, ["--plot", "out.png"])
     assert result.exit_code == 1
     assert "--plot needs matplotlib: pip install" in result.output

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from flashlm_numba.kernels import _ternary_dots
 from flashlm_numba.kernels.ternary_gemv import ternary_matmul_int8
-from tools import bandwidth, bench_ternary, timing
+from tools import bench_ternary
+from tools.bench import bandwidth, timing
 
 
 def run(*arguments):

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from flashlm_numba.kernels._ternary_dots import available
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
-from tools import bandwidth, bench_trunk, timing
+from tools import bench_trunk
+from tools.bench import bandwidth, machine
 
 SMALL = ModelConfig(vocab_size=2_000, dim=32, ffn_dim=40, groups=4, dilations=(1, 2))
 
@@ -20,7 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bench_trunk, "ROWS", 2)
     monkeypatch.setattr(bench_trunk, "LENGTH", 16)
     monkeypatch.setattr(bench_trunk, "ModelConfig", lambda: SMALL)
-    monkeypatch.setattr(timing, "gemm_rate", lambda threads, repeats: {"best": 100.0})
+    monkeypatch.setattr(machine, "gemm_rate", lambda threads, repeats: {"best": 100.0})
     if importlib.util.find_spec("torch") is not None:  # compiling for it takes longer than the rest
         import torch
 
@@ -57,7 +58,7 @@ def test_a_wrong_gradient_ends_the_program(small, monkeypatch):
     monkeypatch.setattr(Model, "backward", wrong)
     done = run("--repeats", 1)
     assert done.exit_code == 1
-    assert "Wrong result: trunk: glu.up.weight errs by" in done.output
+    assert "Wrong result: trunk: blocks.0.glu.up.weight errs by" in done.output
 
 
 def test_a_wrong_hidden_state_ends_the_program_without_torch(small, monkeypatch):
@@ -77,7 +78,7 @@ def test_a_wrong_int8_product_ends_the_program(small, monkeypatch):
     def wrong(model, variant=None):
         rounded = right(model, variant)
         if variant is None:
-            codes = rounded._weights.layouts[1][1]
+            codes = rounded._weights.gate_up.forward.codes[0]
             codes[0, 0, 0] = 2 - codes[0, 0, 0] // 2
         return rounded
 

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from tools import bench_train, train_report
+from tools.bench import train_runs
 
 MACHINE = {"cpu": "A CPU", "cores": 2, "threads": 2}
 
@@ -35,7 +36,7 @@ def row(name, minutes, nll, marks=(), **more):
 
 ROWS = [
     row("tree", 10.0, 5.25, [(1.0, 6.5), (5.0, 5.75)], text="The * end\nof it"),
-    row("torch:v3", 72.0, 6.75, [(5.0, 7.25)]) | {"remark": "stopped early."},
+    row("torch:v3", 72.0, 6.75, [(5.0, 7.25)]) | {"note": "stopped early."},
 ]
 
 
@@ -92,9 +93,9 @@ def test_the_commands_make_these_rows(monkeypatch, corpus, tmp_path):
         done.append((job.name, job.minutes, job.marks))
         return row(job.name, job.minutes, 6.0)
 
-    monkeypatch.setattr(bench_train, "run_ours", made)
-    monkeypatch.setattr(bench_train, "run_peer", made)
-    monkeypatch.setattr(bench_train.shutil, "copyfile", lambda *paths: None)
+    monkeypatch.setattr(train_runs, "run_ours", made)
+    monkeypatch.setattr(train_runs, "run_baseline", made)
+    monkeypatch.setattr(train_runs.shutil, "copyfile", lambda *paths: None)
     monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: name)
     for line in train_report.commands(ROWS).splitlines():
         words = shlex.split(line.replace("TOKENS", str(corpus)).replace("RESULTS.json", str(tmp_path / "made.json")))

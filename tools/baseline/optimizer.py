@@ -1,4 +1,4 @@
-"""NorMuon, AdamW and the schedule of their rates in PyTorch: the oracle of the tests and the peer of the benchmarks."""
+"""NorMuon, AdamW and the schedule of their learning rates in PyTorch."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Optimizers:
         normuon: str = "v3",
         normuon_lr: float = 0.02,
         adamw_lr: float = 3e-4,
-        trunk_factor: float = 1.0,
+        nonembedding_lr_scale: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         clip: float | None = 1.0,
@@ -114,7 +114,7 @@ class Optimizers:
                 {"params": [named[n] for n in trunk], "weight_decay": weight_decay},
                 {"params": [named[n] for n in names["no_decay"]], "weight_decay": 0.0},
             ],
-            lr=adamw_lr * trunk_factor,
+            lr=adamw_lr * nonembedding_lr_scale,
             betas=betas,
             fused=fused,
         )

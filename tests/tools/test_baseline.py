@@ -1,4 +1,4 @@
-"""The PyTorch peer of the benchmarks; its gradients: test_against_torch.py."""
+"""The PyTorch baseline of the benchmarks; its gradients: test_against_torch.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from flashlm_numba.model.config import ModelConfig
 
 torch = import_torch()
 
-from tools import peer_heads, peer_model, peer_optim, peer_torch  # noqa: E402  all need torch
+from tools.baseline import evaluate, heads, optimizer, tree_head  # noqa: E402  all need torch
+from tools.baseline.__main__ import main  # noqa: E402
+from tools.baseline.model import BaselineModel  # noqa: E402
+from tools.baseline.step import training_step  # noqa: E402
 
 SMALL = ModelConfig(vocab_size=50_257, dim=8, ffn_dim=12, groups=2, kernel_size=3, dilations=(1, 3))  # field 17
 
@@ -32,11 +35,11 @@ def one_thread_and_a_seed():
     torch.set_num_threads(before)
 
 
-def test_peer_counts_are_those_of_flashlm_v3():
-    model = peer_model.PeerModel()
+def test_the_baseline_counts_are_those_of_flashlm_v3():
+    model = BaselineModel()
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 13_555_969
-    groups = peer_optim.parameter_groups(model)
+    groups = optimizer.parameter_groups(model)
     assert {group: sum(sizes[n] for n in names) for group, names in groups.items()} == {
         "normuon": 590_336,
         "decay": 12_964_096,
@@ -49,9 +52,7 @@ def test_peer_counts_are_those_of_flashlm_v3():
 def test_dense_loss_is_its_definition_in_float64():
     h, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets, prior = torch.randint(0, 11, (7,)), torch.randn(11, dtype=torch.float64)
-    loss, nll = peer_heads.dense_loss(
-        h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior
-    )
+    loss, nll = heads.dense_loss(h, weight, targets, label_smoothing=0.1, z_loss=0.01, soft_cap=2.0, log_prior=prior)
     logits = 2 * np.tanh(h.numpy() @ weight.numpy().T / 2) + prior.numpy()
     log_z = np.log(np.exp(logits).sum(axis=1))
     log_p = logits - log_z[:, None]
@@ -61,8 +62,8 @@ def test_dense_loss_is_its_definition_in_float64():
     np.testing.assert_allclose(loss.numpy(), smoothed)
 
 
-def test_peer_takes_its_state_from_numpy_and_weighs_positions():
-    first, second = peer_model.PeerModel(SMALL), peer_model.PeerModel(SMALL)
+def test_the_baseline_takes_its_state_from_numpy_and_weighs_positions():
+    first, second = BaselineModel(SMALL), BaselineModel(SMALL)
     second.state_from_numpy(first.params_to_numpy())
     ids, targets = np.random.default_rng(0).integers(0, 50_257, (2, 2, 5), dtype=np.int32)
     weights = np.linspace(0, 0.2, 10, dtype=np.float32)
@@ -82,9 +83,9 @@ def test_peer_takes_its_state_from_numpy_and_weighs_positions():
 
 def test_adaptive_head_scores_the_frequency_rank_of_a_token():
     counts = np.random.default_rng(0).integers(0, 1000, SMALL.vocab_size)
-    ranks = peer_heads.frequency_ranks(counts)
+    ranks = heads.frequency_ranks(counts)
     assert counts[np.argsort(ranks)][:-1].tolist() == sorted(counts, reverse=True)[:-1]
-    model = peer_model.PeerModel(SMALL, ranks=ranks, div_value=2.0)
+    model = BaselineModel(SMALL, ranks=ranks, div_value=2.0)
     h, targets = torch.randn(6, 8), torch.tensor([0, 5, 1_000, 20_000, 50_256, 7])
     _, nll = model.losses(h, targets)
     everything = model.adaptive.log_prob(h)
@@ -108,7 +109,7 @@ def some_tree(shape, vocab):
 )
 @pytest.mark.parametrize("n", [1, 40])
 def test_tree_head_by_hand_agrees_with_the_reference(monkeypatch, shape, vocab, n):
-    monkeypatch.setattr(peer_heads, "SHARED_FLOP", 6.0 * 6 * 20 * 20)  # some nodes on either side
+    monkeypatch.setattr(tree_head, "SHARED_FLOP", 6.0 * 6 * 20 * 20)  # some nodes on either side
     tree = some_tree(shape, vocab)
     rng = np.random.default_rng(0)
     h, weight, nodes = (rng.standard_normal((rows, 6)) for rows in (n, vocab, tree.n_nodes - 1))
@@ -120,7 +121,7 @@ def test_tree_head_by_hand_agrees_with_the_reference(monkeypatch, shape, vocab, 
         weights = np.full(n, 1 / n, dtype)
         loss, _, dx = tree_head_forward_backward(x, w, m, tree.spans, rows, weights, dw, dm)
         expected[dtype] = (loss.mean(), dx, dw, dm)
-        call = peer_heads.tree_head(x, w, m, tree.spans, rows, threads=1)
+        call = tree_head.tree_head(x, w, m, tree.spans, rows, threads=1)
         for _ in range(2):  # the second call starts from a clean gradient too
             got = [tensor.numpy() for tensor in call()]
         if dtype is np.float64:
@@ -136,11 +137,11 @@ def test_tree_head_by_hand_agrees_with_the_reference(monkeypatch, shape, vocab, 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
 def test_normuon_steps_have_the_norm_of_their_variant(variant, shape):
     parameter = torch.nn.Parameter(torch.randn(shape))
-    optimizer = peer_optim.NorMuon([parameter], lr=0.5, variant=variant)
+    normuon = optimizer.NorMuon([parameter], lr=0.5, variant=variant)
     for _ in range(3):
         before = parameter.detach().clone()
         parameter.grad = torch.randn(shape)
-        optimizer.step()
+        normuon.step()
         norm = float((parameter.detach() - before).norm()) / 0.5
         if variant == "v3":
             assert norm == pytest.approx(0.2 * math.sqrt(shape[0] * shape[1]), rel=1e-4)
@@ -151,12 +152,12 @@ def test_normuon_steps_have_the_norm_of_their_variant(variant, shape):
 
 def test_newton_schulz_gives_singular_values_near_one():
     for shape in ((20, 6), (6, 20)):
-        s = torch.linalg.svdvals(peer_optim.newton_schulz(torch.randn(shape)))
+        s = torch.linalg.svdvals(optimizer.newton_schulz(torch.randn(shape)))
         assert 0.6 < float(s.min()) <= float(s.max()) < 1.3
 
 
 def test_schedule_warms_up_holds_and_decays():
-    rates = [peer_optim.schedule(step, warmup=4, total=20, decay=5) for step in range(20)]
+    rates = [optimizer.schedule(step, warmup=4, total=20, decay=5) for step in range(20)]
     np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1])
     np.testing.assert_allclose(rates[14:], [1, 1, 0.8, 0.6, 0.4, 0.2])
 
@@ -177,30 +178,28 @@ class Documents:
 def test_score_counts_every_token_once_whatever_the_windows():
     rng = np.random.default_rng(0)
     split = Documents(*(rng.integers(0, 50_256, n) for n in (1, 16, 17, 18, 70, 131)))
-    model = peer_model.PeerModel(SMALL, embedding_std=0.5).double()
+    model = BaselineModel(SMALL, embedding_std=0.5).double()
     total = 0.0
     for document in split.list:  # one pass over each whole document
-        inputs = np.concatenate([[peer_torch.EOT], document[:-1]])
+        inputs = np.concatenate([[evaluate.EOT], document[:-1]])
         total += model.loss_and_grad(inputs[None], document[None])[1].sum()
     expected = total / 253
     for length, rows in ((32, 1), (33, 4), (200, 8)):
-        got = peer_torch.score(model, split, length=length, rows=rows)
+        got = evaluate.score(model, split, length=length, rows=rows)
         assert got["tokens"] == 253
         assert got["nll"] == pytest.approx(expected, abs=1e-9)
     assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / 1_000)
     with pytest.raises(ValueError, match="leave none to score"):
-        next(peer_torch.scored_windows(split.list[0], context=16, length=16))
+        next(evaluate.scored_windows(split.list[0], context=16, length=16))
 
 
 def test_training_step_at_a_share_of_the_positions_trains():
-    model = peer_model.PeerModel(SMALL)
-    optimizers = peer_optim.Optimizers(model, adamw_lr=0.02)
+    model = BaselineModel(SMALL)
+    optimizers = optimizer.Optimizers(model, adamw_lr=0.02)
     ids = torch.randint(0, 30, (2, 4, 16))
     clock = {}
     losses = [
-        peer_torch.training_step(
-            model, optimizers, [(ids[0], ids[0]), (ids[1], ids[1])], positions=0.5, clock=clock, z_loss=1e-4
-        )
+        training_step(model, optimizers, [(ids[0], ids[0]), (ids[1], ids[1])], positions=0.5, clock=clock, z_loss=1e-4)
         for _ in range(30)
     ]
     assert losses[-1] < losses[0] - 2
@@ -209,7 +208,7 @@ def test_training_step_at_a_share_of_the_positions_trains():
 
 def run(*arguments):
     """Lines of JSON that a command prints."""
-    result = CliRunner().invoke(peer_torch.main, [str(a) for a in arguments], catch_exceptions=False)
+    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.output.splitlines()]
 

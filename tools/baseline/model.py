@@ -1,6 +1,6 @@
-"""FlashLM v3's model in PyTorch, with what its trunk got since: the oracle of the tests and the peer of the benchmarks.
+"""FlashLM v3's model in PyTorch, with what its trunk got since: the oracle of the tests and the benchmarks' baseline.
 
-B batch, T time, N = B*T positions, C channels, V vocabulary, I width of the GLU, K taps.
+B batch, T time, N = B*T positions, C channels, V vocabulary, K taps of a convolution.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flashlm_numba.kernels.ngram_copy import copy_kinds, ngram_copies
 from flashlm_numba.model.config import ModelConfig
-from tools.peer_heads import adaptive_head, dense_loss
+from tools.baseline.heads import adaptive_head, dense_loss
 
 NORM_EPS = 1e-8
 
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 class TernaryLinear(nn.Module):
     """x @ ternary(weight).T without scale; the gradient goes straight through to weight (n_out, n_in).
 
-    threshold: times the mean magnitude, where a weight becomes +1 or -1.
+    A weight becomes +1 or -1 where its magnitude exceeds `threshold` times the mean magnitude.
     """
 
     def __init__(self, n_in: int, n_out: int, std: float, threshold: float) -> None:
@@ -49,7 +49,7 @@ class TernaryLinear(nn.Module):
         return F.linear(x, self.weight + to_ternary)
 
 
-class Average(nn.Module):
+class LeakyAverage(nn.Module):
     """x + weight * y with y[t] = decay * y[t - 1] + sqrt(1 - decay**2) * x[t], as one product with a (T, T) matrix."""
 
     def __init__(self, dim: int, decay: float) -> None:
@@ -64,34 +64,37 @@ class Average(nn.Module):
 
 
 class Gain(nn.Module):
-    """A number a channel, from zero."""
+    """One factor per channel, initially zero."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))
 
 
-class Induction(nn.Module):
-    """Embedded followers, and the gains of each kind: at the input, and at the output."""
+class NgramCopy(nn.Module):
+    """The rows of the tokens that followed the same n-gram earlier, with a gain per n-gram at the input and the output.
+
+    An n-gram is known by its order and by how many earlier occurrences are skipped (kernels/ngram_copy.py).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.kinds, self.reach = copy_kinds(config.ngram_copy_orders), config.ngram_copy_reach
-        self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
-        self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.kinds)
+        self.ngrams, self.reach = copy_kinds(config.ngram_copy_orders), config.ngram_copy_reach
+        self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
+        self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
 
     def forward(self, ids: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of ids (B, T): their own (B, T, C), and those of their followers (kinds, B, T, C), zero where none is.
+        """The rows of ids (B, T): (B, T, C), and those of the copied tokens (n-grams, B, T, C), zero where none is found.
 
-        One look-up for all, so that the embedding gets one gradient.
+        One gather serves all of them, so that the embedding gets one gradient.
         """
         tokens = np.ascontiguousarray(ids.numpy(), np.int32)
-        found = np.stack([tokens, *(ngram_copies(tokens, order, self.reach, skip) for order, skip in self.kinds)])
+        found = np.stack([tokens, *(ngram_copies(tokens, order, self.reach, skip) for order, skip in self.ngrams)])
         rows = F.embedding(torch.from_numpy(np.maximum(found, 0)), embedding)
         return rows[0], rows[1:] * torch.from_numpy(found[1:] >= 0)[..., None]
 
     def add(self, x: Tensor, gains: nn.ModuleList, rows: Tensor) -> Tensor:
-        """x (B, T, C) + the sum over kinds of gain * rows."""
+        """x (B, T, C) + the sum over n-grams of gain * rows."""
         for gain, row in zip(gains, rows, strict=True):
             x = torch.addcmul(x, gain.get_parameter("weight"), row)  # a third of an einsum's time
         return x
@@ -100,7 +103,7 @@ class Induction(nn.Module):
 class Mixer(nn.Module):
     """Gated causal dilated grouped convolutions, each with a residual, then a ternary projection.
 
-    A running average of the tokens so far comes first, where the configuration has one.
+    A leaky average of the tokens so far comes first, where the configuration has one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -114,7 +117,7 @@ class Mixer(nn.Module):
             nn.init.normal_(layer.weight, std=(per_group * config.kernel_size) ** -0.5)
             return layer
 
-        self.average = Average(dim, config.leaky_decay) if config.leaky_decay else nn.Identity()
+        self.leaky = LeakyAverage(dim, config.leaky_decay) if config.leaky_decay else nn.Identity()
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in config.dilations)
         self.gates = nn.ModuleList(convolution(d) for d in config.dilations)
         self.values = nn.ModuleList(convolution(d) for d in config.dilations)
@@ -122,7 +125,7 @@ class Mixer(nn.Module):
         self.left_padding = [(config.kernel_size - 1) * d for d in config.dilations]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        x = self.average(x)
+        x = self.leaky(x)
         for norm, gate, value, padding in zip(self.norms, self.gates, self.values, self.left_padding, strict=True):
             n = F.pad(norm(x).mT, (padding, 0))  # (B, C, padding + T)
             x = x + (gate(n).sigmoid() * value(n)).mT
@@ -132,18 +135,34 @@ class Mixer(nn.Module):
 class GLU(nn.Module):
     """down(relu(gate(x))**2 * up(x)), all three ternary."""
 
-    def __init__(self, dim: int, inner: int, threshold: float) -> None:
+    def __init__(self, dim: int, ffn_dim: int, threshold: float) -> None:
         super().__init__()
-        self.gate = TernaryLinear(dim, inner, dim**-0.5, threshold)
-        self.up = TernaryLinear(dim, inner, dim**-0.5, threshold)
-        self.down = TernaryLinear(inner, dim, 0.01, threshold)
+        self.gate = TernaryLinear(dim, ffn_dim, dim**-0.5, threshold)
+        self.up = TernaryLinear(dim, ffn_dim, dim**-0.5, threshold)
+        self.down = TernaryLinear(ffn_dim, dim, 0.01, threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.gate(x).relu().square() * self.up(x))
 
 
-class PeerModel(nn.Module):
-    """FlashLM v3 with the parameter names of flashlm_numba.model.model.
+class Block(nn.Module):
+    """x + s_m * mixer(norm1(x)), then x + s_f * glu(norm2(x)), with fixed residual scales."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.dim)
+        self.mixer = Mixer(config)
+        self.norm2 = RMSNorm(config.dim)
+        self.glu = GLU(config.dim, config.ffn_dim, config.ternary_threshold)
+        self.scales = config.mixer_residual_scale, config.ffn_residual_scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.scales[0])
+        return torch.add(x, self.glu(self.norm2(x)), alpha=self.scales[1])
+
+
+class BaselineModel(nn.Module):
+    """FlashLM v3; its parameters go by their names in flashlm_numba.model wherever they leave it as arrays.
 
     With `ranks` (V,) (frequency rank of every token id, 0 the most frequent) the head is torch's
     AdaptiveLogSoftmaxWithLoss with its own untied weights (`adaptive.*`), otherwise dense and tied to
@@ -162,13 +181,10 @@ class PeerModel(nn.Module):
         self.config = config = config or ModelConfig()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=embedding_std)
-        self.norm1 = RMSNorm(config.dim)
-        self.mixer = Mixer(config)
-        self.norm2 = RMSNorm(config.dim)
-        self.glu = GLU(config.dim, config.ffn_dim, config.ternary_threshold)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
         self.router = nn.Linear(config.dim, 1)
         self.final_norm = RMSNorm(config.dim)
-        self.induction = Induction(config)
+        self.ngram_copy = NgramCopy(config)
         self.adaptive: nn.AdaptiveLogSoftmaxWithLoss | None = None
         if ranks is not None:
             self.register_buffer("ranks", torch.as_tensor(ranks, dtype=torch.int64), persistent=False)
@@ -176,12 +192,12 @@ class PeerModel(nn.Module):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> hidden states (B*T, C)."""
-        x, followed = self.induction(ids, self.embedding.weight)  # (B, T, C), (kinds, B, T, C)
-        x = self.induction.add(x, self.induction.inputs, followed)
+        x, copied = self.ngram_copy(ids, self.embedding.weight)  # (B, T, C), (n-grams, B, T, C)
+        x = self.ngram_copy.add(x, self.ngram_copy.inputs, copied)
         for _ in range(self.config.n_passes):
-            x = torch.add(x, self.mixer(self.norm1(x)), alpha=self.config.mixer_residual_scale)
-            x = torch.add(x, self.glu(self.norm2(x)), alpha=self.config.ffn_residual_scale)
-        return self.induction.add(self.final_norm(x), self.induction.outputs, followed).flatten(0, 1)
+            for block in self.blocks:
+                x = block(x)
+        return self.ngram_copy.add(self.final_norm(x), self.ngram_copy.outputs, copied).flatten(0, 1)
 
     def losses(
         self, h: Tensor, targets: Tensor, *, want_nll: bool = True, **options: Any
@@ -195,31 +211,37 @@ class PeerModel(nn.Module):
         return dense_loss(h, self.embedding.weight, targets, want_nll=want_nll, **options)
 
     def loss_and_grad(
-        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, **options: Any
+        self, ids: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray | None = None, **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Loss (N,) and nll (N,) of a batch; adds the gradients of sum(weights * loss).
+        """Loss (N,) and nll (N,) of a batch; adds the gradients of sum(loss_weights * loss).
 
-        ids, targets (B, T); weights (N,), by default 1/N each; `options` are those of dense_loss.
+        ids, targets (B, T); loss_weights (N,), by default 1/N each; `options` are those of dense_loss.
         """
         h = self.hidden(torch.as_tensor(ids, dtype=torch.int64))
         y = torch.as_tensor(targets, dtype=torch.int64).flatten()
-        w = torch.full((len(y),), 1 / len(y)) if weights is None else torch.as_tensor(weights)
+        w = torch.full((len(y),), 1 / len(y)) if loss_weights is None else torch.as_tensor(loss_weights)
         loss, nll = self.losses(h, y, **options)
         assert nll is not None
         (loss * w.to(loss.dtype)).sum().backward()
         return loss.detach().numpy(), nll.numpy()
 
+    def our_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by their names in flashlm_numba.model."""
+        return {name: p for name, p in self.named_parameters()}
+
     def state_from_numpy(self, params: dict[str, np.ndarray]) -> None:
         """Copy params (name -> array, all of them and no others) into the model, in the model's dtype."""
-        self.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in params.items()}, strict=True)
+        own = {name: name for name, _ in self.named_parameters()}
+        state = {own.get(name, name): torch.from_numpy(np.array(a)) for name, a in params.items()}
+        self.load_state_dict(state, strict=True)
 
     def params_to_numpy(self) -> dict[str, np.ndarray]:
         """Copies of all parameters by name."""
-        return {name: p.detach().numpy().copy() for name, p in self.named_parameters()}
+        return {name: p.detach().numpy().copy() for name, p in self.our_parameters().items()}
 
     def grads_to_numpy(self) -> dict[str, np.ndarray]:
         """Copies of all gradients by name; zeros where there is none (router, frozen embedding)."""
         return {
             name: np.zeros_like(p.detach().numpy()) if p.grad is None else p.grad.numpy().copy()
-            for name, p in self.named_parameters()
+            for name, p in self.our_parameters().items()
         }

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from tools import timing
+from tools.bench import timing
 
 MEGABYTES = 512  # beyond most last caches
 

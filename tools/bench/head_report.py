@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tools.bench.charts import new_figure
 
 # of the summary: label, candidate among the heads, candidate among the steps
 SUMMARY = (
@@ -93,14 +94,6 @@ def heads_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- charts ---
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def plot(result: Mapping[str, Any], path: Path) -> list[Path]:
     """Write the shares of a step to path and, if measured, the scaling to a second file; returns the paths written.
 
@@ -115,16 +108,6 @@ def plot(result: Mapping[str, Any], path: Path) -> list[Path]:
         _draw_scaling(result["scaling"]).savefig(beside, dpi=120)
         written.append(beside)
     return written
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A figure drawn without a display, and without pyplot's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _draw_shares(result: Mapping[str, Any]) -> Any:
@@ -154,33 +137,8 @@ def _draw_shares(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def draw_roofline(result: Mapping[str, Any]) -> Any:
-    """Work per byte against work per second of every kernel, under what memory and matrix products allow.
-
-    result: of bench_trunk.py. Ternary products count two operations a weight, though none of them is a multiplication.
-    """
-    figure = new_figure(9, 5.5)
-    axes = figure.subplots()
-    peak, bandwidth = result["gemm_gflops"], result["read_gbytes_per_s"]
-    points = result["roofline"]
-    intensity = {name: point["flop"] / point["bytes"] for name, point in points.items()}
-    low, high = min(intensity.values()) / 3, max(intensity.values()) * 3
-    corner = peak / bandwidth
-    axes.plot([low, corner], [low * bandwidth, peak], color="black", label=f"reading memory, {bandwidth:.0f} GB/s")
-    axes.plot([corner, high], [peak, peak], color="grey", label=f"float32 matrix products, {peak:.0f} GFLOP/s")
-    for name, point in points.items():
-        rate = point["flop"] / point["seconds"] * 1e-9
-        axes.plot(intensity[name], rate, marker="o")
-        side = "right" if intensity[name] > (low * high) ** 0.5 else "left"
-        axes.annotate(name, (intensity[name], rate), textcoords="offset points", xytext=(0, -14), fontsize=9, ha=side)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
-    axes.grid(alpha=0.3)
-    return figure
-
-
 def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
-    """Microseconds a position against V and against N, both axes logarithmic."""
+    """Microseconds per position against V and against N, both axes logarithmic."""
     figure = new_figure(11, 4.5)
     panels = (
         ("vocab", f"tokens in the vocabulary, V (N = {scaling['vocab_at_rows']:,})"),
@@ -194,7 +152,7 @@ def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
             high = [1e6 / rate["p20"] for rate in rates.values()]
             (line,) = axes.plot(sizes, cost, marker="o", label=name)
             axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.2)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds a position, forward and backward")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds per position, forward and backward")
         axes.grid(alpha=0.3)
         if scaling[key]:
             axes.legend(frameon=False)

@@ -1,0 +1,1 @@
+"""What the benchmark programs in tools/ share: timing, the machine's own speed, candidates and their checks, rows."""

@@ -1,0 +1,53 @@
+"""A program run to its end: its output and memory, with signals passed on to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import click
+
+from tools.bench.machine import ROOT
+
+
+class RunFailed(click.ClickException):
+    """A run that ended with an error of its own, as one whose loss diverged: the others can go on."""
+
+
+def run_process(arguments: list[str]) -> tuple[str, float]:
+    """Standard output of this Python with arguments, and its peak memory in MB; standard error is shown.
+
+    RunFailed if it ends with status 1 or 2, an error of its own. ClickException if it was stopped: SIGINT, SIGTERM and
+    SIGHUP are passed on to it, and it is waited for, since it may have something to save.
+    """
+    caught: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        caught.append(number)
+        process.send_signal(number)
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        # a group of its own: Ctrl-C in a terminal reaches it through this process only, once
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT, process_group=0)
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in numbers}
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        text = out.read()
+    if caught:
+        stopped = click.ClickException(f"Stopped by {signal.Signals(caught[0]).name}.")
+        stopped.exit_code = 128 + caught[0]
+        raise stopped
+    if process.returncode:
+        failure = RunFailed if process.returncode in (1, 2) else click.ClickException
+        raise failure(f"`{' '.join(arguments)}` ended with status {process.returncode}.")
+    return text, usage.ru_maxrss * 1024e-6

@@ -1,0 +1,60 @@
+"""Rows of a results file: read, added one by one by several processes, printed as a table."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tools.bench import output
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none if it is not there yet. BadParameter if it holds something else."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("rows")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.BadParameter(
+            f"{path} is no results file of this program ({type(error).__name__}); name another, or a new one."
+        ) from None
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the file as it is now: another process may have added its own. All of it is written, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+        output.write_json(path, {"rows": [*read_rows(path), row]})
+    finally:
+        os.close(folder)
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, by budget, then NLL."""
+    lines = [
+        "| head | settings | seed | budget | NLL | bits/byte | seconds | tokens | tokens/s | parameters | peak MB |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def budget(row: dict[str, Any]) -> str:
+        return f"{row['tokens_asked']:,} tokens" if "tokens_asked" in row else f"{row['minutes_asked']:g} minutes"
+
+    for row in sorted(rows, key=lambda row: (budget(row), row["nll"])):
+        lines.append(
+            f"| {row['name']} | {' '.join(row['settings']) or '-'} | {row['seed']} | {budget(row)} | {row['nll']:.3f} "
+            f"| {row['bits_per_byte']:.4f} | {row['seconds']:.0f} | {row['tokens']:,} "
+            f"| {row['tokens'] / row['seconds']:,.0f} "
+            f"| {row['parameters']:,} | {row['peak_rss_mb']:,.0f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""A run that tools/bench_train.py makes: what is trained, how it is asked for, and which row is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from flashlm_numba.model.config import SECTIONS, RunConfig
+from flashlm_numba.model.recipes import from_recipe
+from tools.bench.train_candidates import BASELINES, DECAY_SHARE, OURS, TORCH, TORCH_OPTION
+
+QUIET = ("validate_every", "sample_tokens", "log_every", "checkpoint_minutes")  # settings that change no result
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is trained, with which settings, for how long."""
+
+    name: str
+    settings: tuple[str, ...]  # key=value, beside the candidate's own
+    seed: int
+    tokens: int | None
+    minutes: float | None
+    threads: int
+    marks: tuple[float, ...] = ()  # minutes of training before the end, to score at
+
+    @property
+    def slug(self) -> str:
+        """A file name for this run, which no other recipe, setting or marks under the same name share."""
+        budget = f"{self.tokens}tokens" if self.tokens is not None else f"{self.minutes:g}min"
+        everything = json.dumps([self.key, self.recipe, self.marks], sort_keys=True)
+        words = [self.name, budget, f"seed{self.seed}", hashlib.sha256(everything.encode()).hexdigest()[:8]]
+        return "-".join(words).replace(":", "-")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What makes a row this job's: everything but the number of threads when the budget is in tokens."""
+        budget = {"tokens_asked": self.tokens} if self.tokens is not None else {"minutes_asked": self.minutes}
+        threads = {} if self.tokens is not None else {"threads": self.threads}
+        return {"name": self.name, "settings": list(self.settings), "seed": self.seed, **budget, **threads}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is trained: of ours the settings (see differences), of a baseline its options."""
+        if self.name in BASELINES:
+            return self.baseline_options
+        words, recipe, settings = OURS[self.name], "default", list(self.settings)
+        for option, value in zip(words[::2], words[1::2], strict=True):
+            if option == "--recipe":
+                recipe = value
+            else:
+                settings.insert(0, {"--head": f"head.name={value}", "--tree": f"head.tree={value}"}.get(option, value))
+        return differences(from_recipe(recipe, settings))
+
+    def made(self, row: dict[str, Any]) -> bool:
+        """Whether a row of a results file is this job's: the same run by the same recipe, however it was asked for,
+        with scores at these marks at least. A row without a recipe is nobody's.
+        """
+        if not set(self.marks) <= set(row.get("marks_asked", [mark["minutes"] for mark in row.get("marks", [])])):
+            return False
+        asked = {**self.key, "recipe": self.recipe, "settings": row.get("settings")}
+        return asked.items() <= row.items()
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments that train it, without data and folder; run_baseline turns a baseline's minutes into steps."""
+        if self.name in OURS:
+            sets = itertools.chain.from_iterable(("--set", setting) for setting in self.settings)
+            budget = ["--tokens", str(self.tokens)] if self.tokens is not None else ["--minutes", f"{self.minutes:g}"]
+            return ["train", *OURS[self.name], *sets, *budget, "--seed", str(self.seed), "--threads", str(self.threads)]
+        if self.tokens is None:
+            return ["train", *self.baseline_words(None), "--minutes", f"{self.minutes:g}", *self.mark_words]
+        return ["train", *self.baseline_words(-(-self.tokens // self.tokens_per_step))]
+
+    @property
+    def published(self) -> bool:
+        """Whether this is a baseline with a schedule of its own, which minutes only stop."""
+        return "total" in BASELINES.get(self.name, {})
+
+    @property
+    def mark_words(self) -> list[str]:
+        """The baseline's options for marks."""
+        return [word for mark in self.marks for word in ("--mark", f"{mark:g}")]
+
+    @property
+    def baseline_options(self) -> dict[str, str]:
+        """The baseline's options, but for the length of its run."""
+        options = {**TORCH, **BASELINES[self.name]}
+        for setting in self.settings:
+            name, _, value = setting.partition("=")
+            if name not in TORCH_OPTION:
+                raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(TORCH_OPTION)}.")
+            options[TORCH_OPTION[name]] = value
+        return options
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per step of the baseline, whose batches have one shape."""
+        return math.prod(int(size) for size in self.baseline_options["batch"].split("x"))
+
+    def baseline_words(self, steps: int | None) -> list[str]:
+        """The baseline's command line for so many steps; None: its own schedule."""
+        options = self.baseline_options
+        if steps is not None:
+            options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
+        options |= {"seed": str(self.seed), "threads": str(self.threads)}
+        return ["--fused", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
+
+
+def differences(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run that differ from their fields' defaults (config.py), but for those of QUIET, as JSON gives
+    them back: {"model.leaky_decay": 0.98, ...}. A setting that comes later does not change what older rows say.
+    """
+    found = {}
+    for section in SECTIONS:
+        part = getattr(run, section)
+        for item in dataclasses.fields(part):
+            if item.name not in QUIET and getattr(part, item.name) != item.default:
+                found[f"{section}.{item.name}"] = getattr(part, item.name)
+    return json.loads(json.dumps(found, default=dataclasses.asdict))
+
+
+def expand(settings: Iterable[str]) -> list[tuple[str, ...]]:
+    """Every combination of `key=a,b` lists, as tuples of `key=value`.
+
+    >>> expand(["adamw_lr=1e-3,2e-3", "clip=1"])
+    [('adamw_lr=1e-3', 'clip=1'), ('adamw_lr=2e-3', 'clip=1')]
+    >>> expand(["dilations=[1,4,16],[1,4,64]"])  # commas in brackets belong to the value
+    [('dilations=[1,4,16]',), ('dilations=[1,4,64]',)]
+    """
+    lists = []
+    for text in settings:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set takes key=value or key=value,value, got '{text}'.")
+        lists.append([f"{name}={value}" for value in re.split(r",(?![^\[]*\])", values)])
+    return list(itertools.product(*lists))
