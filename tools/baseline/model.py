@@ -84,7 +84,7 @@ class NgramCopy(nn.Module):
         self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
 
     def forward(self, ids: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of ids (B, T): (B, T, C), and those of the copied tokens (n-grams, B, T, C), zero where none is found.
+        """The rows of ids (B, T): (B, T, C), and those of the copied tokens (n-grams, B, T, C), zero where there is none.
 
         One gather serves all of them, so that the embedding gets one gradient.
         """
@@ -227,7 +227,7 @@ class BaselineModel(nn.Module):
 
     def our_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by their names in flashlm_numba.model."""
-        return {name: p for name, p in self.named_parameters()}
+        return dict(self.named_parameters())
 
     def state_from_numpy(self, params: dict[str, np.ndarray]) -> None:
         """Copy params (name -> array, all of them and no others) into the model, in the model's dtype."""
