@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -44,13 +45,19 @@ def sgemm_address() -> int:
     return 0 if numba.config.DISABLE_JIT else get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
 
 
+class Matrix(NamedTuple):
+    """A matrix as Fortran sees it, column-major."""
+
+    start: int  # address
+    leading: int  # elements from a column to the next
+
+
 @intrinsic
-def _call_sgemm(typingctx, address, trans_a, trans_b, m, n, k, a, lda, b, ldb, beta, c, ldc):
-    """Fortran's sgemm with alpha = 1: c = op(a) @ op(b) + beta * c, column-major, addresses as integers."""
-    whole = types.intp
-    signature = types.void(
-        whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, types.float32, whole, whole
-    )
+def _call_sgemm(typingctx, address, trans_a, trans_b, shape, a, b, beta, c):
+    """Fortran's sgemm with alpha = 1: c = op(a) @ op(b) + beta * c, for shape (m, n, k); a, b, c: Matrix."""
+    whole, matrix = types.intp, types.NamedUniTuple(types.intp, 2, Matrix)
+    shape_type = types.UniTuple(types.intp, 3)
+    signature = types.void(whole, whole, whole, shape_type, matrix, matrix, types.float32, matrix)
     byte_pointer = ir.IntType(8).as_pointer()
 
     def codegen(context, builder, sig, args):
@@ -66,7 +73,9 @@ def _call_sgemm(typingctx, address, trans_a, trans_b, m, n, k, a, lda, b, ldb, b
         def pointer(value):
             return builder.inttoptr(value, byte_pointer)
 
-        (address, trans_a, trans_b, m, n, k, a, lda, b, ldb, beta, c, ldc) = args
+        address, trans_a, trans_b, shape, a, b, beta, c = args
+        m, n, k = cgutils.unpack_tuple(builder, shape, 3)
+        (a, lda), (b, ldb), (c, ldc) = (cgutils.unpack_tuple(builder, matrix, 2) for matrix in (a, b, c))
         function_type = ir.FunctionType(ir.VoidType(), [byte_pointer] * 13)
         sgemm = builder.inttoptr(address, function_type.as_pointer())
         one = ir.Constant(ir.FloatType(), 1.0)
@@ -111,6 +120,11 @@ else:
     _N, _T = ord("N"), ord("T")
 
     @helper
+    def _matrix(x):
+        """x (rows, columns), row-major: column-major, its transpose."""
+        return Matrix(np.int64(x.ctypes.data), max(x.strides[0] // 4, x.shape[1]))
+
+    @helper
     def _scale(out, beta):
         for i in range(out.shape[0]):
             for j in range(out.shape[1]):
@@ -126,10 +140,7 @@ else:
             _scale(out, np.float32(beta))
             return
         # row-major out = a b is column-major out' = b' a'
-        _call_sgemm(
-            blas, _N, _N, n, m, k, b.ctypes.data, max(b.strides[0] // 4, n), a.ctypes.data,
-            max(a.strides[0] // 4, k), np.float32(beta), out.ctypes.data, max(out.strides[0] // 4, n),
-        )  # fmt: skip
+        _call_sgemm(blas, _N, _N, (n, m, k), _matrix(b), _matrix(a), np.float32(beta), _matrix(out))
 
     @helper
     def gemm_nt(blas, out, a, b, beta):
@@ -140,10 +151,7 @@ else:
         if k == 0:
             _scale(out, np.float32(beta))
             return
-        _call_sgemm(
-            blas, _T, _N, n, m, k, b.ctypes.data, max(b.strides[0] // 4, k), a.ctypes.data,
-            max(a.strides[0] // 4, k), np.float32(beta), out.ctypes.data, max(out.strides[0] // 4, n),
-        )  # fmt: skip
+        _call_sgemm(blas, _T, _N, (n, m, k), _matrix(b), _matrix(a), np.float32(beta), _matrix(out))
 
     @helper
     def gemm_tn(blas, out, a, b, beta):
@@ -154,7 +162,4 @@ else:
         if k == 0:
             _scale(out, np.float32(beta))
             return
-        _call_sgemm(
-            blas, _N, _T, n, m, k, b.ctypes.data, max(b.strides[0] // 4, n), a.ctypes.data,
-            max(a.strides[0] // 4, m), np.float32(beta), out.ctypes.data, max(out.strides[0] // 4, n),
-        )  # fmt: skip
+        _call_sgemm(blas, _N, _T, (n, m, k), _matrix(b), _matrix(a), np.float32(beta), _matrix(out))

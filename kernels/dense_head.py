@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -28,12 +29,48 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel
 from flashlm_numba.kernels._math import exp32, row_max
+from flashlm_numba.kernels._rows import clear_rows
 
 TILE_COLUMNS = 512
 SCRATCH_BYTES = 100 << 20  # of the logits of a chunk: 512 rows of GPT-2's vocabulary; 64 MB, 330 rows, were 5 % slower
 MAX_CHUNK = 512  # rows
 
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
+
+
+class Projection(NamedTuple):
+    """What makes h the logits."""
+
+    weight: np.ndarray  # (V, C)
+    log_prior: np.ndarray  # (V,), added to the logits after the cap, or (0,) for none
+    soft_cap: np.float32  # of a logit; 0 for none
+
+
+class Batch(NamedTuple):
+    """The rows of a chunk."""
+
+    h: np.ndarray  # (J, C)
+    targets: np.ndarray  # (J,) int32
+    loss_weights: np.ndarray  # (J,); unused by the forward pass
+
+
+class Scratch(NamedTuple):
+    """Buffers of a chunk, and what its forward pass keeps for the backward pass."""
+
+    tiles: np.ndarray  # (Q, J, L): exponentials, or capped products; (P, J, L) where they are not kept
+    tile_max: np.ndarray  # (Q, J): largest logit of a row in a tile
+    tile_sum: np.ndarray  # (Q, J): sum of a row's exponentials in a tile
+    logit_sums: np.ndarray  # (P, J): sums of a row's logits in a thread's tiles, with smoothing
+    target_logits: np.ndarray  # (J,)
+    lse: np.ndarray  # (J,): log-sum-exp of a row
+    dh_shares: np.ndarray  # (P, J, C): what a thread's tiles add to dh
+
+
+class LossOptions(NamedTuple):
+    """How the loss is made of the logits."""
+
+    label_smoothing: np.float32
+    z_loss: np.float32
 
 
 @helper
@@ -53,8 +90,9 @@ def _finish_logits(tile, log_prior, soft_cap):
 
 
 @helper
-def _tile_statistics(tile, top, total, mean, log_prior, smoothing, soft_cap):
-    """Row maxima and sums of exponentials (J,) of a tile (J, L); with smoothing, mean (J,) += row sums of the logits.
+def _tile_statistics(tile, tile_max, tile_sum, logit_sums, log_prior, smoothing, soft_cap):
+    """Row maxima and sums of exponentials (J,) of a tile (J, L); with smoothing, logit_sums (J,) += row sums of the
+    logits.
 
     Without a cap the exponentials replace the logits. With one the capped products stay, as the gradient needs them.
     """
@@ -86,28 +124,35 @@ def _tile_statistics(tile, top, total, mean, log_prior, smoothing, soft_cap):
                     e = exp32(row[v] - shift)
                     row[v] = e
                     s += e
-        top[n], total[n] = m, s
-        mean[n] += linear
+        tile_max[n], tile_sum[n] = m, s
+        logit_sums[n] += linear
 
 
 @helper
-def _pick_targets(target_logit, tile, targets, first, log_prior, soft_cap):
+def _pick_targets(target_logits, tile, targets, first, log_prior, soft_cap):
     """Save the logit of every row whose target lies in the tile, before the exponentials replace it."""
     rows, columns = tile.shape
     for n in range(rows):
         v = targets[n] - first
         if 0 <= v < columns:
-            target_logit[n] = tile[n, v]
+            target_logits[n] = tile[n, v]
             if soft_cap > 0 and log_prior.shape[0] > 0:
-                target_logit[n] += log_prior[v]
+                target_logits[n] += log_prior[v]
 
 
 @helper
-def _tile_gradient(tile, top, lse, weights, targets, first, vocab, log_prior, smoothing, z_loss, soft_cap):
-    """Turn a tile (J, L) from _tile_statistics into the gradient of its logits' products, times the row weights."""
+def _tile_gradient(tile, tile_max, lse, first, batch, projection, options):
+    """Turn a tile (J, L) from _tile_statistics into the gradient of its logits' products, times the loss weights.
+
+    first: its first token; tile_max, lse (J,).
+    """
     rows, columns = tile.shape
+    vocab, soft_cap = projection.weight.shape[0], projection.soft_cap
+    smoothing, z_loss = options.label_smoothing, options.z_loss
+    targets, loss_weights = batch.targets, batch.loss_weights
+    log_prior = _tile_prior(projection, first, first + columns)
     for n in range(rows):
-        row, w = tile[n], weights[n]
+        row, w = tile[n], loss_weights[n]
         # forward: loss = lse - (1 - s) logit_target - s mean(logit) + z lse**2
         slope = w * (_ONE + _TWO * z_loss * lse[n])
         spread = w * smoothing / np.float32(vocab)
@@ -125,81 +170,119 @@ def _tile_gradient(tile, top, lse, weights, targets, first, vocab, log_prior, sm
             if 0 <= at < columns:
                 row[at] -= target_share
         else:
-            scale = slope * exp32(top[n] - lse[n])
+            scale = slope * exp32(tile_max[n] - lse[n])
             for v in range(columns):
                 row[v] = row[v] * scale - spread
             if 0 <= at < columns:
                 row[at] -= w * (_ONE - smoothing)
 
 
-@kernel
-def _chunk_forward(
-    loss, nll, lse, tiles, top, total, mean, target_logit,
-    h, weight, targets, log_prior, smoothing, z_loss, soft_cap, keep, blas, tile_columns, threads,
-):  # fmt: skip
-    """loss, nll, lse (J,) of a chunk h (J, C). tiles (Q, J, L) if keep, else (P, J, L): one reused a thread.
-
-    top, total (Q, J), mean (P, J), target_logit (J,): scratch. Parallel over tiles of the vocabulary.
-    """
-    rows, vocab = h.shape[0], weight.shape[0]
-    count = top.shape[0]
-    for thread in prange(threads):
-        for n in range(rows):
-            mean[thread, n] = _ZERO
-        for q in range(thread * count // threads, (thread + 1) * count // threads):
-            first, last = q * tile_columns, min((q + 1) * tile_columns, vocab)
-            slot = q if keep else np.int64(thread)  # a prange index is unsigned; mixed with signed, a float
-            flat = tiles[slot].reshape(-1)
-            tile = flat[: rows * (last - first)].reshape(rows, last - first)
-            prior = log_prior[first:last] if log_prior.shape[0] > 0 else log_prior
-            gemm_nt(blas, tile, h, weight[first:last], _ZERO)
-            _finish_logits(tile, prior, soft_cap)
-            _pick_targets(target_logit, tile, targets, first, prior, soft_cap)
-            _tile_statistics(tile, top[q], total[q], mean[thread], prior, smoothing, soft_cap)
-    for thread in prange(threads):
-        for n in range(thread * rows // threads, (thread + 1) * rows // threads):
-            m = np.float32(-np.inf)
-            for q in range(count):
-                m = max(m, top[q, n])
-            s, linear = 0.0, 0.0  # float64: few terms, and the loss is read to many digits
-            for q in range(count):
-                s += total[q, n] * math.exp(np.float64(top[q, n] - m))
-            for other in range(threads):
-                linear += mean[other, n]
-            value = m + math.log(s)
-            lse[n] = value
-            nll[n] = value - target_logit[n]
-            loss[n] = value - target_logit[n] + z_loss * value * value
-            if smoothing > 0:  # otherwise a token that the prior rules out (-inf) would make it NaN
-                loss[n] += smoothing * (target_logit[n] - linear / vocab)
+@helper
+def _tile_prior(projection, first, last):
+    """The prior (L,) of the tokens first..last, or (0,) for none."""
+    return projection.log_prior[first:last] if projection.log_prior.shape[0] > 0 else projection.log_prior
 
 
-@kernel
-def _chunk_backward(
-    dh, dweight, tiles, partial, top, lse,
-    h, weight, targets, weights, log_prior, smoothing, z_loss, soft_cap, blas, tile_columns, threads,
-):  # fmt: skip
-    """dh (J, C) = and dweight (V, C) +=, from the tiles of _chunk_forward (overwritten); partial (P, J, C): scratch."""
-    rows, dim = h.shape
-    vocab, count = weight.shape[0], top.shape[0]
-    for thread in prange(threads):
-        share = partial[thread, :rows]
-        for n in range(rows):
-            for c in range(dim):
-                share[n, c] = _ZERO
-        for q in range(thread * count // threads, (thread + 1) * count // threads):
-            first, last = q * tile_columns, min((q + 1) * tile_columns, vocab)
-            tile = tiles[q].reshape(-1)[: rows * (last - first)].reshape(rows, last - first)
-            prior = log_prior[first:last] if log_prior.shape[0] > 0 else log_prior
-            _tile_gradient(tile, top[q], lse, weights, targets, first, vocab, prior, smoothing, z_loss, soft_cap)
-            gemm_tn(blas, dweight[first:last], tile, h, _ONE)
-            gemm_nn(blas, share, tile, weight[first:last], _ONE)
+@helper
+def _tile_of(tiles, slot, rows, columns):
+    """Tile (J, L) of the buffer in this slot of tiles."""
+    return tiles[slot].reshape(-1)[: rows * columns].reshape(rows, columns)
+
+
+@helper
+def _tiles_forward(thread, threads, scratch, batch, projection, options, keep, blas):
+    """A thread's tiles of the vocabulary: logits, their maxima and sums, and the targets' logits."""
+    rows, vocab = batch.h.shape[0], projection.weight.shape[0]
+    count, tile_columns = scratch.tile_max.shape[0], scratch.tiles.shape[2]
+    soft_cap, logit_sums = projection.soft_cap, scratch.logit_sums[thread]
     for n in range(rows):
-        for c in range(dim):
-            value = partial[0, n, c]
-            for thread in range(1, threads):
-                value += partial[thread, n, c]
+        logit_sums[n] = _ZERO
+    for q in range(thread * count // threads, (thread + 1) * count // threads):
+        first, last = q * tile_columns, min((q + 1) * tile_columns, vocab)
+        tile = _tile_of(scratch.tiles, q if keep else thread, rows, last - first)
+        prior = _tile_prior(projection, first, last)
+        gemm_nt(blas, tile, batch.h, projection.weight[first:last], _ZERO)
+        _finish_logits(tile, prior, soft_cap)
+        _pick_targets(scratch.target_logits, tile, batch.targets, first, prior, soft_cap)
+        _tile_statistics(
+            tile, scratch.tile_max[q], scratch.tile_sum[q], logit_sums, prior, options.label_smoothing, soft_cap
+        )
+
+
+@kernel
+def _chunk_tiles(scratch, batch, projection, options, keep, blas, threads):
+    """The statistics of every tile of a chunk, and with keep the tiles. Parallel over tiles of the vocabulary."""
+    for index in prange(threads):
+        # a prange index is unsigned; mixed with signed, a float
+        _tiles_forward(np.int64(index), threads, scratch, batch, projection, options, keep, blas)
+
+
+@helper
+def _merge_tiles(thread, threads, loss, nll, scratch, options, vocab):
+    """A thread's rows of loss and nll (J,), and of lse."""
+    rows, count = loss.shape[0], scratch.tile_max.shape[0]
+    tile_max, tile_sum, logit_sums = scratch.tile_max, scratch.tile_sum, scratch.logit_sums
+    target_logits, lse = scratch.target_logits, scratch.lse
+    smoothing, z_loss = options.label_smoothing, options.z_loss
+    for n in range(thread * rows // threads, (thread + 1) * rows // threads):
+        m = np.float32(-np.inf)
+        for q in range(count):
+            m = max(m, tile_max[q, n])
+        s, linear = 0.0, 0.0  # float64: few terms, and the loss is read to many digits
+        for q in range(count):
+            s += tile_sum[q, n] * math.exp(np.float64(tile_max[q, n] - m))
+        for other in range(threads):
+            linear += logit_sums[other, n]
+        value = m + math.log(s)
+        lse[n] = value
+        nll[n] = value - target_logits[n]
+        loss[n] = value - target_logits[n] + z_loss * value * value
+        if smoothing > 0:  # otherwise a token that the prior rules out (-inf) would make it NaN
+            loss[n] += smoothing * (target_logits[n] - linear / vocab)
+
+
+@kernel
+def _chunk_losses(loss, nll, scratch, options, vocab, threads):
+    """loss, nll (J,) of a chunk from the statistics of its tiles. Parallel over rows.
+
+    Not in one kernel with _chunk_tiles: Numba joins two loops that only call helpers into one, without a barrier.
+    """
+    for index in prange(threads):
+        _merge_tiles(np.int64(index), threads, loss, nll, scratch, options, vocab)
+
+
+@helper
+def _tiles_backward(thread, threads, dweight, scratch, batch, projection, options, blas):
+    """A thread's rows of dweight (V, C) +=, and its share of dh, from the tiles of _chunk_tiles (overwritten)."""
+    rows, vocab = batch.h.shape[0], projection.weight.shape[0]
+    count, tile_columns = scratch.tile_max.shape[0], scratch.tiles.shape[2]
+    share = scratch.dh_shares[thread, :rows]
+    clear_rows(share)
+    for q in range(thread * count // threads, (thread + 1) * count // threads):
+        first, last = q * tile_columns, min((q + 1) * tile_columns, vocab)
+        tile = _tile_of(scratch.tiles, q, rows, last - first)
+        _tile_gradient(tile, scratch.tile_max[q], scratch.lse, first, batch, projection, options)
+        gemm_tn(blas, dweight[first:last], tile, batch.h, _ONE)
+        gemm_nn(blas, share, tile, projection.weight[first:last], _ONE)
+
+
+@helper
+def _add_shares(dh, shares):
+    """dh (J, C) = sum of the threads' shares (P, J, C), in their order."""
+    for n in range(dh.shape[0]):
+        for c in range(dh.shape[1]):
+            value = shares[0, n, c]
+            for thread in range(1, shares.shape[0]):
+                value += shares[thread, n, c]
             dh[n, c] = value
+
+
+@kernel
+def _chunk_backward(dh, dweight, scratch, batch, projection, options, blas, threads):
+    """dh (J, C) = and dweight (V, C) +=, from what the forward pass left in scratch (the tiles are overwritten)."""
+    for index in prange(threads):
+        _tiles_backward(np.int64(index), threads, dweight, scratch, batch, projection, options, blas)
+    _add_shares(dh, scratch.dh_shares)
 
 
 class DenseScratch:
@@ -211,13 +294,15 @@ class DenseScratch:
         tiles = -(-vocab // TILE_COLUMNS)
         buffers = max(tiles, self.threads)
         self.chunk = max(1, min(MAX_CHUNK, SCRATCH_BYTES // (4 * buffers * TILE_COLUMNS)))
-        self.tiles = np.empty((buffers, self.chunk, TILE_COLUMNS), np.float32)
-        self.top = np.empty((tiles, self.chunk), np.float32)
-        self.total = np.empty_like(self.top)
-        self.mean = np.empty((self.threads, self.chunk), np.float32)
-        self.target_logit = np.empty(self.chunk, np.float32)
-        self.lse = np.empty(self.chunk, np.float32)
-        self.partial = np.empty((self.threads, self.chunk, dim), np.float32)
+        self.arrays = Scratch(
+            tiles=np.empty((buffers, self.chunk, TILE_COLUMNS), np.float32),
+            tile_max=np.empty((tiles, self.chunk), np.float32),
+            tile_sum=np.empty((tiles, self.chunk), np.float32),
+            logit_sums=np.empty((self.threads, self.chunk), np.float32),
+            target_logits=np.empty(self.chunk, np.float32),
+            lse=np.empty(self.chunk, np.float32),
+            dh_shares=np.empty((self.threads, self.chunk, dim), np.float32),
+        )
 
     def fits(self, vocab: int, dim: int) -> bool:
         """Whether it serves a weight (vocab, dim) at the number of threads in use."""
@@ -229,10 +314,10 @@ class DenseScratch:
         edges = [i * rows // max(count, 1) for i in range(count + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
-    def statistics(self, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-        """top, total (Q, J) for the Q tiles of a vocabulary."""
+    def of(self, vocab: int) -> Scratch:
+        """The arrays, with the statistics of as many tiles as a vocabulary has."""
         tiles = -(-vocab // TILE_COLUMNS)
-        return self.top[:tiles], self.total[:tiles]
+        return self.arrays._replace(tile_max=self.arrays.tile_max[:tiles], tile_sum=self.arrays.tile_sum[:tiles])
 
 
 def scratch_for(scratch: DenseScratch | None, vocab: int, dim: int) -> DenseScratch:
@@ -256,17 +341,41 @@ def _checked_scratch(where: str, weight: np.ndarray, scratch: DenseScratch | Non
     return scratch
 
 
-def _check_head(
-    where: str, h: np.ndarray, weight: np.ndarray, targets: np.ndarray, log_prior: np.ndarray | None
-) -> np.ndarray:
+def _checked_projection(
+    where: str,
+    h: np.ndarray,
+    weight: np.ndarray,
+    targets: np.ndarray,
+    log_prior: np.ndarray | None,
+    soft_cap: float | None,
+) -> Projection:
     _check.array(where, "weight", weight, (None, None))
     _check.array(where, "h", h, (None, weight.shape[1]))
     _check.array(where, "targets", targets, (h.shape[0],), np.int32)
     _check.indices(where, "targets", targets, weight.shape[0], "check the tokenizer's vocabulary size")
     if log_prior is None:
-        return np.empty(0, np.float32)
-    _check.array(where, "log_prior", log_prior, (weight.shape[0],))
-    return log_prior
+        log_prior = np.empty(0, np.float32)
+    else:
+        _check.array(where, "log_prior", log_prior, (weight.shape[0],))
+    return Projection(weight, log_prior, np.float32(soft_cap or 0))
+
+
+def _chunk_forward(
+    loss: np.ndarray,
+    nll: np.ndarray,
+    scratch: DenseScratch,
+    batch: Batch,
+    projection: Projection,
+    options: LossOptions,
+    *,
+    keep: bool,
+) -> Scratch:
+    """Write loss and nll (J,) of a chunk; returns what the backward pass needs of it, with keep."""
+    vocab, threads = len(projection.weight), scratch.threads
+    arrays = scratch.of(vocab)
+    _chunk_tiles(arrays, batch, projection, options, keep, sgemm_address(), threads)
+    _chunk_losses(loss, nll, arrays, options, vocab, threads)
+    return arrays
 
 
 def dense_head_forward(
@@ -291,16 +400,14 @@ def dense_head_forward(
     >>> round(float(nll[0]), 4)  # ln 4
     1.3863
     """
-    prior = _check_head("dense_head_forward", h, weight, targets, log_prior)
-    s = _checked_scratch("dense_head_forward", weight, scratch)
-    top, total = s.statistics(weight.shape[0])
+    where = "dense_head_forward"
+    projection = _checked_projection(where, h, weight, targets, log_prior, soft_cap)
+    s = _checked_scratch(where, weight, scratch)
+    options = LossOptions(np.float32(label_smoothing), np.float32(z_loss))
     loss, nll = np.empty(h.shape[0], np.float32), np.empty(h.shape[0], np.float32)
     for rows in s.chunks(h.shape[0]):
-        _chunk_forward(
-            loss[rows], nll[rows], s.lse, s.tiles, top, total, s.mean, s.target_logit,
-            h[rows], weight, targets[rows], prior, np.float32(label_smoothing), np.float32(z_loss),
-            np.float32(soft_cap or 0), False, sgemm_address(), TILE_COLUMNS, s.threads,
-        )  # fmt: skip
+        batch = Batch(h[rows], targets[rows], loss[rows])
+        _chunk_forward(loss[rows], nll[rows], s, batch, projection, options, keep=False)
     return loss, nll
 
 
@@ -308,7 +415,7 @@ def dense_head_forward_backward(
     h: np.ndarray,
     weight: np.ndarray,
     targets: np.ndarray,
-    weights: np.ndarray,
+    loss_weights: np.ndarray,
     dweight: np.ndarray,
     *,
     log_prior: np.ndarray | None = None,
@@ -317,29 +424,22 @@ def dense_head_forward_backward(
     soft_cap: float | None = None,
     scratch: DenseScratch | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, plain NLL and the gradients of sum(weights * loss): the forward and backward pass in one.
+    """Loss, plain NLL and the gradients of sum(loss_weights * loss): the forward and backward pass in one.
 
-    h (N, C), weight, dweight (V, C), weights (N,) float32; targets (N,) int32; dweight is added to.
-    Per-row weights enter before the sum, so the gradients are those of the weighted loss and of no other function of
+    h (N, C), weight, dweight (V, C), loss_weights (N,) float32; targets (N,) int32; dweight is added to.
+    The loss weights enter before the sum, so the gradients are those of the weighted loss and of no other function of
     it. Returns loss (N,), nll (N,), dh (N, C). Cost 6*N*V*C flop, exact in float32.
     Raises ValueError if a shape, a dtype or a target is wrong. Source: see the module's docstring.
     """
     where = "dense_head_forward_backward"
-    prior = _check_head(where, h, weight, targets, log_prior)
-    _check.array(where, "weights", weights, (h.shape[0],))
+    projection = _checked_projection(where, h, weight, targets, log_prior, soft_cap)
+    _check.array(where, "loss_weights", loss_weights, (h.shape[0],))
     _check.array(where, "dweight", dweight, weight.shape)
     s = _checked_scratch(where, weight, scratch)
-    smoothing, z, cap = np.float32(label_smoothing), np.float32(z_loss), np.float32(soft_cap or 0)
-    top, total = s.statistics(weight.shape[0])
+    options = LossOptions(np.float32(label_smoothing), np.float32(z_loss))
     loss, nll, dh = np.empty(h.shape[0], np.float32), np.empty(h.shape[0], np.float32), np.empty_like(h)
     for rows in s.chunks(h.shape[0]):
-        _chunk_forward(
-            loss[rows], nll[rows], s.lse, s.tiles, top, total, s.mean, s.target_logit,
-            h[rows], weight, targets[rows], prior, smoothing, z, cap, True, sgemm_address(), TILE_COLUMNS, s.threads,
-        )  # fmt: skip
-        _chunk_backward(
-            dh[rows], dweight, s.tiles, s.partial, top, s.lse,
-            h[rows], weight, targets[rows], weights[rows], prior, smoothing, z, cap, sgemm_address(), TILE_COLUMNS,
-            s.threads,
-        )  # fmt: skip
+        batch = Batch(h[rows], targets[rows], loss_weights[rows])
+        arrays = _chunk_forward(loss[rows], nll[rows], s, batch, projection, options, keep=True)
+        _chunk_backward(dh[rows], dweight, arrays, batch, projection, options, sgemm_address(), s.threads)
     return loss, nll, dh

@@ -13,20 +13,39 @@ from numba import prange
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
-from flashlm_numba.kernels._jit import kernel
+from flashlm_numba.kernels._jit import helper, kernel
 
 # rows, and columns, of a task: fixed, so that every number of threads gives the same bits
 TASK_ROWS, TASK_COLUMNS = 256, 64
 
 
+@helper
+def _expand_share(thread, threads, out, coords, basis, blas):
+    """A thread's blocks of rows of out (M, C) = coords (M, R) @ basis (R, C)."""
+    blocks = (out.shape[0] + TASK_ROWS - 1) // TASK_ROWS
+    for block in range(thread, blocks, threads):
+        low, high = block * TASK_ROWS, min((block + 1) * TASK_ROWS, out.shape[0])
+        gemm_nn(blas, out[low:high], coords[low:high], basis, np.float32(0))
+
+
 @kernel
 def _expand(out, coords, basis, blas, threads):
     """out (M, C) = coords (M, R) @ basis (R, C). Parallel over blocks of rows."""
-    blocks = (out.shape[0] + TASK_ROWS - 1) // TASK_ROWS
-    for thread in prange(threads):
-        for block in range(thread, blocks, threads):
-            low, high = block * TASK_ROWS, min((block + 1) * TASK_ROWS, out.shape[0])
-            gemm_nn(blas, out[low:high], coords[low:high], basis, np.float32(0))
+    for index in prange(threads):
+        _expand_share(np.int64(index), threads, out, coords, basis, blas)
+
+
+@helper
+def _backward_share(thread, threads, dcoords, dbasis, drows, coords, basis, beta, blas):
+    """A thread's blocks of rows of dcoords, then its blocks of columns of dbasis."""
+    row_blocks = (drows.shape[0] + TASK_ROWS - 1) // TASK_ROWS
+    column_blocks = (drows.shape[1] + TASK_COLUMNS - 1) // TASK_COLUMNS
+    for block in range(thread, row_blocks, threads):
+        low, high = block * TASK_ROWS, min((block + 1) * TASK_ROWS, drows.shape[0])
+        gemm_nt(blas, dcoords[low:high], drows[low:high], basis, beta)
+    for block in range(thread, column_blocks, threads):
+        low, high = block * TASK_COLUMNS, min((block + 1) * TASK_COLUMNS, drows.shape[1])
+        gemm_tn(blas, dbasis[:, low:high], coords, drows[:, low:high], beta)
 
 
 @kernel
@@ -35,15 +54,8 @@ def _expand_backward(dcoords, dbasis, drows, coords, basis, beta, blas, threads)
 
     Parallel over blocks of rows, then over blocks of columns.
     """
-    row_blocks = (drows.shape[0] + TASK_ROWS - 1) // TASK_ROWS
-    column_blocks = (drows.shape[1] + TASK_COLUMNS - 1) // TASK_COLUMNS
-    for thread in prange(threads):
-        for block in range(thread, row_blocks, threads):
-            low, high = block * TASK_ROWS, min((block + 1) * TASK_ROWS, drows.shape[0])
-            gemm_nt(blas, dcoords[low:high], drows[low:high], basis, beta)
-        for block in range(thread, column_blocks, threads):
-            low, high = block * TASK_COLUMNS, min((block + 1) * TASK_COLUMNS, drows.shape[1])
-            gemm_tn(blas, dbasis[:, low:high], coords, drows[:, low:high], beta)
+    for index in prange(threads):
+        _backward_share(np.int64(index), threads, dcoords, dbasis, drows, coords, basis, beta, blas)
 
 
 def low_rank_rows(coords: np.ndarray, basis: np.ndarray, out: np.ndarray) -> np.ndarray:

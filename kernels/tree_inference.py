@@ -1,8 +1,7 @@
 """The tree head when a text is written: the distribution over all tokens, drawing by descent, the likeliest tokens.
 
-Training's arithmetic, from tree_head.py: the same products and the same logits at every node.
-Letters: N positions, V leaves, M nodes below the root, C channels, P threads; J positions of a chunk, K children. spans
-(M + 1, 5): see tree_head.py.
+Training's arithmetic, from tree_node.py: the same products and the same logits at every node.
+Letters: N positions, V leaves, M nodes below the root, C channels, P threads; J positions of a chunk, K children.
 """
 
 from __future__ import annotations
@@ -19,82 +18,62 @@ from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._microkernels import row_products
 from flashlm_numba.kernels.draw import check_drawing, draw_index, keep_largest, put_in_order, sift_down, sift_up
-from flashlm_numba.kernels.tree_head import (
-    check_tree,
-    dot,
-    finish_logits,
-    node_products,
-    node_width,
-    tree_depth,
-    widest_node,
-)
+from flashlm_numba.kernels.tree_node import Tree, child_priors, child_rows, dot, finish_logits, node_products, span_of
 
 _ZERO = np.float32(0)
 
+CHUNK = 16  # positions at a time; enough that the rows are not read for each
+
 
 @helper
-def _log_distribution(
-    out,
-    above,
-    logits,
-    spare,
-    x,
-    weight,
-    nodes,
-    spans,
-    token_of_row,
-    log_prior,
-    node_log_prior,
-    soft_cap,
-    blas,
-):
-    """out (J, V) = log p for x (J, C); above (J, M + 1), logits (any,), spare (widest,): scratch."""
+def _log_distribution(out, above, logits, slopes, x, token_of_row, tree, blas):
+    """out (J, V) = log p for x (J, C); above (J, M + 1), logits (any,), slopes (widest,): scratch."""
     for j in range(x.shape[0]):
         above[j, 0] = _ZERO
-    for m in range(spans.shape[0]):
-        token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-        kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-        n_tokens, width = token_end - token_start, node_width(spans[m])
-        token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-        kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
+    for m in range(tree.spans.shape[0]):
+        span = span_of(tree.spans, m)
+        n_tokens, width = span.n_tokens, span.width
+        tokens, children = child_rows(span, tree)
+        token_prior, child_prior = child_priors(span, tree)
         here = logits[: x.shape[0] * width].reshape(x.shape[0], width)
-        node_products(here, x, weight[token_start:token_end], nodes[kid - 1 : kid_end - 1], blas)
+        node_products(here, x, tokens, children, blas)
         for j in range(x.shape[0]):
             row = here[j]
-            finish_logits(row, spare, token_prior, kid_prior, soft_cap)
+            finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
             top = row_max(row)
             total = _ZERO
             for k in range(width):
                 total += exp32(row[k] - top)
             shift = above[j, m] - top - np.float32(math.log(total))
             for k in range(n_tokens):
-                out[j, token_of_row[token_start + k]] = row[k] + shift
+                out[j, token_of_row[span.token_start + k]] = row[k] + shift
             for k in range(width - n_tokens):
-                above[j, kid + k] = row[n_tokens + k] + shift
+                above[j, span.child_start + k] = row[n_tokens + k] + shift
+
+
+@helper
+def _log_distribution_share(thread, threads, out, above, logits, slopes, h, token_of_row, tree, blas):
+    """A thread's rows of out (N, V), CHUNK at a time; scratch of all threads."""
+    count = h.shape[0]
+    at, end = thread * count // threads, (thread + 1) * count // threads
+    while at < end:
+        last = min(at + above.shape[1], end)
+        _log_distribution(
+            out[at:last], above[thread], logits[thread], slopes[thread], h[at:last], token_of_row, tree, blas
+        )
+        at = last
 
 
 @kernel
-def _tree_head_log_distribution(
-    out, above, logits, spares, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior, soft_cap,
-    blas, threads,
-):  # fmt: skip
-    """out (N, V) = log p, column v for token v. Scratch: above (P, J, M + 1), logits (P, any), spares."""
-    count = h.shape[0]
+def _tree_head_log_distribution(out, above, logits, slopes, h, token_of_row, tree, blas, threads):
+    """out (N, V) = log p, column v for token v. Scratch: above (P, J, M + 1), logits (P, any), slopes (P, widest)."""
     for index in prange(threads):
-        thread = np.int64(index)
-        at, end = thread * count // threads, (thread + 1) * count // threads
-        while at < end:
-            last = min(at + above.shape[1], end)
-            _log_distribution(
-                out[at:last], above[thread], logits[thread], spares[thread], h[at:last], weight, nodes, spans,
-                token_of_row, log_prior, node_log_prior, soft_cap, blas,
-            )  # fmt: skip
-            at = last
+        _log_distribution_share(np.int64(index), threads, out, above, logits, slopes, h, token_of_row, tree, blas)
 
 
 @serial_kernel
-def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log_prior, node_log_prior, soft_cap):
-    """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slope
+def _tree_head_sample(out, logits, slopes, h, uniforms, tree):
+    """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slopes
     (widest,).
 
     Serial: drawing one token must not wait for threads to wake.
@@ -102,17 +81,16 @@ def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log
     for n in range(h.shape[0]):
         m, depth, leaf = np.int64(0), 0, np.int64(-1)
         while leaf < 0:
-            token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-            kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-            n_tokens, width = token_end - token_start, node_width(spans[m])
+            span = span_of(tree.spans, m)
+            n_tokens, width = span.n_tokens, span.width
+            tokens, children = child_rows(span, tree)
             row = logits[:width]
             for k in range(n_tokens):
-                row[k] = dot(h[n], weight[token_start + k])
+                row[k] = dot(h[n], tokens[k])
             for k in range(width - n_tokens):
-                row[n_tokens + k] = dot(h[n], nodes[kid - 1 + k])
-            token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-            kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
-            finish_logits(row, slope, token_prior, kid_prior, soft_cap)
+                row[n_tokens + k] = dot(h[n], children[k])
+            token_prior, child_prior = child_priors(span, tree)
+            finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
             top = row_max(row)
             total = 0.0  # float64: the rest of a long sum must not be lost
             for k in range(width):
@@ -124,44 +102,41 @@ def _tree_head_sample(out, logits, slope, h, uniforms, weight, nodes, spans, log
                 choice += 1
                 seen += row[choice]
             if choice < n_tokens:
-                leaf = token_start + choice
+                leaf = span.token_start + choice
             else:
-                m = kid + choice - n_tokens
+                m = span.child_start + choice - n_tokens
             depth += 1
         out[n] = leaf
 
 
 @helper
-def _search(
-    best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
-):  # fmt: skip
+def _search(best, rows, keys, codes, logits, slopes, x, tree):
     """rows (k,) int64: the likeliest leaf rows for x (1, C), most likely first, and best (k,) float64, their log p.
 
     Best-first search, k <= V: a node's own log p bounds that of every leaf below it, so it ends when no node promises
-    more than the k leaves at hand. Scratch: keys, codes (M,), the heap of nodes; logits (1, widest), slope (widest,).
+    more than the k leaves at hand. Scratch: keys, codes (M,), the heap of nodes; logits (1, widest), slopes (widest,).
     """
     found, size, m, above = 0, 0, np.int64(0), 0.0
     while True:
-        token_start, token_end = np.int64(spans[m, 0]), np.int64(spans[m, 1])
-        kid, kid_end = np.int64(spans[m, 2]), np.int64(spans[m, 3])
-        n_tokens, width = token_end - token_start, node_width(spans[m])
-        row_products(logits[:, :n_tokens], x, weight[token_start:token_end])
-        row_products(logits[:, n_tokens:width], x, nodes[kid - 1 : kid_end - 1])
+        span = span_of(tree.spans, m)
+        n_tokens, width = span.n_tokens, span.width
+        tokens, children = child_rows(span, tree)
+        row_products(logits[:, :n_tokens], x, tokens)
+        row_products(logits[:, n_tokens:width], x, children)
         row = logits[0, :width]
-        token_prior = log_prior[token_start:token_end] if log_prior.shape[0] > 0 else log_prior
-        kid_prior = node_log_prior[kid - 1 : kid_end - 1] if log_prior.shape[0] > 0 else node_log_prior
-        finish_logits(row, slope, token_prior, kid_prior, soft_cap)
+        token_prior, child_prior = child_priors(span, tree)
+        finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
         top = row_max(row)
         total = _ZERO
         for k in range(width):
             total += exp32(row[k] - top)
         shift = above - np.float64(top) - math.log(np.float64(total))
         for k in range(n_tokens):
-            found = keep_largest(best, rows, found, np.float64(row[k]) + shift, token_start + k)
+            found = keep_largest(best, rows, found, np.float64(row[k]) + shift, span.token_start + k)
         for k in range(n_tokens, width):
             key = np.float64(row[k]) + shift
             if found < best.shape[0] or key > -best[0]:
-                sift_up(keys, codes, size, key, kid + k - n_tokens)
+                sift_up(keys, codes, size, key, span.child_start + k - n_tokens)
                 size += 1
         if size == 0 or (found == best.shape[0] and keys[0] <= -best[0]):
             put_in_order(best, rows, found)
@@ -173,19 +148,14 @@ def _search(
 
 
 @serial_kernel
-def _tree_head_top(
-    best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
-):  # fmt: skip
-    _search(best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+def _tree_head_top(best, rows, keys, codes, logits, slopes, x, tree):
+    _search(best, rows, keys, codes, logits, slopes, x, tree)
 
 
 @serial_kernel
-def _tree_head_draw_top(
-    best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap,
-    uniform, temperature, top_p,
-):  # fmt: skip
+def _tree_head_draw_top(best, rows, keys, codes, logits, slopes, x, tree, uniform, temperature, top_p):
     """One of the rows that the search finds, or -1 where they have no distribution."""
-    _search(best, rows, keys, codes, logits, slope, x, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+    _search(best, rows, keys, codes, logits, slopes, x, tree)
     index = draw_index(best, uniform, temperature, top_p)
     return rows[index] if index >= 0 else -1
 
@@ -193,61 +163,34 @@ def _tree_head_draw_top(
 # --- public functions ---
 
 
-def tree_head_log_distribution(
-    h: np.ndarray,
-    weight: np.ndarray,
-    nodes: np.ndarray,
-    spans: np.ndarray,
-    token_of_row: np.ndarray,
-    *,
-    log_prior: np.ndarray | None = None,
-    node_log_prior: np.ndarray | None = None,
-    soft_cap: float | None = None,
-) -> np.ndarray:
+def tree_head_log_distribution(h: np.ndarray, tree: Tree, token_of_row: np.ndarray) -> np.ndarray:
     """log p of every token, (N, V) float32, column v for token v; visits every node of the tree.
 
-    Arguments as for tree_head_forward; token_of_row (V,) int32, the token of each leaf row.
+    h (N, C) float32; tree by make_tree; token_of_row (V,) int32, the token of each leaf row.
     Raises ValueError if a shape or dtype is wrong.
     """
     where = "tree_head_log_distribution"
-    log_prior, node_log_prior = check_tree(where, h, weight, nodes, spans, log_prior, node_log_prior)
-    _check.array(where, "token_of_row", token_of_row, (len(weight),), np.int32)
-    threads, widest = numba.get_num_threads(), widest_node(spans)
-    chunk = 16  # positions at a time; enough that the rows are not read for each
-    out = np.empty((len(h), len(weight)), np.float32)
-    above = np.empty((threads, chunk, len(spans)), np.float32)
-    logits, spares = (np.empty((threads, size), np.float32) for size in (chunk * widest, widest))
-    _tree_head_log_distribution(
-        out, above, logits, spares, h, weight, nodes, spans, token_of_row, log_prior, node_log_prior,
-        np.float32(soft_cap or 0), sgemm_address(), threads,
-    )  # fmt: skip
+    vocab, dim = tree.weight.shape
+    _check.array(where, "h", h, (None, dim))
+    _check.array(where, "token_of_row", token_of_row, (vocab,), np.int32)
+    threads = numba.get_num_threads()
+    out = np.empty((len(h), vocab), np.float32)
+    above = np.empty((threads, CHUNK, len(tree.spans)), np.float32)
+    logits, slopes = (np.empty((threads, size), np.float32) for size in (CHUNK * tree.widest, tree.widest))
+    _tree_head_log_distribution(out, above, logits, slopes, h, token_of_row, tree, sgemm_address(), threads)
     return out
 
 
 class TreeSampler:
-    """The arrays of a tree head, checked once: what draws tokens one at a time.
+    """What draws tokens one at a time from a tree by make_tree.
 
     Calls are serial and keep nothing, so several threads may write texts with one sampler.
-
-    Arguments as for tree_head_forward; weight and nodes may change their values afterwards. Raises ValueError if a
-    shape or dtype is wrong.
     """
 
-    def __init__(
-        self,
-        weight: np.ndarray,
-        nodes: np.ndarray,
-        spans: np.ndarray,
-        *,
-        log_prior: np.ndarray | None = None,
-        node_log_prior: np.ndarray | None = None,
-        soft_cap: float | None = None,
-    ) -> None:
-        nothing = np.empty((0, weight.shape[-1]), np.float32)
-        log_prior, node_log_prior = check_tree("TreeSampler", nothing, weight, nodes, spans, log_prior, node_log_prior)
-        self.dim, self.vocab_size, self.depth = weight.shape[1], len(weight), tree_depth(spans)
-        self._widest, self._nodes = widest_node(spans), len(nodes)
-        self._tree = weight, nodes, spans, log_prior, node_log_prior, np.float32(soft_cap or 0)
+    def __init__(self, tree: Tree) -> None:
+        self.vocab_size, self.dim = tree.weight.shape
+        self.depth = tree.depth
+        self._tree = tree
 
     def _check_row(self, x: np.ndarray, count: int) -> int:
         _check.array("TreeSampler", "x", x, (1, self.dim))
@@ -257,7 +200,7 @@ class TreeSampler:
 
     def _scratch(self) -> tuple[np.ndarray, ...]:
         """The heap of nodes, logits and slopes of one."""
-        n, widest = self._nodes, self._widest
+        n, widest = len(self._tree.nodes), self._tree.widest
         return np.empty(n), np.empty(n, np.int64), np.empty((1, widest), np.float32), np.empty(widest, np.float32)
 
     def sample(self, h: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -268,8 +211,8 @@ class TreeSampler:
         _check.array("TreeSampler.sample", "h", h, (None, self.dim))
         _check.array("TreeSampler.sample", "uniforms", uniforms, (len(h), self.depth), np.float64)
         out = np.empty(len(h), np.int32)
-        _, _, logits, slope = self._scratch()
-        _tree_head_sample(out, logits[0], slope, h, uniforms, *self._tree)
+        _, _, logits, slopes = self._scratch()
+        _tree_head_sample(out, logits[0], slopes, h, uniforms, self._tree)
         return out
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +223,7 @@ class TreeSampler:
         """
         count = self._check_row(x, count)
         log_p, rows = np.empty(count), np.empty(count, np.int64)
-        _tree_head_top(log_p, rows, *self._scratch(), x, *self._tree)
+        _tree_head_top(log_p, rows, *self._scratch(), x, self._tree)
         return rows, log_p
 
     def draw_top(
@@ -293,7 +236,7 @@ class TreeSampler:
         count = self._check_row(x, count)
         check_drawing(temperature, top_p)
         log_p, rows = np.empty(count), np.empty(count, np.int64)
-        row = _tree_head_draw_top(log_p, rows, *self._scratch(), x, *self._tree, uniform, temperature, top_p or 1.0)
+        row = _tree_head_draw_top(log_p, rows, *self._scratch(), x, self._tree, uniform, temperature, top_p or 1.0)
         if row < 0:
             raise ValueError("TreeSampler: the probabilities must be finite and not all zero")
         return row

@@ -111,7 +111,6 @@ class TreeHead(Head):
         self.row_of_token: np.ndarray = tree.row_of_token
         self.label_smoothing, self.z_loss, self.soft_cap = label_smoothing, z_loss, soft_cap
         self.log_prior = log_prior
-        self._spans = tree.spans
         self._prior: dict[str, Any] = {}
         if log_prior is not None:
             if log_prior.shape != (self.vocab_size,):
@@ -120,9 +119,8 @@ class TreeHead(Head):
             by_row = np.maximum(log_prior[tree.token_of_row], NEVER).astype(np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
         self._scratch = kernels.TreeScratch()
-        self._sampler = tree_inference.TreeSampler(
-            self.weight, self.nodes, self._spans, soft_cap=soft_cap, **self._prior
-        )
+        self._rows_and_shape = kernels.make_tree(self.weight, self.nodes, tree.spans, soft_cap=soft_cap, **self._prior)
+        self._sampler = tree_inference.TreeSampler(self._rows_and_shape)
 
     @classmethod
     def check(cls, settings: HeadConfig, *, has_rows: bool) -> None:
@@ -228,19 +226,15 @@ class TreeHead(Head):
             self.dnodes[...] = 0  # this batch's own, of the whole rows
         result = kernels.tree_head_forward_backward(
             h,
-            self.weight,
-            self.nodes,
-            self._spans,
+            self._rows_and_shape,
             self._rows(targets),
             weights,
             self.dweight,
             self.dnodes,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
-            soft_cap=self.soft_cap,
             accumulate=accumulate,
             scratch=self._scratch,
-            **self._prior,
         )
         if factored:
             assert self._basis is not None
@@ -256,29 +250,12 @@ class TreeHead(Head):
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32, visiting the target's path only."""
-        _, nll = kernels.tree_head_forward(
-            h,
-            self.weight,
-            self.nodes,
-            self._spans,
-            self._rows(targets),
-            soft_cap=self.soft_cap,
-            scratch=self._scratch,
-            **self._prior,
-        )
+        _, nll = kernels.tree_head_forward(h, self._rows_and_shape, self._rows(targets), scratch=self._scratch)
         return -nll
 
     def log_distribution(self, h: np.ndarray) -> np.ndarray:
         """log p of every token, (N, V) float32, columns by token id; visits the whole tree."""
-        return tree_inference.tree_head_log_distribution(
-            h,
-            self.weight,
-            self.nodes,
-            self._spans,
-            self.tree.token_of_row,
-            soft_cap=self.soft_cap,
-            **self._prior,
-        )
+        return tree_inference.tree_head_log_distribution(h, self._rows_and_shape, self.tree.token_of_row)
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities of every token, (N, V) float32, columns by token id; visits the whole tree."""
