@@ -49,10 +49,10 @@ def fill_panels(panels: np.ndarray, weight: np.ndarray) -> None:
     _fill_panels(panels, weight)
 
 
-def _make_panel_product(wide: bool) -> Any:
+def _make_packed_gemm(wide: bool) -> Any:
     """With tiles of 12 x 32, for the registers of AVX-512, or of 16 columns."""
 
-    def panel_product(out, x, panels, spare, add):
+    def packed_gemm(out, x, panels, spare, add):
         rows, count, depth = out.shape[0], out.shape[1], x.shape[1]
         to, a = out.reshape(-1), x.reshape(-1)
         left = TileLeft(address_of(a, 0), depth, 1, 0)
@@ -76,11 +76,11 @@ def _make_panel_product(wide: bool) -> Any:
                             value = spare[16 * i + j]
                             out[m + i, c + j] = out[m + i, c + j] + value if add else value
 
-    panel_product.__name__ = panel_product.__qualname__ = f"_panel_product_{'wide' if wide else 'narrow'}"
-    return helper(panel_product)
+    packed_gemm.__name__ = packed_gemm.__qualname__ = f"_packed_gemm_{'wide' if wide else 'narrow'}"
+    return helper(packed_gemm)
 
 
 # out (M, R) = x (M, K) @ weight.T for the panels (P, K, 32) of weight, or added to out (add = 1); K >= 1. out and x are
 # contiguous; spare: at least SPARE_FLOATS of scratch, 1-D.
-panel_products = {wide: _make_panel_product(wide) for wide in (False, True)}
-panel_product = panel_products[HAS_AVX512]
+packed_gemms = {wide: _make_packed_gemm(wide) for wide in (False, True)}
+packed_gemm = packed_gemms[HAS_AVX512]

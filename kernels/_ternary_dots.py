@@ -10,7 +10,7 @@ and masked into four registers of codes, each beside 64 inputs. What x86 offers 
     vnni           vpdpbusd adds four products to an int32 in one instruction.
 
 To add a processor (Arm's sdot, AMX): a function with the signature of `plain`, its name in VARIANTS and in available,
-and a branch in ternary_matmul.ternary_products; for many rows the same in ternary_gemm.py.
+and a branch in ternary_gemv.ternary_products; for many rows the same in ternary_gemm.py.
 """
 
 from __future__ import annotations
@@ -203,9 +203,14 @@ def _make_variant(variant: str) -> Any:
             while j + 4 <= count:
                 for pair in range(r, r + 4, 2):
                     two_four(
-                        p + pair * stride, stride, x + j * q_stride, q_stride, blocks,
-                        o + j * out_stride + 4 * pair, out_stride,
-                    )  # fmt: skip
+                        p + pair * stride,
+                        stride,
+                        x + j * q_stride,
+                        q_stride,
+                        blocks,
+                        o + j * out_stride + 4 * pair,
+                        out_stride,
+                    )
                 j += 4
             while j < count:
                 four_one(

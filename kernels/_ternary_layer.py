@@ -14,17 +14,17 @@ import numpy as np
 
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
 from flashlm_numba.kernels._jit import helper
-from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, panel_product
+from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, packed_gemm
 from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, VNNI, check_variant
 from flashlm_numba.kernels.ternary_gemm import (
     empty_columns,
     fill_columns,
-    linear_variant,
+    gemm_variant,
     spare_floats,
-    ternary_linear_rows,
+    ternary_gemm_rows,
 )
-from flashlm_numba.kernels.ternary_wgrad import codes_words, weight_gradient_rows
+from flashlm_numba.kernels.ternary_wgrad import codes_words, ternary_wgrad_rows
 
 
 class Arithmetic(NamedTuple):
@@ -55,7 +55,7 @@ def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
     panels, codes, plain : of one matrix, out of Layouts
     """
     if codes.shape[1] > 0:
-        ternary_linear_rows(
+        ternary_gemm_rows(
             out,
             x,
             plain,
@@ -69,7 +69,7 @@ def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
             arithmetic.sgemm,
         )
     else:
-        panel_product(out, x, panels, arithmetic.spare[thread], add)
+        packed_gemm(out, x, panels, arithmetic.spare[thread], add)
 
 
 @helper
@@ -77,7 +77,7 @@ def ternary_weight_gradient(out, a, b, arithmetic, thread):
     """out (R, K) += a (M, R).T @ b (M, K), both rounded to int8 where there is room for them."""
     codes = arithmetic.wgrad_codes[thread]
     if codes.shape[0] > 0:
-        weight_gradient_rows(
+        ternary_wgrad_rows(
             out,
             a,
             b,
@@ -96,7 +96,7 @@ def ternary_weight_gradient(out, a, b, arithmetic, thread):
 
 def arithmetic_variant(int8: bool, variant: str | None = None) -> int:
     """Index in VARIANTS of the products to take: "plain" in float arithmetic, else the one named or the fastest."""
-    return PLAIN if not int8 else VARIANTS.index(check_variant(variant) if variant else linear_variant())
+    return PLAIN if not int8 else VARIANTS.index(check_variant(variant) if variant else gemm_variant())
 
 
 def new_arithmetic(

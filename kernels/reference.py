@@ -72,7 +72,7 @@ def quantize_rows(x):
     return np.where(usable[:, None], q, 0).astype(np.int8), scale.astype(x.dtype)
 
 
-def weight_gradient_int8(a, b):
+def ternary_wgrad_int8(a, b):
     """a.T @ b with b rounded to int8 row by row, and a times b's scales column by column."""
 
     def rounded(x, axis):
@@ -84,7 +84,7 @@ def weight_gradient_int8(a, b):
     return t.T * (q.T @ p).astype(b.dtype)
 
 
-def ternary_matmul_int8(weight, q):
+def ternary_gemv_int8(weight, q):
     return q.astype(np.int32) @ weight.astype(np.int32).T
 
 

@@ -142,7 +142,7 @@ def _make_tile(variant: str, rows: int) -> Any:
 
 @helper
 def _products_plain(out, codes, q, sums, scales, add, spare):
-    """Never called: where there is no such instruction, ternary_linear multiplies by BLAS."""
+    """Never called: where there is no such instruction, ternary_gemm multiplies by BLAS."""
 
 
 def _make_products(variant: str) -> Any:
@@ -171,14 +171,30 @@ def _make_products(variant: str) -> Any:
                 to, to_stride = (o + m * stride + 4 * r, stride) if whole else (s, 4 * block)
                 if high == most:
                     many(
-                        p + 4 * r, 4 * width, x + m * q.shape[1], q.shape[1], groups, ps + 4 * m, xs + 4 * m,
-                        to, to_stride, add if whole else 0,
-                    )  # fmt: skip
+                        p + 4 * r,
+                        4 * width,
+                        x + m * q.shape[1],
+                        q.shape[1],
+                        groups,
+                        ps + 4 * m,
+                        xs + 4 * m,
+                        to,
+                        to_stride,
+                        add if whole else 0,
+                    )
                 else:
                     one(
-                        p + 4 * r, 4 * width, x + m * q.shape[1], q.shape[1], groups, ps + 4 * m, xs + 4 * m,
-                        to, to_stride, add if whole else 0,
-                    )  # fmt: skip
+                        p + 4 * r,
+                        4 * width,
+                        x + m * q.shape[1],
+                        q.shape[1],
+                        groups,
+                        ps + 4 * m,
+                        xs + 4 * m,
+                        to,
+                        to_stride,
+                        add if whole else 0,
+                    )
                 if not whole:  # a block that reaches beyond the last output
                     flat = spare.reshape(-1)
                     for j in range(high):
@@ -187,7 +203,7 @@ def _make_products(variant: str) -> Any:
                             out[m + j, r + k] = out[m + j, r + k] + value if add else value
                 m += high
 
-    products.__name__ = products.__qualname__ = f"_ternary_linear_{variant}"
+    products.__name__ = products.__qualname__ = f"_ternary_gemm_{variant}"
     return helper(products)
 
 
@@ -198,8 +214,8 @@ else:
 
 
 @functools.cache
-def linear_variant() -> str:
-    """The variant to multiply with: ternary_matmul's best_variant, if it agrees with NumPy here, else plain."""
+def gemm_variant() -> str:
+    """The variant to multiply with: ternary_gemv's best_variant, if it agrees with NumPy here, else plain."""
     name = best_variant()
     if name == "plain":
         return name
@@ -208,14 +224,14 @@ def linear_variant() -> str:
     x = rng.integers(-127, 128, (13, 37)).astype(np.float32)
     x[:, 0] = 127  # the rounding then changes nothing
     weight[0], weight[1], x[0], x[1] = 1, -1, 127, -127
-    if np.allclose(ternary_linear(x, weight, pack_columns(weight), variant=name), x @ weight.T, rtol=1e-5, atol=1e-3):
+    if np.allclose(ternary_gemm(x, weight, pack_columns(weight), variant=name), x @ weight.T, rtol=1e-5, atol=1e-3):
         return name
-    warnings.warn(f"the {name} kernel of ternary_linear computes wrongly on this machine; not used", stacklevel=2)
+    warnings.warn(f"the {name} kernel of ternary_gemm computes wrongly on this machine; not used", stacklevel=2)
     return "plain"
 
 
 @helper
-def ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
+def ternary_gemm_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
     """out (M, R) = x (M, K) @ weight.T, or added to out (add = 1), x rounded to int8 row by row.
 
     weight (R, K) float32 and codes (G, R', 4) hold the same; variant: index in VARIANTS. Rows of out are contiguous.
@@ -246,8 +262,8 @@ def ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, vari
 
 
 @serial_kernel
-def _ternary_linear(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
-    ternary_linear_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas)
+def _ternary_gemm(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
+    ternary_gemm_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas)
 
 
 @serial_kernel
@@ -272,7 +288,7 @@ def fill_columns(codes: np.ndarray, weight: np.ndarray) -> None:
 
 
 def pack_columns(weight: np.ndarray) -> np.ndarray:
-    """Codes (ceil(K / 4), R', 4) uint8 of ternary weight (R, K) float32, laid out for ternary_linear.
+    """Codes (ceil(K / 4), R', 4) uint8 of ternary weight (R, K) float32, laid out for ternary_gemm.
 
     Raises ValueError if an element is not -1, 0 or +1.
 
@@ -292,7 +308,7 @@ def spare_floats(variant: int, rows: int, columns: int) -> int:
     return max(6 * COLUMNS, rows * columns if variant == PLAIN else 0)
 
 
-def ternary_linear(
+def ternary_gemm(
     x: np.ndarray, weight: np.ndarray, codes: np.ndarray, out: np.ndarray | None = None, *, variant: str | None = None
 ) -> np.ndarray:
     """About x @ weight.T, (M, R) float32, for x (M, K) rounded to int8 row by row; added to out (M, R) if given.
@@ -302,21 +318,29 @@ def ternary_linear(
 
     >>> weight = np.array([[1, 1, -1]], np.float32)
     >>> x = np.array([[127, -127, 32]], np.float32)
-    >>> ternary_linear(x, weight, pack_columns(weight)).tolist()
+    >>> ternary_gemm(x, weight, pack_columns(weight)).tolist()
     [[-32.0]]
     """
-    _check.array("ternary_linear", "weight", weight, (None, None))
+    _check.array("ternary_gemm", "weight", weight, (None, None))
     rows, columns = weight.shape
-    _check.array("ternary_linear", "x", x, (None, columns))
-    _check.array("ternary_linear", "codes", codes, (-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
-    index = VARIANTS.index(check_variant(variant) if variant else linear_variant())
+    _check.array("ternary_gemm", "x", x, (None, columns))
+    _check.array("ternary_gemm", "codes", codes, (-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
+    index = VARIANTS.index(check_variant(variant) if variant else gemm_variant())
     add = out is not None
     if out is None:
         out = np.zeros((len(x), rows), np.float32)
-    _check.array("ternary_linear", "out", out, (len(x), rows))
-    _ternary_linear(
-        out, x, weight, codes, np.empty(len(x) * 4 * len(codes), np.int8), np.empty(len(x), np.float32),
-        np.empty(len(x), np.int32), np.empty((1, spare_floats(index, *x.shape)), np.float32), int(add), index,
+    _check.array("ternary_gemm", "out", out, (len(x), rows))
+    _ternary_gemm(
+        out,
+        x,
+        weight,
+        codes,
+        np.empty(len(x) * 4 * len(codes), np.int8),
+        np.empty(len(x), np.float32),
+        np.empty(len(x), np.int32),
+        np.empty((1, spare_floats(index, *x.shape)), np.float32),
+        int(add),
+        index,
         sgemm_address(),
-    )  # fmt: skip
+    )
     return out

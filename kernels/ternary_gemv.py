@@ -1,7 +1,7 @@
 """Packed ternary matrix times vectors: int8 activations, exact in int32, or float32 ones.
 
     quantize_rows   q = round(x * 127 / max|x|), a scale per row (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764)
-    ternary_matmul  q @ W.T in int32, then times the scale
+    ternary_gemv  q @ W.T in int32, then times the scale
 
 The weights are read once for up to 64 rows of activations, 2 bits each: a vector's product is limited by memory.
 Letters: R rows of W, K columns, N rows of activations, W = 64 * ceil(K / 256) packed bytes a row.
@@ -81,12 +81,12 @@ def ternary_products(out, packed, q, first, last, variant):
 
 
 @serial_kernel
-def _ternary_matmul_serial(out, packed, q, variant):
+def _ternary_gemv_serial(out, packed, q, variant):
     ternary_products(out, packed, q, 0, packed.shape[0], variant)
 
 
 @kernel
-def _ternary_matmul(out, packed, q, variant, threads):
+def _ternary_gemv(out, packed, q, variant, threads):
     """Parallel over rows of W, in whole fours."""
     fours = (packed.shape[0] + 3) // 4
     for thread in prange(threads):
@@ -114,9 +114,9 @@ def _ternary_matvec(out, packed, x):
 def _multiply(out: np.ndarray, packed: np.ndarray, q: np.ndarray, variant: str) -> None:
     index, threads = VARIANTS.index(variant), numba.get_num_threads()
     if threads == 1 or packed.shape[0] * q.size < PARALLEL:
-        _ternary_matmul_serial(out, packed, q, index)
+        _ternary_gemv_serial(out, packed, q, index)
     else:
-        _ternary_matmul(out, packed, q, index, threads)
+        _ternary_gemv(out, packed, q, index, threads)
 
 
 def _agrees_with_plain(variant: str) -> bool:
@@ -128,14 +128,14 @@ def _agrees_with_plain(variant: str) -> bool:
     q = rng.integers(-128, 128, (5, 4 * packed.shape[1])).astype(np.int8)
     q[0], q[1] = -128, 127
     found, expected = (np.empty((5, 7), np.int32) for _ in range(2))
-    _ternary_matmul_serial(found, packed, q, VARIANTS.index(variant))
-    _ternary_matmul_serial(expected, packed, q, 0)
+    _ternary_gemv_serial(found, packed, q, VARIANTS.index(variant))
+    _ternary_gemv_serial(expected, packed, q, 0)
     return np.array_equal(found, expected)
 
 
 @functools.cache
 def best_variant() -> str:
-    """The variant that ternary_matmul uses: FLASHLM_NUMBA_TERNARY where it is set, else the fastest that works here.
+    """The variant that ternary_gemv uses: FLASHLM_NUMBA_TERNARY where it is set, else the fastest that works here.
 
     At first use each is checked against the plain loops; one that disagrees is left out with a warning. Raises
     ValueError if FLASHLM_NUMBA_TERNARY names none that this processor has.
@@ -149,7 +149,7 @@ def best_variant() -> str:
     for name in reversed(have):
         if name == "plain" or _agrees_with_plain(name):
             return name
-        warnings.warn(f"the {name} kernel of ternary_matmul computes wrongly on this machine; not used", stacklevel=2)
+        warnings.warn(f"the {name} kernel of ternary_gemv computes wrongly on this machine; not used", stacklevel=2)
     return "plain"
 
 
@@ -170,7 +170,7 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return q, scales
 
 
-def ternary_matmul_int8(packed: np.ndarray, q: np.ndarray, *, variant: str | None = None) -> np.ndarray:
+def ternary_gemv_int8(packed: np.ndarray, q: np.ndarray, *, variant: str | None = None) -> np.ndarray:
     """q @ W.T, (N, R) int32, exact, for W packed (R, W) uint8 (pack_ternary) and q (N, 4 W) int8 (quantize_rows).
 
     variant: one of _ternary_dots.available(); default best_variant(). Large products use all threads.
@@ -178,28 +178,28 @@ def ternary_matmul_int8(packed: np.ndarray, q: np.ndarray, *, variant: str | Non
 
     >>> from flashlm_numba.kernels.ternary import pack_ternary
     >>> q, _ = quantize_rows(np.array([[1, -2, 0.5]], np.float32))
-    >>> ternary_matmul_int8(pack_ternary(np.array([[1, 1, -1]], np.float32)), q).tolist()
+    >>> ternary_gemv_int8(pack_ternary(np.array([[1, 1, -1]], np.float32)), q).tolist()
     [[-95]]
     """
-    _check.array("ternary_matmul_int8", "packed", packed, (None, None), np.uint8)
-    _check.array("ternary_matmul_int8", "q", q, (None, 4 * packed.shape[1]), np.int8)
+    _check.array("ternary_gemv_int8", "packed", packed, (None, None), np.uint8)
+    _check.array("ternary_gemv_int8", "q", q, (None, 4 * packed.shape[1]), np.int8)
     if packed.shape[1] % _ternary_dots.BLOCK_BYTES:
-        raise ValueError(f"ternary_matmul_int8: packed must have whole blocks of 64 bytes, got {packed.shape[1]} bytes")
+        raise ValueError(f"ternary_gemv_int8: packed must have whole blocks of 64 bytes, got {packed.shape[1]} bytes")
     if q.shape[1] > (2**31 - 1) // 256:  # codes of 2 beside inputs of -128
-        raise ValueError(f"ternary_matmul_int8: at most {(2**31 - 1) // 256:,} columns, got {q.shape[1]:,}")
+        raise ValueError(f"ternary_gemv_int8: at most {(2**31 - 1) // 256:,} columns, got {q.shape[1]:,}")
     variant = _ternary_dots.check_variant(variant) if variant else best_variant()
     out = np.empty((len(q), len(packed)), np.int32)
     _multiply(out, packed, q, variant)
     return out
 
 
-def ternary_matmul(packed: np.ndarray, x: np.ndarray, *, variant: str | None = None) -> np.ndarray:
+def ternary_gemv(packed: np.ndarray, x: np.ndarray, *, variant: str | None = None) -> np.ndarray:
     """About x @ W.T, (N, R) float32, for W packed (R, W) uint8 and x (N, K) float32, rounded to int8 row by row.
 
-    Raises ValueError as ternary_matmul_int8 does.
+    Raises ValueError as ternary_gemv_int8 does.
     """
     q, scales = quantize_rows(x)
-    return ternary_matmul_int8(packed, q, variant=variant).astype(np.float32) * scales[:, None]
+    return ternary_gemv_int8(packed, q, variant=variant).astype(np.float32) * scales[:, None]
 
 
 def ternary_matvec(packed: np.ndarray, x: np.ndarray) -> np.ndarray:

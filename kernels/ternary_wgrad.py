@@ -95,14 +95,14 @@ def _round_columns(q, scales, sums, a, shares):
 
 if numba.config.DISABLE_JIT:
 
-    def weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+    def ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
         """As below, exact."""
         gemm_tn(blas, out, a, b, np.float32(1))
 
 else:
 
     @helper
-    def weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+    def ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
         """out (R, K) += a (M, R).T @ b (M, K), rounded where the variant (its index in VARIANTS) is vnni.
 
         More than MOST_ROWS rows are exact too.
@@ -129,27 +129,35 @@ def codes_words(rows: int, columns: int) -> int:
 
 
 @serial_kernel
-def _weight_gradient(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
-    weight_gradient_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
+def _ternary_wgrad(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+    ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
 
 
-def weight_gradient(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -> np.ndarray:
+def ternary_wgrad(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -> np.ndarray:
     """About a.T @ b, (R, K) float32, for a (M, R) and b (M, K) float32, both rounded to int8 where that is fast.
 
     variant: one of _ternary_dots.available(), default the best. One thread. Raises ValueError if a shape or dtype is
     wrong.
 
-    >>> weight_gradient(np.array([[1], [-1]], np.float32), np.array([[3, 0], [0, 3]], np.float32)).round(3).tolist()
+    >>> ternary_wgrad(np.array([[1], [-1]], np.float32), np.array([[3, 0], [0, 3]], np.float32)).round(3).tolist()
     [[3.0, -3.0]]
     """
-    _check.array("weight_gradient", "a", a, (None, None))
-    _check.array("weight_gradient", "b", b, (a.shape[0], None))
+    _check.array("ternary_wgrad", "a", a, (None, None))
+    _check.array("ternary_wgrad", "b", b, (a.shape[0], None))
     index = VARIANTS.index(check_variant(variant) if variant else available()[-1])
     rows, outputs, columns = a.shape[0], a.shape[1], b.shape[1]
     out = np.zeros((outputs, columns), np.float32)
-    _weight_gradient(
-        out, a, b, aligned_zeros((codes_words(rows, columns),), np.int32), np.zeros(rows + 3, np.float32),
-        aligned_zeros((outputs * (rows + 3),), np.int8), np.zeros(outputs, np.float32), np.zeros(outputs, np.int32),
-        np.zeros((6, COLUMNS), np.float32), index, sgemm_address(),
-    )  # fmt: skip
+    _ternary_wgrad(
+        out,
+        a,
+        b,
+        aligned_zeros((codes_words(rows, columns),), np.int32),
+        np.zeros(rows + 3, np.float32),
+        aligned_zeros((outputs * (rows + 3),), np.int8),
+        np.zeros(outputs, np.float32),
+        np.zeros(outputs, np.int32),
+        np.zeros((6, COLUMNS), np.float32),
+        index,
+        sgemm_address(),
+    )
     return out

@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.kernels import _ternary_dots
 from flashlm_numba.kernels.ternary import pack_ternary
-from flashlm_numba.kernels.ternary_gemv import best_variant, quantize_rows, ternary_matmul_int8, ternary_matvec
+from flashlm_numba.kernels.ternary_gemv import best_variant, quantize_rows, ternary_gemv_int8, ternary_matvec
 from flashlm_numba.system.threads import set_threads
 from tools.bench import bandwidth, machine, output, timing
 
@@ -56,7 +56,7 @@ def make_calls(
     rows: int, columns: int, inputs: int, product: Callable[..., np.ndarray] | None = None
 ) -> dict[str, Callable[[], Any]]:
     """The candidates for a shape, checked. Raises timing.WrongResultError, naming the wrong one."""
-    product = product or ternary_matmul_int8
+    product = product or ternary_gemv_int8
     rng = np.random.default_rng(0)
     weight = rng.integers(-1, 2, (rows, columns), np.int8)
     packed = np.concatenate([pack_ternary(weight[r : r + 1024].astype(np.float32)) for r in range(0, rows, 1024)])

@@ -168,8 +168,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
 
     Bytes: every input and result once, and what a training step keeps for its backward pass written and read once.
     """
-    from flashlm_numba.kernels import ternary
-    from flashlm_numba.kernels import ternary_gemv as ternary_matmul
+    from flashlm_numba.kernels import ternary, ternary_gemv
 
     config, tokens = model.config, ROWS * LENGTH
     points = {
@@ -194,7 +193,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
         "ternary matvec, 16,384 squared": (
             2.0 * 16384 * 4 * packed.shape[1],
             float(packed.nbytes),
-            lambda: ternary_matmul.ternary_matmul_int8(packed, q),
+            lambda: ternary_gemv.ternary_gemv_int8(packed, q),
         ),
         "decoding, a token": (
             forward,

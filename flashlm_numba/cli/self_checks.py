@@ -149,20 +149,19 @@ def _check_trunk_gradients() -> float:
 
 def _check_weight_gradients() -> float:
     """The int8 gradients of ternary weights, of whole numbers that rounding leaves as they are: exact, or not."""
-    from flashlm_numba.kernels.ternary_wgrad import weight_gradient
+    from flashlm_numba.kernels.ternary_wgrad import ternary_wgrad
 
     rng = np.random.default_rng(4)
     a, b = (rng.integers(-127, 128, (37, columns)).astype(np.float32) for columns in (21, 70))
     a[0], b[:, 0] = 127, 127  # the largest of each column, and of each row
-    return _relative(weight_gradient(a, b), a.astype(np.float64).T @ b)
+    return _relative(ternary_wgrad(a, b), a.astype(np.float64).T @ b)
 
 
 def _check_ternary() -> float:
     """Every variant of the packed ternary product that this processor has, against plain loops: exact, or not."""
-    from flashlm_numba.kernels import _ternary_dots
-    from flashlm_numba.kernels import ternary_gemv as ternary_matmul
+    from flashlm_numba.kernels import _ternary_dots, ternary_gemv
 
-    return max(0.0 if ternary_matmul._agrees_with_plain(name) else 1.0 for name in _ternary_dots.available())
+    return max(0.0 if ternary_gemv._agrees_with_plain(name) else 1.0 for name in _ternary_dots.available())
 
 
 CHECKS: dict[str, Callable[[], float]] = {

@@ -10,7 +10,7 @@ from helpers import TINY
 from helpers import command as _run
 
 from flashlm_numba.heads import DenseHead
-from flashlm_numba.kernels.ternary_gemm import linear_variant
+from flashlm_numba.kernels.ternary_gemm import gemm_variant
 from flashlm_numba.kernels.ternary_gemv import best_variant
 from flashlm_numba.model import checkpoint
 from flashlm_numba.system.errors import UserError
@@ -263,11 +263,11 @@ def test_int8_rows_are_for_the_dense_head(run, corpus, tmp_path, monkeypatch):
 
 def test_a_forced_variant_that_this_machine_lacks_is_one_sentence(run, monkeypatch):
     best_variant.cache_clear()
-    linear_variant.cache_clear()
+    gemm_variant.cache_clear()
     monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", "sse9")
     done = _run("eval", run, "--activations", "int8")
     best_variant.cache_clear()
-    linear_variant.cache_clear()
+    gemm_variant.cache_clear()
     assert done.exit_code == 1
     assert "FLASHLM_NUMBA_TERNARY must be one of plain" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -8,8 +8,7 @@ import pytest
 from helpers import command
 
 from flashlm_numba.cli import doctor, self_checks
-from flashlm_numba.kernels import _ternary_dots
-from flashlm_numba.kernels import ternary_gemv as ternary_matmul
+from flashlm_numba.kernels import _ternary_dots, ternary_gemv
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(doctor, "gemm_gflops", lambda: 1.0)
     monkeypatch.setattr(doctor, "read_gbytes_per_s", lambda threads: 1.0)
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    ternary_matmul.best_variant()  # chosen before a test spoils the check
+    ternary_gemv.best_variant()  # chosen before a test spoils the check
 
 
 def test_a_good_machine_gets_a_good_verdict():
@@ -45,7 +44,7 @@ def test_measurements_are_of_this_size():
 
 
 def test_a_wrong_kernel_is_a_problem(quick, monkeypatch):
-    monkeypatch.setattr(ternary_matmul, "_agrees_with_plain", lambda variant: False)
+    monkeypatch.setattr(ternary_gemv, "_agrees_with_plain", lambda variant: False)
     done = command("doctor")
     assert done.exit_code == 1
     assert "The self-check of the ternary products failed: an error of 1" in done.stdout
@@ -78,9 +77,9 @@ def test_a_wrong_head_is_a_problem(quick, monkeypatch):
 
 def test_a_forced_variant_that_there_is_not_is_a_problem(quick, monkeypatch):
     monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", "neon")
-    ternary_matmul.best_variant.cache_clear()
+    ternary_gemv.best_variant.cache_clear()
     done = command("doctor")
-    ternary_matmul.best_variant.cache_clear()
+    ternary_gemv.best_variant.cache_clear()
     assert done.exit_code == 1
     assert "FLASHLM_NUMBA_TERNARY must be one of" in done.stdout
 
@@ -88,7 +87,7 @@ def test_a_forced_variant_that_there_is_not_is_a_problem(quick, monkeypatch):
 @pytest.mark.parametrize(
     ("where", "name", "check"),
     [
-        ("flashlm_numba.kernels.ternary_wgrad", "weight_gradient", "int8 gradients"),
+        ("flashlm_numba.kernels.ternary_wgrad", "ternary_wgrad", "int8 gradients"),
         ("flashlm_numba.model.model", "trunk_backward", "trunk's gradients"),
     ],
 )

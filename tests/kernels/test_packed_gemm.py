@@ -16,8 +16,8 @@ sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 70])
 
 @functools.cache
 def product(wide):
-    """panel_product as a function that Python can call."""
-    helper = _packed_gemm.panel_products[wide]
+    """packed_gemm as a function that Python can call."""
+    helper = _packed_gemm.packed_gemms[wide]
     return helper if numba.config.DISABLE_JIT else numba.njit(lambda *arguments: helper(*arguments))
 
 

@@ -169,7 +169,7 @@ def test_int8_activations_agree_with_autograd_of_rounded_products(monkeypatch):
         if name.startswith("router"):
             continue
         size = np.linalg.norm(want)
-        # the ternary weights' gradients are rounded once more: test_ternary_linear.py
+        # the ternary weights' gradients are rounded once more: test_ternary_gemm.py
         assert np.linalg.norm(found["int8"][name] - want) < (3e-2 if is_ternary(name) else 8e-3) * size, name
         if name.startswith(("mixer", "glu")):
             assert np.linalg.norm(found["float"][name] - want) > 1e-2 * size, name

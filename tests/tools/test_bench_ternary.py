@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from flashlm_numba.kernels import _ternary_dots
-from flashlm_numba.kernels.ternary_gemv import ternary_matmul_int8
+from flashlm_numba.kernels.ternary_gemv import ternary_gemv_int8
 from tools import bench_ternary
 from tools.bench import bandwidth, timing
 
@@ -27,12 +27,12 @@ def test_every_candidate_is_measured(tmp_path, monkeypatch):
 
 def test_a_wrong_product_ends_the_program(monkeypatch):
     def wrong(packed, q, *, variant=None):
-        found = ternary_matmul_int8(packed, q, variant=variant)
+        found = ternary_gemv_int8(packed, q, variant=variant)
         found[-1, -1] += 1
         return found
 
     monkeypatch.setattr(bench_ternary, "QUICK", ((8, 300, 1, 1),))
-    monkeypatch.setattr(bench_ternary, "ternary_matmul_int8", wrong)
+    monkeypatch.setattr(bench_ternary, "ternary_gemv_int8", wrong)
     done = run("--quick", "--repeats", 1)
     assert done.exit_code == 1
     assert "Wrong result: plain: 8 x 300, 1 rows: not the exact product." in done.output

@@ -84,7 +84,7 @@ class NgramCopy(nn.Module):
         self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
 
     def forward(self, ids: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of ids (B, T): (B, T, C), and those of the copied tokens (n-grams, B, T, C), zero where there is none.
+        """The rows of ids (B, T): (B, T, C), and the copied tokens' (n-grams, B, T, C), zero where there is none.
 
         One gather serves all of them, so that the embedding gets one gradient.
         """

@@ -8,8 +8,7 @@ from helpers import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _ternary_dots, reference, ternary
-from flashlm_numba.kernels import ternary_gemv as ternary_matmul
+from flashlm_numba.kernels import _ternary_dots, reference, ternary, ternary_gemv
 
 VARIANTS = _ternary_dots.available()
 seeds = st.integers(0, 2**32 - 1)
@@ -29,8 +28,8 @@ def test_integer_product_is_exact(variant, seed, rows, inputs, width):
     packed, weight = packed_and_plain(rng, rows, width)
     q = np.zeros((inputs, 4 * packed.shape[1]), np.int8)
     q[:, :width] = rng.integers(-128, 128, (inputs, width))
-    found = ternary_matmul.ternary_matmul_int8(packed, q, variant=variant)
-    np.testing.assert_array_equal(found, reference.ternary_matmul_int8(weight, q[:, :width]))
+    found = ternary_gemv.ternary_gemv_int8(packed, q, variant=variant)
+    np.testing.assert_array_equal(found, reference.ternary_gemv_int8(weight, q[:, :width]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -41,7 +40,7 @@ def test_the_largest_sums_do_not_overflow(variant, sign, value):
     width = 65_536
     packed = ternary.pack_ternary(np.full((5, width), sign, np.float32))
     q = np.full((3, width), value, np.int8)
-    found = ternary_matmul.ternary_matmul_int8(packed, q, variant=variant)
+    found = ternary_gemv.ternary_gemv_int8(packed, q, variant=variant)
     assert (found == sign * value * width).all()
 
 
@@ -50,16 +49,16 @@ def test_a_large_product_on_threads_is_exact(variant, threads):
     threads(2)
     rng = np.random.default_rng(1)
     packed, weight = packed_and_plain(rng, 1_031, 1_100)
-    q, _ = ternary_matmul.quantize_rows(rng.standard_normal((2, 1_100), np.float32))
-    assert packed.shape[0] * q.size >= ternary_matmul.PARALLEL
-    found = ternary_matmul.ternary_matmul_int8(packed, q, variant=variant)
-    np.testing.assert_array_equal(found, reference.ternary_matmul_int8(weight, q[:, :1_100]))
+    q, _ = ternary_gemv.quantize_rows(rng.standard_normal((2, 1_100), np.float32))
+    assert packed.shape[0] * q.size >= ternary_gemv.PARALLEL
+    found = ternary_gemv.ternary_gemv_int8(packed, q, variant=variant)
+    np.testing.assert_array_equal(found, reference.ternary_gemv_int8(weight, q[:, :1_100]))
 
 
 @given(seeds, st.integers(0, 4), columns, st.sampled_from([1e-20, 1.0, 1e30]))
 def test_quantized_rows_match_the_reference(seed, rows, width, scale):
     x = np.random.default_rng(seed).standard_normal((rows, width), np.float32) * np.float32(scale)
-    q, scales = ternary_matmul.quantize_rows(x)
+    q, scales = ternary_gemv.quantize_rows(x)
     want_q, want_scales = reference.quantize_rows(x)
     np.testing.assert_array_equal(scales, want_scales)
     np.testing.assert_array_equal(q[:, :width], want_q)
@@ -70,7 +69,7 @@ def test_quantized_rows_match_the_reference(seed, rows, width, scale):
 
 def test_rows_without_a_size_or_not_finite():
     x = np.array([[0, 0], [1e-38, 0], [np.inf, 1], [1, np.nan], [3e38, -3e38]], np.float32)
-    q, scales = ternary_matmul.quantize_rows(x)
+    q, scales = ternary_gemv.quantize_rows(x)
     assert q[:, :2].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0], [127, -127]]
     np.testing.assert_array_equal(scales, np.array([0, 0, np.nan, np.nan, np.float32(3e38) * np.float32(1 / 127)]))
 
@@ -83,26 +82,26 @@ def test_float_product_errs_by_the_rounding_of_its_inputs(seed, inputs, width):
     q, scales = reference.quantize_rows(x)
     rounded = q * scales[:, None]
     doubles = rounded.astype(np.float64) @ weight.T.astype(np.float64)
-    assert ternary_matmul.ternary_matmul(packed, x).dtype == np.float32
-    assert_as_accurate(ternary_matmul.ternary_matmul(packed, x), rounded @ weight.T, doubles)
+    assert ternary_gemv.ternary_gemv(packed, x).dtype == np.float32
+    assert_as_accurate(ternary_gemv.ternary_gemv(packed, x), rounded @ weight.T, doubles)
 
 
 def test_the_variant_can_be_forced(monkeypatch):
     for name in VARIANTS:
-        ternary_matmul.best_variant.cache_clear()
+        ternary_gemv.best_variant.cache_clear()
         monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", name)
-        assert ternary_matmul.best_variant() == name
-    ternary_matmul.best_variant.cache_clear()
+        assert ternary_gemv.best_variant() == name
+    ternary_gemv.best_variant.cache_clear()
     monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", "sse9")
     with pytest.raises(ValueError, match="FLASHLM_NUMBA_TERNARY must be one of plain"):
-        ternary_matmul.best_variant()
+        ternary_gemv.best_variant()
     monkeypatch.delenv("FLASHLM_NUMBA_TERNARY")
-    assert ternary_matmul.best_variant() == VARIANTS[-1]
+    assert ternary_gemv.best_variant() == VARIANTS[-1]
 
 
 @pytest.mark.skipif(len(VARIANTS) == 1, reason="this processor has the plain loops only")
 def test_a_variant_that_computes_wrongly_is_not_used(monkeypatch):
-    real = ternary_matmul._ternary_matmul_serial
+    real = ternary_gemv._ternary_gemv_serial
 
     def broken(out, packed, q, variant):
         real(out, packed, q, variant)
@@ -110,15 +109,15 @@ def test_a_variant_that_computes_wrongly_is_not_used(monkeypatch):
             out[-1, -1] += 1
 
     monkeypatch.delenv("FLASHLM_NUMBA_TERNARY", raising=False)
-    monkeypatch.setattr(ternary_matmul, "_ternary_matmul_serial", broken)
-    ternary_matmul.best_variant.cache_clear()
+    monkeypatch.setattr(ternary_gemv, "_ternary_gemv_serial", broken)
+    ternary_gemv.best_variant.cache_clear()
     with pytest.warns(UserWarning, match="computes wrongly on this machine; not used"):
-        assert ternary_matmul.best_variant() == "plain"
+        assert ternary_gemv.best_variant() == "plain"
     monkeypatch.undo()
-    ternary_matmul.best_variant.cache_clear()
+    ternary_gemv.best_variant.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ternary_matmul.best_variant() == VARIANTS[-1]
+        assert ternary_gemv.best_variant() == VARIANTS[-1]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +130,9 @@ def test_a_variant_that_computes_wrongly_is_not_used(monkeypatch):
 )
 def test_shapes_that_do_not_fit_are_refused(packed, q, message):
     with pytest.raises(ValueError, match=message):
-        ternary_matmul.ternary_matmul_int8(np.zeros(packed, np.uint8), np.zeros(q, np.int8))
+        ternary_gemv.ternary_gemv_int8(np.zeros(packed, np.uint8), np.zeros(q, np.int8))
 
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="variant must be one of plain"):
-        ternary_matmul.ternary_matmul_int8(np.zeros((1, 64), np.uint8), np.zeros((1, 256), np.int8), variant="mmx")
+        ternary_gemv.ternary_gemv_int8(np.zeros((1, 64), np.uint8), np.zeros((1, 256), np.int8), variant="mmx")

@@ -6,9 +6,8 @@ from helpers import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashlm_numba.kernels import _ternary_dots, reference
-from flashlm_numba.kernels import ternary_gemm as ternary_linear
-from flashlm_numba.kernels.ternary_wgrad import MOST_ROWS, weight_gradient
+from flashlm_numba.kernels import _ternary_dots, reference, ternary_gemm
+from flashlm_numba.kernels.ternary_wgrad import MOST_ROWS, ternary_wgrad
 
 VARIANTS = _ternary_dots.available()
 seeds = st.integers(0, 2**32 - 1)
@@ -21,16 +20,16 @@ def test_products_match_the_reference(variant, seed, rows, columns, outputs):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, columns), np.float32)
     weight = rng.integers(-1, 2, (outputs, columns)).astype(np.float32)
-    codes = ternary_linear.pack_columns(weight)
-    found = ternary_linear.ternary_linear(x, weight, codes, variant=variant)
+    codes = ternary_gemm.pack_columns(weight)
+    found = ternary_gemm.ternary_gemm(x, weight, codes, variant=variant)
     q, scales = reference.quantize_rows(x)
-    exact = reference.ternary_matmul_int8(weight, q)
+    exact = reference.ternary_gemv_int8(weight, q)
     if variant == "plain":  # float32 sums of rounded numbers
         assert_as_accurate(found, (q * scales[:, None]) @ weight.T, exact * scales[:, None].astype(np.float64), 8)
     else:  # the sums are exact, and scaled once
         np.testing.assert_array_equal(found, exact.astype(np.float32) * scales[:, None])
     before = rng.standard_normal(found.shape, np.float32)
-    added = ternary_linear.ternary_linear(x, weight, codes, before.copy(), variant=variant)
+    added = ternary_gemm.ternary_gemm(x, weight, codes, before.copy(), variant=variant)
     np.testing.assert_allclose(added, before + found, rtol=1e-6, atol=1e-5)
 
 
@@ -40,7 +39,7 @@ def test_the_largest_sums_do_not_overflow(variant, sign):
     columns = 4_096
     weight = np.full((70, columns), sign, np.float32)
     x = np.ones((7, columns), np.float32)
-    found = ternary_linear.ternary_linear(x, weight, ternary_linear.pack_columns(weight), variant=variant)
+    found = ternary_gemm.ternary_gemm(x, weight, ternary_gemm.pack_columns(weight), variant=variant)
     np.testing.assert_array_equal(found, np.float32(sign * 127 * columns) * np.float32(1 / 127))
 
 
@@ -49,37 +48,37 @@ def test_rows_that_are_not_finite_stay_so_and_alone(variant):
     weight = np.ones((3, 8), np.float32)
     x = np.ones((4, 8), np.float32)
     x[1, 3], x[2, 0] = np.nan, np.inf
-    found = ternary_linear.ternary_linear(x, weight, ternary_linear.pack_columns(weight), variant=variant)
+    found = ternary_gemm.ternary_gemm(x, weight, ternary_gemm.pack_columns(weight), variant=variant)
     assert np.isnan(found[1:3]).all()
     np.testing.assert_allclose(found[[0, 3]], 8, rtol=1e-6)
 
 
 @pytest.mark.skipif(len(VARIANTS) == 1, reason="this processor has the plain loops only")
 def test_a_variant_that_computes_wrongly_is_not_used(monkeypatch):
-    real = ternary_linear._ternary_linear
+    real = ternary_gemm._ternary_gemm
 
     def broken(out, *arguments):
         real(out, *arguments)
         out[-1, -1] += 1
 
-    monkeypatch.setattr(ternary_linear, "_ternary_linear", broken)
-    ternary_linear.linear_variant.cache_clear()
+    monkeypatch.setattr(ternary_gemm, "_ternary_gemm", broken)
+    ternary_gemm.gemm_variant.cache_clear()
     with pytest.warns(UserWarning, match="computes wrongly on this machine; not used"):
-        assert ternary_linear.linear_variant() == "plain"
+        assert ternary_gemm.gemm_variant() == "plain"
     monkeypatch.undo()
-    ternary_linear.linear_variant.cache_clear()
-    assert ternary_linear.linear_variant() == VARIANTS[-1]
+    ternary_gemm.gemm_variant.cache_clear()
+    assert ternary_gemm.gemm_variant() == VARIANTS[-1]
 
 
 def test_what_does_not_fit_is_refused():
     weight = np.ones((3, 8), np.float32)
     with pytest.raises(ValueError, match="only -1, 0 and \\+1"):
-        ternary_linear.pack_columns(weight * 2)
-    codes = ternary_linear.pack_columns(weight)
+        ternary_gemm.pack_columns(weight * 2)
+    codes = ternary_gemm.pack_columns(weight)
     with pytest.raises(ValueError, match=r"x must have shape \(any, 8\)"):
-        ternary_linear.ternary_linear(np.ones((2, 7), np.float32), weight, codes)
+        ternary_gemm.ternary_gemm(np.ones((2, 7), np.float32), weight, codes)
     with pytest.raises(ValueError, match="codes must have shape"):
-        ternary_linear.ternary_linear(np.ones((2, 8), np.float32), weight, codes[:1])
+        ternary_gemm.ternary_gemm(np.ones((2, 8), np.float32), weight, codes[:1])
 
 
 @given(seeds, st.integers(0, 70), st.integers(0, 70), st.integers(0, 130))
@@ -88,8 +87,8 @@ def test_weight_gradient_errs_by_its_rounding_only(seed, rows, outputs, columns)
     a = (rng.standard_normal((rows, outputs)) * np.exp(2 * rng.standard_normal((rows, 1)))).astype(np.float32)
     b = (rng.standard_normal((rows, columns)) * np.exp(2 * rng.standard_normal((rows, 1)))).astype(np.float32)
     want = a.astype(np.float64).T @ b.astype(np.float64)
-    found = weight_gradient(a, b)
-    twin = reference.weight_gradient_int8(a, b) if VARIANTS[-1] == "vnni" else want
+    found = ternary_wgrad(a, b)
+    twin = reference.ternary_wgrad_int8(a, b) if VARIANTS[-1] == "vnni" else want
     # the twin divides where the kernel multiplies by the inverse: a number halfway may be rounded to the other side
     np.testing.assert_allclose(found, twin, rtol=0, atol=2e-2 * np.abs(twin).max(initial=0) + 1e-30)
     # half a unit of each operand's rounding
@@ -103,7 +102,7 @@ def test_weight_gradient_errs_by_its_rounding_only(seed, rows, outputs, columns)
 def test_weight_gradient_of_more_rows_than_an_int32_can_add_up():
     rows = 2 * MOST_ROWS + 5_000
     a, b = np.full((rows, 2), -3, np.float32), np.full((rows, 1), 2, np.float32)
-    np.testing.assert_allclose(weight_gradient(a, b), np.full((2, 1), -6.0 * rows), rtol=1e-3)
+    np.testing.assert_allclose(ternary_wgrad(a, b), np.full((2, 1), -6.0 * rows), rtol=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -111,8 +110,8 @@ def test_weight_gradient_is_exact_without_bytes_and_shows_what_is_not_finite(var
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((9, 5), np.float32), rng.standard_normal((9, 70), np.float32)
     if variant != "vnni":
-        np.testing.assert_allclose(weight_gradient(a, b, variant=variant), a.T @ b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ternary_wgrad(a, b, variant=variant), a.T @ b, rtol=1e-4, atol=1e-5)
     b[3, 2] = np.nan
-    assert np.isnan(weight_gradient(a, b, variant=variant)[:, 2]).all()
+    assert np.isnan(ternary_wgrad(a, b, variant=variant)[:, 2]).all()
     a[1, 1], b[3, 2] = np.inf, 1
-    assert not np.isfinite(weight_gradient(a, b, variant=variant)[1]).any()
+    assert not np.isfinite(ternary_wgrad(a, b, variant=variant)[1]).any()
