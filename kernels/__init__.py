@@ -9,8 +9,9 @@
     ternary_gemv    packed matrix times vectors of int8 or float32
     ternary_gemm    the same for many rows, from codes laid out by columns
     ternary_wgrad   gradients of the ternary weights, from operands rounded to int8
-    trunk           all passes of the block, one parallel region each way
-    decode          the same for one token, with a state of constant size
+    trunk           all passes through the blocks: weights, buffers, one parallel region each way
+    conv_mixer      FlashLM v3's token mixer, and the trunk's regions with it
+    decode          the trunk for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     low_rank        rows kept as a product of two smaller matrices
     tree_head       softmax at every node on the way to a token, loss and gradients
@@ -26,7 +27,9 @@
 
     _jit            the decorators, their compiler flags, the cache of compiled code
     _rows           rows cleared, copied, scaled, gathered
-    _ternary_dots   packed rows times int8, one variant a processor
+    _trunk_regions  a thread's share of the trunk, for any mixer
+    _ternary_layer  a ternary layer inside the trunk's regions
+    _ternary_dots   packed rows times int8, one variant per processor
     _blas           matrix products by BLAS inside a parallel region
     _microkernels   small matrix products in registers
     _packed_gemm    large ones in registers, with a weight laid out once per step
@@ -39,6 +42,7 @@ Nothing is imported here: a program loads the kernels that it uses, and Numba wi
 __all__ = [
     "adamw",
     "conv",
+    "conv_mixer",
     "decode",
     "dense_head",
     "dense_inference",

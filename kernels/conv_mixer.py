@@ -22,6 +22,7 @@ from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, tile_product_32
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, scale_rows
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices, ternary_product, ternary_weight_gradient
+from flashlm_numba.kernels._trunk_regions import make_backward, make_forward
 from flashlm_numba.kernels.conv import (
     conv_sequence,
     conv_sequence_dinput,
@@ -42,7 +43,6 @@ from flashlm_numba.kernels.leaky_average import (
     leaky_share,
 )
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompute, rmsnorm_rows
-from flashlm_numba.kernels.trunk import make_backward, make_forward
 
 
 class ConvWeights(NamedTuple):
@@ -106,7 +106,7 @@ def _convolve(d, start, unit, weights, activations, scratch, normed):
 
 @helper
 def _forward(out, x, unit, weights, activations, scratch, normed, arithmetic):
-    """See trunk.make_forward."""
+    """See _trunk_regions.make_forward."""
     layer, block, low = unit.layer, unit.block, unit.low
     size, count = unit.high - low, weights.dilations.shape[0]
     for start in range(low, unit.high, unit.time):
@@ -157,7 +157,7 @@ def _convolve_backward(dm, d, start, unit, gradients, weights, activations, scra
 
 @helper
 def _backward(dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic):
-    """See trunk.make_backward."""
+    """See _trunk_regions.make_backward."""
     layer, block, low, thread = unit.layer, unit.block, unit.low, unit.thread
     size, count = unit.high - low, weights.dilations.shape[0]
     # forward: out += residual_scale * m Wo'

@@ -23,6 +23,7 @@ from flashlm_numba.kernels.ngram_copy import add_copies, copied_row
 from flashlm_numba.kernels.rmsnorm import rmsnorm_recompute, rmsnorm_rows
 from flashlm_numba.kernels.ternary import pack_ternary, packed_width
 from flashlm_numba.kernels.ternary_gemv import quantize, ternary_products
+from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
 
 REGISTER = 16  # floats
 
@@ -197,8 +198,8 @@ def decode_matrices(matrices: TernaryMatrices, packed: bool) -> tuple[np.ndarray
     return _int8(matrices), np.empty((blocks, 0, 0), np.uint8)
 
 
-def new_state(weights: Any) -> DecodeState:
-    """The state before the first token of a text, for TrunkWeights as they are now.
+def new_state(weights: TrunkWeights) -> DecodeState:
+    """The state before the first token of a text, for the weights as they are now.
 
     Raises ValueError if a weight that should be ternary is not.
     """
@@ -244,10 +245,10 @@ def new_state(weights: Any) -> DecodeState:
     return DecodeState(state, own, mixer.new_state(weights.layers), mixer.decode_weights(*forms))
 
 
-def decode_step(state: DecodeState, weights: Any, embedding: np.ndarray, row: int) -> np.ndarray:
+def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
     """Feed one token; returns its hidden state (1, C) float32, a view that the next call overwrites.
 
-    row: the token's row of embedding (V, C);  weights: the TrunkWeights of new_state
+    row: the token's row of embedding (V, C);  weights: those of new_state
     One thread, and the same cost at every position: 2*R*3*C*I flop and the mixers'. Equal to the last row of
     trunk_forward over the whole text but for float32 rounding, which with int8 activations can move what is rounded to
     int8 by a step. Raises ValueError if the row is not in [0, V), or a shape or dtype is wrong.
@@ -262,8 +263,8 @@ def decode_step(state: DecodeState, weights: Any, embedding: np.ndarray, row: in
     return state.state.out
 
 
-def prefill(weights: Any, buffers: Any, rows: np.ndarray) -> DecodeState:
-    """The state after a text, rows (T,) int32, that trunk_forward has just read into TrunkBuffers, a batch of one.
+def prefill(weights: TrunkWeights, buffers: TrunkBuffers, rows: np.ndarray) -> DecodeState:
+    """The state after a text, rows (T,) int32, that trunk_forward has just read into buffers, a batch of one sequence.
 
     Raises ValueError if the batch holds more. A text cut to the receptive field serves as well as the whole.
     """
