@@ -1,24 +1,56 @@
-"""flashlm-numba: train and run a ternary-weight language model on a CPU.
+"""flashlm-numba: train and run ternary-weight language models on a CPU.
 
-For researchers of large vocabularies, the heads stand alone:
-`from flashlm_numba import DenseHead, SampledHead, TreeHead`.
+    import flashlm_numba as fl
+
+    run = fl.train(minutes=10)
+    print(run.load().generate("The people"))
+
+docs/python.md describes the functions. The heads also stand alone: `from flashlm_numba import TreeHead`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["DenseHead", "SampledHead", "TreeHead", "__version__"]
 
 if TYPE_CHECKING:
+    from flashlm_numba.api import Run, Score, TrainedModel, load, prepare, train
     from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
+    from flashlm_numba.model.model import Model
+    from flashlm_numba.system.display import TERMINAL, Progress
+    from flashlm_numba.system.errors import UserError
+
+__all__ = [
+    "TERMINAL",
+    "DenseHead",
+    "Model",
+    "Progress",
+    "Run",
+    "SampledHead",
+    "Score",
+    "TrainedModel",
+    "TreeHead",
+    "UserError",
+    "__version__",
+    "load",
+    "prepare",
+    "train",
+]
+
+_MODULES = {
+    "api": ("Run", "Score", "TrainedModel", "load", "prepare", "train"),
+    "heads": ("DenseHead", "SampledHead", "TreeHead"),
+    "model.model": ("Model",),
+    "system.display": ("TERMINAL", "Progress"),
+    "system.errors": ("UserError",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heads, and with them Numba, when they are asked for: `flashlm-numba --help` does not wait."""
-    if name in ("DenseHead", "SampledHead", "TreeHead"):
-        from flashlm_numba import heads
-
-        return getattr(heads, name)
+    """Import a name, and with it Numba, when it is asked for: `flashlm-numba --help` does not wait."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,8 +28,9 @@ def test_python_examples_run(page, capsys, monkeypatch):
     monkeypatch.setattr(tree_shapes, "SHAPES", dict(tree_shapes.SHAPES))
     monkeypatch.setitem(HEADS, "unigram", "")  # what an example puts there goes at the end
     monkeypatch.setitem(MIXERS, "shift", MIXERS["conv"])
+    names = {}  # a page's blocks follow one another
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), {})
+        exec(compile(block, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

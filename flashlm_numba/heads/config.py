@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashlm_numba.heads import HEADS
+from flashlm_numba.heads.table import HEADS
 from flashlm_numba.system.fields import in_range as _in
 from flashlm_numba.system.fields import one_of as _one_of
 

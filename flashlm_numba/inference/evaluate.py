@@ -133,6 +133,17 @@ def score(
     return Scores(tokens, nll, spread if smoothed else None)
 
 
+def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
+    """-ln p of each token of one document (n,), in order: (n,) float64, nats. The rule is that of score."""
+    model.sync_weights()
+    field = model.config.receptive_field
+    found = []
+    for window in windows(document, field, max(WINDOW, 2 * field), eot):
+        h = model.forward(window.ids[None])[window.skip :]
+        found.append(-model.head.log_prob(h, window.targets[window.skip :]).astype(np.float64))
+    return np.concatenate(found) if found else np.empty(0)
+
+
 def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
     """Groups of windows of about equal length; a padded group has at most `positions` (or is one window)."""
     pool: list[Window] = []

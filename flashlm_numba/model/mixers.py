@@ -1,8 +1,8 @@
 """MIXERS: the token mixers that a block can have, by the name that the setting `mixer` takes.
 
-A mixer is a module in kernels/ (its helpers, two regions for training, two kernels for decoding: see kernels/_trunk_regions.py)
-and an entry here: its parameters, how far it sees, and how the kernels' object is made from the settings. The trunk and
-the model know no mixer by name. docs/extending.md adds one.
+A mixer is a module in kernels/ (its helpers, two regions for training and two kernels for decoding: see
+kernels/_trunk_regions.py) and an entry here: its parameters, how far it sees, and how the kernels' object is made from
+the settings. The trunk and the model know no mixer by name. docs/extending.md adds one.
 """
 
 from __future__ import annotations

@@ -17,9 +17,23 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | variables | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def run_apart(arguments: list[str], **variables: str) -> None:
-    """Run this Python with arguments and these variables; UserError if it fails, having said why."""
-    sys.stderr.flush()
-    result = subprocess.run([sys.executable, *arguments], check=False, env=environment(**variables))
+def run_apart(arguments: list[str], *, quiet: bool = False, **variables: str) -> None:
+    """Run this Python with arguments and these variables; UserError if it fails, having said why.
+
+    quiet : show nothing of what it writes to standard error; a failure's last line is then part of the UserError
+    """
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        check=False,
+        env=environment(**variables),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+        errors="replace",
+    )
     if result.returncode:
-        raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}.")
+        last = (result.stderr or "").strip().rpartition("\n")[2]
+        why = f": {last}" if last else "."
+        raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}{why}")

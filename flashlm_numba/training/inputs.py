@@ -10,12 +10,12 @@ from flashlm_numba.data.shards import TokenData
 from flashlm_numba.heads import head_class
 from flashlm_numba.model.config import ModelConfig, RunConfig
 from flashlm_numba.system.cache import cache_roots, writable_cache
-from flashlm_numba.system.display import Note
+from flashlm_numba.system.display import Display, Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.process import run_apart
 
 
-def training_data(source: str | None, note: Note) -> Path:
+def training_data(source: str | None, progress: Progress) -> Path:
     """The prepared folder to train on: the one named, or the built-in text's in the cache.
 
     Preparing runs in a process of its own, so that training does not keep the memory it took.
@@ -33,9 +33,12 @@ def training_data(source: str | None, note: Note) -> Path:
     if cached_corpus() is None:
         place, usual = writable_cache(), cache_roots()[0]
         if place != usual:
-            note(f"The cache folder {usual} cannot be written, so {place} is used, which may be gone tomorrow.")
-        note("Preparing the built-in text, this first time ...")
-        run_apart(["-m", "flashlm_numba", "prepare"])
+            progress.note(
+                f"The cache folder {usual} cannot be written, so {place} is used, which may be gone tomorrow."
+            )
+        progress.note("Preparing the built-in text, this first time ...")
+        # its bar is drawn on standard error, where a terminal is meant to show it
+        run_apart(["-m", "flashlm_numba", "prepare"], quiet=not isinstance(progress, Display))
     return default_corpus()
 
 

@@ -103,7 +103,7 @@ def _check_free(folder: Path) -> None:
 
 def _with_data(run: RunConfig, data: str | None, threads: int, progress: Progress) -> tuple[RunConfig, TokenData]:
     """The settings with the data and the threads that the run uses, and its tokens, checked."""
-    source = inputs.training_data(data, progress.note)
+    source = inputs.training_data(data, progress)
     tokens = open_tokens(source)
     tokens.verify(progress=progress)
     run = replace(run, threads=threads, data=str(source.resolve()), data_hash=tokens.hash)

@@ -11,6 +11,7 @@ import pytest
 from helpers import TINY
 
 from flashlm_numba.system.cache import cache_roots, from_cache, writable_cache
+from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.training import inputs
 
@@ -98,8 +99,10 @@ def test_the_built_in_text_is_prepared_apart_whatever_else_the_cache_holds(tmp_p
     (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef").mkdir(parents=True)
     (tmp_path / "flashlm-numba" / "corpus-0123456789abcdef" / "manifest.json").write_text("{}")
     apart, notes = [], []
-    monkeypatch.setattr(inputs, "run_apart", apart.append)
+    monkeypatch.setattr(inputs, "run_apart", lambda arguments, quiet: apart.append((arguments, quiet)))
     monkeypatch.setattr(inputs, "default_corpus", lambda: tmp_path)
-    assert inputs.training_data(None, notes.append) == tmp_path
-    assert apart == [["-m", "flashlm_numba", "prepare"]]
+    progress = Progress()
+    progress.note = notes.append
+    assert inputs.training_data(None, progress) == tmp_path
+    assert apart == [(["-m", "flashlm_numba", "prepare"], True)]
     assert "Preparing the built-in text" in notes[-1]

@@ -1,0 +1,310 @@
+"""The program as a library: prepare a text, train on it, load a model, ask it.
+
+    import flashlm_numba as fl
+
+    run = fl.train(minutes=10)
+    model = run.load()
+    print(model.generate("The people"))
+
+Each function is a thin layer over what the command of the same name calls. Nothing prints: what long work shows goes
+to the `progress` that is passed in. Errors that the caller can mend are a UserError, one sentence each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from flashlm_numba.data.builtin import default_corpus
+from flashlm_numba.data.prepare import prepare as prepare_tokens
+from flashlm_numba.data.splits import SplitChoice
+from flashlm_numba.heads import Head
+from flashlm_numba.inference.evaluate import token_nll
+from flashlm_numba.inference.generate import generate_text
+from flashlm_numba.model import build
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.recipes import from_recipe
+from flashlm_numba.system.display import Progress
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.training import run as runs
+from flashlm_numba.training.plan import Length
+
+SILENT = Progress()
+StrPath = str | Path
+
+
+def prepare(
+    source: StrPath | None = None,
+    out: StrPath | None = None,
+    *,
+    validation: StrPath | None = None,
+    subset: str | None = None,
+    split: SplitChoice = "auto",
+    max_tokens: int | None = None,
+    max_docs: int | None = None,
+    lines: bool = False,
+    column: str = "text",
+    workers: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Turn documents into tokens for training; returns the folder `out` that holds them.
+
+    source : a .parquet, .jsonl or .txt file, a folder or a glob of them, or the name of a Hugging Face dataset; without
+        one, the built-in text, which needs no `out`
+    The other arguments are the options of `flashlm-numba prepare`. progress : show a bar on standard error.
+    Raises UserError if the source cannot be read or `out` holds something else.
+    """
+    if source is None and out is None:
+        return default_corpus(progress=progress)
+    if out is None:
+        raise UserError("Give out, the folder for the tokens.")
+    prepare_tokens(
+        None if source is None else str(source),
+        out,
+        validation=None if validation is None else str(validation),
+        subset=subset,
+        split=split,
+        max_tokens=max_tokens,
+        max_docs=max_docs,
+        lines=lines,
+        column=column,
+        workers=workers,
+        progress=progress,
+    )
+    return Path(out)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: its folder, and how its training ended."""
+
+    folder: Path
+    status: int = 0  # 0, or 128 plus the number of the signal that stopped it: 130 after an interrupt
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one per logged step."""
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def load(self, checkpoint: str | None = None, *, ema: bool = False) -> TrainedModel:
+        """The model of the newest checkpoint, or of the one named; with ema the average of its weights."""
+        return load(self.folder, checkpoint, ema=ema)
+
+    def resume(
+        self,
+        *,
+        steps: int | None = None,
+        tokens: int | None = None,
+        minutes: float | None = None,
+        settings: Mapping[str, Any] | None = None,
+        progress: Progress = SILENT,
+    ) -> Run:
+        """Train further: up to so many steps or tokens in all, or for so many more minutes; default to the plan's end.
+
+        settings : of the few that a resumed run may change, such as {"adamw_lr": 5e-4}. Raises UserError.
+        """
+        length = Length(steps=steps, tokens=tokens, minutes=minutes)
+        done = runs.resume_run(self.folder, length, settings=_texts(settings), progress=progress)
+        return Run(done.folder, done.status)
+
+
+def train(
+    data: StrPath | None = None,
+    *,
+    head: str | None = None,
+    recipe: str = "default",
+    settings: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    out: StrPath | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Run:
+    """Train a model on a prepared folder, by default on the built-in text; returns the run.
+
+    steps, tokens, minutes : the length, one of them at most; default the recipe's, or 20 minutes
+    settings : what `--set` changes, such as {"adamw_lr": 1e-3, "dilations": (1, 4)};  out : default below runs/
+    progress : an object with the methods of Progress that should be called; TERMINAL draws the command line's bar
+    An interrupt finishes the step, saves and returns with status 130. Raises UserError.
+
+    >>> train("no such folder", steps=1)
+    Traceback (most recent call last):
+    flashlm_numba.system.errors.UserError: There is no folder no such folder; make one with `flashlm-numba prepare ...
+    """
+    changes = [f"head.name={head}"] if head else []
+    run = from_recipe(recipe, [*changes, *_texts(settings)])
+    run = run if seed is None else replace(run, seed=seed)
+    done = runs.start_run(
+        run,
+        Length(steps=steps, tokens=tokens, minutes=minutes),
+        data=None if data is None else str(data),
+        out=None if out is None else Path(out),
+        threads=threads,
+        progress=progress,
+    )
+    return Run(done.folder, done.status)
+
+
+def load(
+    path: StrPath,
+    checkpoint: str | None = None,
+    *,
+    ema: bool = False,
+    activations: str | None = None,
+    progress: Progress = SILENT,
+) -> TrainedModel:
+    """A trained model: of a run's folder, of one of its checkpoints (a folder too), or of a file that `export` wrote.
+
+    activations : "float" or "int8", the arithmetic of the ternary layers; default as the model was trained
+    progress : told when the kernels have to be compiled first, which takes a minute or two
+    Raises UserError if there is no model, or it is damaged.
+    """
+    path = Path(path)
+    if path.parent.name == "checkpoints" and checkpoint is None:
+        path, checkpoint = path.parent.parent, path.name
+    loaded = build.load_model(path, checkpoint, ema=ema, note=progress.note)
+    if activations is not None:
+        loaded.model.use_activations(activations)
+    return TrainedModel(loaded)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text."""
+
+    tokens: list[str]  # the text, token by token; bytes that are no whole character show as U+FFFD
+    token_nll: np.ndarray  # (n,) float64: -ln p of each token, nats
+    n_bytes: int  # UTF-8 bytes of the text
+
+    @property
+    def nll(self) -> float:
+        """Mean of -ln p, nats per token."""
+        return float(self.token_nll.mean())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Sum of -log2 p over the text's UTF-8 bytes."""
+        return float(self.token_nll.sum()) / (math.log(2) * self.n_bytes)
+
+
+class TrainedModel:
+    """A trained model to ask: it continues texts, scores them, and says what may come next."""
+
+    def __init__(self, loaded: build.Loaded) -> None:
+        self.config: RunConfig = loaded.run
+        self.trained: dict[str, Any] = {name: loaded.state[name] for name in ("step", "tokens", "seconds")}
+        self.model = loaded.model
+        self.vocabulary = build.vocabulary_of(loaded.run)
+        self.vocabulary.load()
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The parameters by name, the live arrays; call model.sync_weights after changing one."""
+        return self.model.parameters
+
+    @property
+    def head(self) -> Head:
+        """The output head."""
+        return self.model.head
+
+    def __repr__(self) -> str:
+        size = sum(value.size for value in self.parameters.values())
+        title = self.head.title(self.config.head)
+        return f"TrainedModel({size:,} parameters, {title} head, trained on {self.trained['tokens']:,} tokens)"
+
+    @overload
+    def generate(
+        self,
+        prompt: str = ...,
+        *,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stream: Literal[False] = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str = ...,
+        *,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stream: Literal[True],
+    ) -> Iterator[str]: ...
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """The continuation of a prompt, without it; with stream an iterator over its pieces as they are written.
+
+        The options act in the order temperature, top-k, top-p; the same seed gives the same text. Raises ValueError if
+        one is out of range.
+        """
+        pieces = generate_text(
+            self.model,
+            self.vocabulary,
+            prompt,
+            max_tokens=max_tokens,
+            seed=secrets.randbits(32) if seed is None else seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        return pieces if stream else "".join(pieces)
+
+    def score(self, text: str) -> Score:
+        """-ln p of every token of a text, each predicted from those before it, by the rule of `eval`.
+
+        Raises ValueError if the text is empty.
+        """
+        ids = np.array(self.vocabulary.encode(text), np.int32)
+        if not len(ids):
+            raise ValueError("TrainedModel.score: the text must hold at least one token")
+        tokens = [self._text(int(token)) for token in ids]
+        nll = token_nll(self.model, ids, eot=self.vocabulary.eot)
+        return Score(tokens, nll, len(text.encode("utf-8", "surrogatepass")))
+
+    def next_tokens(self, text: str = "", k: int = 10) -> list[tuple[str, float]]:
+        """The k likeliest tokens after a text, and their probabilities, the likeliest first."""
+        self.model.sync_weights()
+        ids = np.array([self.vocabulary.eot, *self.vocabulary.encode(text)], np.int32)
+        _, h = self.model.prefill(ids)
+        p = self.head.distribution(h)[0]
+        order = np.argsort(-p, kind="stable")[: max(k, 0)]
+        return [(self._text(int(token)), float(p[token])) for token in order]
+
+    def _text(self, token: int) -> str:
+        return self.vocabulary.decode_bytes([token]).decode("utf-8", "replace")
+
+
+def _texts(settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Settings as `--set` takes them."""
+
+    def text(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    return tuple(f"{name}={text(value)}" for name, value in (settings or {}).items())

@@ -1,0 +1,29 @@
+"""HEADS: the output heads by the name that `--head` takes; nothing is imported until a head is asked for.
+
+The command line reads this table, and `--help` must not wait for NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# a class that inherits from heads.base.Head, or "module:class" to import when it is needed
+HEADS: dict[str, str | type[Any]] = {
+    "dense": "flashlm_numba.heads.dense:DenseHead",
+    "sampled": "flashlm_numba.heads.sampled:SampledHead",
+    "tree": "flashlm_numba.heads.tree:TreeHead",
+}
+
+
+def head_class(name: str) -> type[Any]:
+    """The class of the head with this name in HEADS.
+
+    >>> head_class("tree").__name__
+    'TreeHead'
+    """
+    entry = HEADS[name]
+    if not isinstance(entry, str):
+        return entry
+    module, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module), attribute)
