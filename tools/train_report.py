@@ -1,7 +1,7 @@
 """What tools/bench_train.py measured at marks of training time, as docs/results.md and its chart.
 
 \b
-    python tools/train_report.py results/hour.json docs/results.md docs/results.png
+    python tools/train_report.py results/2026-11-26-textbooks-72min.json docs/results.md docs/results.png
 """
 
 from __future__ import annotations
