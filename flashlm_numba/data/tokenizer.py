@@ -68,7 +68,7 @@ class Vocabulary(ABC):
         yield text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text. A literal <|endoftext|> is text like any other; the id `eot` never occurs."""
+        """Token ids of text. The end of text written out, as in "<|endoftext|>", is text; the id `eot` never occurs."""
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -170,5 +170,5 @@ def test_openmp_survives_our_workers_and_a_fork(corpus_files, tmp_path):
 
 
 def test_no_process_of_ours_is_forked():
-    for path in (ROOT / "flashlm_numba").glob("*.py"):
+    for path in (ROOT / "flashlm_numba").rglob("*.py"):
         assert not re.search(r"os\.fork|ProcessPool|import multiprocessing|num_proc", path.read_text()), path.name
