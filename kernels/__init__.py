@@ -15,6 +15,8 @@
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     low_rank        rows kept as a product of two smaller matrices
     tree_head       softmax at every node on the way to a token, loss and gradients
+    tree_node       what one node of it does
+    tree_plan       how the threads share the nodes that a batch visits
     dense_inference one position's logits, from float32 or int8 rows
     tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
     draw            the largest of many logits, and a draw from them
@@ -66,5 +68,7 @@ __all__ = [
     "ternary_wgrad",
     "tree_head",
     "tree_inference",
+    "tree_node",
+    "tree_plan",
     "trunk",
 ]

@@ -48,7 +48,7 @@ def sgemm_address() -> int:
 class Matrix(NamedTuple):
     """A matrix as Fortran sees it, column-major."""
 
-    start: int  # address
+    start: np.int64  # address
     leading: int  # elements from a column to the next
 
 

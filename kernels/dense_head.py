@@ -304,6 +304,11 @@ class DenseScratch:
             dh_shares=np.empty((self.threads, self.chunk, dim), np.float32),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array in self.arrays)
+
     def fits(self, vocab: int, dim: int) -> bool:
         """Whether it serves a weight (vocab, dim) at the number of threads in use."""
         return vocab <= self.vocab and dim == self.dim and self.threads == numba.get_num_threads()

@@ -215,7 +215,7 @@ def _scatter(begin, end, outputs, scratch, batch, options):
 
 @helper
 def _do_half(half, thread, threads, outputs, scratch, plan, batch, tree, options, blas):
-    """A thread's part of a half round: 0 and 1 are the halves of round 0, 2 and 3 those of round 1."""
+    """A thread's part of half a round. half counts on: 0 and 1 are the halves of round 0, 2 and 3 those of round 1."""
     this_round, last_round = half // 2, plan.round_first.shape[0] - 2
     if half == 0:
         _prepare(thread, threads, outputs, scratch, plan, batch, tree, options)

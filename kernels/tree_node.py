@@ -52,14 +52,14 @@ class Tree(NamedTuple):
 class Span(NamedTuple):
     """Where the children of a node lie, by `span_of`."""
 
-    token_start: int  # its tokens are the leaf rows token_start..token_end
-    token_end: int
-    child_start: int  # its child nodes are the nodes child_start..child_end,
-    child_end: int
-    row_start: int  # whose rows of nodes are row_start..row_end
-    row_end: int
-    n_tokens: int
-    width: int  # children, tokens and nodes
+    token_start: np.int64  # its tokens are the leaf rows token_start..token_end
+    token_end: np.int64
+    child_start: np.int64  # its child nodes are the nodes child_start..child_end,
+    child_end: np.int64
+    row_start: np.int64  # whose rows of nodes are row_start..row_end
+    row_end: np.int64
+    n_tokens: np.int64
+    width: np.int64  # children, tokens and nodes
 
 
 class Batch(NamedTuple):

@@ -119,8 +119,8 @@ class TreeHead(Head):
             by_row = np.maximum(log_prior[tree.token_of_row], NEVER).astype(np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
         self._scratch = kernels.TreeScratch()
-        self._rows_and_shape = kernels.make_tree(self.weight, self.nodes, tree.spans, soft_cap=soft_cap, **self._prior)
-        self._sampler = tree_inference.TreeSampler(self._rows_and_shape)
+        self._kernel_tree = kernels.make_tree(self.weight, self.nodes, tree.spans, soft_cap=soft_cap, **self._prior)
+        self._sampler = tree_inference.TreeSampler(self._kernel_tree)
 
     @classmethod
     def check(cls, settings: HeadConfig, *, has_rows: bool) -> None:
@@ -226,7 +226,7 @@ class TreeHead(Head):
             self.dnodes[...] = 0  # this batch's own, of the whole rows
         result = kernels.tree_head_forward_backward(
             h,
-            self._rows_and_shape,
+            self._kernel_tree,
             self._rows(targets),
             weights,
             self.dweight,
@@ -250,12 +250,12 @@ class TreeHead(Head):
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32, visiting the target's path only."""
-        _, nll = kernels.tree_head_forward(h, self._rows_and_shape, self._rows(targets), scratch=self._scratch)
+        _, nll = kernels.tree_head_forward(h, self._kernel_tree, self._rows(targets), scratch=self._scratch)
         return -nll
 
     def log_distribution(self, h: np.ndarray) -> np.ndarray:
         """log p of every token, (N, V) float32, columns by token id; visits the whole tree."""
-        return tree_inference.tree_head_log_distribution(h, self._rows_and_shape, self.tree.token_of_row)
+        return tree_inference.tree_head_log_distribution(h, self._kernel_tree, self.tree.token_of_row)
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities of every token, (N, V) float32, columns by token id; visits the whole tree."""

@@ -12,7 +12,7 @@ from flashlm_numba.heads.sampling import sample_rows
 from flashlm_numba.heads.tree import TreeHead
 from flashlm_numba.heads.tree_nodes import init_nodes
 from flashlm_numba.heads.tree_shapes import SHAPES, build_tree
-from flashlm_numba.kernels import reference_tree, tree_head, tree_inference
+from flashlm_numba.kernels import reference_tree, tree_head, tree_inference, tree_plan
 
 shapes = st.sampled_from([name for name in SHAPES if name != "default"])
 options = st.fixed_dictionaries(
@@ -193,7 +193,7 @@ def test_tree_head_holds_what_its_scratch_says():
     h, targets, weights = problem(0, head, 8192)
     head.forward_backward(h, targets, weights)
     used = head._scratch.nbytes
-    assert {"hs", "dhs", "kept", "own", "roots"} <= head._scratch.buffers.keys()
+    assert {"hs", "dhs", "split_logits", "task_logits", "roots"} <= head._scratch.buffers.keys()
     assert head._scratch.buffers["roots"].size > 0
     # with 256 channels what belongs to positions and rows is four times as large, the logits are not
     by_dim = sum(head._scratch.buffers[name].nbytes for name in ("hs", "dhs", "roots"))
@@ -216,8 +216,8 @@ def test_tree_head_threads_rounds_and_bits(shape, monkeypatch):
         (threads, 500, 3000, 0),
     ):
         monkeypatch.setattr(tree_head, "JOINED", joined)
-        monkeypatch.setattr(tree_head, "SPLIT_FLOATS", split)
-        monkeypatch.setattr(tree_head, "OWN_FLOATS", own)
+        monkeypatch.setattr(tree_plan, "SPLIT_FLOATS", split)
+        monkeypatch.setattr(tree_plan, "TASK_FLOATS", own)
         numba.set_num_threads(count)
         try:
             results.append(run(head, *arrays))
@@ -239,22 +239,24 @@ def test_tree_head_plan_gives_every_position_and_row_one_owner():
         tree = build_tree(shape, np.floor(1e5 / np.arange(1, 3001)))
         rows = np.sort((3000 * rng.random(2000) ** 3).astype(np.int32))
         spans, threads = tree.spans, 3
-        plan = tree_head._make_plan(
-            rows, spans, np.ascontiguousarray(spans[:, 4]), tree_head.tree_depth(spans), threads
-        )
-        assert tree_head.tree_depth(spans) == tree.depth
-        covered = np.concatenate([np.arange(a, b) for a, b in plan.task_positions])
+        kernel_tree = tree_head.make_tree(np.zeros((3000, 1), np.float32), np.zeros((len(spans) - 1, 1), "f"), spans)
+        plan = tree_plan.make_plan(rows, kernel_tree, threads)
+        assert kernel_tree.depth == tree.depth
+        covered = np.concatenate([np.arange(a, b) for a, b in zip(plan.task_begin, plan.task_end, strict=True)])
         assert sorted(covered) == list(range(2000))
-        assert sorted(plan.tasks) == list(range(len(plan.task_positions)))
+        assert sorted(plan.tasks) == list(range(len(plan.task_begin)))
         # a node is split or in one task, with exactly the positions whose target lies below it
-        visited = np.concatenate([plan.visits[:, :3], plan.pieces[:, :3]])
-        assert len(set(visited[:, 0])) == len(visited)
+        visited = [
+            *zip(plan.visit_node, plan.visit_begin, plan.visit_end, strict=True),
+            *zip(plan.piece_node, plan.piece_begin, plan.piece_end, strict=True),
+        ]
+        assert len({node for node, _, _ in visited}) == len(visited)
         for node, begin, end in visited:
             below = (rows >= spans[node, 0]) & (rows < spans[node, 4])
             assert np.array_equal(np.flatnonzero(below), np.arange(begin, end))
         paths = sum(len(tree.path(token)) for token in tree.token_of_row[rows])
-        assert (visited[:, 2] - visited[:, 1]).sum() == paths
-        assert len(plan.pieces)
+        assert sum(end - begin for _, begin, end in visited) == paths
+        assert len(plan.piece_node)
         assert (np.diff(plan.bounds) >= 0).all()
         assert plan.bounds[0, -1] == 2000
 
@@ -265,11 +267,11 @@ def test_tree_head_scratch_is_bounded():
     for width in (widest, 416):
         spans = np.array([[0, width, 1, 1, width]], np.int32)
         rows = np.sort(np.random.default_rng(0).integers(0, width, n).astype(np.int32))
-        plan = tree_head._make_plan(rows, spans, np.array([width], np.int32), 1, threads)
-        own = threads * min(tree_head.OWN_FLOATS // threads, tree_head.CHUNK * width)
-        floats = plan.kept + own + threads * width + 2 * n * dim + 2 * n
+        tree = tree_head.make_tree(np.zeros((width, 1), np.float32), np.zeros((0, 1), np.float32), spans)
+        plan = tree_plan.make_plan(rows, tree, threads)
+        floats = plan.split_floats + threads * plan.task_floats + threads * width + 2 * n * dim + 2 * n
         assert 4 * floats <= 128 << 20
-        assert sum(end - begin for _, begin, end, *_ in plan.pieces) in (n, 0)
+        assert (plan.piece_end - plan.piece_begin).sum() in (n, 0)
 
 
 @pytest.mark.parametrize(("shape", "prior"), [("adaptive", True), ("huffman", False)])
@@ -280,7 +282,8 @@ def test_tree_head_sampling_agrees_with_the_distribution(shape, prior):
     rng = np.random.default_rng(0)
     many = np.ascontiguousarray(np.broadcast_to(h[0], (draws, 8)))
     uniforms = rng.random((draws, head.tree.depth))
-    rows = tree_inference.TreeSampler(head.weight, head.nodes, head.tree.spans, **head._prior).sample(many, uniforms)
+    tree = tree_head.make_tree(head.weight, head.nodes, head.tree.spans, **head._prior)
+    rows = tree_inference.TreeSampler(tree).sample(many, uniforms)
     want = reference_tree.tree_head_sample(
         many[:200], head.weight, head.nodes, head.tree.spans, uniforms[:200], **head._prior
     )
@@ -367,8 +370,8 @@ def test_tree_head_splits_a_node_of_several_chunks(threads, monkeypatch):
     weight, nodes = (rng.standard_normal((rows, 8)).astype(np.float32) for rows in (55, 3))
     head = TreeHead(tree, weight, nodes=nodes, **ALL)
     # a root wider than a thread's own buffer is split on one thread too
-    monkeypatch.setattr(tree_head, "OWN_FLOATS", 20 * threads)
-    arrays = problem(9, head, 2 * tree_head.CHUNK + 200)
+    monkeypatch.setattr(tree_plan, "TASK_FLOATS", 20 * threads)
+    arrays = problem(9, head, 2 * tree_plan.CHUNK + 200)
     before = numba.get_num_threads()
     numba.set_num_threads(threads)
     try:
@@ -420,4 +423,4 @@ def test_tree_head_says_what_is_wrong():
         TreeHead(dim=3)
     spans = head.tree.spans
     with pytest.raises(ValueError, match="the tree has 50 leaves, but weight has 49 rows"):
-        tree_head.tree_head_forward(h, head.weight[:49], head.nodes, spans, np.zeros(2, np.int32))
+        tree_head.make_tree(head.weight[:49], head.nodes, spans)

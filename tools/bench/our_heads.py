@@ -29,12 +29,8 @@ def run_head(head: Head, problem: Problem) -> Found:
 
 def scratch_mb(head: Head) -> float:
     """Scratch arrays that one of our heads holds, MB; none before its first call."""
-    total = 0
-    for owner in vars(head).values():
-        if isinstance(owner, dense_head.DenseScratch | tree_head.TreeScratch):
-            arrays = {**vars(owner), **getattr(owner, "buffers", {})}
-            total += sum(array.nbytes for array in arrays.values() if isinstance(array, np.ndarray))
-    return total * 1e-6
+    owners = (x for x in vars(head).values() if isinstance(x, dense_head.DenseScratch | tree_head.TreeScratch))
+    return sum(owner.nbytes for owner in owners) * 1e-6
 
 
 def dense_by_chunks(
