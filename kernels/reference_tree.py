@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def _node_logits(x, node, weight, nodes, spans, log_prior, node_log_prior, soft_cap):
+def _node_logits(x, node, weight, nodes, spans, prior, soft_cap):
     """Logits of a node for one x (C,), tokens first, and the slope of each with respect to its product."""
     first, last, child, child_end, _ = (int(i) for i in spans[node])
     product = np.concatenate([weight[first:last], nodes[child - 1 : child_end - 1]]) @ x
@@ -18,10 +18,10 @@ def _node_logits(x, node, weight, nodes, spans, log_prior, node_log_prior, soft_
     if soft_cap is not None:
         ratio = np.tanh(product / x.dtype.type(soft_cap))
         product, slope = x.dtype.type(soft_cap) * ratio, 1 - ratio * ratio
-    if log_prior is not None:
-        product = product + np.concatenate([log_prior[first:last], node_log_prior[child - 1 : child_end - 1]]).astype(
-            x.dtype
-        )
+    if prior is not None:
+        log_prior, node_log_prior = prior
+        here = np.concatenate([log_prior[first:last], node_log_prior[child - 1 : child_end - 1]])
+        product = product + here.astype(x.dtype)
     return product, slope
 
 
@@ -40,13 +40,15 @@ def tree_head_forward_backward(
     dweight,
     dnodes,
     *,
-    log_prior=None,
-    node_log_prior=None,
+    prior=None,
     label_smoothing=0.0,
     z_loss=0.0,
     soft_cap=None,
 ):
-    """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes."""
+    """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and dnodes.
+
+    prior : log_prior (V,) by leaf row and node_log_prior (M,), or None
+    """
     kind = h.dtype.type
     s, z = kind(label_smoothing), kind(z_loss)
     loss, nll, dh = np.zeros(len(h), h.dtype), np.zeros(len(h), h.dtype), np.zeros_like(h)
@@ -59,7 +61,7 @@ def tree_head_forward_backward(
             else:
                 following = next(c for c in range(child, child_end) if spans[c, 0] <= row < spans[c, 4])
                 choice = last - first + following - child
-            logits, slope = _node_logits(h[i], node, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+            logits, slope = _node_logits(h[i], node, weight, nodes, spans, prior, soft_cap)
             if len(logits) > 1:  # a single child has probability one
                 total = _log_sum_exp(logits)
                 nll[i] += total - logits[choice]
@@ -75,7 +77,7 @@ def tree_head_forward_backward(
     return loss, nll, dh
 
 
-def tree_head_log_distribution(h, weight, nodes, spans, *, log_prior=None, node_log_prior=None, soft_cap=None):
+def tree_head_log_distribution(h, weight, nodes, spans, *, prior=None, soft_cap=None):
     """log p of every leaf, (N, V), columns in leaf order."""
     out = np.empty((len(h), len(weight)), h.dtype)
     for i in range(len(h)):
@@ -83,21 +85,21 @@ def tree_head_log_distribution(h, weight, nodes, spans, *, log_prior=None, node_
         while work:
             node, above = work.pop()
             first, last, child, child_end, _ = (int(j) for j in spans[node])
-            logits, _ = _node_logits(h[i], node, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+            logits, _ = _node_logits(h[i], node, weight, nodes, spans, prior, soft_cap)
             logp = above + logits - _log_sum_exp(logits)
             out[i, first:last] = logp[: last - first]
             work.extend(zip(range(child, child_end), logp[last - first :], strict=True))
     return out
 
 
-def tree_head_sample(h, weight, nodes, spans, uniforms, *, log_prior=None, node_log_prior=None, soft_cap=None):
+def tree_head_sample(h, weight, nodes, spans, uniforms, *, prior=None, soft_cap=None):
     """A leaf row for each h, (N,): at depth d, the first child where the sum exceeds uniforms[:, d]."""
     out = np.empty(len(h), np.int64)
     for i in range(len(h)):
         node, depth = 0, 0
         while True:
             first, last, child, _, _ = (int(j) for j in spans[node])
-            logits, _ = _node_logits(h[i], node, weight, nodes, spans, log_prior, node_log_prior, soft_cap)
+            logits, _ = _node_logits(h[i], node, weight, nodes, spans, prior, soft_cap)
             cumulated = np.cumsum(np.exp(logits - logits.max()).astype(np.float64))
             choice = int(np.searchsorted(cumulated, uniforms[i, depth] * cumulated[-1], side="right"))
             choice = min(choice, len(logits) - 1)
