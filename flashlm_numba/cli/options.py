@@ -45,9 +45,7 @@ threads = click.option(
     help="Threads to compute with. Default: every core this process may use.",
 )
 checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to read. Default: the newest.")
-ema = click.option(
-    "--ema", is_flag=True, help="Use the running average of the weights, where the run keeps one (recipe v3)."
-)
+ema = click.option("--ema", is_flag=True, help="Use the EMA of the weights, where the run keeps one (recipe v3).")
 activations = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),

@@ -126,7 +126,7 @@ def _check_trunk_gradients() -> float:
     model = _small_model()
     config = model.config
     rng = np.random.default_rng(3)
-    ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few different ones: they repeat, and have followers
+    ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few different ones, so that n-grams repeat
     dout = rng.standard_normal((ids.size, config.dim), np.float32)
     want, saved = reference_trunk.trunk_forward(
         {name: value.astype(np.float64) for name, value in model.parameters.items()},

@@ -165,7 +165,7 @@ def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
 def is_causal(model: Model, length: int = 256) -> bool:
     """Whether another token anywhere in a text changes no bit of a hidden state before it.
 
-    The text is of 16 different tokens, its first half of two, so that the model finds followers (induction) everywhere.
+    The text is of 16 different tokens, its first half of two, so that there is an n-gram to copy everywhere.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, 16)

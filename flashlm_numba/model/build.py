@@ -51,7 +51,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say) -> Loaded:
-    """The model of a run's newest checkpoint, or the one named; with ema its running average of the weights.
+    """The model of a run's newest checkpoint, or the one named; with ema the EMA of its weights.
 
     folder : of a run, or a file that export_run wrote, which holds one model.  note : told when the kernels have to be
         compiled first, which takes a minute or two
@@ -65,7 +65,7 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
     tensors = checkpoint.load(path, "model")
     if ema:
         if "ema.safetensors" not in state["files"]:
-            raise UserError(f"{folder} keeps no running average of its weights; leave out --ema.")
+            raise UserError(f"{folder} keeps no EMA of its weights; leave out --ema.")
         tensors |= checkpoint.load(path, "ema")
     ensure_compiled(note)
     return Loaded(run, model_from(run, tensors), state)

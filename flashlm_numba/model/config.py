@@ -109,7 +109,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """Shape of a step's batches up to a step; written LAST:ROWSxLENGTHxMICRO_BATCHES[:frozen]."""
+    """Shape of a step's batches up to a step; written LAST_STEP:BATCH_SIZExSEQ_LENxGRAD_ACCUM[:frozen]."""
 
     last_step: int | None = _in(None, 1)  # last step of the phase; none: the end of the run
     batch_size: int = _in(16, 1)  # sequences per micro-batch
@@ -129,7 +129,7 @@ class TrainingConfig:
 
     phases: tuple[Phase, ...] = (Phase(),)  # in order; the last one's end, if set, fixes the schedule's length
     embedding_init: str = "corpus"  # start of E: corpus, random, a GPT-2 .safetensors file, hf:NAME
-    ema: float = _in(0.0, 0, 0.99999)  # decay per step of the weights' running average; 0: none is kept
+    ema: float = _in(0.0, 0, 0.99999)  # decay per step of the EMA of the weights; 0: none is kept
     log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
     validate_every: int = _in(500, 0)  # steps between validations; 0: after the last step only
     validation_tokens: int = _in(32_768, 1)  # tokens in the fixed validation subset

@@ -70,7 +70,7 @@ def parse_phase(text: str) -> Phase:
             raise ValueError
     except (ValueError, IndexError):
         raise UserError(
-            f"A phase is written LAST_STEP:ROWSxLENGTHxMICRO_BATCHES, like 1000:4x64x4, got '{text}'."
+            f"A phase is written LAST_STEP:BATCH_SIZExSEQ_LENxGRAD_ACCUM, like 1000:4x64x4, got '{text}'."
         ) from None
     return Phase(last, sizes[0], sizes[1], sizes[2] if len(sizes) == 3 else 1, frozen)
 

@@ -41,7 +41,7 @@ class Session:
     data: TokenData
     model: Model
     optimizer: Optimizer
-    ema: dict[str, np.ndarray]  # running average of the parameters; empty where none is kept
+    ema: dict[str, np.ndarray]  # EMA of the parameters; empty where none is kept
     progress: Progress = field(default_factory=Progress)  # shown what happens
     clock: Clock = field(default_factory=Clock)
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents

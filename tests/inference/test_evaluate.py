@@ -36,7 +36,7 @@ CONFIG = ModelConfig(vocab_size=61, dim=32, ffn_dim=40, groups=4, kernel_size=3,
 @pytest.fixture(
     scope="module",
     params=[{}, {"leaky_decay": 0.3}, {"ngram_copy_orders": (1, 2, 1), "ngram_copy_reach": 9}],
-    ids=["plain", "average", "induction"],
+    ids=["plain", "leaky average", "ngram copy"],
 )
 def model(request):
     """A model with large embeddings, so that a wrong context shows in every score."""

@@ -39,7 +39,7 @@ CONFIGS = {
         100, 36, 41, 3, kernel_size=3, dilations=(2, 5), n_passes=3, mixer_residual_scale=0.3, ffn_residual_scale=0.01
     ),
     "average": ModelConfig(150, 24, 30, 3, dilations=(1, 2), leaky_decay=0.9, ternary_threshold=0.5),
-    "induction": ModelConfig(
+    "ngram copy": ModelConfig(
         9, 24, 30, 3, dilations=(1, 2), leaky_decay=0.9, ngram_copy_orders=(1, 2, 1, 4), ngram_copy_reach=11
     ),
     "v3": ModelConfig(),

@@ -68,7 +68,10 @@ def test_the_page_and_the_chart_show_every_run(results, tmp_path):
     assert "A CPU, 2 cores, 2 threads: 2 runs" in text
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     axes = train_report.draw(ROWS).axes[0]
-    assert [line.get_label() for line in axes.lines] == ["tree, 10 minutes", "torch:v3, 72 minutes"]
+    assert [line.get_label() for line in axes.lines] == [
+        "flashlm-numba: tree head (default)",
+        "PyTorch: FlashLM v3's recipe",
+    ]
     assert axes.lines[0].get_ydata().tolist() == [6.5, 5.75, 5.25]
 
 
