@@ -8,7 +8,7 @@ test:
 test-nojit:
 	NUMBA_DISABLE_JIT=1 HYPOTHESIS_PROFILE=nojit pytest -q tests/kernels/test_kernels.py tests/heads/test_dense_head.py \
 		tests/heads/test_tree_head.py tests/kernels/test_grad_norm.py tests/kernels/test_adamw.py tests/kernels/test_normuon.py \
-		tests/kernels/test_ema.py tests/model/test_model.py tests/kernels/test_ternary_gemv.py \
+		tests/kernels/test_ema.py tests/model/test_model.py tests/kernels/test_conv_mixer.py tests/kernels/test_ternary_gemv.py \
 		tests/kernels/test_ternary_gemm.py tests/kernels/test_draw.py tests/kernels/test_packed_gemm.py tests/kernels/test_microkernels.py \
 		tests/kernels/test_low_rank.py
 

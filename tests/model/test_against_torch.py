@@ -42,6 +42,7 @@ CONFIGS = {
     "ngram copy": ModelConfig(
         9, 24, 30, 3, dilations=(1, 2), leaky_decay=0.9, ngram_copy_orders=(1, 2, 1, 4), ngram_copy_reach=11
     ),
+    "blocks": ModelConfig(90, 20, 31, 4, dilations=(1, 3), leaky_decay=0.8, n_blocks=3),
     "v3": ModelConfig(),
 }
 LOSSES = {
@@ -313,6 +314,7 @@ def test_gradients_of_a_random_shape_agree_with_autograd(seed):
         groups=groups,
         kernel_size=int(rng.integers(1, 6)),
         dilations=tuple(int(d) for d in rng.integers(1, 20, rng.integers(1, 4))),
+        n_blocks=int(rng.integers(1, 3)),
         n_passes=int(rng.integers(1, 4)),
         mixer_residual_scale=float(rng.choice([1.0, 0.1])),
         ffn_residual_scale=float(rng.choice([1.0, 1e-3])),
