@@ -83,7 +83,9 @@ def baseline_gradients(config, parameters, dtype, ids, targets, weights, options
     return loss, nll, model.grads_to_numpy()
 
 
-@pytest.mark.parametrize(("config", "loss"), [("small", "plain"), ("small", "v3"), ("odd", "capped"), ("v3", "v3")])
+@pytest.mark.parametrize(
+    ("config", "loss"), [("small", "plain"), ("small", "v3"), ("odd", "capped"), ("blocks", "plain"), ("v3", "v3")]
+)
 def test_loss_and_every_gradient_agree_with_autograd(config, loss):
     config, options = CONFIGS[config], LOSSES[loss]
     parameters = weights_away_from_the_threshold(config)
