@@ -14,8 +14,7 @@ from click import ClickException
 from click.testing import CliRunner
 
 from flashlm_numba.inference.evaluate import evaluate_run
-from flashlm_numba.model.config import RECIPES
-from flashlm_numba.model.recipes import from_recipe
+from flashlm_numba.model.recipes import RECIPES, from_recipe
 from tools import bench_train
 
 SMALL = ("dim=16", "ffn_dim=24", "groups=4", "dilations=[1]", "phases=2x16", "embedding_init=random", "warmup_steps=2")
