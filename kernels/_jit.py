@@ -7,7 +7,9 @@ Arrays that travel together are a NamedTuple, so that no function takes more tha
 - The class stands at module level, for the cache.
 - The body of a parallel function never stores through a field, nor through a name that was bound to one: the store can
   vanish without a word (#5872, #7135, #10338). A helper that it calls may. So a prange body only calls a helper.
-  tests/kernels/test_signatures.py looks for such stores, and counts arguments.
+  tests/kernels/test_signatures.py looks for such stores and for such neighbours, and counts arguments.
+- Two prange loops never follow one another: Numba fuses them, without a barrier between, where their bodies only call
+  helpers, since it does not see that one needs what the other wrote. One prange inside a loop over the halves is safe.
 - No cached kernel closes over another dispatcher, since its key in the cache would change with every process. A choice,
   such as the trunk's mixer, is a helper made by a factory, and a short kernel at module level that calls it.
 - A jitclass cannot be cached (#1681).

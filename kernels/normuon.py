@@ -149,20 +149,27 @@ def _polynomial_thread(y, poly, gram, x, layout, shares, blas, th):
     restore_denormals(before)
 
 
+@helper
+def _half_thread(half, x, gram, poly, layout, shares, blas, th):
+    """The thread's part of half an iteration: of the Gram matrices of the old x, then of the polynomials, the new x."""
+    old, new = x[half // 2 % 2], x[(half // 2 + 1) % 2]
+    if half % 2 == 0:
+        _gram_thread(gram, old, layout, shares, blas, th)
+    else:
+        _polynomial_thread(new, poly, gram, old, layout, shares, blas, th)
+
+
 @kernel
 def _newton_schulz(x, gram, poly, layout, shares, iterations, blas, threads):
     """Iterate all matrices at once; the result is in x[iterations % 2].
 
     x (2, sum of m * n), gram and poly (sum of s * s,): the matrices one after another, s = min(m, n)
     Two regions per iteration, since a Gram matrix needs all of x, and a row of the polynomial all of the Gram matrix.
+    They are one prange in a loop: Numba would fuse two that follow one another (see _jit.py).
     """
-    for iteration in range(iterations):
-        old = x[iteration % 2]
-        new = x[(iteration + 1) % 2]
+    for half in range(2 * iterations):
         for th in prange(threads):
-            _gram_thread(gram, old, layout, shares, blas, np.int64(th))
-        for th in prange(threads):
-            _polynomial_thread(new, poly, gram, old, layout, shares, blas, np.int64(th))
+            _half_thread(half, x, gram, poly, layout, shares, blas, np.int64(th))
 
 
 @serial_kernel

@@ -95,6 +95,33 @@ def test_the_search_finds_such_stores(body, found):
     assert bool(stores_through_fields(function)) is found
 
 
+def is_prange(node):
+    return (
+        isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and getattr(node.iter.func, "id", "") == "prange"
+    )
+
+
+def prange_neighbours(tree):
+    """Lines of prange loops that share a block with another one: Numba may fuse the two, without a barrier."""
+    lines = []
+    for node in ast.walk(tree):
+        for block in (getattr(node, name, []) for name in ("body", "orelse", "finalbody")):
+            loops = [inner.lineno for inner in block if is_prange(inner)] if isinstance(block, list) else []
+            lines += loops[1:]
+    return lines
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_prange_loops_follow_one_another(path):
+    assert not prange_neighbours(ast.parse(path.read_text()))
+
+
+def test_the_search_finds_such_neighbours():
+    text = "def f(n):\n    for i in prange(n):\n        g(i)\n    h(n)\n    for i in prange(n):\n        g(i)\n"
+    assert prange_neighbours(ast.parse(text)) == [5]
+    assert not prange_neighbours(ast.parse(text[: text.index("    h(n)")]))
+
+
 def test_factories_helpers_have_names_of_their_own():
     """Compiled functions are known by their names, across the files of the cache too."""
     from flashlm_numba.kernels import conv_mixer
