@@ -135,8 +135,8 @@ def test_plan_refuses_more_than_the_phases_hold():
 
 
 def test_every_field_has_a_comment():
-    lines = inspect.getsource(config).splitlines()
     for kind in (config.ModelConfig, config.HeadConfig, config.OptimizerConfig, config.TrainingConfig, Phase):
+        lines = inspect.getsource(kind).splitlines()
         for item in dataclasses.fields(kind):
             assert any(line.startswith(f"    {item.name}: ") and "  # " in line for line in lines), item.name
 

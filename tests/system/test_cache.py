@@ -66,7 +66,7 @@ def test_training_without_a_writable_cache_says_so_once_and_works(blocked, tmp_p
     """Text, embedding and kernels, in a process of its own; a second run finds the text and the embedding there."""
     from flashlm_numba.kernels import _jit
 
-    settings = [s for s in TINY if not s.startswith(("embeddings", "dim", "groups"))] + ["dim=8", "groups=2"]
+    settings = [s for s in TINY if not s.startswith(("embedding_init", "dim", "groups"))] + ["dim=8", "groups=2"]
     command = [sys.executable, "-m", "flashlm_numba", "train", "--steps", "1", "--head", "dense"]
     command += [part for setting in settings for part in ("--set", setting)]
     kernels = {} if _jit.cache_is_cold() else {"NUMBA_CACHE_DIR": str(_jit.CACHE_FOLDER.parent)}  # compiled already
