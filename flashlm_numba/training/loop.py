@@ -26,6 +26,7 @@ import numpy as np
 
 from flashlm_numba.data.shards import TokenData, is_prepared, open_run_tokens, open_tokens, sample_batch
 from flashlm_numba.data.tokenizer import EOT, Tokenizer
+from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score, validation_subset
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.kernels.optimizers import ema_update
@@ -395,7 +396,7 @@ def _plan_minutes(session: Session, minutes: float, began: float, display: Displ
         validation = (time.perf_counter() - started) * run.training.validation_tokens / len(few[0])
     budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
     fixed = run.fixed_schedule
-    full_ratio = session.model.head.full_ratio(run.head)
+    full_ratio = head_class(run.head.name).full_ratio(run.head)
     rates: list[float] = []
     steps, left = at, minutes * 60
     if at == 0:  # the embedding's start and the tree are on the clock already
@@ -437,7 +438,7 @@ def _loop(session: Session, display: Display) -> int:
     """Train until the plan's last step or a signal; returns the exit status."""
     run, clock = session.run, session.clock
     training, plan = run.training, run.plan
-    sampled_steps = plan.schedule_steps * (1 - session.model.head.full_ratio(run.head))  # the first ones
+    sampled_steps = plan.schedule_steps * (1 - head_class(run.head.name).full_ratio(run.head))  # the first ones
     saved_at = clock.seconds
     seen_at = clock.seconds if clock.step else 0.0  # a mark may pass while the start and the tree are made
     saved_step = clock.step if checkpoint.any_in(session.folder) else -1
@@ -666,7 +667,7 @@ def _describe(session: Session, display: Display) -> None:
     """Say what is about to be trained."""
     run = session.run
     size = sum(value.size for value in session.model.parameters.values())
-    head = session.model.head.title(run.head)
+    head = head_class(run.head.name).title(run.head)
     display.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "
