@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.kernels.ema import ema_update
@@ -45,7 +46,7 @@ def train(session: Session) -> int:
         progress.steps(last, clock.step),
     ):
         checkpoints = _Checkpoints(session, log)
-        sampled_steps = run.plan.schedule_steps * (1 - session.model.head.full_ratio(run.head))  # the first ones
+        sampled_steps = run.plan.schedule_steps * (1 - head_class(run.head.name).full_ratio(run.head))  # the first ones
         while clock.step < last and not caught:
             step = clock.step + 1
             phase = run.phase_at(step)

@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 
+from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model.config import Phase, Plan, RunConfig
 from flashlm_numba.system.errors import UserError
@@ -126,7 +127,7 @@ def _validation_seconds(session: Session) -> float:
 
 def _phase_rate(session: Session, phase: Phase, budget: float) -> float:
     """Seconds per step of this phase, on average over the run."""
-    full_ratio = session.model.head.full_ratio(session.run.head)
+    full_ratio = head_class(session.run.head.name).full_ratio(session.run.head)
     kinds = ((False, 1 - full_ratio), (True, full_ratio))
     return sum(share * _step_seconds(session, phase, budget, full=full) for full, share in kinds if share)
 

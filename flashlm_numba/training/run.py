@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flashlm_numba.data.builtin import open_run_tokens
 from flashlm_numba.data.shards import TokenData, is_prepared, open_tokens
+from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
@@ -116,7 +117,7 @@ def _describe(session: Session) -> None:
     """Say what is about to be trained."""
     run = session.run
     size = sum(value.size for value in session.model.parameters.values())
-    head = session.model.head.title(run.head)
+    head = head_class(run.head.name).title(run.head)
     session.progress.note(
         f"Training {size:,} parameters with the {head} head for {run.plan.steps:,} steps "
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from runs import read_log, read_losses, resume, start
 
 from flashlm_numba.data.tokenizer import vocabulary_named
-from flashlm_numba.heads import head_class
 from flashlm_numba.model import embedding_init as embeddings
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.model.settings import run_from_json, with_settings
@@ -63,9 +62,8 @@ def test_minutes_keep_time_for_validating_where_there_is_a_text_for_it(tiny_run,
     monkeypatch.setattr(plan, "_step_seconds", lambda *_, **__: 1.0)
     monkeypatch.setattr(plan, "score", lambda *_, **__: None)
     run = with_settings(tiny_run, ["validation_tokens=30000"])
-    data, head = SimpleNamespace(vocabulary=vocabulary_named("gpt2")), head_class(run.head.name)
-    model = SimpleNamespace(head=SimpleNamespace(full_ratio=head.full_ratio))
-    session = SimpleNamespace(run=run, clock=Clock(), data=data, subset=documents, model=model, progress=Progress())
+    data = SimpleNamespace(vocabulary=vocabulary_named("gpt2"))
+    session = SimpleNamespace(run=run, clock=Clock(), data=data, subset=documents, model=None, progress=Progress())
     # some hundredths of a second are gone already; 2 % of a minute at most are kept for validating
     assert plan.plan_minutes(session, 1.0, 0.0).plan.steps == steps
 
