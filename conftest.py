@@ -6,6 +6,8 @@ os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
 
 from hypothesis import HealthCheck, settings
 
+collect_ignore = ["kernels"]  # its doctests run as flashlm_numba.kernels; as kernels every module would load twice
+
 settings.register_profile("dev", deadline=None, max_examples=20)
 # first calls compile, so no deadline; the same examples on every run
 settings.register_profile(

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import load_model
+from flashlm_numba.model.parameters import ternary_names
+from flashlm_numba.model.settings import run_from_json
 from flashlm_numba.system.errors import UserError
 
 
@@ -130,21 +132,23 @@ def test_a_damaged_file_is_refused(exported, tmp_path, damage):
 
 def test_settings_that_do_not_fit_the_tensors_are_refused(exported, tmp_path):
     config, tensors, state = packed.read(exported)
+    ternary = ternary_names(run_from_json(config).model)
     wrong = json.loads(config)
     wrong["model"]["dim"] *= 2
     path = tmp_path / "wrong.safetensors"
-    packed.write(path, tensors, json.dumps(wrong), state)
+    packed.write(path, tensors, ternary, json.dumps(wrong), state)
     with pytest.raises(UserError, match="do not fit the settings beside them"):
         load_model(path)
 
 
 def test_a_full_disk_leaves_no_half_file(exported, tmp_path, monkeypatch):
     config, tensors, state = packed.read(exported)
+    ternary = ternary_names(run_from_json(config).model)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packed.os, "fsync", full)
     with pytest.raises(UserError, match=r"could not be written.*No space left on device; choose another file"):
-        packed.write(tmp_path / "model.safetensors", tensors, config, state)
+        packed.write(tmp_path / "model.safetensors", tensors, ternary, config, state)
     assert not list(tmp_path.iterdir())
