@@ -258,7 +258,7 @@ def test_int8_rows_are_for_the_dense_head(run, corpus, tmp_path, monkeypatch):
     assert used == [1]
     done = _run("generate", dense, "--int8-head", "--top-p", 0.9)
     assert done.exit_code == 2
-    assert "needs --top-k too" in done.stderr
+    assert "give --top-k too" in done.stderr
 
 
 def test_a_forced_variant_that_this_machine_lacks_is_one_sentence(run, monkeypatch):
