@@ -201,7 +201,7 @@ def test_a_folder_with_something_in_it_is_no_place_for_a_run(corpus, tmp_path):
     (tmp_path / "runs" / "first").mkdir(parents=True)
     done = _run("train", corpus, "--steps", 1, "--out", tmp_path / "runs")
     assert done.exit_code == 1
-    assert "runs is not empty (first is in it); choose another --out" in done.stderr.replace("\n", "")
+    assert "runs is not empty (it holds first); choose another --out" in done.stderr.replace("\n", "")
     assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs" / "first"]
 
 
@@ -218,7 +218,7 @@ def test_resume_from_the_command_line(run, tmp_path):
     shutil.copytree(run, copy)
     done = _run("train", "--resume", copy, "--steps", 5)
     assert done.exit_code == 0, done.output
-    assert "Going on from step 3 of 5" in done.stderr
+    assert "Resuming from step 3 of 5" in done.stderr
     assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 5
 
 
