@@ -39,7 +39,7 @@ def train(session: Session) -> int:
     run, folder, clock, progress = session.run, session.folder, session.clock, session.progress
     last = run.plan.steps
     with (
-        writing_to(folder, f"make room there and go on with: flashlm-numba train --resume {folder}"),
+        writing_to(folder, f"free some space there and resume with: flashlm-numba train --resume {folder}"),
         caught_signals(progress.stopping) as caught,
         (folder / "metrics.jsonl").open("a", encoding="utf-8") as log,
         progress.steps(last, clock.step),
@@ -77,7 +77,7 @@ def train(session: Session) -> int:
         if caught and clock.step < last:
             checkpoints.before_stopping()
     if clock.step < last:
-        progress.note(f"Stopped after step {clock.step:,}, saved; go on with: flashlm-numba train --resume {folder}")
+        progress.note(f"Stopped after step {clock.step:,}, saved; resume with: flashlm-numba train --resume {folder}")
         return 128 + caught[0]
     progress.note(f"Done: {folder}")
     return 0

@@ -84,7 +84,7 @@ def test_usage_errors_end_with_status_2(arguments, sentence):
         (["prepare", "no-such-source.txt", "--out", "OUT"], "no-such-source.txt"),
         (["eval", "no-such-run"], "There is no run at no-such-run"),
         (["eval", "RUN", "no-such-source.txt"], "no-such-source.txt"),
-        (["eval", "RUN", "--checkpoint", "step-9"], "it holds step-1, step-2, step-3."),
+        (["eval", "RUN", "--checkpoint", "step-9"], "it has step-1, step-2, step-3."),
         (["generate", "no-such-run"], "There is no run at no-such-run"),
         (["info", "no-such-run"], "There is no run at no-such-run"),
     ],

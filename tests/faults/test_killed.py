@@ -77,7 +77,7 @@ def test_a_second_signal_at_once_ends_without_saving_and_loses_no_checkpoint(cor
     process.send_signal(signal.SIGINT)
     INJECTED["signals"] += 1
     said = ""
-    while "once more to stop without saving" not in said:
+    while "interrupt again to stop without saving" not in said:
         line = process.stderr.readline()
         assert line, said
         said += line

@@ -196,5 +196,5 @@ def test_what_does_not_fit_together_is_one_sentence(letters, corpus, trained, tm
     monkeypatch.delitem(VOCABULARIES, "letters")
     with pytest.raises(UserError, match="there is no vocabulary 'letters'"):
         open_tokens(letters)
-    with pytest.raises(UserError, match="No vocabulary here has the model's 300 tokens"):
+    with pytest.raises(UserError, match="No known vocabulary has the model's 300 tokens"):
         vocabulary_of(read_config(trained))

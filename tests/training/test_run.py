@@ -144,7 +144,7 @@ def test_changed_data_is_refused(tiny_run, corpus, tmp_path):
     config = (tmp_path / "config.json").read_text()
     digest = run_from_json(config).data_hash
     (tmp_path / "config.json").write_text(config.replace(digest, "0" * 64))
-    with pytest.raises(UserError, match="not those that"):
+    with pytest.raises(UserError, match="not the ones that"):
         resume(tmp_path, steps=2)
 
 
