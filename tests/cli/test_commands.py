@@ -285,7 +285,7 @@ def test_folders_of_another_kind_are_refused(run, corpus, corpus_files, tmp_path
     assert done.exit_code == 1
     assert "holds the documents themselves (a.txt)" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-    assert "is a run, not text" in _run("eval", run, run).stderr
+    assert "is a run, not a text" in _run("eval", run, run).stderr
     assert "is a file, not a run" in _run("train", "--resume", tmp_path / "a.txt").stderr
     done = _run("prepare", corpus_files, "--out", tmp_path / "t", "--split", "train", "--validation", corpus_files)
     assert done.exit_code == 1

@@ -48,7 +48,9 @@ def test_a_log_without_room(corpus, whole, disk):
     INJECTED["disks full or read-only"] += 1
     folder = disk(16) / "run"  # settings, and some lines
     done = run(train_command(corpus, folder, "--set", "checkpoint_every=100000"))
-    assert_one_sentence(done, "No space left", f"free some space there and resume with: flashlm-numba train --resume {folder}")
+    assert_one_sentence(
+        done, "No space left", f"free some space there and resume with: flashlm-numba train --resume {folder}"
+    )
     disk(PLENTY)
     done = run([*resume_command(folder), "--set", "checkpoint_every=4"])
     assert done.returncode == 0, done.stderr

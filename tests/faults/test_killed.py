@@ -61,7 +61,7 @@ def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
         INJECTED["signals"] += 1
         _, said = process.communicate(timeout=60)
         assert process.returncode == 128 + number, said
-        assert "go on with: flashlm-numba train --resume" in said
+        assert "resume with: flashlm-numba train --resume" in said
         assert "Traceback" not in said
         assert_every_checkpoint_is_whole(folder)
     done = subprocess.run(resume_command(folder), capture_output=True, text=True, check=False)
