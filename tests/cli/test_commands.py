@@ -63,7 +63,7 @@ def test_eval_of_an_unfinished_folder_says_what_to_do(run, corpus, tmp_path):
     (unfinished / "manifest.json").rename(unfinished / "progress.json")
     done = _run("eval", run, unfinished)
     assert done.exit_code == 1
-    assert "is not finished: run the `flashlm-numba prepare` command that began it once more" in done.stderr
+    assert "is not finished: run the same `flashlm-numba prepare` command again" in done.stderr
 
 
 def test_eval_in_words(run):
@@ -283,7 +283,7 @@ def test_folders_of_another_kind_are_refused(run, corpus, corpus_files, tmp_path
     (tmp_path / "a.txt").write_text("some text " * 50)
     done = _run("prepare", tmp_path, "--out", tmp_path)
     assert done.exit_code == 1
-    assert "holds the documents themselves (a.txt)" in done.stderr
+    assert "contains the documents (a.txt)" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert "is a run, not a text" in _run("eval", run, run).stderr
     assert "is a file, not a run" in _run("train", "--resume", tmp_path / "a.txt").stderr

@@ -191,7 +191,7 @@ def test_what_does_not_fit_together_is_one_sentence(letters, corpus, trained, tm
     done = command("train", letters, "--out", tmp_path / "run", "--steps", 1, "--set", "vocab_size=1000")
     assert done.exit_code == 1
     assert "have a vocabulary of 300, but model.vocab_size is 1,000; leave out that setting" in done.stderr
-    with pytest.raises(UserError, match="holds a corpus of another source"):
+    with pytest.raises(UserError, match="holds a corpus from another source"):
         prepare(json.loads((letters / "manifest.json").read_text())["source"]["name"], letters, vocabulary="wide")
     monkeypatch.delitem(VOCABULARIES, "letters")
     with pytest.raises(UserError, match="there is no vocabulary 'letters'"):
