@@ -5,7 +5,7 @@
     run = fl.train(minutes=10)
     print(run.load().generate("The people"))
 
-docs/python.md describes the functions. The heads also stand alone: `from flashlm_numba import TreeHead`.
+docs/python.md describes the functions. The heads also work without the rest: `from flashlm_numba import TreeHead`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name, and with it Numba, when it is asked for: `flashlm-numba --help` does not wait."""
+    """Import a public name on first use, since importing Numba would delay `flashlm-numba --help`."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -1,4 +1,4 @@
-"""`python -m flashlm_numba` is the command `flashlm-numba`."""
+"""`python -m flashlm_numba` runs the command `flashlm-numba`."""
 
 from flashlm_numba.cli.main import main
 

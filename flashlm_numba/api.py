@@ -1,4 +1,4 @@
-"""The program as a library: prepare a text, train on it, load a model, ask it.
+"""The Python interface: prepare a text, train on it, load a model and use it.
 
     import flashlm_numba as fl
 
@@ -6,8 +6,8 @@
     model = run.load()
     print(model.generate("The people"))
 
-Each function is a thin layer over what the command of the same name calls. Nothing prints: what long work shows goes
-to the `progress` that is passed in. Errors that the caller can mend are a UserError, one sentence each.
+Each function is a thin layer over the code behind the command of the same name. Nothing prints: functions that take
+long report to the `progress` argument. An error that the caller can correct raises UserError with one sentence.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def prepare(
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Turn documents into tokens for training; returns the folder `out` that holds them.
+    """Tokenise documents for training. Returns `out`, the folder that holds the tokens.
 
-    source : a .parquet, .jsonl or .txt file, a folder or a glob of them, or the name of a Hugging Face dataset; without
-        one, the built-in text, which needs no `out`
-    The other arguments are the options of `flashlm-numba prepare`. progress : show a bar on standard error.
+    source : a .parquet, .jsonl or .txt file, a folder or a glob of such files, or the name of a Hugging Face dataset;
+        None for the built-in text, which needs no `out`
+    progress : show a progress bar on standard error
+    The other arguments are the options of `flashlm-numba prepare`.
     Raises UserError if the source cannot be read or `out` holds something else.
     """
     if source is None and out is None:
@@ -83,19 +84,19 @@ def prepare(
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: its folder, and how its training ended."""
+    """A training run: its folder, and the status that its training ended with."""
 
     folder: Path
-    status: int = 0  # 0, or 128 plus the number of the signal that stopped it: 130 after an interrupt
+    status: int = 0  # 0, or 128 plus the number of the signal that stopped training; 130 after an interrupt
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one per logged step."""
+        """The lines of metrics.jsonl: one object per logged step."""
         text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
     def load(self, checkpoint: str | None = None, *, ema: bool = False) -> TrainedModel:
-        """The model of the newest checkpoint, or of the one named; with ema the average of its weights."""
+        """Load the model of the newest or the named checkpoint. With ema=True, use the EMA of its weights."""
         return load(self.folder, checkpoint, ema=ema)
 
     def resume(
@@ -107,9 +108,11 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         progress: Progress = SILENT,
     ) -> Run:
-        """Train further: up to so many steps or tokens in all, or for so many more minutes; default to the plan's end.
+        """Resume training; by default up to the planned end.
 
-        settings : of the few that a resumed run may change, such as {"adamw_lr": 5e-4}. Raises UserError.
+        steps, tokens : total length of the run, counted from its first step;  minutes : additional minutes
+        settings : changes to the few settings that a resumed run may change, such as {"adamw_lr": 5e-4}
+        Raises UserError for anything that the caller can correct.
         """
         length = Length(steps=steps, tokens=tokens, minutes=minutes)
         done = runs.resume_run(self.folder, length, settings=_texts(settings), progress=progress)
@@ -130,12 +133,14 @@ def train(
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Run:
-    """Train a model on a prepared folder, by default on the built-in text; returns the run.
+    """Train a model on a prepared folder, by default on the built-in text. Returns the run.
 
-    steps, tokens, minutes : the length, one of them at most; default the recipe's, or 20 minutes
-    settings : what `--set` changes, such as {"adamw_lr": 1e-3, "dilations": (1, 4)};  out : default below runs/
-    progress : an object with the methods of Progress that should be called; TERMINAL draws the command line's bar
-    An interrupt finishes the step, saves and returns with status 130. Raises UserError.
+    steps, tokens, minutes : length of the run; give at most one. Default: the recipe's length, or 20 minutes
+    settings : settings to change, as with `--set`, such as {"adamw_lr": 1e-3, "dilations": (1, 4)}
+    out : folder of the run; default: a new folder in runs/
+    progress : a Progress object that receives notes and steps; TERMINAL shows the progress bar of the command line
+    An interrupt finishes the step, saves a checkpoint and returns a run with status 130.
+    Raises UserError for anything that the caller can correct.
 
     >>> train("no such folder", steps=1)
     Traceback (most recent call last):
@@ -163,11 +168,12 @@ def load(
     activations: str | None = None,
     progress: Progress = SILENT,
 ) -> TrainedModel:
-    """A trained model: of a run's folder, of one of its checkpoints (a folder too), or of a file that `export` wrote.
+    """Load a trained model.
 
-    activations : "float" or "int8", the arithmetic of the ternary layers; default as the model was trained
-    progress : told when the kernels have to be compiled first, which takes a minute or two
-    Raises UserError if there is no model, or it is damaged.
+    path : folder of a run, folder of one of its checkpoints, or file written by `export`
+    activations : "float" or "int8", the arithmetic of the ternary layers; default: as the model was trained
+    progress : receives a note if the kernels must be compiled first, which takes a minute or two
+    Raises UserError if there is no model at path, or if it is damaged.
     """
     path = Path(path)
     if path.parent.name == "checkpoints" and checkpoint is None:
@@ -180,9 +186,9 @@ def load(
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text."""
+    """How well a model predicts a text, token by token."""
 
-    tokens: list[str]  # the text, token by token; bytes that are no whole character show as U+FFFD
+    tokens: list[str]  # text of each token; bytes of an incomplete character show as U+FFFD
     token_nll: np.ndarray  # (n,) float64: -ln p of each token, nats
     n_bytes: int  # UTF-8 bytes of the text
 
@@ -193,12 +199,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Sum of -log2 p over the text's UTF-8 bytes."""
+        """Sum of -log2 p, divided by the number of UTF-8 bytes of the text."""
         return float(self.token_nll.sum()) / (math.log(2) * self.n_bytes)
 
 
 class TrainedModel:
-    """A trained model to ask: it continues texts, scores them, and says what may come next."""
+    """A trained model. It continues a text, scores a text, and lists the likeliest next tokens."""
 
     def __init__(self, loaded: build.Loaded) -> None:
         self.config: RunConfig = loaded.run
@@ -209,7 +215,7 @@ class TrainedModel:
 
     @property
     def parameters(self) -> dict[str, np.ndarray]:
-        """The parameters by name, the live arrays; call model.sync_weights after changing one."""
+        """The parameters by name. They are the live arrays: after changing one, call model.sync_weights."""
         return self.model.parameters
 
     @property
@@ -259,10 +265,10 @@ class TrainedModel:
         seed: int | None = None,
         stream: bool = False,
     ) -> str | Iterator[str]:
-        """The continuation of a prompt, without it; with stream an iterator over its pieces as they are written.
+        """The continuation of a prompt, without the prompt. With stream=True, an iterator over its pieces.
 
-        The options act in the order temperature, top-k, top-p; the same seed gives the same text. Raises ValueError if
-        one is out of range.
+        Sampling applies temperature, then top-k, then top-p. The same seed gives the same text.
+        Raises ValueError if an argument is out of range.
         """
         pieces = generate_text(
             self.model,
@@ -277,19 +283,19 @@ class TrainedModel:
         return pieces if stream else "".join(pieces)
 
     def score(self, text: str) -> Score:
-        """-ln p of every token of a text, each predicted from those before it, by the rule of `eval`.
+        """Score a text: -ln p of every token, predicted from the tokens before it. The rule is that of `eval`.
 
         Raises ValueError if the text is empty.
         """
         ids = np.array(self.vocabulary.encode(text), np.int32)
         if not len(ids):
-            raise ValueError("TrainedModel.score: the text must hold at least one token")
+            raise ValueError("TrainedModel.score: the text must contain at least one token")
         tokens = [self._text(int(token)) for token in ids]
         nll = token_nll(self.model, ids, eot=self.vocabulary.eot)
         return Score(tokens, nll, len(text.encode("utf-8", "surrogatepass")))
 
     def next_tokens(self, text: str = "", k: int = 10) -> list[tuple[str, float]]:
-        """The k likeliest tokens after a text, and their probabilities, the likeliest first."""
+        """The k likeliest next tokens after a text and their probabilities, likeliest first."""
         self.model.sync_weights()
         ids = np.array([self.vocabulary.eot, *self.vocabulary.encode(text)], np.int32)
         _, h = self.model.prefill(ids)
@@ -302,7 +308,7 @@ class TrainedModel:
 
 
 def _texts(settings: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Settings as `--set` takes them."""
+    """The settings as texts in the form that `--set` takes."""
 
     def text(value: Any) -> str:
         return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

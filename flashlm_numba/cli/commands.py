@@ -1,6 +1,6 @@
-"""The commands: parse, call, print.
+"""The commands: each one parses its arguments, calls the library and prints the result.
 
-Only click is imported here: the numerical packages take a second to load, and `--help` must not.
+This module imports only click at the top. The numerical packages take a second to load, and `--help` must not wait.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", required=False, type=PathOrSource())
-@click.option("--out", type=PathOrSource(path_type=Path), help="Folder for the tokens. Needed if there is a SOURCE.")
+@click.option("--out", type=PathOrSource(path_type=Path), help="Folder for the tokens. Required with a SOURCE.")
 @click.option(
     "--validation",
     type=PathOrSource(),
     metavar="SOURCE",
-    help="Where the validation documents are. Default: files whose first word is validation, or else 5 % of all.",
+    help="Source of the validation documents. Default: files whose name starts with the word validation; if there "
+    "are none, 5 % of all documents.",
 )
 @options.subset
 @click.option(
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "train", "validation"]),
     default="auto",
     show_default=True,
-    help="Put all documents into one split, or share them out.",
+    help="Put all documents into one split; auto divides them between the two.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens. Default: all.")
-@click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: all.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens. Default: no limit.")
+@click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: no limit.")
 @options.lines
 @options.column
-@click.option("--workers", type=click.IntRange(min=1), help="Threads that tokenise. Default: all cores.")
+@click.option("--workers", type=click.IntRange(min=1), help="Number of tokeniser threads. Default: all cores.")
 def prepare(
     source: str | None,
     out: Path | None,
@@ -61,11 +62,11 @@ def prepare(
     column: str,
     workers: int | None,
 ) -> None:
-    """Turn documents into GPT-2 tokens for training, in the folder --out.
+    """Tokenise documents with GPT-2's vocabulary and write the tokens to the folder --out.
 
-    SOURCE is a .parquet, .jsonl (.gz, .zst) or .txt file, a folder or a quoted glob of them, or the name of a
-    Hugging Face dataset. Without SOURCE: the built-in text, which `train` uses by default. A run that was
-    stopped goes on when the same command is given again.
+    SOURCE is a .parquet, .jsonl (.gz, .zst) or .txt file, a folder or a quoted glob of such files, or the name of a
+    Hugging Face dataset. Without SOURCE, the command prepares the built-in text, which `train` uses by default.
+    To continue after an interruption, give the same command again.
     """
     from flashlm_numba.data.builtin import default_corpus
     from flashlm_numba.data.prepare import prepare as prepare_tokens
@@ -102,57 +103,58 @@ def prepare(
 @click.option(
     "--head",
     type=HeadName(HEADS),
-    help="Output layer: a softmax over all tokens (dense), over the nodes of a tree (much faster), or, in training "
-    "only, over some drawn tokens (sampled: its training loss reads low, since the other tokens are only estimated). "
-    "Default: the recipe's, tree for default, dense for v3.",
+    help="Output layer. dense: a softmax over all tokens. tree: a hierarchical softmax, much faster. sampled: a "
+    "softmax over sampled tokens, in training only; its training loss reads low, because it estimates the other "
+    "tokens. Default: tree for recipe default, dense for recipe v3.",
 )
 @click.option(
     "--tree",
     metavar="SHAPE",
-    help="Shape of the tree: huffman, two-level, adaptive, ... Implies --head tree.",
+    help="Shape of the tree: huffman, two-level, adaptive, and others. Implies --head tree.",
 )
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default=None,
-    help="Settings to start from: default is the best known now, v3 is FlashLM v3 as published. Default: default.",
+    help="Settings to start from. default: the best settings known so far. v3: FlashLM v3 as published. "
+    "Default: default.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Train for this many optimiser steps.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
 @click.option(
     "--minutes",
     type=Number(min=0, min_open=True, max=1_000_000),
-    help="Train for about this long, on the training clock: the speed is measured first, and the plan fixed in steps. "
-    "Default when no length is given: 20 minutes; recipe v3: its 10,000 steps.",
+    help="Train for about this many minutes of training time. The command first measures the speed and converts the "
+    "minutes to a fixed number of steps. Default without --steps or --tokens: 20 minutes; recipe v3: 10,000 steps.",
 )
 @click.option(
     "--out",
     type=PathOrSource(path_type=Path),
-    help="Folder of the run, new. Default: runs/<head>-<date>-<time>.",
+    help="New folder for the run. Default: runs/<head>-<date>-<time>.",
 )
 @click.option(
-    "--resume", type=PathOrSource(path_type=Path), help="Go on with this run, with its own data and settings."
+    "--resume", type=PathOrSource(path_type=Path), help="Resume this run with the data and settings it started with."
 )
 @options.checkpoint
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
-    help="Of the weights, the batches and the positions. Default: 42.",
+    help="Seed of the initial weights, the batches and the sampled positions. Default: 42.",
 )
 @options.threads
 @click.option(
     "--embeddings",
     metavar="PATH",
-    help="Start the embedding from a GPT-2 checkpoint: a .safetensors file, or hf:openai-community/gpt2. "
-    "Default: computed from the training text.",
+    help="Initialise the embedding from a GPT-2 checkpoint: a .safetensors file, or hf:openai-community/gpt2. "
+    "Default: compute the initial embedding from the training text.",
 )
 @click.option(
     "--set",
     "settings",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. docs/training.md lists them, "
-    "and the few that --resume may change too.",
+    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. docs/training.md lists all "
+    "settings, and the few that can change with --resume.",
 )
 def train(
     data: str | None,
@@ -170,10 +172,10 @@ def train(
     embeddings: str | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Train a model on DATA, a folder that `prepare` made.
+    """Train a model on DATA, a folder written by `prepare`.
 
-    Without DATA, on the built-in text (two centuries of US presidential messages), prepared on first use.
-    Ctrl-C finishes the step and saves; --resume goes on as if never stopped.
+    Without DATA, the command trains on the built-in text (two centuries of US presidential messages) and prepares it
+    on first use. Ctrl-C finishes the step and saves a checkpoint; --resume continues bit for bit.
     """
     if sum(length is not None for length in (steps, tokens, minutes)) > 1:
         raise click.UsageError("Give only one of --steps, --tokens and --minutes.")
@@ -193,12 +195,12 @@ def train(
         from flashlm_numba.training.run import resume_run
 
         if threads is not None:
-            use_threads(threads)  # a usage error, if it is one
+            use_threads(threads)  # reports a wrong number as a usage error
         length = Length(steps, tokens, minutes)
         done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads)
         raise SystemExit(done.status)
     if checkpoint is not None:
-        raise click.UsageError("--checkpoint says where --resume goes on; give --resume RUN too.")
+        raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
     run = _run_settings(head, tree, recipe, embeddings, settings)
     if seed is not None:
         run = replace(run, seed=seed)
@@ -211,18 +213,18 @@ def train(
 
 
 def _check_resume(fixed: dict[str, Any]) -> None:
-    """Raise UsageError for options that only a new run takes, by name."""
+    """Raise UsageError naming the options that only a new run takes."""
     given = [name for name, value in fixed.items() if value is not None]
     if given:
-        raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}.")
+        raise click.UsageError(f"--resume uses the settings of the run; leave out {', '.join(given)}.")
 
 
 def _run_settings(
     head: str | None, tree: str | None, recipe: str | None, embeddings: str | None, settings: tuple[str, ...]
 ) -> RunConfig:
-    """The settings of a new run: the recipe's, what the options change, and --set."""
+    """Settings of a new run: the recipe's, changed first by the options and then by --set."""
     if tree is not None and head not in (None, "tree"):
-        raise click.UsageError("--tree shapes the tree head; leave it out, or give --head tree.")
+        raise click.UsageError("--tree applies only to the tree head; leave it out, or give --head tree.")
     changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embedding_init={embeddings}"] if embeddings else []
@@ -232,22 +234,22 @@ def _run_settings(
 
 
 def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str | None]) -> None:
-    """Raise UsageError for a setting that an option has set already, or that would change nothing with this head."""
+    """Raise UsageError for a setting that an option sets too, or that has no effect with this head."""
     names = {setting.partition("=")[0].strip().split(".")[-1] for setting in settings}
     twice = sorted(name for name in names if given.get(name) is not None)
     if twice:
-        raise click.UsageError(f"--set {twice[0]} says again what an option says; give only one of the two.")
+        raise click.UsageError(f"--set {twice[0]} repeats an option; give only one of the two.")
     for owner in HEADS:
         if idle := sorted(names & set(head_class(owner).own_settings) - set(head_class(head).own_settings)):
             raise click.UsageError(
-                f"With the {head} head {', '.join(idle)} would change nothing; leave it out, or give --head {owner}."
+                f"With the {head} head, {', '.join(idle)} has no effect; leave it out, or give --head {owner}."
             )
 
 
 @click.command("eval")
 @options.run
 @click.argument("data", required=False, type=PathOrSource())
-@click.option("--smoothed", is_flag=True, help="Also the loss with label smoothing 0.1 over all tokens (slow).")
+@click.option("--smoothed", is_flag=True, help="Also report the loss with label smoothing 0.1 (slow).")
 @options.subset
 @options.lines
 @options.column
@@ -269,11 +271,12 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Score the text DATA with the model in RUN: NLL, perplexity, bits per byte.
+    """Score the text DATA with the model in RUN: NLL, perplexity and bits per byte.
 
-    DATA is a prepared folder (its validation documents are scored) or any source that `prepare` takes (all
-    its documents are, or those for validation where file names set some apart). Without DATA: the validation documents
-    of the run's own data. RUN may also be a file that `export` wrote.
+    DATA is a prepared folder or any source that `prepare` takes. Of a prepared folder the command scores the
+    validation documents. Of a source it scores the files named as validation, or all documents if there are none.
+    Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file
+    written by `export`.
     """
     from flashlm_numba.inference.evaluate import evaluate_run
 
@@ -301,39 +304,40 @@ def evaluate(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
         f"{plural(result['documents'], 'document')} of {result['data']}"
     )
-    click.echo("causal         yes: another token changes no hidden state before it, bit for bit")
+    click.echo("causal         yes: changing a token changes no earlier hidden state, bit for bit")
 
 
 @click.command()
 @options.run
-@click.option("--prompt", default="", help="Text to continue. Default: none, a new document.")
+@click.option("--prompt", default="", help="Text to continue. Default: empty, a new document.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     default=200,
     show_default=True,
-    help="Tokens to write at most.",
+    help="Generate at most this many tokens.",
 )
 @click.option(
     "--temperature",
     type=Number(min=0),
     default=0.8,
     show_default=True,
-    help="Below 1 safer and more repetitive, above 1 wilder; 0 always takes the likeliest token.",
+    help="Below 1: more likely, more repetitive text. Above 1: more varied text. 0: always the likeliest token.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens. Default: all.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens. Default: all.")
 @click.option(
     "--top-p",
     type=Number(0, 1, min_open=True),
-    help="Sample among the likeliest tokens that make up this probability. Default: all.",
+    help="Sample from the fewest likeliest tokens whose probabilities sum to at least this. Default: all tokens.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text. Default: drawn anew each time.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text. Default: random.")
 @click.option(
     "--int8-head",
     is_flag=True,
-    help="Read the dense head's rows as int8, the likeliest tokens in float32 all the same: faster.",
+    help="Quantise the weights of the dense head to int8, which is faster. The logits of the likeliest tokens are "
+    "still computed in float32.",
 )
-@click.option("--stats", is_flag=True, help="Say afterwards how fast it was, and the memory it took.")
+@click.option("--stats", is_flag=True, help="Afterwards report tokens per second and peak memory.")
 @options.activations
 @options.ema
 @options.checkpoint
@@ -353,9 +357,9 @@ def generate(
     checkpoint: str | None,
     threads: int | None,
 ) -> None:
-    """Let the model in RUN continue a text, printed as it is written. RUN may also be a file that `export` wrote.
+    """Continue a text with the model in RUN, and print each piece as soon as it is generated.
 
-    The options act in the order temperature, top-k, top-p.
+    RUN may also be a file written by `export`. Sampling applies temperature, then top-k, then top-p.
     """
     from flashlm_numba.inference.generate import generate_text
     from flashlm_numba.model.build import load_model, vocabulary_of
@@ -367,14 +371,14 @@ def generate(
         model.use_activations(activations)
     if int8_head:
         if top_p is not None and top_k is None:
-            raise click.UsageError("--int8-head with --top-p needs --top-k too: the rest is drawn from all tokens.")
+            raise click.UsageError("--int8-head with --top-p samples from all tokens; give --top-k too.")
         _use_int8_head(model, run)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     vocabulary = vocabulary_of(loaded.run)
-    vocabulary.load()  # a damaged one is told of before the prompt is shown
+    vocabulary.load()  # reports a damaged vocabulary before the prompt is printed
     click.echo(prompt, nl=False)
-    drawn: list[float] = []  # when each token was
+    drawn: list[float] = []  # time at which each token was sampled, seconds
     pieces = generate_text(
         model,
         vocabulary,
@@ -395,14 +399,14 @@ def generate(
 
 
 def _use_int8_head(model: Model, run: Path) -> None:
-    """Read the dense head's rows as int8; another head is a usage error."""
+    """Quantise the dense head's weights to int8; another head is a usage error."""
     if not model.head.has_int8:
         raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")
     model.head.use_int8()
 
 
 def _stats(drawn: list[float]) -> str:
-    """How fast tokens were drawn, from the seconds at which each one was, and the memory it took."""
+    """A line with tokens per second and peak memory, from the time in seconds at which each token was sampled."""
     rate = f"{(len(drawn) - 1) / (drawn[-1] - drawn[0]):,.0f} tokens/s" if len(drawn) > 1 else "no rate"
     peak = peak_rss_mb()
     memory = "unknown on this system" if peak is None else f"{peak:,.0f} MB"
@@ -415,9 +419,10 @@ def _stats(drawn: list[float]) -> str:
 @options.ema
 @options.checkpoint
 def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
-    """Write the model in RUN to one FILE (.safetensors), to keep or to pass on.
+    """Write the model in RUN to one FILE (.safetensors), to store or to share.
 
-    The ternary weights are packed, 1.6 bits each; all others are kept in full, so the model computes what it computed.
+    The file packs ternary weights into 1.6 bits each and stores all other weights in full precision. The exported
+    model computes exactly the same results.
     """
     from flashlm_numba.model.export import export_run
 
@@ -430,9 +435,9 @@ def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
 @options.checkpoint
 @options.json
 def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
-    """Show what is in RUN: parameters, sizes, the tree's shape, how far it was trained.
+    """Describe RUN: parameters, sizes, shape of the tree, training progress.
 
-    RUN may also be a file that `export` wrote.
+    RUN may also be a file written by `export`.
     """
     from flashlm_numba.model.describe import describe_run
 
@@ -453,10 +458,10 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
 @options.threads
 @options.json
 def doctor(threads: int | None, as_json: bool) -> None:
-    """Look at this machine: processor, threads, BLAS, memory, cache, versions; check the kernels; say what is wrong.
+    """Examine this machine, check the kernels, and report any problem.
 
-    Takes some seconds (one to two minutes more the first time, which compiles the kernels). Ends with status 1
-    if a kernel computes wrongly here.
+    The report covers processor, threads, BLAS, memory, caches and versions. It takes a few seconds; the first time,
+    compiling the kernels takes one to two minutes more. The exit status is 1 if a kernel computes wrong results.
     """
     from flashlm_numba.cli.doctor import examine, report
 
@@ -466,7 +471,7 @@ def doctor(threads: int | None, as_json: bool) -> None:
 
 
 def _show(value: Any) -> str:
-    """A value of `info` in a line."""
+    """A value of `info` on one line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

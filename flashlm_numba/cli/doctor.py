@@ -1,4 +1,4 @@
-"""What this machine has, whether the kernels compute correctly on it, and what is wrong: `flashlm-numba doctor`."""
+"""`flashlm-numba doctor`: describe this machine, check the kernels on it, and report problems."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from flashlm_numba.system.display import TERMINAL
 from flashlm_numba.system.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "tiktoken", "datasets", "safetensors", "torch")
-FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")  # what the kernels care about
+FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")  # the features that the kernels use
 GENERIC = ("Prescott", "Core2", "Nehalem", "Generic", "armv8")  # OpenBLAS's names for processors without wide registers
-READ_BYTES = 1 << 28  # beyond most last caches
-ROOM = 2 << 30  # bytes of disk that a run and the caches may need
+READ_BYTES = 1 << 28  # larger than most last-level caches
+ROOM = 2 << 30  # bytes of free disk space that a run and the caches may need
 
 
 def cpu_name() -> str:
-    """Model name of the processor, as the operating system gives it."""
+    """Model name of the processor, as the operating system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -37,7 +37,7 @@ def cpu_name() -> str:
 
 
 def blas_libraries() -> list[dict[str, Any]]:
-    """Every BLAS loaded so far: library, version, the kind of core it chose its code for, file name, threads."""
+    """Every BLAS library loaded so far: name, version, the core type it optimises for, file name, threads."""
     from threadpoolctl import threadpool_info
 
     return [
@@ -54,7 +54,7 @@ def blas_libraries() -> list[dict[str, Any]]:
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Version of Python and of each package, None where it is not installed."""
+    """Version of Python and of each package; None for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -64,7 +64,7 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
     return versions
 
 
-# --- measurements: short ones, to tell a slow machine from a fast one ---
+# --- measurements: short, enough to tell a slow machine from a fast one ---
 
 
 def _best_seconds(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -78,14 +78,14 @@ def _best_seconds(call: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def gemm_gflops() -> float:
-    """GFLOP/s of NumPy's float32 product of 2048 x 2048 matrices, the best of five."""
+    """GFLOP/s of NumPy's float32 product of two 2048 x 2048 matrices, best of five."""
     a = np.ones((2_048, 2_048), np.float32)
     out = np.empty_like(a)
     return 2e-9 * 2_048**3 / _best_seconds(lambda: np.matmul(a, a, out=out))
 
 
 def read_gbytes_per_s(threads: int) -> float:
-    """GB/s (1e9 bytes) at which so many threads read 256 MB for their maximum, the best of five."""
+    """GB/s (1e9 bytes) at which this many threads read 256 MB to find the maximum, best of five."""
     words = np.ones(READ_BYTES // 8, np.int64)
     parts = np.array_split(words, threads)
     with ThreadPoolExecutor(threads) as pool:  # NumPy's loops let other threads run
@@ -105,9 +105,10 @@ def _memory_mb() -> dict[str, int] | None:
 
 
 def examine(threads: int) -> dict[str, Any]:
-    """Everything that `doctor --json` prints: the machine, the libraries, the checks, "problems" and "notes" in words.
+    """The object that `doctor --json` prints: machine, libraries, checks, and lists of "problems" and "notes".
 
-    threads : the number that is used. Problems make results wrong or training impossible; notes cost speed.
+    threads : number of threads in use
+    A problem makes results wrong or training impossible. A note is about something that costs speed.
     """
     from flashlm_numba.kernels import _jit
     from flashlm_numba.kernels.ternary_gemv import best_variant
@@ -120,12 +121,12 @@ def examine(threads: int) -> dict[str, Any]:
     blas = blas_libraries()
     try:
         variant = best_variant()
-    except ValueError as wrong:  # of the environment variable that forces one
+    except ValueError as wrong:  # the environment variable that selects a variant is wrong
         variant = "none"
         problems.append(f"{wrong}.")
     caches = {"kernels": str(_jit.CACHE_FOLDER), "data": str(writable_cache())}
     memory = _memory_mb()
-    notes = [  # before the measurements, which are load themselves
+    notes = [  # taken before the measurements, which put load on the machine
         *_notes_on_products(features, blas, variant),
         *_notes_on_load(threads),
         *_notes_on_room(caches.values(), memory),
@@ -151,36 +152,36 @@ def examine(threads: int) -> dict[str, Any]:
 
 
 def _notes_on_products(features: set[str], blas: list[dict[str, Any]], variant: str) -> Iterator[str]:
-    """What makes matrix products slow."""
+    """Notes on whatever makes matrix products slow."""
     if kind := os.environ.get("OPENBLAS_CORETYPE"):
-        yield f"OPENBLAS_CORETYPE is set to {kind}, so BLAS computes as on that processor, perhaps slowly; unset it."
+        yield f"OPENBLAS_CORETYPE is set to {kind}, so BLAS uses the code for that processor, perhaps slow; unset it."
     if "avx2" in features:
         for pool in blas:
             if pool["core"] in GENERIC:
                 yield (
-                    f"BLAS ({pool['file']}) has taken this processor for a {pool['core']}, without wide registers, so "
-                    "products are slow; a newer NumPy and SciPy may know it."
+                    f"BLAS ({pool['file']}) treats this processor as a {pool['core']} without wide registers, so "
+                    "products are slow; a newer NumPy and SciPy may recognise it."
                 )
     if variant == "plain":
-        yield "No fast int8 products for this processor: train with --set activations=float, which is faster here."
+        yield "This processor has no fast int8 products; train with --set activations=float, which is faster here."
 
 
 def _notes_on_load(threads: int) -> Iterator[str]:
-    """Cores that are not used, or busy."""
+    """Notes on cores that are unused or busy."""
     cores = available_cores()
     if threads < cores:
-        yield f"{threads} of {cores} cores are used (NUMBA_NUM_THREADS, or --threads)."
+        yield f"Only {threads} of {cores} cores are in use (NUMBA_NUM_THREADS, or --threads)."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5 * cores:
-        yield f"Other programs are at work (load {load:.1f} on {cores} cores), so the speeds here are low."
+        yield f"Other programs are running (load {load:.1f} on {cores} cores), so the measured speeds are low."
 
 
 def _notes_on_room(caches: Iterable[str], memory: dict[str, int] | None) -> Iterator[str]:
-    """Too little disk or memory."""
+    """Notes on too little disk space or memory."""
     from flashlm_numba.kernels import _jit
 
     if _jit.CACHE_IS_TEMPORARY:
-        yield f"{_jit.cache_root()} cannot be written, so kernels are compiled anew by every process."
+        yield f"{_jit.cache_root()} cannot be written, so every process compiles the kernels again."
     for place in {*caches, os.getcwd()}:
         free = shutil.disk_usage(place).free
         if free < ROOM:
@@ -190,17 +191,17 @@ def _notes_on_room(caches: Iterable[str], memory: dict[str, int] | None) -> Iter
 
 
 def _threading_layer() -> str:
-    """Numba's layer, as far as it is chosen."""
+    """Name of Numba's threading layer, if Numba has loaded one."""
     import numba
 
     try:
         return numba.threading_layer() if not numba.config.DISABLE_JIT else "none"
-    except ValueError:  # nothing has run in parallel: one thread
+    except ValueError:  # with one thread nothing has run in parallel
         return "none yet"
 
 
 def report(found: dict[str, Any]) -> str:
-    """What examine found, in lines for a person, the verdict last."""
+    """The result of examine() as readable lines; the last line is the verdict."""
     memory, features = found["memory_mb"], ", ".join(found["features"]) or "no wide registers"
     lines = [
         f"processor       {found['cpu']}, {found['cores']} cores ({features})",
@@ -212,9 +213,9 @@ def report(found: dict[str, Any]) -> str:
             for pool in found["blas"]
         ),
         f"products        {found['gemm_gflops']:,.0f} GFLOP/s in float32",
-        f"                ternary ones by the {found['ternary_products']} kernel",
+        f"                ternary products with the {found['ternary_products']} kernel",
         f"memory          {found['read_gbytes_per_s']:,.0f} GB/s"
-        + (f", {memory['total']:,} MB, {memory['free']:,} MB of it free" if memory else ""),
+        + (f", {memory['total']:,} MB, {memory['free']:,} MB free" if memory else ""),
         *(f"cache           {name}: {place}" for name, place in found["caches"].items()),
         "versions        " + ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version),
     ]
@@ -224,7 +225,7 @@ def report(found: dict[str, Any]) -> str:
     lines += [f"note            {sentence}" for sentence in found["notes"]]
     lines += [f"problem         {sentence}" for sentence in found["problems"]]
     if found["problems"]:
-        lines.append("Something is wrong here: see the problems above.")
+        lines.append("Something is wrong on this machine; see the problems above.")
     else:
         lines.append(
             "All is well: the kernels compute correctly on this machine."

@@ -1,4 +1,4 @@
-"""The command line: the group of commands, whose errors become sentences.
+"""The command line: the group of commands, which reports each error as one sentence.
 
     flashlm-numba prepare [SOURCE] --out DIR
     flashlm-numba train [DATA] --head tree --minutes 20 --out RUN
@@ -8,7 +8,7 @@
     flashlm-numba export RUN FILE
     flashlm-numba doctor
 
-Only click is imported here: the numerical packages take a second to load, and `--help` must not.
+This module imports only click. The numerical packages take a second to load, and `--help` must not wait for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LAYERS = ("default", "tbb", "omp", "workqueue", "safe", "threadsafe", "forksafe
 
 
 class _Commands(click.Group):
-    """A group whose commands turn a UserError into one sentence on standard error and exit status 1."""
+    """A group that reports a UserError as one sentence on standard error, with exit status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -39,20 +39,20 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             ctx.exit(130)
-        except BrokenPipeError:  # the reader of a pipe went away, as in `generate | head`
+        except BrokenPipeError:  # the reader of the pipe has exited, as in `generate | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
         except MemoryError as error:
-            click.echo(f"Error: There is not enough memory ({error}); make what is asked for smaller.", err=True)
+            click.echo(f"Error: There is not enough memory ({error}); use smaller settings.", err=True)
             ctx.exit(1)
         except OSError as error:
-            if error.filename is not None:  # a path that cannot be looked at: too long, or another user's
+            if error.filename is not None:  # a path that is too long, or belongs to another user
                 click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; check the path.", err=True)
                 ctx.exit(1)
             if error.errno != errno.ENOSPC:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
-            click.echo("Error: The output cannot be written, there is no space left.", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of the buffer
+            click.echo("Error: The output cannot be written because no space is left.", err=True)
             ctx.exit(1)
 
 
@@ -74,13 +74,14 @@ for command in commands.ALL:
 
 
 def _check_environment() -> None:
-    """Raise UserError for variables that Numba cannot read: it would answer with a traceback, or blame --threads."""
+    """Raise UserError for environment variables that Numba rejects; Numba shows a traceback or blames --threads."""
     threads, layer = os.environ.get("NUMBA_NUM_THREADS"), os.environ.get("NUMBA_THREADING_LAYER")
     if threads and not (threads.isascii() and threads.isdecimal() and int(threads) > 0):
         raise UserError(
-            f"The variable NUMBA_NUM_THREADS must be a number of threads, got {threads!r}; mend or unset it."
+            f"The variable NUMBA_NUM_THREADS must be a number of threads, got {threads!r}; correct or unset it."
         )
     if layer and layer.lower() not in _LAYERS:
         raise UserError(
-            f"The variable NUMBA_THREADING_LAYER must be one of {', '.join(_LAYERS)}, got {layer!r}; mend or unset it."
+            f"The variable NUMBA_THREADING_LAYER must be one of {', '.join(_LAYERS)}, got {layer!r}; correct or "
+            "unset it."
         )

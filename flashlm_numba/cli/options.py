@@ -1,4 +1,4 @@
-"""Options, arguments and types of values that commands share."""
+"""Options, arguments and parameter types that the commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashlm_numba.model.config import ACTIVATIONS
 
 
 class PathOrSource(click.Path):
-    """A path, or a source's name; the empty one, as of an unset variable, is not the current folder here."""
+    """A path or the name of a source. An empty string, as from an unset shell variable, is an error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -22,7 +22,7 @@ class PathOrSource(click.Path):
 
 
 class Number(click.FloatRange):
-    """A number in a range; NaN and infinity, which float() reads, are not numbers here."""
+    """A finite number in a range. NaN and infinity, which float() accepts, are errors."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
@@ -32,7 +32,7 @@ class Number(click.FloatRange):
 
 
 class HeadName(click.Choice):
-    """A name in HEADS, one that was registered after this module was imported too."""
+    """A name in HEADS, including heads registered after this module was imported."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         self.choices = tuple(HEADS)
@@ -42,30 +42,30 @@ class HeadName(click.Choice):
 threads = click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="Threads to compute with. Default: every core this process may use.",
+    help="Number of threads. Default: every core that this process may use.",
 )
-checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to read. Default: the newest.")
-ema = click.option("--ema", is_flag=True, help="Use the EMA of the weights, where the run keeps one (recipe v3).")
+checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to load. Default: the newest.")
+ema = click.option("--ema", is_flag=True, help="Use the EMA of the weights, if the run has one (recipe v3).")
 activations = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
-    help="Arithmetic of the ternary layers: float, or int8, which rounds what goes into them: faster and slightly off "
-    "(docs/kernels.md). Default: as the model was trained.",
+    help="Arithmetic of the ternary layers: float, or int8, which quantises their inputs and is faster but less "
+    "accurate (docs/kernels.md). Default: as the model was trained.",
 )
 json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 run = click.argument("run", type=PathOrSource(path_type=Path))
-# of a source of documents
+# options for a source of documents
 subset = click.option("--subset", help="Configuration of a Hugging Face dataset, such as sample-10BT.")
 lines = click.option(
-    "--lines", is_flag=True, help="Every line of a .txt file is a document, instead of the whole file."
+    "--lines", is_flag=True, help="Treat each line of a .txt file as a document. Default: one document per file."
 )
 column = click.option(
-    "--column", default="text", show_default=True, help="Where parquet, JSON and hub rows keep the text."
+    "--column", default="text", show_default=True, help="Column that holds the text in parquet, JSON and hub rows."
 )
 
 
 def use_threads(threads: int | None) -> int:
-    """Set the thread count; a number that this machine lacks is a usage error."""
+    """Set the number of threads. A number beyond what this machine has is a usage error."""
     from flashlm_numba.system.threads import set_threads
 
     try:

@@ -1,6 +1,6 @@
-"""Whether the kernels compute correctly on this machine: each on small inputs, against plain code.
+"""Self-checks: compare each kernel with plain code, on small inputs, on this machine.
 
-A check returns its error, relative to the largest value.
+A check returns the largest absolute error, relative to the largest true value.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ TOLERANCE = 1e-4  # of the largest value; float32 rounding stays below a tenth o
 
 
 def run_checks() -> tuple[dict[str, float | None], list[str]]:
-    """The error of each check by name, None where there is no finite one; and a sentence for each that failed."""
+    """The error of each check by name, None if it is not finite; and one sentence per failed check."""
     errors: dict[str, float | None] = {}
     problems = []
     for name, check in CHECKS.items():
         try:
             error = errors[name] = check()
-        except Exception as broken:  # whatever it is, the other lines help to find out
+        except Exception as broken:  # whatever the cause, the other lines help to find it
             errors[name] = None
             problems.append(f"The self-check of the {name} ended with {type(broken).__name__}: {broken}.")
             continue
@@ -28,8 +28,8 @@ def run_checks() -> tuple[dict[str, float | None], list[str]]:
             errors[name] = None  # JSON has no NaN
         if not error <= TOLERANCE:
             problems.append(
-                f"The self-check of the {name} failed: an error of {error:.2g} of the largest value, where at "
-                f"most {TOLERANCE:g} was expected: results would be wrong. Please report it with all of this output."
+                f"The self-check of the {name} failed: its relative error is {error:.2g}, expected at most "
+                f"{TOLERANCE:g}. Results would be wrong; please report this with the complete output."
             )
     return errors, problems
 
@@ -40,7 +40,7 @@ def _relative(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _worst(errors: Iterable[float]) -> float:
-    """The largest; NaN if there is one, which max() would pass over."""
+    """The largest error; NaN if one is NaN, which max() might skip."""
     return float(np.max(list(errors)))
 
 
@@ -81,7 +81,7 @@ def _check_tree_head() -> float:
 
 
 def _small_model() -> Any:
-    """A narrow model with all that a trunk can have, none of it zero."""
+    """A narrow model with every optional part of the trunk, and no parameter at zero."""
     from flashlm_numba.heads.dense import DenseHead
     from flashlm_numba.model.config import ModelConfig
     from flashlm_numba.model.model import Model
@@ -110,7 +110,7 @@ def _small_model() -> Any:
 
 
 def _check_trunk() -> float:
-    """A pass over a text against the decoder, which shares none of its products."""
+    """Compare a forward pass over a text with the decoder, which uses none of the same products."""
     model = _small_model()
     ids = np.random.default_rng(2).integers(0, 97, (1, 40)).astype(np.int32)
     whole = model.forward(ids).copy()
@@ -120,13 +120,13 @@ def _check_trunk() -> float:
 
 
 def _check_trunk_gradients() -> float:
-    """Hidden states and all gradients against the plain NumPy of the kernels' reference, in float64."""
+    """Compare hidden states and all gradients with the float64 NumPy reference of the kernels."""
     from flashlm_numba.kernels import reference_trunk
 
     model = _small_model()
     config = model.config
     rng = np.random.default_rng(3)
-    ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few different ones, so that n-grams repeat
+    ids = rng.integers(0, 20, (2, 40)).astype(np.int32)  # few distinct tokens, so that n-grams repeat
     dout = rng.standard_normal((ids.size, config.dim), np.float32)
     want, saved = reference_trunk.trunk_forward(
         {name: value.astype(np.float64) for name, value in model.parameters.items()},
@@ -148,7 +148,7 @@ def _check_trunk_gradients() -> float:
 
 
 def _check_weight_gradients() -> float:
-    """The int8 gradients of ternary weights, of whole numbers that rounding leaves as they are: exact, or not."""
+    """Compare int8 gradients of ternary weights, exactly: the inputs are integers, which rounding does not change."""
     from flashlm_numba.kernels.ternary_wgrad import ternary_wgrad
 
     rng = np.random.default_rng(4)
@@ -158,7 +158,7 @@ def _check_weight_gradients() -> float:
 
 
 def _check_ternary() -> float:
-    """Every variant of the packed ternary product that this processor has, against plain loops: exact, or not."""
+    """Compare every variant of the packed ternary product that this processor supports with plain loops, exactly."""
     from flashlm_numba.kernels import _ternary_dots, ternary_gemv
 
     return max(0.0 if ternary_gemv._agrees_with_plain(name) else 1.0 for name in _ternary_dots.available())

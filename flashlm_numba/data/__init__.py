@@ -1,1 +1,1 @@
-"""Documents in, token shards out; reading them."""
+"""Data: read documents, write token shards, and read the shards."""

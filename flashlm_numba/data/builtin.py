@@ -1,4 +1,4 @@
-"""The built-in text, prepared when it is first asked for and kept in the cache folder."""
+"""The built-in text, which is prepared on first use and stored in the cache folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from flashlm_numba.system.errors import UserError
 
 
 def open_run_tokens(folder: Path | str) -> TokenData:
-    """open_tokens of the folder that a run was trained on; where it was the built-in text's and is gone, as when the
-    cache has been emptied, that is prepared again. Raises UserError as open_tokens does.
+    """Open the tokens that a run was trained on. Raises UserError as open_tokens does.
+
+    If they were those of the built-in text and the folder is gone, for example with an emptied cache, this prepares
+    the built-in text again.
     """
     if not Path(folder).is_dir() and Path(folder).name == _corpus_name():
         folder = default_corpus()
@@ -25,9 +27,10 @@ def open_run_tokens(folder: Path | str) -> TokenData:
 
 
 def default_corpus(progress: bool = True) -> Path:
-    """Folder of the built-in text's token shards in the cache (see cache.py), prepared when it is first asked for.
+    """Folder of the built-in text's token shards in the cache (see cache.py). It is prepared on first use.
 
-    The folder is named by a hash of the text and the vocabulary. Takes a few seconds once, then milliseconds.
+    The folder's name contains a hash of the text and the vocabulary. The first call takes a few seconds, later calls
+    take milliseconds.
     """
     name = _corpus_name()
     out = from_cache(name, _if_sound)
@@ -39,7 +42,7 @@ def default_corpus(progress: bool = True) -> Path:
 
 
 def cached_corpus() -> Path | None:
-    """The folder of default_corpus where it is there and sound: then default_corpus prepares nothing."""
+    """The folder of default_corpus if it exists and is intact, so that default_corpus prepares nothing; else None."""
     return from_cache(_corpus_name(), _if_sound)
 
 
@@ -51,7 +54,7 @@ def _corpus_name() -> str:
 
 
 def _if_sound(folder: Path) -> Path | None:
-    """The folder, if it can be opened and its tokens are as they were made."""
+    """The folder if it can be opened and its tokens are intact, else None."""
     try:
         data = open_tokens(folder)
         data.verify()

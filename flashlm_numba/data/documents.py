@@ -1,4 +1,4 @@
-"""What every source of documents has: a name, roles, a stream of texts; and `datasets`, the library that reads rows."""
+"""The interface of a source of documents (name, roles, stream of texts), and helpers for the library `datasets`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from flashlm_numba.system.errors import UserError
 
 ROLES = ("train", "validation", "test")
-ALL = "all"  # the role of documents that nobody has split yet
+ALL = "all"  # role of documents that are not divided into splits
 
 
 class Source(ABC):
-    """Where documents come from: which ones, of which role, under which licence.
+    """A source of documents.
 
-    name : as the user gave it;  kind : built-in, files or hub;  column : where rows keep the text
-    licence : where it is known
+    name : as given by the user;  kind : built-in, files or hub;  column : column of the text in rows
+    licence : licence of the documents, if known
     """
 
     name: str
@@ -30,15 +30,15 @@ class Source(ABC):
     @property
     @abstractmethod
     def roles(self) -> tuple[str, ...]:
-        """Roles that have documents: ("all",), or some of train, validation and test."""
+        """Roles that have documents: ("all",), or several of train, validation and test."""
 
     @property
     def paths(self) -> list[Path]:
-        """The local files that the documents are in."""
+        """The local files that contain the documents."""
         return []
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a half-made corpus to be continued; plain JSON values."""
+        """JSON values that must be unchanged to continue an unfinished corpus."""
         return {"name": self.name, "kind": self.kind, "licence": self.licence}
 
     @abstractmethod
@@ -49,20 +49,20 @@ class Source(ABC):
         started: Callable[[int], None] = lambda part: None,
         note: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[str]:
-        """Stream the texts of a role's documents; empty ones come as blank strings, for the caller to count.
+        """Stream the texts of a role's documents. Empty documents are blank strings, so that the caller can count them.
 
-        A Hugging Face dataset comes in parts, its files: started(part) is called before each, and those
-        before first_part are not downloaded. Local files are quick to read again and count as no parts. A connection
-        that breaks is tried again for a while, of which note(sentence) tells.
-        Raises UserError when a file is damaged, is no UTF-8 or lacks the column, or the connection breaks.
+        The parts of a Hugging Face dataset are its files. started(part) is called before each part, and parts before
+        first_part are not downloaded. Local files are quick to read again and have no parts. After a broken connection
+        the stream retries for a while and reports it with note(sentence).
+        Raises UserError if a file is damaged, is not UTF-8 or lacks the column, or if the connection breaks for good.
         """
 
 
 def role_of(name: str) -> str | None:
-    """Role that a file's name, or else the name of a folder above it, gives by its first word: train, validation, test.
+    """The role in the first word of a file's name, or else of a folder above it: train, validation or test; or None.
 
-    The usual short names of a validation file count too, so that none is trained on by mistake. A book's
-    `testament.txt` has no role.
+    The usual short names of validation files count too, so that no such file is used for training by mistake.
+    `testament.txt` has no role, because its first word is not "test".
     """
     for part in reversed(name.lower().split("/")):
         if word := re.match(r"(train|validation|valid|val|dev|test)([^a-z]|$)", part):
@@ -77,7 +77,7 @@ def quiet_datasets() -> Any:
     import huggingface_hub
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.config.TORCH_AVAILABLE = False  # or it imports torch, where that is installed: 2 s and 200 MB
+    datasets.config.TORCH_AVAILABLE = False  # otherwise it imports an installed torch: 2 s and 200 MB
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL + 1)  # below this it logs every error
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -95,13 +95,13 @@ def texts_of(stream: Iterable[dict[str, Any]], column: str, name: str) -> Iterat
             text = ""
         elif not isinstance(text, str):
             raise UserError(
-                f"Column {column} of {name} holds {type(text).__name__}, not text: choose another --column."
+                f"Column {column} of {name} contains {type(text).__name__}, not text: choose another --column."
             )
         yield text if text.isascii() else _without_surrogates(text)
 
 
 def _without_surrogates(text: str) -> str:
-    """Text with U+FFFD for half a surrogate pair, which JSON can hold and UTF-8 cannot; tiktoken does so."""
+    """Replace unpaired surrogates, which JSON allows and UTF-8 does not, by U+FFFD, as tiktoken does."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -117,6 +117,6 @@ def check_column(columns: Iterable[str], column: str, name: str | Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """First line of an error's message, for use inside a sentence."""
+    """The first line of an error's message, for use in a sentence."""
     text = str(error).strip().splitlines()
     return (text[0].rstrip(".:") if text else type(error).__name__)[:200]

@@ -1,4 +1,4 @@
-"""Documents to token ids, by several threads, in order and a few batches ahead of whoever writes them."""
+"""Tokenise documents with several threads, in order and a few batches ahead of the writer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashlm_numba.data.tokenizer import Vocabulary
 if TYPE_CHECKING:
     from flashlm_numba.data.writer import Ids
 
-BATCH_CHARACTERS = 1 << 18  # of text in one piece of work for a thread
+BATCH_CHARACTERS = 1 << 18  # characters per batch, the unit of work of a thread
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Piece:
 
     text: str
     document: Document
-    last: bool  # of its document
+    last: bool  # whether it is the last piece of its document
 
 
 def _batches(vocabulary: Vocabulary, documents: Iterator[Document]) -> Iterator[list[Piece]]:
@@ -45,7 +45,7 @@ def _batches(vocabulary: Vocabulary, documents: Iterator[Document]) -> Iterator[
 
 
 def _encode(vocabulary: Vocabulary, batch: list[Piece]) -> list[tuple[Ids, int]]:
-    """Ids and UTF-8 bytes of every piece."""
+    """Ids and number of UTF-8 bytes of every piece."""
     encoded = vocabulary.encode_batch([piece.text for piece in batch])
     return [
         (np.array(ids, dtype=vocabulary.dtype), len(piece.text.encode("utf-8", "replace")))
@@ -56,10 +56,10 @@ def _encode(vocabulary: Vocabulary, batch: list[Piece]) -> list[tuple[Ids, int]]
 def encoded(
     vocabulary: Vocabulary, documents: Iterator[Document], workers: int
 ) -> Generator[tuple[Piece, Ids, int], None, None]:
-    """Pieces with their ids and bytes, in order, encoded by worker threads a few batches ahead.
+    """Pieces with their ids and numbers of bytes, in order, encoded by worker threads a few batches ahead.
 
-    Threads, not processes: tiktoken, which encodes for GPT-2, leaves Python's lock meanwhile, and that is nearly all of
-    the work; threads start at once, copy nothing and get on with Numba's.
+    Threads suffice, because tiktoken does nearly all of the work and releases Python's lock. Unlike processes, threads
+    start at once, copy nothing, and coexist with Numba's threads.
     """
     pending: deque[tuple[list[Piece], Future[list[tuple[Ids, int]]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:

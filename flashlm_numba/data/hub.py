@@ -1,4 +1,4 @@
-"""Documents of a dataset on Hugging Face, streamed through the library `datasets` at a fixed revision."""
+"""Stream the documents of a Hugging Face dataset with the library `datasets`, at a fixed revision."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from flashlm_numba.data.documents import ALL, ROLES, Source, quiet_datasets, reason, role_of, texts_of
 from flashlm_numba.system.errors import UserError
 
-HUB_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub can be reached
-RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waited before a stream that broke is opened again, beside what `datasets` does
+HUB_TIMEOUT = 10.0  # seconds for the request that tests whether the hub can be reached
+RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waits before reopening a broken stream, in addition to those of `datasets`
 
 
 @dataclass(frozen=True)
 class HubDataset(Source):
-    """A dataset on Hugging Face: see Source."""
+    """A dataset on Hugging Face; see Source."""
 
     name: str
-    splits: dict[str, tuple[str, ...]]  # role -> the dataset's own splits
+    splits: dict[str, tuple[str, ...]]  # role -> names of the dataset's splits
     revision: str | None = None  # commit
     subset: str | None = None
     column: str = "text"
@@ -33,7 +33,7 @@ class HubDataset(Source):
         return tuple(self.splits)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name, revision and how it is read: see Source.fingerprint."""
+        """Name, revision and reading options; see Source.fingerprint."""
         splits = {role: list(splits) for role, splits in self.splits.items()}
         read = {"column": self.column, "lines": False}
         return super().fingerprint() | read | {"subset": self.subset, "revision": self.revision, "splits": splits}
@@ -45,8 +45,8 @@ class HubDataset(Source):
         started: Callable[[int], None] = lambda part: None,
         note: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[str]:
-        """Stream the texts of a role; a stream that breaks is opened again where it stopped: see Source.documents."""
-        begun, read, failures = -1, 0, 0  # the last part that was begun, and its documents that were handed on
+        """Stream the texts of a role, and reopen a broken stream where it stopped; see Source.documents."""
+        begun, read, failures = -1, 0, 0  # last part begun, documents of it already passed on, failures in a row
         while True:
             try:
                 for part, stream in self._parts(role):
@@ -62,16 +62,16 @@ class HubDataset(Source):
                 return
             except (UserError, ImportError):
                 raise
-            except Exception as error:  # of whichever library: a connection ends in many ways
+            except Exception as error:  # a broken connection raises many kinds of errors
                 lasting = isinstance(error, FileNotFoundError | LookupError)
                 if failures == len(RETRY_SECONDS) or lasting:
                     raise UserError(
-                        f"Reading {self.name} from Hugging Face stopped ({reason(error)}): "
+                        f"Reading {self.name} from Hugging Face failed ({reason(error)}): "
                         "check the connection and run the same command again to continue."
                     ) from error
                 seconds = RETRY_SECONDS[failures]
                 failures += 1
-                note(f"Reading {self.name} stopped ({reason(error)}); trying again in {seconds:g} s.")
+                note(f"Reading {self.name} failed ({reason(error)}); trying again in {seconds:g} s.")
                 time.sleep(seconds)
 
     def _parts(self, role: str) -> Iterator[tuple[int, Any]]:
@@ -87,25 +87,25 @@ class HubDataset(Source):
 
 
 def resolve_dataset(name: str, subset: str | None, column: str) -> HubDataset:
-    """Find a dataset on Hugging Face at the revision of this moment, without reading its documents.
+    """Find a dataset on Hugging Face at its current revision, without reading its documents.
 
-    Raises UserError if there is none of this name, it has no such subset, or the hub cannot be reached.
+    Raises UserError if the dataset or the subset does not exist, or if the hub cannot be reached.
     """
     datasets = quiet_datasets()
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    # One request first, since `datasets` repeats a failing one for half a minute.
+    # One request first, because `datasets` retries a failing request for half a minute.
     try:
         info = huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{name} is no file or folder here and no public dataset on Hugging Face: check the spelling "
+            f"{name} is neither a local file or folder nor a public dataset on Hugging Face: check the spelling "
             "(for a private dataset, log in with `hf auth login`)."
         ) from error
     except Exception as error:
         raise UserError(
-            f"{name} is no file or folder here, and Hugging Face cannot be reached ({reason(error)}): "
+            f"{name} is not a local file or folder, and Hugging Face cannot be reached ({reason(error)}): "
             "check the spelling and the connection, or use local files or the built-in text."
         ) from error
     card = getattr(info, "card_data", None)
@@ -117,7 +117,7 @@ def resolve_dataset(name: str, subset: str | None, column: str) -> HubDataset:
         raise UserError(f"Cannot open {name} on Hugging Face ({reason(error)}): {hint} or dataset.") from error
     groups = {role: tuple(s for s in splits if (role_of(s) or "train") == role) for role in ROLES}
     groups = {role: group for role, group in groups.items() if group}
-    if list(groups) == ["train"]:  # as FineWeb-Edu: nobody has set anything apart yet
+    if list(groups) == ["train"]:  # a dataset without a validation split, such as FineWeb-Edu
         groups = {ALL: groups["train"]}
     return HubDataset(
         name,

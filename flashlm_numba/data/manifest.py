@@ -1,6 +1,6 @@
-"""manifest.json: what a prepared corpus holds, how it was made, and in which files it is.
+"""manifest.json: the content of a prepared corpus, its origin, and its files.
 
-It is written last, by data/prepare.py: while it is missing, the corpus is not finished.
+data/prepare.py writes it last. While it is missing, the corpus is not finished.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flashlm_numba.system.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-JOURNAL = "progress.json"  # there while the corpus is unfinished; see data/writer.py
+JOURNAL = "progress.json"  # exists while the corpus is unfinished; see data/writer.py
 SPLITS = ("train", "validation", "test")
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.bin")
 
@@ -27,46 +27,46 @@ class Shard:
     """One file of token ids."""
 
     name: str
-    tokens: int  # ids in the file, the closing ends of text included
+    tokens: int  # ids in the file, including the closing ends of text
     sha256: str
 
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """One split: what it holds and the files that it is in."""
+    """One split: its content and its files."""
 
     documents: int
-    tokens: int  # ids, the closing ends of text included: text_tokens + documents
-    text_tokens: int  # tokens of the documents alone
+    tokens: int  # ids, including the closing ends of text: text_tokens + documents
+    text_tokens: int  # tokens of the documents only
     text_bytes: int  # UTF-8 bytes of the documents
     shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of manifest.json: where the tokens come from, how they were made, how many, in which files."""
+    """The content of manifest.json: source of the tokens, settings, counts, and files."""
 
     tokenizer: str  # name of the vocabulary in VOCABULARIES
     tokenizer_hash: str  # Vocabulary.hash
     vocab_size: int  # Vocabulary.size
-    licence: str | None  # of the source, where known
+    licence: str | None  # licence of the source, if known
     source: dict[str, Any]  # Source.fingerprint()
-    validation_source: dict[str, Any] | None  # the same of --validation
+    validation_source: dict[str, Any] | None  # Source.fingerprint() of --validation
     settings: dict[str, Any]
-    split_rule: str  # how the validation documents were chosen, in words
+    split_rule: str  # a sentence on how the validation documents were chosen
     skipped_empty: int  # documents without text
-    skipped_held_out: int  # training documents left out because a validation or test document is identical
+    skipped_held_out: int  # training documents left out because they equal a validation or test document
     splits: dict[str, SplitManifest]
     format: int = FORMAT
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary that the tokens are of."""
+        """The vocabulary of the tokens."""
         return vocabulary_named(self.tokenizer)
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) over the splits' names and their shards' SHA-256: the identity of the tokens."""
+        """SHA-256 (hex) over the names of the splits and the SHA-256 of their shards. It identifies the tokens."""
         digest = hashlib.sha256()
         for name, split in self.splits.items():
             for shard in split.shards:
@@ -79,7 +79,7 @@ class Manifest:
 
     @staticmethod
     def read(path: Path) -> Manifest:
-        """Read and check a manifest.json; UserError if it is missing or not sane."""
+        """Read and check a manifest.json. Raises UserError if it is missing or invalid."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -91,7 +91,7 @@ class Manifest:
         try:
             if raw["format"] != FORMAT:
                 raise UserError(
-                    f"{path} has format {raw['format']}, and this version reads {FORMAT}: prepare the corpus again."
+                    f"{path} has format {raw['format']}, but this version reads {FORMAT}: prepare the corpus again."
                 )
             splits = {}
             for name, split in raw.pop("splits").items():
@@ -109,13 +109,13 @@ class Manifest:
         if self.tokenizer not in VOCABULARIES:
             raise ValueError(f"there is no vocabulary {self.tokenizer!r}")
         if self.vocab_size != self.vocabulary.size:
-            raise ValueError(f"vocab_size is {self.vocab_size}, and {self.tokenizer} has {self.vocabulary.size} tokens")
+            raise ValueError(f"vocab_size is {self.vocab_size}, but {self.tokenizer} has {self.vocabulary.size} tokens")
         if not {"train", "validation"} <= set(self.splits) <= set(SPLITS):
             raise ValueError(f"splits are {', '.join(self.splits)}")
         for name, split in self.splits.items():
             for shard in split.shards:
                 if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(name + "-"):
-                    raise ValueError(f"{shard.name!r} is no name of a shard of {name}")
+                    raise ValueError(f"{shard.name!r} is not the name of a shard of {name}")
                 if type(shard.tokens) is not int or shard.tokens < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
                     raise ValueError(f"the entry of {shard.name} is wrong")
             if sum(shard.tokens for shard in split.shards) != split.tokens:

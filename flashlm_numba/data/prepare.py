@@ -1,7 +1,7 @@
-"""Token shards made from documents: the `prepare` command.
+"""Make token shards from documents: the `prepare` command.
 
-What is written is described in data/shards.py, which reads it; data/writer.py writes the files. The manifest comes
-last; while `progress.json` is there the corpus is unfinished, and the same command continues it.
+data/shards.py reads the files and describes them; data/writer.py writes them. The manifest is written last. While
+`progress.json` exists, the corpus is unfinished, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from flashlm_numba.system.threads import available_cores
 if TYPE_CHECKING:
     from rich.console import Console
 
-JOURNAL_SECONDS = 5.0  # at most this much work is lost when a run is killed
+JOURNAL_SECONDS = 5.0  # seconds of work lost at most when the process is killed
 
 
 class _Report:
-    """What the user sees on stderr: a live line on a terminal, else a line now and then; nothing if off."""
+    """Progress on standard error: a live line in a terminal, else an occasional line; nothing if `on` is False."""
 
-    SILENCE = 30.0  # seconds between lines where there is no terminal
+    SILENCE = 30.0  # seconds between lines without a terminal
 
     def __init__(self, on: bool, max_tokens: int | None) -> None:
         self._console: Console | None = None
@@ -108,20 +108,20 @@ def prepare(
     wait: bool = False,
     vocabulary: str = DEFAULT_VOCABULARY,
 ) -> Manifest:
-    """Make token shards of a source's documents in the folder out; continue where an earlier run was stopped.
+    """Tokenise the documents of a source into shards in the folder out. Continues an interrupted call.
 
-    source : None for the built-in text, a Hugging Face dataset name, a file, a folder or a glob
-    validation : source of the validation documents; training documents identical to one are left out
-    split : "auto" uses the roles in the file names, else sets 5 % apart; "train" or "validation" puts all
-        documents (of that role, where the source has roles) into the one split
-    max_tokens, max_docs : stop after so many tokens (ends of text counted; the last document is cut) or documents
-        that hold text; documents set apart by --validation or by their file's name do not count
-    lines, column, subset : see sources.resolve;  workers : threads that tokenise, all cores by default
-    shard_tokens : ids in a shard file;  wait : for another process that prepares out, instead of refusing
-    vocabulary : name in VOCABULARIES of what the documents are encoded with
-    The result depends on the source and these settings only, not on workers, nor on stops in between.
-    Memory does not grow with the corpus: some 350 MB, plus up to 14 times the longest document.
-    Raises UserError: bad source, out holds something else, full disk, Ctrl-C (what is done stays).
+    source : None for the built-in text, the name of a Hugging Face dataset, a file, a folder or a glob
+    validation : source of the validation documents; training documents equal to one of them are left out
+    split : "auto" uses the roles in the file names, or takes 5 % for validation if there are none; "train" or
+        "validation" puts all documents (those of that role, if the source has roles) into this split
+    max_tokens, max_docs : stop after this many tokens (ends of text count; the last document is cut) or documents with
+        text; documents from --validation, and those that their file's name holds out, do not count
+    lines, column, subset : see sources.resolve;  workers : tokeniser threads; default: all cores
+    shard_tokens : ids per shard file;  wait : wait for another process that prepares out, instead of failing
+    vocabulary : name in VOCABULARIES of the vocabulary to encode with
+    The result depends only on the source and these settings, not on workers or interruptions. Memory does not grow with
+    the corpus: it is about 350 MB plus up to 14 times the longest document.
+    Raises UserError for a bad source, an out that holds something else, a full disk, or Ctrl-C. Finished work is kept.
     """
     for option, value in (("max_tokens", max_tokens), ("max_docs", max_docs), ("shard_tokens", shard_tokens)):
         if value is not None and value < 1:
@@ -132,13 +132,13 @@ def prepare(
     if (out / "config.json").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run; choose another folder for the tokens.")
     if validation is not None and split != "auto":
-        raise UserError(f"validation documents have no place where everything is {split}; leave out one of the two.")
+        raise UserError(f"validation documents and split {split} contradict each other; leave out one of the two.")
     resolved = sources.resolve(source, subset=subset, column=column, lines=lines)
     held_out = None if validation is None else sources.resolve(validation, column=column, lines=lines)
     for documents in (resolved, held_out):
         inside = [path for path in documents.paths if path.parent == out.absolute()] if documents is not None else []
         if inside:
-            raise UserError(f"{out} holds the documents themselves ({inside[0].name}); choose another folder.")
+            raise UserError(f"{out} contains the documents ({inside[0].name}); choose another folder.")
     tokens = vocabulary_named(vocabulary)
     tokens.load()
     plan = Plan(resolved, held_out, split, max_docs, max_tokens, tokens)
@@ -162,7 +162,7 @@ def prepare(
         with locked(out, wait):
             return _prepare(plan, out, identity, shard_tokens, workers or available_cores(), report)
     except KeyboardInterrupt:
-        raise UserError(f"Stopped; what is done is kept in {out}: run the same command again to continue.") from None
+        raise UserError(f"Stopped; {out} holds the finished work: run the same command again to continue.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -209,7 +209,7 @@ def _prepare(
     try:
         _check_splits(plan, splits)
     except UserError:
-        discard(out)  # nothing here can be continued
+        discard(out)  # this corpus cannot be continued
         raise
     manifest = Manifest(
         tokenizer=plan.vocabulary.name,
@@ -231,9 +231,9 @@ def _prepare(
     if manifest.skipped_empty:
         report.say(f"Left out {plural(manifest.skipped_empty, 'document')} without text.")
     if manifest.skipped_held_out:
-        report.say(f"Left out {plural(manifest.skipped_held_out, 'training document')} also held out.")
+        report.say(f"Left out {plural(manifest.skipped_held_out, 'training document')} equal to held-out ones.")
     if plan.split == "auto" and not splits["validation"].documents:
-        report.say("There are no validation documents: name some with --validation to be able to evaluate.")
+        report.say("There are no validation documents: name some with --validation to evaluate.")
     return manifest
 
 
@@ -246,10 +246,10 @@ def _write(
     workers: int,
     report: _Report,
 ) -> Tally:
-    """Encode and write all documents that the journal does not count as done; returns what was left out."""
+    """Encode and write all documents that the journal does not list as done. Returns the tally of those left out."""
     max_tokens = plan.max_tokens
-    done = int(state["documents"]) if state else 0  # of the plan's stream
-    used = int(state["limited_tokens"]) if state else 0  # of max_tokens
+    done = int(state["documents"]) if state else 0  # finished documents of the plan's stream
+    used = int(state["limited_tokens"]) if state else 0  # tokens used of max_tokens
     tally, place = Tally(), plan.start
     documents = sum(writer.documents for writer in writers.values())
     tokens = sum(writer.text_tokens for writer in writers.values())
@@ -271,7 +271,7 @@ def _write(
                 tally, place = document.tally, document.place
 
     done_before = done
-    store()  # marks the folder as ours before the first shard appears
+    store()  # marks the folder as an unfinished corpus before the first shard appears
     stored = time.monotonic()
     end_of_document = np.array([plan.vocabulary.eot], dtype=plan.vocabulary.dtype)
     begun = False  # whether a part of the current document has been written
@@ -315,27 +315,27 @@ def _write(
 
 def _check_splits(plan: Plan, splits: dict[str, SplitManifest]) -> None:
     if not any(split.documents for split in splits.values()):
-        raise UserError(f"{plan.source.name} holds no document with text.")
+        raise UserError(f"{plan.source.name} contains no document with text.")
     if plan.split != "auto":
         return
     if not splits["train"].documents:
         raise UserError(
-            f"No training document is left of {plan.source.name}, all are held out: "
+            f"No training document of {plan.source.name} is left, because all are held out: "
             "use more or longer text, or name other validation documents with --validation."
         )
     if not splits["validation"].documents and (plan.validation is not None or ALL in plan.source.roles):
         name = plan.source.name if plan.validation is None else plan.validation.name
-        raise UserError(f"No validation document is in {name}: use more text, or name some with --validation.")
+        raise UserError(f"{name} has no validation document: use more text, or name some with --validation.")
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished corpus of the same source and settings; UserError if it is another one's."""
+    """The manifest of a finished corpus, or None. Raises UserError if its source or settings differ."""
     if not (out / MANIFEST).exists():
         return None
     manifest = Manifest.read(out / MANIFEST)
     if any(getattr(manifest, key) != value for key, value in identity.items()):
         raise UserError(
-            f"{out} holds a corpus of another source (or its files have changed) or of other settings: "
+            f"{out} holds a corpus from another source (or its files have changed) or with other settings: "
             "choose another --out, or delete that folder first."
         )
     open_tokens(out)
@@ -353,7 +353,7 @@ def _summary(manifest: Manifest) -> str:
 
 
 def discard_if_damaged(out: Path) -> None:
-    """Delete a finished corpus that is not as it was made; an unfinished one is continued instead."""
+    """Delete a finished corpus if it is damaged. An unfinished corpus stays, to be continued."""
     if not (out / MANIFEST).exists():
         return
     with locked(out, wait=True):

@@ -1,9 +1,9 @@
-"""Token shards as training and evaluation read them: memory-mapped, behind a manifest that is checked.
+"""Read token shards for training and evaluation: memory-mapped files, described by a checked manifest.
 
-A prepared corpus is a folder: `train-00000.bin`, `validation-00000.bin`, ... are flat little-endian token ids, each as
-wide as the vocabulary asks (Vocabulary.dtype), every document closed by the vocabulary's end of text; `manifest.json`
-describes them and is written last. While `progress.json` is there the corpus is unfinished. data/prepare.py writes all
-of it.
+A prepared corpus is a folder. `train-00000.bin`, `validation-00000.bin`, and so on are flat arrays of little-endian
+token ids of Vocabulary.dtype, in which the vocabulary's end of text closes every document. `manifest.json` describes
+them and is written last. While `progress.json` exists, the corpus is unfinished. data/prepare.py writes all of these
+files.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from flashlm_numba.system.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SHOWN_TOKENS = 200_000_000  # a check of so many takes about two seconds or more, and shows a bar
+SHOWN_TOKENS = 200_000_000  # from this many tokens, a check takes about two seconds or more and shows a bar
 
 
 class Split:
-    """The tokens of one split as one sequence over all its shards, memory-mapped.
+    """The tokens of one split as one sequence over all its memory-mapped shards.
 
-    n_tokens : ids in all, the end of text after every document included;  n_text_tokens : without them
-    n_documents;  n_bytes : UTF-8 bytes of the documents
+    n_tokens : number of ids, including the end of text after every document;  n_text_tokens : number without them
+    n_documents : number of documents;  n_bytes : UTF-8 bytes of the documents
     """
 
     def __init__(self, folder: Path, name: str, manifest: SplitManifest, vocabulary: Vocabulary) -> None:
@@ -70,7 +70,7 @@ class Split:
             index += 1
 
     def _checked(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        largest = int(ids.view(np.uint32).max()) if ids.size else 0  # unsigned: of 4 bytes too
+        largest = int(ids.view(np.uint32).max()) if ids.size else 0  # unsigned, for ids of 4 bytes
         if largest >= self._vocab_size:
             raise UserError(
                 f"The {self.name} tokens in {self._folder} are damaged (id {largest}, vocabulary "
@@ -79,9 +79,9 @@ class Split:
         return ids
 
     def windows(self, starts: NDArray[np.integer[Any]], length: int) -> NDArray[np.int32]:
-        """Gather ids[start : start + length] for each of starts (B,); returns (B, length) int32.
+        """Gather ids[start : start + length] for each of starts (B,). Returns (B, length) int32.
 
-        starts must be in [0, n_tokens - length], else ValueError; ids outside the vocabulary: UserError.
+        Raises ValueError unless starts are in [0, n_tokens - length], and UserError for ids outside the vocabulary.
         """
         starts = np.asarray(starts, dtype=np.int64)
         if length < 0 or starts.ndim != 1:
@@ -103,9 +103,9 @@ class Split:
             yield self._checked(out)
 
     def documents(self, max_tokens: int | None = None) -> Iterator[NDArray[np.int32]]:
-        """The documents in order, each an int32 array without the end of text that closes it.
+        """The documents in order, each as an int32 array without the end of text that closes it.
 
-        max_tokens : stop after this many tokens in all; the last document is cut to fit.
+        max_tokens : stop after this many tokens; the last document is cut to fit
         """
         left = self.n_text_tokens if max_tokens is None else max_tokens
         pending: list[NDArray[np.int32]] = []
@@ -124,28 +124,29 @@ class Split:
                 pending.append(chunk[begin:])
 
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """How often each id occurs, the end of text included: (vocab_size,) int64.
+        """Count of each id, including the end of text, (vocab_size,) int64.
 
-        Counted once and kept beside the shards as counts-<split>.npy (about 2 s for a billion tokens).
+        The counts are computed once (about 2 s for a billion tokens) and stored next to the shards as
+        counts-<split>.npy.
         """
         if vocab_size < self._vocab_size:
             raise ValueError(f"Split.counts: vocab_size must be at least {self._vocab_size}, got {vocab_size}")
         path = self._folder / f"counts-{self.name}.npy"
         counts = np.zeros(vocab_size, dtype=np.int64)
-        with contextlib.suppress(OSError, ValueError, EOFError):  # EOFError: of an empty file
+        with contextlib.suppress(OSError, ValueError, EOFError):  # EOFError: the file is empty
             kept = np.load(path, allow_pickle=False)
             if kept.shape == (self._vocab_size,) and kept.dtype == np.int64 and kept.sum() == self.n_tokens:
                 counts[: len(kept)] = kept
                 return counts
         for chunk in self.chunks():
             counts += np.bincount(chunk, minlength=vocab_size)
-        with contextlib.suppress(OSError):  # a read-only corpus is counted anew each time
+        with contextlib.suppress(OSError):  # the tokens of a read-only corpus are counted each time
             files.write_atomically(path, lambda f: np.save(f, counts[: self._vocab_size], allow_pickle=False))
         return counts
 
 
 class TokenData:
-    """A prepared corpus: folder, manifest, hash, vocabulary; train, validation and test (None where it has none)."""
+    """A prepared corpus: folder, manifest, hash, vocabulary, and the splits train, validation and test (or None)."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -158,10 +159,10 @@ class TokenData:
         self.test = self.splits.get("test")
 
     def verify(self, *names: str, progress: Progress = TERMINAL) -> None:
-        """Compare the SHA-256 of every shard of these splits (default: all) with the manifest's.
+        """Compare the SHA-256 of every shard of these splits (default: all) with the manifest.
 
-        Reads everything once, with a bar over the tokens where that takes seconds. Raises UserError naming the first
-        damaged shard: one of the right size with other bytes in it trains without a word.
+        This reads every byte once and shows a bar if it takes seconds. It detects shards of the right size with wrong
+        bytes, which training would use silently. Raises UserError naming the first damaged shard.
         """
         shards = [shard for name in names or self.splits for shard in self.manifest.splits[name].shards]
         total = sum(shard.tokens for shard in shards)
@@ -172,7 +173,7 @@ class TokenData:
             for shard in shards:
                 if self._sha256(shard, bar) != shard.sha256:
                     raise UserError(
-                        f"{self.folder / shard.name} is damaged: its SHA-256 is not the manifest's; "
+                        f"{self.folder / shard.name} is damaged: its SHA-256 differs from the manifest's; "
                         "delete the folder and prepare the corpus again."
                     )
 
@@ -191,14 +192,14 @@ class TokenData:
 
 
 def is_prepared(folder: Path | str) -> bool:
-    """Whether prepare() has worked in this folder, to the end or not: open_tokens is then the one to ask."""
+    """Whether a folder holds a prepared corpus, finished or not; open_tokens then tells which."""
     return any((Path(folder) / name).exists() for name in (MANIFEST, JOURNAL))
 
 
 def open_tokens(folder: Path | str) -> TokenData:
-    """Open a prepared corpus after cheap checks: the manifest is sane, every shard is there in its full size.
+    """Open a prepared corpus after cheap checks: the manifest is valid, and every shard exists with the right size.
 
-    Raises UserError, one sentence, otherwise; TokenData.verify() reads everything and compares the SHA-256.
+    Raises UserError if a check fails. TokenData.verify() also reads every byte and compares the SHA-256.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -206,10 +207,7 @@ def open_tokens(folder: Path | str) -> TokenData:
             f"There is no folder {folder}: make a corpus with `flashlm-numba prepare SOURCE --out {folder}`."
         )
     if not (folder / MANIFEST).exists() and (folder / JOURNAL).exists():
-        raise UserError(
-            f"{folder} is not finished: run the `flashlm-numba prepare` command that began it once more, "
-            "and it continues."
-        )
+        raise UserError(f"{folder} is not finished: run the same `flashlm-numba prepare` command again to continue it.")
     manifest = Manifest.read(folder / MANIFEST)
     width = np.dtype(manifest.vocabulary.dtype).itemsize
     for split in manifest.splits.values():
@@ -220,7 +218,7 @@ def open_tokens(folder: Path | str) -> TokenData:
                 raise UserError(f"{folder / shard.name} is missing: prepare the corpus again.") from error
             if size != width * shard.tokens:
                 raise UserError(
-                    f"{folder / shard.name} has {size} bytes, and the manifest says {width * shard.tokens}: "
+                    f"{folder / shard.name} has {size} bytes, but the manifest says {width * shard.tokens}: "
                     "delete the folder and prepare the corpus again."
                 )
     return TokenData(folder, manifest)
@@ -229,14 +227,14 @@ def open_tokens(folder: Path | str) -> TokenData:
 def sample_batch(
     split: Split, seed: int, step: int, micro: int, rows: int, length: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Random windows of a split: ids (rows, length) int32, and targets (rows, length) int32, the next tokens.
+    """Random windows of a split. Returns ids (rows, length) int32 and targets (rows, length) int32, the next tokens.
 
-    A pure function of its arguments, so that a resumed run needs no position in the data: the starts come
-    from np.random.default_rng((seed, step, micro)), uniform over all windows; windows cross document borders.
+    The windows are a pure function of the arguments, so that a resumed run needs no position in the data. Their starts
+    come from np.random.default_rng((seed, step, micro)), uniform over all windows. Windows cross document borders.
     """
     if split.n_tokens < length + 1:
         raise UserError(
-            f"The {split.name} split has {split.n_tokens} tokens, and a sequence of {length} needs "
+            f"The {split.name} split has {split.n_tokens} tokens, but a sequence of {length} needs "
             f"{length + 1}: use more text or shorter sequences."
         )
     rng = np.random.default_rng((seed, step, micro))

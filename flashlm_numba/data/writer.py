@@ -1,7 +1,7 @@
-"""Writing shards so that a stop loses nothing: the files of a split, and the journal of what is done.
+"""Write shards so that an interruption loses almost nothing: the files of a split, and the journal of finished work.
 
-The journal, `progress.json`, is replaced as a whole every few seconds, after the shards were brought to the disk. What
-stands in a shard behind the journal's last entry is cut off when a stopped `prepare` goes on.
+The journal, `progress.json`, is replaced atomically every few seconds, after the shards have been synced to disk. When
+an interrupted `prepare` continues, it truncates the shards to the state in the journal.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     Ids: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 LOCK = "prepare.lock"
-SHARD_TOKENS = 50_000_000  # ids in a shard: 100 MB at 2 bytes each
+SHARD_TOKENS = 50_000_000  # ids per shard: 100 MB at 2 bytes each
 
 
 class ShardWriter:
-    """Appends ids of one split to its shards; its state at a document's end can be stored and restored.
+    """Appends ids of one split to its shards. Its state at the end of a document can be stored and restored.
 
-    shard_tokens : ids in a shard;  dtype : of an id in the file, Vocabulary.dtype
-    state : of an earlier writer, to continue; ValueError, KeyError or OSError where the files do not fit it
+    shard_tokens : ids per shard;  dtype : dtype of an id in the file, Vocabulary.dtype
+    state : state of an earlier writer to continue, or None
+    Raises ValueError, KeyError or OSError if the files do not fit the state.
     """
 
     def __init__(self, folder: Path, name: str, shard_tokens: int, dtype: str, state: dict[str, Any] | None) -> None:
@@ -78,11 +79,11 @@ class ShardWriter:
             if self._digest.hexdigest() != state["sha256"]:
                 raise ValueError(f"{path.name} has changed")
             self._file = path.open("r+b")
-            self._file.truncate(size)  # what was written after the state was stored
+            self._file.truncate(size)  # removes ids written after the state was stored
             self._file.seek(size)
 
     def append(self, ids: Ids) -> None:
-        """Write ids (n,), starting new shards where one is full."""
+        """Write ids (n,), and start a new shard whenever one is full."""
         while len(ids):
             if self._file is None:
                 self._file = self._path().open("wb")
@@ -103,13 +104,13 @@ class ShardWriter:
         self._file, self._digest, self._filled = None, hashlib.sha256(), 0
 
     def sync(self) -> None:
-        """Bring everything written so far to the disk."""
+        """Sync everything written so far to disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def state(self) -> dict[str, Any]:
-        """For _restore; valid after sync()."""
+        """The state for _restore; valid after sync()."""
         return {
             "documents": self.documents,
             "text_tokens": self.text_tokens,
@@ -120,14 +121,14 @@ class ShardWriter:
         }
 
     def close(self) -> None:
-        """Close without finishing; a full disk was reported before."""
+        """Close the open shard without finishing it. Ignores errors, since a full disk has been reported before."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
 
     def finish(self) -> SplitManifest:
-        """Complete the last shard."""
+        """Complete the last shard and return the split's manifest."""
         if self._filled:
             self._finish_shard()
         return SplitManifest(self.documents, self.tokens, self.text_tokens, self.text_bytes, tuple(self.finished))
@@ -142,10 +143,11 @@ def write_journal(
     limited_tokens: int,
     place: Place,
 ) -> None:
-    """Bring the shards to the disk, then replace the journal.
+    """Sync the shards to disk, then replace the journal.
 
-    identity : of the source and the settings, which a later run compares
-    documents : done, of the plan's stream;  limited_tokens : used of --max-tokens;  place : where to start reading
+    identity : identity of source and settings, which a later run compares
+    documents : finished documents of the plan's stream;  limited_tokens : tokens used of --max-tokens
+    place : where a continued run starts reading
     """
     for writer in writers.values():
         writer.sync()
@@ -160,7 +162,7 @@ def write_journal(
 
 
 def read_journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an unfinished corpus of the same source and settings, or None for a new one."""
+    """The state of an unfinished corpus with the same source and settings, or None for a new corpus."""
     path = out / JOURNAL
     if path.exists():
         try:
@@ -168,12 +170,12 @@ def read_journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             same, nothing_done = state["identity"] == identity, state["documents"] == 0
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: delete the folder {out} and prepare it again.") from error
-        if not same and nothing_done:  # such as after a mistake in the source that has been mended
+        if not same and nothing_done:  # for example after correcting an error in the source
             discard(out)
             return None
         if not same:
             raise UserError(
-                f"{out} holds an unfinished corpus of another source (or its files have changed) or of other "
+                f"{out} holds an unfinished corpus from another source (or its files have changed) or with other "
                 "settings: choose another --out, or delete that folder first."
             )
         return state
@@ -183,7 +185,7 @@ def read_journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def discard(out: Path) -> None:
-    """Delete what prepare() makes in out, and nothing else."""
+    """Delete the files that prepare() writes in out, and nothing else."""
     for entry in list(out.iterdir()):
         counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.npy", entry.name)
         if counts or SHARD_NAME.fullmatch(entry.name) or entry.name in (MANIFEST, JOURNAL):
@@ -192,7 +194,7 @@ def discard(out: Path) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path, wait: bool) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when a process dies."""
+    """Lock the folder. The operating system releases the lock when the process ends."""
     import filelock
 
     lock = filelock.FileLock(out / LOCK)

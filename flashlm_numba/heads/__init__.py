@@ -1,4 +1,4 @@
-"""The heads: from hidden states to the probability of a token, its loss and its gradients."""
+"""The output heads: they turn hidden states into token probabilities, loss and gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MODULES = {"Head": "base", "DenseHead": "dense", "SampledHead": "sampled", "Tre
 
 
 def __getattr__(name: str) -> Any:
-    """Import a class, and with it Numba, when it is asked for."""
+    """Import a class, and with it Numba, on first use."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

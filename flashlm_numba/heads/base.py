@@ -1,7 +1,7 @@
-"""The interface of a head, what a head does unless it says otherwise, and the checks that heads share.
+"""The interface of a head, its defaults, and checks that the heads share.
 
-A head goes from hidden states to the probability of a token, its loss and its gradients. A class that inherits from
-Head, with a line in HEADS, is all that a new head needs: docs/extending.md has one.
+A head turns hidden states into token probabilities, loss and gradients. A new head needs a class that inherits from
+Head and an entry in HEADS; docs/extending.md shows one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from flashlm_numba.kernels import _check
 
 
 class Head(ABC):
-    """What the model, training, evaluation, generation and the commands ask of a head.
+    """The interface that the model, training, evaluation, generation and the commands use.
 
-    h is (N, C) float32; targets are token ids (N,) int32; weights (N,) float32 are each position's share of a step's
-    loss. `parameters` and `gradients` hold the head's own arrays by name (not the rows that it shares with the
-    embedding); `row_of_token` is (V,) int32, or None where row v of the embedding belongs to token v;
-    `log_prior` (V,) float32 is added to the logits, by token id, and kept with the weights, or None.
+    In all methods h is (N, C) float32, targets are token ids (N,) int32, and weights (N,) float32 are each position's
+    share of a step's loss.
 
-    own_settings : the fields of HeadConfig that change nothing with a head that does not name them
-    has_int8 : whether `use_int8` does something
+    parameters, gradients : the head's arrays by name, without the rows that it shares with the embedding
+    row_of_token : (V,) int32, row of the embedding per token; None if row v belongs to token v
+    log_prior : (V,) float32 by token id, added to the logits and stored with the weights; or None
+    own_settings : fields of HeadConfig that this head reads; they have no effect with other heads
+    has_int8 : whether `use_int8` has an effect
     """
 
     name: str
@@ -38,39 +39,42 @@ class Head(ABC):
     own_settings: ClassVar[tuple[str, ...]] = ()
     has_int8: ClassVar[bool] = False
 
-    # --- from settings: what is asked of the class, in this order, and of the head when it is saved ---
+    # --- from settings: methods in the order in which the class is used, and those for saving a head ---
 
     @classmethod
     def check(cls, settings: HeadConfig, *, has_rows: bool) -> None:
-        """Raise UserError where the settings do not fit together; has_rows: the embedding does not start at random."""
+        """Raise UserError if the settings contradict each other.
+
+        has_rows : whether there is an initial embedding that is not random
+        """
 
     @classmethod
     def title(cls, settings: HeadConfig) -> str:
-        """The head's name in the line that training starts with."""
+        """The head's name in the first line of training."""
         return settings.name
 
     @classmethod
     def full_ratio(cls, settings: HeadConfig) -> float:
-        """Share of the steps, the last ones, that `begin` is told to be full; in the others loss and NLL read low."""
+        """Final share of the steps in which `begin` gets full=True. In the other steps loss and NLL read low."""
         return 1.0
 
     @classmethod
     def constants_from_data(
         cls, settings: HeadConfig, counts: np.ndarray, rows: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """What `constants` of a new head will be, by name: fixed from the start, and saved beside the parameters.
+        """The `constants` of a new head, by name. They never change and are saved with the parameters.
 
-        counts (V,): how often each token occurs in the training text.  rows (V, C) float32, what the embedding
-        starts from, or None where that is random; both by token id
+        counts : (V,) token counts of the training text
+        rows : initial embedding (V, C) float32, or None if it is random. Both are by token id.
         """
         if not settings.log_prior:
             return {}
-        # of counts plus one: every token can occur
+        # counts plus one, because every token can occur
         return {"log_prior": np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)}
 
     @classmethod
     def token_of_row(cls, constants: dict[str, np.ndarray]) -> np.ndarray | None:
-        """The token (V,) that each row of the embedding is to belong to, or None where row v is token v's."""
+        """The token (V,) that each row of the embedding belongs to, or None if row v belongs to token v."""
         return None
 
     @classmethod
@@ -85,50 +89,51 @@ class Head(ABC):
         parameters: dict[str, np.ndarray],
         counts: np.ndarray | None,
     ) -> Head:
-        """A head on the embedding weight (V, C) and its gradient, the rows in its order.
+        """A head on the embedding weight (V, C) and its gradient, whose rows are in the head's order.
 
-        constants, parameters : of a new head, constants_from_data's and none; of a saved one, what was saved, other
-        names beside it.  counts (V,) : as in constants_from_data; None where the head will not be trained on.
-        Raises ValueError, KeyError or UserError if they do not fit.
+        constants, parameters : for a new head the result of constants_from_data and an empty dict; for a saved head the
+            saved arrays, possibly among others
+        counts : (V,) as in constants_from_data; None if the head will not be trained
+        Raises ValueError, KeyError or UserError if the arrays do not fit the settings.
         """
 
     def constants(self) -> dict[str, np.ndarray]:
-        """What is saved beside the parameters, by name; no name begins with "head."."""
+        """Arrays to save with the parameters, by name. No name begins with "head."."""
         return {} if self.log_prior is None else {"log_prior": self.log_prior}
 
     def describe(self, counts: Callable[[], np.ndarray | None]) -> dict[str, Any]:
-        """What `info` shows of this head alone, in JSON's types.
+        """Entries that `info` shows only for this head, as JSON values.
 
-        counts : reads all of the training text for the tokens' counts (V,); None where the text is not there
+        counts : function that reads the training text and returns the token counts (V,), or None without the text
         """
         return {}
 
     # --- training ---
 
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
-        """Before a micro-batch of training: whatever its loss draws comes from rng; full: draw nothing."""
+        """Prepare for a training micro-batch. rng : for all random choices of its loss;  full : make none"""
 
     def prepare(self) -> None:
-        """Bring up to date what is computed from the parameters; after every change of these."""
+        """Update everything that is computed from the parameters. Call this after every change of a parameter."""
 
     @abstractmethod
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C), float32; adds the gradients of sum(weights * loss) to the parameters'.
+        """Returns loss (N,), nll (N,), dh (N, C), float32, and adds the gradients of sum(weights * loss).
 
-        accumulate=False: the gradients take the place of whatever was there, those of the shared rows too.
+        accumulate : False replaces the previous gradients, including those of the shared rows
         """
 
     # --- evaluation and generation ---
 
     @abstractmethod
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Natural logarithm of the probability of each target, (N,) float32."""
+        """Natural logarithm of each target's probability, (N,) float32."""
 
     @abstractmethod
     def distribution(self, h: np.ndarray) -> np.ndarray:
-        """Probabilities of every token, (N, V) float32, columns by token id. For tests and small use."""
+        """Probabilities of all tokens, (N, V) float32, columns by token id. For tests and small inputs."""
 
     @abstractmethod
     def sample(
@@ -139,44 +144,44 @@ class Head(ABC):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """One token id per row, (N,) int32; temperature, then top-k, then top-p, on the token distribution."""
+        """Sample one token id per row, (N,) int32, applying temperature, then top-k, then top-p."""
 
     def use_int8(self) -> None:
-        """From now on sample from rows rounded to int8, where has_int8 says that there are such."""
+        """From now on, sample with rows quantised to int8. Has no effect unless has_int8 is True."""
 
 
-# --- what heads share: checks of arguments, with the sentences of kernels/_check.py, and options ---
+# --- shared by the heads: argument checks, with the messages of kernels/_check.py, and options ---
 
 
 def check_options(
     where: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0, soft_cap: float | None = None
 ) -> None:
-    """Raise ValueError unless the loss options are in their ranges."""
+    """Raise ValueError unless the loss options are in range."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{where}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
-        raise ValueError(f"{where}: z_loss must be 0 or more, got {z_loss}")
+        raise ValueError(f"{where}: z_loss must be finite and at least 0, got {z_loss}")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"{where}: soft_cap must be above 0, or None for no cap, got {soft_cap}")
+        raise ValueError(f"{where}: soft_cap must be above 0 and finite, or None for no cap, got {soft_cap}")
 
 
 def check_rows(where: str, weight: np.ndarray, dweight: np.ndarray | None) -> None:
-    """Raise ValueError unless weight is (V, C) float32, V and C at least 1, and dweight has its shape."""
+    """Raise ValueError unless weight is (V, C) float32 with V and C at least 1, and dweight has the same shape."""
     _check.array(where, "weight", weight, (None, None))
     if not weight.size:
-        raise ValueError(f"{where}: weight must have a row and a column, got {weight.shape}")
+        raise ValueError(f"{where}: weight must have at least one row and one column, got {weight.shape}")
     if dweight is not None:
         _check.array(where, "dweight", dweight, weight.shape)
 
 
 def check_targets(where: str, targets: np.ndarray, vocab_size: int) -> None:
-    """Raise ValueError unless targets (N,) are int32 token ids of the vocabulary."""
+    """Raise ValueError unless targets are token ids (N,) int32 of the vocabulary."""
     _check.array(where, "targets", targets, (None,), np.int32)
     _check.indices(where, "targets", targets, vocab_size, "check the tokenizer's vocabulary size")
 
 
 def loss_options(settings: HeadConfig, constants: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The arguments that the heads' constructors share, from what Head.from_settings is given."""
+    """The arguments that all head constructors take, from the arguments of Head.from_settings."""
     return {
         "label_smoothing": settings.label_smoothing,
         "z_loss": settings.z_loss,

@@ -1,4 +1,4 @@
-"""The dense head: a softmax over all tokens, tied to the embedding. Exact."""
+"""The dense head: an exact softmax over all tokens, tied to the embedding."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from flashlm_numba.kernels.ternary_gemv import quantize_rows
 
 __all__ = ["DenseHead"]
 
-RESCORED = 64  # of logits from int8 rows: the largest, which are drawn nearly always
+RESCORED = 64  # number of largest int8 logits computed again in float32; nearly all samples are among them
 
 
 class DenseHead(Head):
-    """softmax(h @ weight.T): exact, every token's logit for every position, in bounded scratch.
+    """softmax(h @ weight.T), exact. It computes every token's logit for every position, in scratch of bounded size.
 
-    weight (V, C) float32 may be shared with the embedding; its gradient is added to dweight (V, C) (made here if not
-    given). log_prior (V,) float32: a fixed log-frequency added to the logits, so that training starts at the unigram.
+    weight : (V, C) float32, may be shared with the embedding
+    dweight : (V, C) float32, to which the gradient of weight is added; allocated if None
+    log_prior : (V,) float32, a fixed log frequency added to the logits, so that training starts at the unigram
+        distribution
     Raises ValueError if a shape, a dtype or a number is wrong.
 
     >>> head = DenseHead(np.zeros((5, 2), np.float32))
@@ -56,7 +58,7 @@ class DenseHead(Head):
         self.parameters: dict[str, np.ndarray] = {}
         self.gradients: dict[str, np.ndarray] = {}
         self._scratch: kernels.DenseScratch | None = None
-        self._int8: tuple[np.ndarray, np.ndarray] | None = None  # rows and their scales
+        self._int8: tuple[np.ndarray, np.ndarray] | None = None  # quantised rows and their scales
 
     @classmethod
     def from_settings(
@@ -69,7 +71,7 @@ class DenseHead(Head):
         parameters: dict[str, np.ndarray],
         counts: np.ndarray | None,
     ) -> DenseHead:
-        """As Head.from_settings; the counts are not used."""
+        """See Head.from_settings; this head does not use the counts."""
         return DenseHead(weight, dweight, **loss_options(settings, constants))
 
     def _buffers(self) -> kernels.DenseScratch:
@@ -79,7 +81,10 @@ class DenseHead(Head):
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C); adds the gradient of sum(weights * loss) to dweight, or puts it there."""
+        """Returns loss (N,), nll (N,), dh (N, C), and adds the gradient of sum(weights * loss) to dweight.
+
+        accumulate : False replaces the previous gradient
+        """
         if not accumulate:
             zero(self.dweight)
         return kernels.dense_head_forward_backward(
@@ -106,20 +111,20 @@ class DenseHead(Head):
         return -nll
 
     def use_int8(self) -> None:
-        """From now on draw from rows rounded to int8, the likeliest candidates scored in float32 all the same.
+        """From now on, sample with rows quantised to int8; the largest logits are computed again in float32.
 
-        For generating: a token reads a quarter of the bytes. Call it again when the weights have changed.
+        This speeds up generation, because a token reads a quarter of the bytes. Call it again after changing weights.
         """
         self._int8 = quantize_rows(self.weight)
 
     def _finish(self, logits: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
-        """The cap and the prior of these tokens on logits (n,)."""
+        """Apply the cap and the prior of these tokens to logits (n,)."""
         if (cap := self.settings["soft_cap"]) is not None:
             logits = cap * np.tanh(logits / np.float32(cap))
         return logits if self.log_prior is None else logits + self.log_prior[ids]
 
     def _logits(self, x: np.ndarray) -> np.ndarray:
-        """Logits (V,) float32 of one position x (1, C); with int8 rows, exact for the RESCORED largest."""
+        """Logits (V,) float32 of one position x (1, C). With int8 rows only the RESCORED largest are exact."""
         if self._int8 is None:
             return self._finish(dense_inference.dense_logits(x, self.weight)[0], slice(None))
         logits = self._finish(dense_inference.dense_logits_int8(x, *self._int8)[0], slice(None))
@@ -128,19 +133,20 @@ class DenseHead(Head):
         return logits
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The count largest logits for one h (C,): token ids (k,) int32, largest first, logits (k,) float64; k <= V.
+        """The k = min(count, V) largest logits for one x (C,). Returns token ids (k,) int32 and logits (k,) float64.
 
-        Exact with int8 rows too: whatever rounding could have kept out is scored in float32.
+        The largest comes first. The result is exact with int8 rows too: every token that rounding could have excluded
+        is computed in float32.
         """
         if self._int8 is None:
             ids, values = draw.largest(self._logits(x[None]), count)
             return ids.astype(np.int32), values
         q, scales = self._int8
         logits = dense_inference.dense_logits_int8(x[None], q, scales)[0]
-        reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # how far off they may be
-        # the cap and the prior are increasing functions of a logit: they keep bounds as bounds
+        reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # bound of the rounding error
+        # the cap and the prior are increasing functions of a logit, so bounds remain bounds
         if not np.isfinite(logits).all():
-            raise ValueError("DenseHead: the logits must be finite; nothing can be chosen from them")
+            raise ValueError("DenseHead: the logits must be finite to find the largest")
         lowest = draw.largest(self._finish(logits - reach, slice(None)), count)[1][-1]
         ids = np.flatnonzero(self._finish(logits + reach, slice(None)) >= lowest)
         order, values = draw.largest(
@@ -167,10 +173,10 @@ class DenseHead(Head):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """One token id per row, (N,) int32. One thread."""
+        """Sample one token id per row, (N,) int32, with one thread."""
         _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
         top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
-        if temperature > 0 and top_k is None and top_p is not None:  # needs all of them in order
+        if temperature > 0 and top_k is None and top_p is not None:  # needs all probabilities in order
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
         out = np.empty(len(h), np.int32)
         for n, x in enumerate(h):

@@ -1,15 +1,15 @@
-"""Label trees: every token is a leaf, its probability the product of a softmax at each node on the way to it.
+"""Label trees: every token is a leaf, and its probability is the product of one softmax per node of its path.
 
-A tree is flat arrays. Leaves are numbered depth first, a node's own tokens before its child nodes; nodes are
-numbered breadth first from the root, 0. So both kinds of children of a node are contiguous, and so are all
+A tree consists of flat arrays. Leaves are numbered depth first, a node's direct tokens before its child nodes. Nodes
+are numbered breadth first from the root, 0. Both kinds of children of a node are therefore contiguous, and so are all
 leaves below it:
 
     tokens of node n         leaf rows [token_start[n], token_end[n])
     child nodes of node n    nodes     [child_start[n], child_end[n])
     every leaf below node n  leaf rows [token_start[n], leaf_end[n])
 
-token_of_row and row_of_token translate between leaf rows and token ids. A node's logits are h times the rows
-of its tokens and of its child nodes; node m >= 1 owns row m - 1 of the matrix of nodes.
+token_of_row and row_of_token convert between leaf rows and token ids. A node's logits are h times the rows of its
+tokens and of its child nodes. Node m >= 1 has row m - 1 of the node matrix.
 
 Letters: V tokens, M + 1 nodes, C channels.
 """
@@ -31,12 +31,12 @@ _TOKEN_ARRAYS = ("token_of_row", "row_of_token")
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A label tree as flat int32 arrays (see the module's docstring), checked when it is made.
+    """A label tree as flat int32 arrays (see the module's docstring). The constructor checks them.
 
     token_start, token_end, child_start, child_end, leaf_end, parent : (M + 1,); parent[0] = -1
     token_of_row, row_of_token : (V,)
-    shape : the name of the builder
-    Raises UserError, naming what is wrong, unless the arrays reach every token exactly once.
+    shape : name of the builder
+    Raises UserError, naming the error, unless the arrays reach every token exactly once.
     """
 
     token_start: np.ndarray
@@ -54,55 +54,55 @@ class Tree:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of tokens."""
         return len(self.token_of_row)
 
     @property
     def n_nodes(self) -> int:
-        """M + 1, the root included; M of them have a row."""
+        """M + 1, the number of nodes with the root; M of them have a row."""
         return len(self.token_start)
 
     @property
     def arity(self) -> np.ndarray:
-        """Children of every node, tokens and nodes, (M + 1,) int64."""
+        """Number of children of every node, tokens and nodes together, (M + 1,) int64."""
         tokens = self.token_end.astype(np.int64) - self.token_start
         return tokens + self.child_end - self.child_start
 
     @property
     def spans(self) -> np.ndarray:
-        """The five ranges of every node as the kernels read them, (M + 1, 5) int32: one cache line a node."""
+        """The ranges of every node in the kernels' layout, (M + 1, 5) int32: one cache line per node."""
         return np.stack([self.token_start, self.token_end, self.child_start, self.child_end, self.leaf_end], axis=1)
 
     @property
     def node_depth(self) -> np.ndarray:
-        """Nodes above each node, (M + 1,) int64; 0 for the root."""
+        """Number of nodes above each node, (M + 1,) int64; 0 for the root."""
         return self._sum_to_root(np.ones(self.n_nodes, np.int64)) - 1
 
     @property
     def depth(self) -> int:
-        """Nodes on the longest path, the root included: softmaxes of the deepest token."""
+        """Number of nodes on the longest path with the root, which is the number of softmaxes of the deepest token."""
         return int(self.node_depth.max()) + 1
 
     @property
     def node_of_row(self) -> np.ndarray:
-        """The node that each leaf row hangs from, (V,) int32."""
+        """The parent node of each leaf row, (V,) int32."""
         node = np.empty(self.vocab_size, np.int32)
         order = np.argsort(self.token_start, kind="stable")
         sizes = (self.token_end - self.token_start)[order]
-        # in order of their rows the nodes' own tokens tile the vocabulary
+        # in the order of their rows, the nodes' direct tokens cover the vocabulary
         node[:] = np.repeat(order, sizes)
         return node
 
     def _sum_to_root(self, value: np.ndarray) -> np.ndarray:
-        """value summed over each node and all nodes above it."""
+        """Sum of value over each node and all nodes above it."""
         total = value.tolist()
         parent = self.parent.tolist()
-        for n in range(1, len(total)):  # a parent has the smaller number
+        for n in range(1, len(total)):  # a parent has a smaller number
             total[n] += total[parent[n]]
         return np.array(total, value.dtype)
 
     def path(self, token: int) -> list[tuple[int, int]]:
-        """The (node, child) choices from the root to a token; tokens are counted before child nodes."""
+        """The (node, child) pairs from the root to a token. Child indices count tokens before child nodes."""
         row = int(self.row_of_token[token])
         n = int(self.node_of_row[row])
         steps = [(n, row - int(self.token_start[n]))]
@@ -114,9 +114,9 @@ class Tree:
         return steps[::-1]
 
     def expected(self, counts: np.ndarray | None = None) -> dict[str, float]:
-        """What a position costs, the mean over tokens weighted by counts (V,), by token id (default: alike).
+        """The expected cost per position: the mean over tokens, weighted by counts (V,) by token id (default: equal).
 
-        `depth`: softmaxes; `path_cost`: logits, that is rows of C channels; the dense head's would be V.
+        `depth` : number of softmaxes;  `path_cost` : number of logits, or rows of C channels; V in a dense head
         """
         node = self.node_of_row
         weight = np.ones(self.vocab_size)
@@ -129,7 +129,7 @@ class Tree:
         }
 
     def describe(self, counts: np.ndarray | None = None) -> dict[str, Any]:
-        """Numbers about the tree, for `info` and its JSON; counts (V,) weigh the expected cost and depth."""
+        """Statistics of the tree, for `info` and its JSON. counts (V,) weight the expected cost and depth."""
         expected = self.expected(counts)
         depth = self.node_depth
         tokens = self.token_end - self.token_start
@@ -151,7 +151,7 @@ class Tree:
         }
 
     def draw(self, counts: np.ndarray | None = None) -> str:
-        """The tree level by level as text.
+        """A text that describes the tree level by level.
 
         >>> from flashlm_numba.heads.tree_shapes import build_tree
         >>> print(build_tree("two-level", np.ones(9)).draw())
@@ -174,16 +174,16 @@ class Tree:
         return "\n".join(lines)
 
     def to_tensors(self) -> dict[str, np.ndarray]:
-        """Arrays by name, for a safetensors file; the shape's name is UTF-8 bytes in `tree.shape`."""
+        """The arrays by name, for a safetensors file; `tree.shape` holds the shape's name as UTF-8 bytes."""
         tensors = {f"tree.{name}": getattr(self, name) for name in (*_NODE_ARRAYS, *_TOKEN_ARRAYS)}
         tensors["tree.shape"] = np.frombuffer(self.shape.encode(), np.uint8).copy()
         return tensors
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> Tree:
-        """The tree that to_tensors stored; other names are ignored.
+        """The tree stored by to_tensors; ignores other names.
 
-        Raises UserError, naming what is wrong, if a part is missing or the arrays are no such tree.
+        Raises UserError, naming the error, if an array is missing or the arrays are not a valid tree.
         """
         arrays = {}
         for name in (*_NODE_ARRAYS, *_TOKEN_ARRAYS, "shape"):
@@ -197,12 +197,12 @@ class Tree:
 def _damaged(what: str) -> UserError:
     return UserError(
         f"The label tree is damaged: {what}. A tree must reach every token exactly once; "
-        "take another checkpoint, or build the tree again."
+        "use another checkpoint, or build the tree again."
     )
 
 
 def _validate(tree: Tree) -> None:
-    """Raise UserError unless the arrays are consistent. Each rule names the array that breaks it."""
+    """Raise UserError unless the arrays are consistent. Each message names the wrong array."""
     nodes, vocab = len(tree.token_start), len(tree.token_of_row)
     for name in (*_NODE_ARRAYS, *_TOKEN_ARRAYS):
         array = getattr(tree, name)
@@ -221,7 +221,7 @@ def _validate(tree: Tree) -> None:
         if not good.all():
             raise _damaged(sentence.format(n=int(np.flatnonzero(~good)[0])))
 
-    # Child nodes are handed out in order, each once, after their parent: no cycle, no node with two parents.
+    # Every child node is listed once, in order, after its parent, so there is no cycle and no node has two parents.
     before = np.concatenate([[1], child_end[:-1]])
     need(child_start == before, "child_start of node {n} does not follow the child nodes of the node before")
     need(child_end >= child_start, "child_end of node {n} is below its child_start")
@@ -230,12 +230,12 @@ def _validate(tree: Tree) -> None:
         "the child nodes of node {n} come before it, so there is a cycle",
     )
     if child_end[-1] != nodes:
-        raise _damaged(f"its nodes have {child_end[-1] - 1} child nodes in all, expected {nodes - 1}")
+        raise _damaged(f"its nodes have {child_end[-1] - 1} child nodes in total, expected {nodes - 1}")
     expected_parent = np.concatenate([[-1], np.repeat(np.arange(nodes), child_end - child_start)])
     need(parent == expected_parent, "parent of node {n} is not the node that lists it")
 
     # The leaves below a node are its tokens, then those of each child node in turn.
-    need((token_start >= 0) & (token_end >= token_start), "the tokens of node {n} are no range of leaf rows")
+    need((token_start >= 0) & (token_end >= token_start), "the tokens of node {n} are not a range of leaf rows")
     need(leaf_end > token_start, "node {n} has no token below it")
     if token_start[0] != 0 or leaf_end[0] != vocab:
         raise _damaged(f"the root covers leaf rows {token_start[0]} to {leaf_end[0]}, expected 0 to {vocab}")
@@ -262,9 +262,9 @@ def _validate(tree: Tree) -> None:
 
 
 def tree_from_lists(tokens: Sequence[Sequence[int]], children: Sequence[Sequence[int]], shape: str = "custom") -> Tree:
-    """A tree from each node's token ids and child nodes, the root first; nodes are renumbered breadth first.
+    """Build a tree from each node's token ids and child nodes, the root first. Renumbers nodes breadth first.
 
-    Raises UserError if a token is missing or doubled, a node has two parents or none, or there is a cycle.
+    Raises UserError if a token is missing or occurs twice, if a node has two parents or none, or if there is a cycle.
 
     >>> tree_from_lists([[2], [0, 1]], [[1], []]).path(1)
     [(0, 1), (1, 1)]
@@ -307,10 +307,10 @@ def tree_from_groups(
     groups: Sequence[Sequence[int] | np.ndarray],
     shape: str = "custom",
 ) -> Tree:
-    """A tree of two levels: root_tokens hang from the root, each group of tokens from a node of its own.
+    """A tree of two levels: root_tokens are children of the root, and each group of tokens gets a separate node.
 
-    A group of one token hangs from the root too, and one lone group is the root: a node with a single child
-    would decide nothing.
+    A group of one token becomes a child of the root, and a single group becomes the root, because a node with one
+    child has nothing to decide.
     """
     top = [int(token) for token in root_tokens]
     nodes = [[int(token) for token in group] for group in groups if len(group)]

@@ -1,13 +1,13 @@
-"""The sampled mode of the dense head: in training, a softmax over the targets and a few thousand drawn tokens.
+"""The sampled head: in training, a softmax over the targets and a few thousand sampled tokens.
 
     log Z  is replaced by  log sum over the candidates v of  exp(l_v) / pi_v
 
-pi_v is the probability that v is among the candidates: 1 for the batch's targets; the others are drawn without
-replacement, frequent ones more often, the same for all positions. Then the sum is right on average (Horvitz & Thompson
-1952, JASA 47, eq. 6), while its logarithm, the loss, reads low (Jensen), and the gradient is biased by an amount that
-falls as the candidates grow. So the last stretch of training and every evaluation take the full softmax.
-One candidate set for the whole batch: as in modded-nanogpt's pull request 360, which has no correction. The drawing is
-systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
+pi_v is the probability that v is a candidate. It is 1 for the batch's targets. The other candidates are sampled without
+replacement, frequent tokens more often, and are the same for all positions. The sum is then unbiased (Horvitz &
+Thompson 1952, JASA 47, eq. 6). Its logarithm, the loss, reads low (Jensen), and the gradient has a bias that shrinks
+with the number of candidates. The final steps of training and every evaluation therefore use the full softmax.
+One candidate set per batch is also used by modded-nanogpt's pull request 360, which has no correction. The sampling
+method is systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["SampledHead", "draw", "inclusion_probabilities"]
 
 
 def inclusion_probabilities(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Probabilities (n,) float64, proportional to sizes but at most 1, that sum to count.
+    """Probabilities (n,) float64 that sum to count, proportional to sizes but at most 1.
 
-    sizes (n,) positive. Raises ValueError unless 0 <= count <= n.
+    sizes : (n,), positive. Raises ValueError unless 0 <= count <= n.
 
     >>> inclusion_probabilities(np.array([8.0, 1, 1, 2]), 2).tolist()
     [1.0, 0.25, 0.25, 0.5]
@@ -47,10 +47,11 @@ def inclusion_probabilities(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 def draw(probabilities: np.ndarray, uniform: float) -> np.ndarray:
-    """Indices, ascending and each at most once, that contain i with exactly probabilities[i]; systematic sampling.
+    """Distinct indices, ascending, by systematic sampling; index i is included with exactly probabilities[i].
 
-    probabilities (n,) float64 in [0, 1] with a whole sum, which is the number of indices; uniform in [0, 1) decides.
-    Items near one another in the order are seldom drawn together: an order by frequency makes the draw stratified.
+    probabilities : (n,) float64 in [0, 1]; their sum must be an integer, which is the number of indices
+    uniform : random number in [0, 1) that determines the sample
+    Neighbouring items are seldom sampled together, so an order by frequency stratifies the sample.
 
     >>> draw(np.array([0.5, 0.5, 0.25, 0.75]), 0.6).tolist()
     [1, 3]
@@ -58,19 +59,20 @@ def draw(probabilities: np.ndarray, uniform: float) -> np.ndarray:
     until = np.cumsum(probabilities)
     count = round(until[-1]) if len(until) else 0
     number = np.arange(count)
-    points = number + np.floor(uniform * 2**30) / 2**30  # exact sums: no point rounds up into the next
+    points = number + np.floor(uniform * 2**30) / 2**30  # exact sums, so that no point rounds up to the next
     found = np.searchsorted(until, points, side="right")
-    # the running sum is rounded too: where that puts two points into one item, the second takes the next
+    # the cumulative sum is rounded too; if two points fall into one item, the second takes the next item
     return np.minimum(np.maximum.accumulate(found - number) + number, len(until) - count + number)
 
 
 class SampledHead(DenseHead):
-    """The dense head, with a loss over drawn candidates in training; all else is the dense head's.
+    """The dense head with a training loss over sampled candidates. Everything else is as in DenseHead.
 
-    counts (V,): how often each token occurs; others than the targets are drawn in proportion to counts + 1.
-    candidates : tokens in a batch's softmax, targets included; at least half of them, or as many as are left, are drawn
-    Call `begin` before every forward_backward. The other arguments are DenseHead's; label smoothing is uniform over the
-    candidates, z-loss acts on the estimated log Z. Raises ValueError if a shape, a dtype or a number is wrong.
+    counts : (V,) token counts; tokens other than the targets are sampled in proportion to counts + 1
+    candidates : tokens in a batch's softmax, targets included; at least half of them, or all remaining, are sampled
+    The other arguments are those of DenseHead. Call `begin` before every forward_backward. Label smoothing is uniform
+    over the candidates, and z-loss uses the estimated log Z.
+    Raises ValueError if a shape, a dtype or a number is wrong.
     """
 
     name = "sampled"
@@ -88,9 +90,7 @@ class SampledHead(DenseHead):
         super().__init__(weight, dweight, **options)
         counts = np.asarray(counts)
         if counts.shape != (self.vocab_size,) or not np.isfinite(counts).all() or (counts < 0).any():
-            raise ValueError(
-                f"SampledHead: counts must be {self.vocab_size} numbers, none negative, got {counts.shape}"
-            )
+            raise ValueError(f"SampledHead: counts must be {self.vocab_size} non-negative numbers, got {counts.shape}")
         if candidates != int(candidates) or candidates < 1:
             raise ValueError(f"SampledHead: candidates must be a whole number of at least 1, got {candidates}")
         self.candidates = candidates
@@ -101,7 +101,7 @@ class SampledHead(DenseHead):
 
     @classmethod
     def full_ratio(cls, settings: HeadConfig) -> float:
-        """The last share of the steps, which takes the softmax over all tokens."""
+        """The final share of the steps, which uses the softmax over all tokens."""
         return settings.full_softmax_ratio
 
     @classmethod
@@ -115,18 +115,18 @@ class SampledHead(DenseHead):
         parameters: dict[str, np.ndarray],
         counts: np.ndarray | None,
     ) -> DenseHead:
-        """As Head.from_settings; without counts, which only training needs, a dense head."""
+        """See Head.from_settings. Without counts, which only training needs, this returns a dense head."""
         options = loss_options(settings, constants)
         if counts is None:
             return DenseHead(weight, dweight, **options)
         return SampledHead(weight, dweight, counts=counts, candidates=settings.num_sampled, **options)
 
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
-        """Set what the next forward_backward draws; full: the softmax over all tokens, nothing is drawn."""
+        """Choose the sample of the next forward_backward. full : use the softmax over all tokens instead"""
         self._uniform = None if full else float(rng.random())
 
     def _others(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distinct targets, ascending; the other tokens, most frequent first; these tokens' inclusion probabilities."""
+        """Distinct targets, ascending; the other tokens, most frequent first; and their inclusion probabilities."""
         is_target = np.zeros(self.vocab_size, bool)
         is_target[targets] = True
         other = ~is_target[self._by_frequency]
@@ -135,7 +135,7 @@ class SampledHead(DenseHead):
         return distinct, self._by_frequency[other], inclusion_probabilities(self._sizes[other], count)
 
     def choose(self, targets: np.ndarray, uniform: float) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates (P,) int32, token ids ascending, all targets (N,) among them; their probabilities (P,) float64."""
+        """Candidate ids (P,) int32, ascending, including all targets (N,); and their probabilities (P,) float64."""
         distinct, others, p = self._others(targets)
         drawn = draw(p, uniform)
         ids = np.concatenate([distinct, others[drawn]])
@@ -145,10 +145,11 @@ class SampledHead(DenseHead):
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C) of the softmax over candidates; adds its gradient to dweight, or puts it
-        there.
+        """Returns loss (N,), nll (N,), dh (N, C) of the softmax over candidates, and adds its gradient to dweight.
 
-        h (N, C), weights (N,) float32, targets (N,) int32. loss and nll read low: the sum over all is larger.
+        h (N, C), weights (N,) float32; targets (N,) int32
+        accumulate : False replaces the previous gradient
+        loss and nll read low, because the sum over all tokens is larger.
         """
         if self._uniform is None:
             return super().forward_backward(h, targets, weights, accumulate=accumulate)

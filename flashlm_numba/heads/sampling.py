@@ -1,4 +1,4 @@
-"""Drawing a token from a distribution: temperature, then top-k, then top-p."""
+"""Sampling a token from a distribution: temperature, then top-k, then top-p."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 def check_settings(
     temperature: float, top_k: int | None, top_p: float | None, vocab_size: int
 ) -> tuple[int | None, float | None]:
-    """top_k and top_p, or None for one that keeps all of the vocabulary: the same seed then draws the same.
+    """Return top_k and top_p, each replaced by None if it excludes no token, so that the same seed samples the same.
 
     Raises ValueError if a setting is out of range.
     """
@@ -28,10 +28,10 @@ def sample_rows(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> np.ndarray:
-    """One column per row of probabilities (N, V), (N,) int32.
+    """Sample one column per row of probabilities (N, V). Returns (N,) int32.
 
-    temperature 0 takes the most likely token; otherwise p becomes p**(1/temperature), the top_k most likely are kept,
-    of these the fewest whose probabilities reach top_p, and the rest is renormalised.
+    Temperature 0 takes the likeliest token. Otherwise p becomes p**(1/temperature), and only the top_k likeliest tokens
+    remain, and of these the fewest whose probabilities sum to top_p. Their probabilities are renormalised.
     Raises ValueError if a setting is out of range.
 
     >>> sample_rows(np.array([[0.1, 0.7, 0.2]]), np.random.default_rng(0), top_k=1).tolist()
@@ -48,7 +48,7 @@ def sample_rows(
             with np.errstate(divide="ignore", over="ignore"):
                 logs = np.log(p)
                 p = np.exp((logs - logs.max()) / temperature)
-        # most likely first; equal ones by token id, so that the choice does not depend on the sort
+        # likeliest first, ties by token id, so that the result does not depend on the sort
         keep = np.argsort(-p, kind="stable") if top_k is not None or top_p is not None else np.arange(p.size)
         keep = keep[:top_k]
         total = np.cumsum(p[keep])
@@ -56,7 +56,7 @@ def sample_rows(
             raise ValueError(f"probabilities must be finite and not all zero, their sum is {total[-1]}")
         if top_p is not None:
             total = total[: int(np.searchsorted(total, top_p * total[-1])) + 1]
-        # the first whose running sum exceeds a share of the whole, drawn uniformly
+        # the first token whose cumulative probability exceeds a uniform random share of the total
         chosen = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
         out[i] = keep[min(chosen, len(total) - 1)]
     return out

@@ -1,6 +1,6 @@
-"""HEADS: the output heads by the name that `--head` takes; nothing is imported until a head is asked for.
+"""HEADS: the output heads by the name that `--head` takes.
 
-The command line reads this table, and `--help` must not wait for NumPy.
+The command line reads this table, and `--help` must not wait for NumPy, so a head is imported on first use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# a class that inherits from heads.base.Head, or "module:class" to import when it is needed
+# a class that inherits from heads.base.Head, or the text "module:class" of a class to import on first use
 HEADS: dict[str, str | type[Any]] = {
     "dense": "flashlm_numba.heads.dense:DenseHead",
     "sampled": "flashlm_numba.heads.sampled:SampledHead",

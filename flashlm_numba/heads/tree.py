@@ -1,4 +1,4 @@
-"""The tree head: a softmax at every node on the way to a token; exact, and far cheaper than all V."""
+"""The tree head: a hierarchical softmax, with a softmax at every node of a token's path. Exact and cheap."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
 __all__ = ["TreeHead"]
 
 
-NEVER = -1e30  # log probability of what cannot be, as a number
+NEVER = -1e30  # finite log probability of an impossible token
 
 
 class TreeHead(Head):
-    """P(token) = product over its path of a softmax over a node's children. Exact; the cost is that of the
-    path.
+    """P(token) = product of a softmax over each node's children, over the nodes of the token's path. Exact.
 
-    tree : Tree, or None to build one from counts (V,), by token id, with the named shape
-    weight, dweight : (V, C) float32, rows **in leaf order** (row r is token tree.token_of_row[r]), shared
-    with the
-        embedding; None: the head owns its leaf rows (`weight` among its parameters), small and random
-    nodes : (M, C) float32, a row for each node below the root, owned by the head; default init_nodes
-    rank : keep these rows as a product, nodes (M, R) times a basis (R, C), both trained: fewer parameters. After a
-        change of the parameters, call prepare. With basis given, nodes are its coordinates.
-    label_smoothing is uniform over a node's children, z_loss adds z * log(Z)**2 at each node of the path,
-    soft_cap acts on each node's logits. log_prior (V,) float32, by token id: a fixed log-frequency added to
-    the logits (its sum to a node's), so that training starts at the unigram.
+    The cost per position is that of the path.
+
+    tree : Tree; None: build one of the named shape from counts (V,), by token id
+    weight, dweight : (V, C) float32, rows **in leaf order** (row r is token tree.token_of_row[r]), shared with the
+        embedding. None: the head has separate leaf rows, small and random (`weight` in its parameters).
+    nodes : (M, C) float32, one row per node below the root, which belongs to the head; default: init_nodes
+    rank : store these rows as a product of nodes (M, R) and a basis (R, C), both trained, which saves parameters.
+        Call prepare after changing the parameters. If basis is given, nodes are the coordinates in it.
+    label_smoothing is uniform over a node's children. z_loss adds z * log(Z)**2 at each node of the path. soft_cap
+    acts on each node's logits. log_prior (V,) float32, by token id, is a fixed log frequency added to the logits. A
+    node gets the sum over its tokens, so that training starts at the unigram distribution.
     Raises ValueError if a shape or dtype is wrong.
 
     >>> head = TreeHead(vocab_size=1000, dim=8, counts=np.arange(1000))
@@ -94,7 +94,7 @@ class TreeHead(Head):
         self.gradients: dict[str, np.ndarray] = {}
         if weight is None:
             if dim is None:
-                raise ValueError("TreeHead: give weight (V, C), or dim to make rows of its own")
+                raise ValueError("TreeHead: give weight (V, C), or dim for separate leaf rows")
             rng = np.random.default_rng(seed)
             weight = rng.standard_normal((self.vocab_size, dim), np.float32) * np.float32(dim**-0.5)
             self.parameters["weight"] = weight
@@ -115,7 +115,7 @@ class TreeHead(Head):
         if log_prior is not None:
             if log_prior.shape != (self.vocab_size,):
                 raise ValueError(f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}")
-            # -inf, of a token that cannot be, would make a node of such tokens 0 / 0
+            # -inf for an impossible token would make a node of such tokens 0 / 0
             by_row = np.maximum(log_prior[tree.token_of_row], NEVER).astype(np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
         self._scratch = kernels.TreeScratch()
@@ -124,20 +124,20 @@ class TreeHead(Head):
 
     @classmethod
     def check(cls, settings: HeadConfig, *, has_rows: bool) -> None:
-        """Raise UserError unless the tree's shape is there and takes the options set."""
+        """Raise UserError unless the tree's shape exists and takes the given options."""
         rows = has_rows and _clusters_rows(settings)
         check_shape(settings.tree, _shape_options(settings), rows=rows, prefix="tree_")
 
     @classmethod
     def title(cls, settings: HeadConfig) -> str:
-        """The name and the shape of the tree asked for."""
+        """The head's name and the requested shape of the tree."""
         return f"tree ({settings.tree})"
 
     @classmethod
     def constants_from_data(
         cls, settings: HeadConfig, counts: np.ndarray, rows: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """As Head.constants_from_data, and the tree's arrays."""
+        """The constants of Head.constants_from_data and the tree's arrays."""
         given = rows if _clusters_rows(settings) else None
         tree = build_tree(settings.tree, counts, rows=given, **_shape_options(settings))
         return super().constants_from_data(settings, counts, rows) | tree.to_tensors()
@@ -158,7 +158,7 @@ class TreeHead(Head):
         parameters: dict[str, np.ndarray],
         counts: np.ndarray | None,
     ) -> TreeHead:
-        """As Head.from_settings; node rows that were not saved start from the leaf rows, weighed by the counts."""
+        """See Head.from_settings. Node rows that were not saved start as means of leaf rows, weighted by the counts."""
         tree = Tree.from_tensors(constants)
         nodes, basis = parameters.get("nodes.weight"), parameters.get("nodes.basis")
         rank = None
@@ -168,19 +168,19 @@ class TreeHead(Head):
         return TreeHead(tree, weight, dweight, counts=counts, nodes=nodes, basis=basis, rank=rank, **options)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """As Head.constants, and the tree's arrays."""
+        """The constants of Head.constants and the tree's arrays."""
         return super().constants() | self.tree.to_tensors()
 
     def describe(self, counts: Callable[[], np.ndarray | None]) -> dict[str, Any]:
-        """The tree's shape, and what a position costs where the training text is there to count tokens in."""
+        """The tree's shape, and the expected cost per position if the training text is available for token counts."""
         found = counts()
         description = self.tree.describe(found)
-        if found is None:  # then nothing is known of how often a token occurs
+        if found is None:  # without counts there is no expected cost
             description = {name: value for name, value in description.items() if not name.startswith("expected")}
         return {"tree": description}
 
     def _take_nodes(self, nodes: np.ndarray, rank: int | None, basis: np.ndarray | None) -> None:
-        """Set the node rows, whole or as a product, and their gradients."""
+        """Set the node rows, full or factored, and their gradients."""
         count, dim = self.tree.n_nodes - 1, self.weight.shape[1]
         if rank is not None and basis is None:
             nodes, basis = factor_nodes(nodes, rank)
@@ -191,8 +191,8 @@ class TreeHead(Head):
             raise ValueError(f"TreeHead: nodes must have shape ({count}, {width}), got {nodes.shape}")
         self._basis = basis
         self.nodes = nodes if basis is None else np.zeros((count, dim), np.float32)
-        self.dnodes = np.zeros(self.nodes.shape, np.float32)  # of the whole rows
-        if not count:  # a tree that is only a root has no node rows
+        self.dnodes = np.zeros(self.nodes.shape, np.float32)  # gradient of the full rows
+        if not count:  # a tree with only a root has no node rows
             return
         self.parameters["nodes.weight"] = nodes
         self.gradients["nodes.weight"] = self.dnodes
@@ -203,9 +203,9 @@ class TreeHead(Head):
         self.prepare()
 
     def prepare(self) -> None:
-        """Multiply out the node rows that are kept as a product; call after every change of the parameters."""
+        """Multiply the factors of the node rows, if there are any. Call this after every change of the parameters."""
         if self._basis is not None and self.nodes.size:
-            # by way of a spare: a thread that writes a text meanwhile must not see a half-made product
+            # through a temporary array, since a thread that generates text must not see a partial product
             self.nodes[...] = low_rank_rows(self.parameters["nodes.weight"], self._basis, np.empty_like(self.nodes))
 
     def _rows(self, targets: np.ndarray) -> np.ndarray:
@@ -215,15 +215,16 @@ class TreeHead(Head):
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """loss (N,), nll (N,), dh (N, C); adds the gradients of sum(weights * loss) to dweight and the nodes', or puts
-        them there: less work than clearing them, since only the rows on the targets' paths get any.
+        """Returns loss (N,), nll (N,), dh (N, C), and adds the gradients of sum(weights * loss) to dweight and dnodes.
 
-        h (N, C), weights (N,) float32; targets (N,) int32 token ids. nll is the plain -log p whatever the
-        options.
+        h (N, C), weights (N,) float32; targets (N,) int32 token ids
+        accumulate : False replaces the previous gradients, which is cheaper than clearing them, since only the rows on
+            the targets' paths have gradients
+        nll is the plain -log p, whatever the options.
         """
         factored = self._basis is not None and self.nodes.size > 0
         if factored and accumulate:
-            self.dnodes[...] = 0  # this batch's own, of the whole rows
+            self.dnodes[...] = 0  # gradient of the full rows, of this batch only
         result = kernels.tree_head_forward_backward(
             h,
             self._kernel_tree,
@@ -249,22 +250,22 @@ class TreeHead(Head):
         return result
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """log p(target), (N,) float32, visiting the target's path only."""
+        """log p(target), (N,) float32. Visits only the target's path."""
         _, nll = kernels.tree_head_forward(h, self._kernel_tree, self._rows(targets), scratch=self._scratch)
         return -nll
 
     def log_distribution(self, h: np.ndarray) -> np.ndarray:
-        """log p of every token, (N, V) float32, columns by token id; visits the whole tree."""
+        """log p of all tokens, (N, V) float32, columns by token id. Visits all nodes."""
         return tree_inference.tree_head_log_distribution(h, self._kernel_tree, self.tree.token_of_row)
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
-        """Probabilities of every token, (N, V) float32, columns by token id; visits the whole tree."""
+        """Probabilities of all tokens, (N, V) float32, columns by token id. Visits all nodes."""
         return np.exp(self.log_distribution(h))
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The count likeliest tokens for one h (C,), ids (k,) int32, most likely first, and their log p (k,) float64.
+        """The k = min(count, V) likeliest tokens for one x (C,). Returns ids (k,) int32 and log p (k,) float64.
 
-        Exact, by best-first search over the nodes; k is count, at most V.
+        The likeliest comes first. The result is exact; it uses best-first search over the nodes.
         """
         rows, log_p = self._sampler.top(x[None], count)
         return self.tree.token_of_row[rows], log_p
@@ -277,14 +278,14 @@ class TreeHead(Head):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """One token id per row, (N,) int32: temperature, then top-k, then top-p, on the token distribution.
+        """Sample one token id per row, (N,) int32, applying temperature, then top-k, then top-p.
 
-        At temperature 1 without top-k and top-p by descent; with top-k at any temperature, and for
-        temperature 0, by best-first search; otherwise from all V probabilities.
+        Temperature 1 without top-k and top-p samples by descent through the tree. Top-k at any temperature, and
+        temperature 0, use best-first search. All other settings use all V probabilities.
         """
         top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
         if not np.isfinite(h).all():
-            raise ValueError("TreeHead: h must be finite; nothing can be drawn from it")
+            raise ValueError("TreeHead: h must be finite to sample from it")
         if temperature == 1 and top_k is None and top_p is None:
             rows = self._sampler.sample(h, rng.random((len(h), self._sampler.depth)))
             return self.tree.token_of_row[rows]
@@ -300,7 +301,7 @@ class TreeHead(Head):
 
 
 def _shape_options(settings: HeadConfig) -> dict[str, int]:
-    """The options of build_tree that the settings give."""
+    """The options for build_tree from the settings."""
     options = {
         "root_tokens": settings.tree_root_tokens,
         "clusters": settings.tree_clusters,
@@ -311,5 +312,5 @@ def _shape_options(settings: HeadConfig) -> dict[str, int]:
 
 
 def _clusters_rows(settings: HeadConfig) -> bool:
-    """Whether the tree's builder is given the rows that the embedding starts from."""
+    """Whether the tree is built from the initial embedding."""
     return settings.tree_clustering == "embedding" or settings.tree == "clustered"

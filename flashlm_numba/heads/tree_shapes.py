@@ -1,7 +1,7 @@
-"""Shapes of label trees: builders from the tokens' counts and, where they are given, an embedding's rows.
+"""Shapes of label trees: builders that use token counts and, optionally, the rows of an embedding.
 
-A builder takes weight (V,), the counts plus one by token id, and rows (V, C) by token id or None, and gives a Tree;
-SHAPES names them for `--tree`.
+A builder takes weight (V,), the counts plus one by token id, and rows (V, C) by token id or None. It returns a Tree.
+SHAPES names the builders for `--tree`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 from flashlm_numba.heads.label_tree import Tree, tree_from_groups, tree_from_lists
 from flashlm_numba.system.errors import UserError
 
-MOST_SIMILARITIES = 1 << 28  # of tokens and clusters in k-means: 4 bytes each, and 8 for their order
-FREQUENT_SHARE = 0.75  # of the weight, in the first half of the groups by meaning
+MOST_SIMILARITIES = 1 << 28  # maximum number of token-cluster similarities in k-means; 12 bytes each with their order
+FREQUENT_SHARE = 0.75  # share of the weight in the first half of the groups, if grouped by embedding
 
 
 def _huffman(weight: np.ndarray, rows: np.ndarray | None) -> Tree:
-    """The binary tree of least expected depth (Huffman 1952), in O(V log V); rows are not used."""
+    """The binary tree with the smallest expected depth (Huffman 1952), in O(V log V). Ignores rows."""
     vocab = len(weight)
     if vocab == 1:
         return tree_from_lists([[0]], [[]], "huffman")
-    # the number breaks ties, so that the tree does not depend on the heap's insides
+    # the number breaks ties, so that the tree does not depend on the heap's implementation
     heap = [(w, i) for i, w in enumerate(weight.tolist())]
     heapq.heapify(heap)
     pairs: list[tuple[int, int]] = []
@@ -33,14 +33,14 @@ def _huffman(weight: np.ndarray, rows: np.ndarray | None) -> Tree:
         w1, b = heapq.heappop(heap)
         heapq.heappush(heap, (w0 + w1, vocab + len(pairs)))
         pairs.append((a, b))
-    pairs.reverse()  # the root was made last
+    pairs.reverse()  # the root was created last
     tokens = [[i for i in pair if i < vocab] for pair in pairs]
     children = [[len(pairs) - 1 - (i - vocab) for i in pair if i >= vocab] for pair in pairs]
     return tree_from_lists(tokens, children, "huffman")
 
 
 def _by_frequency(weight: np.ndarray) -> np.ndarray:
-    """Token ids, most frequent first, equal ones by id."""
+    """Token ids, most frequent first, ties by id."""
     return np.argsort(-weight, kind="stable")
 
 
@@ -51,7 +51,7 @@ def _split_tree(
     split: Callable[[np.ndarray, int], list[np.ndarray]],
     shape: str,
 ) -> Tree:
-    """ids are split into `arity` parts, and these again, until a part fits a node of `widest` tokens."""
+    """A tree that splits ids into `arity` parts, recursively, until a part fits a node of `widest` tokens."""
     tokens: list[list[int]] = [[]]
     children: list[list[int]] = [[]]
     work = [(0, ids)]
@@ -72,18 +72,18 @@ def _split_tree(
 
 
 def _cube_root(vocab: int) -> int:
-    """Arity of a tree of three levels: 37 for GPT-2's vocabulary."""
+    """Arity of a tree with three levels: 37 for GPT-2's vocabulary."""
     return max(2, int(np.ceil(vocab ** (1 / 3))))
 
 
 def _balanced(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None = None) -> Tree:
-    """Nodes of `arity` children (default: three levels), tokens in order of frequency; rows are not used."""
+    """Nodes with `arity` children (default: three levels), tokens in order of frequency. Ignores rows."""
     arity = _at_least("arity", arity or _cube_root(len(weight)), 2)
     return _split_tree(_by_frequency(weight), arity, arity, np.array_split, "balanced")
 
 
 def _runs(weight: np.ndarray, count: int, cap: int) -> list[slice]:
-    """At most `count` runs of about equal weight, at most `cap` long each (longer if it cannot be helped)."""
+    """At most `count` consecutive slices of about equal weight, each at most `cap` long (or longer if necessary)."""
     n = len(weight)
     cap = max(cap, -(-n // count))
     total = np.concatenate([[0.0], np.cumsum(weight, dtype=np.float64)])
@@ -98,7 +98,7 @@ def _runs(weight: np.ndarray, count: int, cap: int) -> list[slice]:
             start = end
         return runs
 
-    low, high = total[-1] / count / 2, total[-1]  # high gives runs of `cap`: few enough
+    low, high = total[-1] / count / 2, total[-1]  # high gives slices of length `cap`, which are few enough
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if len(cut(middle)) > count else (low, middle)
@@ -106,7 +106,7 @@ def _runs(weight: np.ndarray, count: int, cap: int) -> list[slice]:
 
 
 def _capacity_assign(score: np.ndarray, capacity: int) -> np.ndarray:
-    """A column for each row of score (n, k): its best with room; where room is short, the better score."""
+    """Assign each row of score (n, k) to its best column with free capacity; better scores go first."""
     label = np.full(len(score), -1)
     room = np.full(score.shape[1], capacity)
     todo = np.arange(len(score))
@@ -124,10 +124,10 @@ def _capacity_assign(score: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def balanced_kmeans(rows: np.ndarray, count: int, capacity: int, *, iterations: int = 10, seed: int = 0) -> np.ndarray:
-    """Cluster (n,) of each row of rows (n, C) by direction, `count` clusters of at most `capacity` rows.
+    """Cluster index (n,) of each row of rows (n, C), for `count` clusters by direction of at most `capacity` rows.
 
-    Rows are scaled to length one: the length of an embedding row follows its token's frequency, its direction
-    the meaning. Lloyd's algorithm with assignment under a capacity, best first. Deterministic for a seed.
+    Rows are normalised, because the length of an embedding row reflects the token's frequency and the direction its
+    meaning. The method is Lloyd's algorithm with limited capacity, best scores first. It is deterministic for a seed.
     Raises ValueError if count * capacity is below n.
     """
     n = len(rows)
@@ -152,13 +152,13 @@ def balanced_kmeans(rows: np.ndarray, count: int, capacity: int, *, iterations: 
 
 
 def _clusters(rows: np.ndarray, ids: np.ndarray, count: int) -> list[np.ndarray]:
-    """ids in `count` parts by the direction of their rows, each at most a quarter larger than the mean.
+    """Split ids into `count` clusters by the direction of their rows, each at most a quarter above the mean size.
 
-    Raises UserError for so many that the table of their similarities, and its order, would take several GB.
+    Raises UserError if the table of similarities and its order would take several GB.
     """
     if len(ids) * count > MOST_SIMILARITIES:
         raise UserError(
-            f"{count:,} clusters of {len(ids):,} tokens would need too much memory; ask for at most "
+            f"{count:,} clusters of {len(ids):,} tokens would need too much memory; request at most "
             f"{MOST_SIMILARITIES // len(ids):,}."
         )
     capacity = int(np.ceil(1.25 * len(ids) / count))
@@ -173,10 +173,10 @@ def _at_least(name: str, value: int, least: int) -> int:
 
 
 def _groups(weight: np.ndarray, ids: np.ndarray, rows: np.ndarray | None, count: int) -> list[np.ndarray]:
-    """ids, most frequent first, in about `count` groups: by meaning if there are rows, else runs of about equal weight.
+    """Split ids, most frequent first, into about `count` groups: by rows if given, else into slices of equal weight.
 
-    By meaning, half of the groups share the frequent tokens that hold FREQUENT_SHARE of the weight: these groups are
-    small, and most positions go through them.
+    With rows, half of the groups share the frequent tokens that have FREQUENT_SHARE of the weight. These groups are
+    small, and most positions visit them.
     """
     count = min(count, len(ids))
     if not count:
@@ -185,18 +185,18 @@ def _groups(weight: np.ndarray, ids: np.ndarray, rows: np.ndarray | None, count:
         total = np.cumsum(weight[ids])
         cut = int(np.searchsorted(total, FREQUENT_SHARE * total[-1]))
         few = count // 2
-        if not few <= cut <= len(ids) - (count - few) or few == 0:  # too few tokens in a band for its groups
+        if not few <= cut <= len(ids) - (count - few) or few == 0:  # too few tokens in one half for its groups
             return _clusters(rows, ids, count)
         return _clusters(rows, ids[:cut], few) + _clusters(rows, ids[cut:], count - few)
-    cap = max(1, round(2.23 * len(weight) ** 0.5))  # 500 for GPT-2: no node so wide that it is slow
+    cap = max(1, round(2.23 * len(weight) ** 0.5))  # 500 for GPT-2, so that no node is slow
     return [ids[run] for run in _runs(weight[ids], count, cap)]
 
 
 def _two_level(weight: np.ndarray, rows: np.ndarray | None, *, classes: int | None = None) -> Tree:
-    """About sqrt(V) classes: runs in order of frequency, of about equal weight, or clusters of rows.
+    """About sqrt(V) classes: slices by frequency with about equal weight, or clusters of rows.
 
-    A token so frequent that it would be a class by itself hangs from the root. Source: Goodman 2001,
-    arXiv:cs/0108006 (classes); the equal weight keeps small the classes that most positions visit.
+    A token that is frequent enough to be a class becomes a child of the root. Equal weight makes those classes small
+    that most positions visit. Source of the classes: Goodman 2001, arXiv:cs/0108006.
     """
     classes = _at_least("classes", classes or max(1, round(len(weight) ** 0.5)), 1)
     return tree_from_groups([], _groups(weight, _by_frequency(weight), rows, classes), "two-level")
@@ -209,10 +209,10 @@ def _adaptive(
     root_tokens: int | None = None,
     clusters: int | None = None,
 ) -> Tree:
-    """The most frequent tokens in the root beside nodes of the others: clusters of rows, or runs.
+    """The most frequent tokens in the root, and nodes for the others: clusters of rows, or slices by frequency.
 
-    Defaults: 2/7 and 10/7 of sqrt(V), 64 and 320 for GPT-2's vocabulary, the best of those tried (docs/experiments.md).
-    Source: the shortlist in the root is that of Grave et al. 2016, arXiv:1609.04309, section 4.
+    The defaults are 2/7 and 10/7 of sqrt(V), 64 and 320 for GPT-2's vocabulary, the best tried (docs/experiments.md).
+    Source of the shortlist in the root: Grave et al. 2016, arXiv:1609.04309, section 4.
     """
     vocab = len(weight)
     top = _at_least("root_tokens", round(vocab**0.5 * 2 / 7) if root_tokens is None else root_tokens, 0)
@@ -222,14 +222,14 @@ def _adaptive(
 
 
 def _clustered(weight: np.ndarray, rows: np.ndarray | None, *, arity: int | None = None) -> Tree:
-    """Balanced k-means of the rows, again and again, until a cluster fits a node of `arity` children."""
+    """Recursive balanced k-means of the rows, until a cluster fits a node of `arity` children."""
     assert rows is not None  # see check_shape
     arity = _at_least("arity", arity or _cube_root(len(weight)), 2)
 
     def split(ids: np.ndarray, count: int) -> list[np.ndarray]:
         return _clusters(rows, ids, count)
 
-    # clusters differ in size, so that nodes of up to twice the arity save a level
+    # clusters differ in size, so nodes of up to twice the arity save a level
     return _split_tree(_by_frequency(weight), arity, 2 * arity, split, "clustered")
 
 
@@ -241,7 +241,7 @@ def _default(
     root_tokens: int | None = None,
     clusters: int | None = None,
 ) -> Tree:
-    """Clustered; adaptive where there are no rows to cluster, or its options are given."""
+    """The clustered tree; the adaptive tree if there are no rows or its options are given."""
     if arity is None and (rows is None or root_tokens is not None or clusters is not None):
         return _adaptive(weight, rows, root_tokens=root_tokens, clusters=clusters)
     return _clustered(weight, rows, arity=arity)
@@ -258,9 +258,9 @@ SHAPES: dict[str, Callable[..., Tree]] = {
 
 
 def check_shape(shape: str, options: Iterable[str], *, rows: bool, prefix: str = "") -> None:
-    """Raise UserError unless build_tree knows the shape, and it takes these options, with or without rows.
+    """Raise UserError unless build_tree knows the shape and the shape takes these options, with or without rows.
 
-    prefix : of the options' names in the sentence
+    prefix : prefix of the options' names in the message
     """
     if shape not in SHAPES:
         raise UserError(f"There is no tree shape {shape!r}; choose one of {', '.join(SHAPES)}.")
@@ -271,19 +271,20 @@ def check_shape(shape: str, options: Iterable[str], *, rows: bool, prefix: str =
         raise UserError(f"The tree shape {shape} has no option {has_not}; it takes {only}.")
     if "arity" in options and {"root_tokens", "clusters"} & set(options):
         raise UserError(
-            f"A tree takes either {prefix}arity, or {prefix}root_tokens and {prefix}clusters; leave one of them out."
+            f"A tree takes either {prefix}arity, or {prefix}root_tokens and {prefix}clusters; leave out one of them."
         )
     if not rows and (shape == "clustered" or (shape == "default" and "arity" in options)):
-        raise UserError("A clustered tree needs embedding rows to cluster; without them use the shape adaptive.")
+        raise UserError("A clustered tree needs embedding rows to cluster; without rows use the shape adaptive.")
 
 
 def build_tree(shape: str, counts: np.ndarray, *, rows: np.ndarray | None = None, **options: int) -> Tree:
-    """The tree of this shape (a name in SHAPES) for the training documents' token counts (V,), by token id.
+    """Build a tree.
 
-    One is added to every count, so that a token never seen can be reached like any other. rows (V, C), by
-    token id: an embedding; two-level and adaptive then put like tokens in a node; clustered needs it.
-    options: two-level `classes`; adaptive `root_tokens`, `clusters`; balanced and clustered `arity`.
-    Deterministic. Raises UserError for an unknown shape, unfit counts, rows or options.
+    shape : a name in SHAPES
+    counts : (V,) token counts by token id; one is added to each, so that unseen tokens get a path too
+    rows : embedding (V, C) by token id, with which two-level and adaptive group similar tokens; clustered needs it
+    options : `classes` for two-level; `root_tokens`, `clusters` for adaptive; `arity` for balanced and clustered
+    The result is deterministic. Raises UserError for an unknown shape, or for unsuitable counts, rows or options.
 
     >>> build_tree("huffman", np.array([2, 1, 0, 0])).describe(np.array([2, 1, 0, 1]))["expected_depth"]
     1.75
@@ -291,7 +292,7 @@ def build_tree(shape: str, counts: np.ndarray, *, rows: np.ndarray | None = None
     check_shape(shape, options, rows=rows is not None)
     counts = np.asarray(counts)
     if counts.ndim != 1 or not counts.size or not np.isfinite(counts).all() or (counts < 0).any():
-        raise UserError("A tree needs one count per token, none of them negative.")
+        raise UserError("A tree needs one non-negative count per token.")
     if rows is not None and (rows.ndim != 2 or len(rows) != len(counts) or not np.isfinite(rows).all()):
-        raise UserError(f"A tree over {len(counts)} tokens needs as many finite rows, got {rows.shape}.")
+        raise UserError(f"A tree over {len(counts)} tokens needs the same number of finite rows, got {rows.shape}.")
     return SHAPES[shape](counts.astype(np.float64) + 1, rows, **options)

@@ -1,1 +1,1 @@
-"""What a trained model is asked: scores and texts."""
+"""Inference with a trained model: scoring text and generating text."""

@@ -1,9 +1,9 @@
-"""Scoring text: the one rule behind every NLL that this project quotes.
+"""Scoring text: the rule behind every NLL that this project reports.
 
-Every token of every document is scored once, the first from the end of text; the end of text that closes it is not.
-Contexts cross no document border. A long document goes in windows that overlap by the model's whole
-receptive field, so a token's score depends neither on the window's size nor on what else is in the batch (but
-for rounding).
+Every token of every document is scored once. The first token is predicted from the end of text; the end of text that
+closes the document is not scored. No context crosses a document border. Long documents are scored in windows that
+overlap by the model's receptive field. A token's score therefore depends neither on the window size nor on the rest of
+the batch, except for rounding.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from flashlm_numba.model.config import RunConfig
     from flashlm_numba.model.model import Model
 
-WINDOW = 2_048  # positions of a window, its overlap included
-BATCH = 4_096  # positions of a batch
+WINDOW = 2_048  # positions per window, overlap included
+BATCH = 4_096  # positions per batch
 SMOOTHING = 0.1  # label smoothing of --smoothed, as in FlashLM v3's published losses
-_POOL = 128  # windows sorted by length before they are cut into batches
-_SMOOTHED_ROWS = 64  # rows of the (rows, V) table of probabilities held at a time
+_POOL = 128  # windows that are sorted by length and then divided into batches
+_SMOOTHED_ROWS = 64  # rows per (rows, V) table of probabilities
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over the tokens scored."""
+    """Sums over the scored tokens."""
 
     tokens: int
     nll: float  # sum of -ln p(token), nats
@@ -59,13 +59,13 @@ class Scores:
         return ((1 - SMOOTHING) * self.nll + SMOOTHING * self.spread) / self.tokens
 
     def bits_per_byte(self, utf8_bytes: int) -> float:
-        """Sum of the NLL in bits over the documents' UTF-8 bytes."""
+        """The summed NLL in bits, divided by the UTF-8 bytes of the documents."""
         return self.nll / (math.log(2) * utf8_bytes)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a document as the model reads it; `ids[skip:]`'s predictions are scored."""
+    """Part of a document as the model reads it. The predictions at positions `skip` and later are scored."""
 
     ids: np.ndarray  # (L,) int32 inputs
     targets: np.ndarray  # (L,) int32
@@ -73,10 +73,10 @@ class Window:
 
 
 def windows(document: np.ndarray, field: int, window: int, eot: int) -> Iterator[Window]:
-    """Cut one document (n,) into windows of at most `window` positions that score each token exactly once.
+    """Divide one document (n,) into windows of at most `window` positions that score each token exactly once.
 
-    field : the model's receptive field in tokens, the current one included. A position of a later window has
-    its whole field inside it, since the window starts field - 1 positions before the first that it scores.
+    field : the model's receptive field in tokens, the current one included. A later window starts field - 1 positions
+        before the first position that it scores, so it contains the receptive field of every scored position.
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
@@ -105,10 +105,10 @@ def score(
 ) -> Scores:
     """Score documents of token ids (n,) with a model.
 
-    eot : id of the end of text;  smoothed : also sum -ln p over all V tokens (slow: V values a position);
-    window, batch : positions of a window and of a batch, of no influence on the result beyond rounding;
-    progress : called with the number of tokens just scored.
-    Cost: a forward pass of L / (L - field + 1) times the tokens, where L is the window.
+    eot : id of the end of text;  smoothed : also sum -ln p over all V tokens (slow: V values per position)
+    window, batch : positions per window and per batch; they change the result only by rounding
+    progress : called with the number of tokens just scored
+    The cost is a forward pass over L / (L - field + 1) times the tokens, where L is the window.
     """
     model.sync_weights()
     field = model.config.receptive_field
@@ -116,14 +116,14 @@ def score(
     tokens, nll, spread = 0, 0.0, 0.0
     for group in _batches((w for document in documents for w in windows(document, field, window, eot)), batch):
         length = max(len(w.ids) for w in group)
-        ids = np.full((len(group), length), eot, np.int32)  # padded at the right end, where causality makes it harmless
+        ids = np.full((len(group), length), eot, np.int32)  # padding at the end is harmless in a causal model
         rows, targets = [], []
         for row, item in enumerate(group):
             ids[row, : len(item.ids)] = item.ids
             rows.append(np.arange(item.skip, len(item.ids)) + row * length)
             targets.append(item.targets[item.skip :])
         want = np.concatenate(targets)
-        h = model.forward(ids)[np.concatenate(rows)]  # (n, C), the positions scored
+        h = model.forward(ids)[np.concatenate(rows)]  # (n, C), the scored positions
         nll -= float(np.sum(model.head.log_prob(h, want), dtype=np.float64))
         if smoothed:
             spread += _spread(model, h)
@@ -134,7 +134,7 @@ def score(
 
 
 def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
-    """-ln p of each token of one document (n,), in order: (n,) float64, nats. The rule is that of score."""
+    """-ln p of each token of one document (n,), in order, (n,) float64, nats. The rule is that of score()."""
     model.sync_weights()
     field = model.config.receptive_field
     found = []
@@ -145,7 +145,7 @@ def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
 
 
 def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
-    """Groups of windows of about equal length; a padded group has at most `positions` (or is one window)."""
+    """Groups of windows of similar length. A padded group has at most `positions` positions, or is a single window."""
     pool: list[Window] = []
     more = True
     while more:
@@ -163,9 +163,9 @@ def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
 
 
 def is_causal(model: Model, length: int = 256) -> bool:
-    """Whether another token anywhere in a text changes no bit of a hidden state before it.
+    """Whether changing a token anywhere in a text changes no bit of an earlier hidden state.
 
-    The text is of 16 different tokens, its first half of two, so that there is an n-gram to copy everywhere.
+    The text has 16 distinct tokens, and only two in its first half, so that every position has an n-gram to copy.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, 16)
@@ -181,7 +181,7 @@ def is_causal(model: Model, length: int = 256) -> bool:
 
 
 def _spread(model: Model, h: np.ndarray) -> float:
-    """Sum over rows of the mean over all V tokens of -ln p."""
+    """Mean of -ln p over all V tokens, summed over the rows of h (N, C)."""
     total = 0.0
     for start in range(0, len(h), _SMOOTHED_ROWS):
         p = model.head.distribution(h[start : start + _SMOOTHED_ROWS])  # (rows, V)
@@ -204,13 +204,14 @@ def evaluate_run(
     lines: bool = False,
     note: Note = say,
 ) -> dict[str, Any]:
-    """Score a run's model; the object that `eval --json` prints.
+    """Score a run's model. Returns the object that `eval --json` prints.
 
-    data : a prepared folder (its validation documents) or a source that `prepare` takes (all its documents,
-    or its validation documents where file names set some apart); None: the run's own validation documents.
-    activations : "float" or "int8", as Model.use_activations; None: as the run was trained.
-    subset, column, lines : of a source, as `prepare` takes them.  note : as of load_model
-    Raises UserError if the run, its checkpoint or the data are not usable, or hold no text.
+    data : a prepared folder, whose validation documents are scored, or a source that `prepare` takes. In a source the
+        files named as validation are scored, or all documents if there are none. None: the validation documents of
+        the data that the run was trained on.
+    activations : "float" or "int8", as in Model.use_activations; None: as the run was trained
+    subset, column, lines : options of a source, as in `prepare`;  note : as in load_model
+    Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
     from flashlm_numba.data.builtin import open_run_tokens
     from flashlm_numba.data.shards import is_prepared, open_tokens
@@ -222,26 +223,26 @@ def evaluate_run(
     loaded.model.use_activations(activations)
     if not is_causal(loaded.model):
         raise UserError(
-            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would mean "
-            "nothing; the kernels must be wrong on this machine: run `flashlm-numba doctor`."
+            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
+            "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
         )
     vocabulary = vocabulary_of(loaded.run)
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if (subset is not None or lines or column != "text") and (data is None or is_prepared(data)):
-        raise UserError("subset, lines and column are for a source of documents, and this is prepared; leave them out.")
+        raise UserError("subset, lines and column apply to a source, but these data are prepared; leave them out.")
     if data is None or is_prepared(data):
         where = _own_data(run, loaded.run) if data is None else data
         tokens = open_run_tokens(where) if data is None else open_tokens(where)
         if data is None and tokens.hash != loaded.run.data_hash:
             raise UserError(
-                f"The tokens in {where} are not those that {run} was trained on; prepare the same data there, or name "
-                "the data to score."
+                f"The tokens in {where} are not the ones that {run} was trained on; prepare the same data there, or "
+                "name the data to score."
             )
         if tokens.vocabulary.hash != vocabulary.hash:
             raise UserError(
-                f"The tokens in {where} are of the vocabulary {tokens.vocabulary.name}, and {run} was trained on "
-                f"{vocabulary.name}; name the text itself to score."
+                f"The tokens in {where} use the vocabulary {tokens.vocabulary.name}, but {run} was trained with "
+                f"{vocabulary.name}; name the original text to score."
             )
         tokens.verify("validation")
         split = tokens.validation
@@ -249,7 +250,7 @@ def evaluate_run(
         documents, total, name = split.documents(), split.n_text_tokens, f"{where} (validation)"
     else:
         if (Path(data) / "config.json").exists():
-            raise UserError(f"{data} is a run, not text; name the text to score.")
+            raise UserError(f"{data} is a run, not a text; name the text to score.")
         options = {"subset": subset, "column": column, "lines": lines}
         documents, name = _source_documents(data, sizes, vocabulary, **options), data
     with Display() as display, display.tokens("scoring", total):
@@ -277,12 +278,14 @@ def evaluate_run(
         "checkpoint_step": loaded.state["step"],
         "ema": ema or bool(loaded.state.get("ema")),
         "activations": activations,
-        "causal": True,  # or there would be no score
+        "causal": True,  # a model that is not causal gets no score
     }
 
 
 def _own_data(run: Path, config: RunConfig) -> str:
-    """The prepared folder that a run was trained on; an exported model knows its hash, perhaps the built-in text's."""
+    """The prepared folder that a run was trained on. An exported model records only the hash of its tokens; if it is
+    the hash of the built-in text, that folder is returned.
+    """
     from flashlm_numba.data.builtin import cached_corpus
     from flashlm_numba.data.shards import open_tokens
 
@@ -297,9 +300,9 @@ def _own_data(run: Path, config: RunConfig) -> str:
 def _source_documents(
     source: str, sizes: dict[str, int], vocabulary: Vocabulary, **options: Any
 ) -> Iterator[np.ndarray]:
-    """Token ids (n,) int32 of the documents of a source; counts documents and UTF-8 bytes in sizes.
+    """Token ids (n,) int32 of each document of a source; adds documents and UTF-8 bytes to sizes.
 
-    options : of sources.resolve
+    options : arguments of sources.resolve
     """
     from flashlm_numba.data.sources import resolve
 
@@ -317,10 +320,10 @@ def _source_documents(
 
 
 def validation_subset(split: Split, tokens: int) -> list[np.ndarray]:
-    """A fixed subset of a split's documents, at most `tokens` tokens: what training validates on.
+    """A fixed subset of a split's documents, of at most `tokens` tokens, for validation during training.
 
-    Documents in an order drawn once (seed 0) from the split's first million tokens, each cut to an eighth of
-    the subset so that several documents are in it. Not the whole split: label its NLL as the subset's.
+    It takes the documents of the split's first million tokens in a random order (seed 0), each cut to an eighth of the
+    subset so that it holds several documents. Label its NLL as that of the subset, not of the split.
     """
     documents = list(split.documents(max_tokens=max(1_000_000, tokens)))
     order = np.random.default_rng(0).permutation(len(documents))
@@ -329,7 +332,7 @@ def validation_subset(split: Split, tokens: int) -> list[np.ndarray]:
     for share in (
         max(1, tokens // 8),
         tokens,
-    ):  # a second pass takes whole documents, if the first leaves room
+    ):  # if the first pass leaves room, a second one takes complete documents
         subset, left = [], tokens
         for index in order:
             part = documents[index][: min(share, left)]

@@ -1,4 +1,4 @@
-"""Text from a trained model, a token at a time."""
+"""Generate text with a trained model, token by token."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def generate_ids(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Iterator[int]:
-    """Sample token ids without end, each from the ids before it.
+    """Sample an endless sequence of token ids, each from the ids before it.
 
-    context : the ids to start from, at least one (the end of text starts a document);
-    temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the top token.
-    The context is read in one pass, each token then costs the same whatever is before it.
-    Raises ValueError if the context is empty or a setting out of range, UserError if nothing can be drawn.
+    context : the ids to start from, at least one; the end of text starts a new document
+    temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token
+    One pass reads the context. After that, the cost per token does not depend on the length of the text.
+    Raises ValueError if the context is empty or a setting is out of range, and UserError if no token can be sampled.
     """
     if not context:
         raise ValueError("generate_ids: context must hold at least one id")
@@ -47,7 +47,7 @@ def generate_ids(
 
 
 class Utf8Stream:
-    """Turns bytes that arrive in pieces into text, holding an incomplete character back until it is whole.
+    """Decodes UTF-8 bytes that arrive in pieces. It holds back an incomplete character until the rest arrives.
 
     >>> stream = Utf8Stream()
     >>> stream.feed("é".encode()[:1]), stream.feed("é".encode()[1:]), stream.end()
@@ -58,11 +58,11 @@ class Utf8Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes) -> str:
-        """The text that is complete after these bytes; bytes that can never be UTF-8 become U+FFFD."""
+        """The text that these bytes complete. Bytes that cannot be UTF-8 become U+FFFD."""
         return self._decoder.decode(data)
 
     def end(self) -> str:
-        """What an unfinished character leaves: U+FFFD or nothing."""
+        """U+FFFD if an incomplete character remains, else an empty text."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -78,10 +78,11 @@ def generate_text(
     top_p: float | None = None,
     on_token: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
-    """Continue a prompt; yields pieces of text, without the prompt, as soon as they are whole characters.
+    """Continue a prompt. Yields pieces of text without the prompt, as soon as their characters are complete.
 
-    prompt : any text; empty starts a new document. Ends after max_tokens tokens or at the end of text.
-    on_token : called when a token has been drawn.
+    prompt : any text; an empty one starts a new document
+    on_token : called after each sampled token
+    The text ends after max_tokens tokens or at the end of text. The other arguments are those of generate_ids.
     """
     context = [vocabulary.eot, *vocabulary.encode(prompt)]
     rng = np.random.default_rng(seed)

@@ -1,1 +1,1 @@
-"""The model: settings, parameters, both passes, and its files."""
+"""The model: settings, parameters, forward and backward pass, and files."""

@@ -1,4 +1,4 @@
-"""A model from a run's settings: new, or out of a checkpoint or an exported file."""
+"""Build a model from a run's settings: a new one, or one from a checkpoint or an exported file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import Note, say
 from flashlm_numba.system.errors import UserError
 
-_HEAD = "head."  # how the names of a head's own parameters begin in a model's
+_HEAD = "head."  # prefix of the head's parameters in the model's parameter names
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model out of a run's checkpoint."""
+    """A model loaded from a checkpoint or an exported file."""
 
     run: RunConfig
     model: Model
@@ -38,24 +38,24 @@ class Loaded:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The settings of a run's folder; UserError if there are none or they are not sane."""
+    """The settings in a run's folder. Raises UserError if they are missing or invalid."""
     path = folder / "config.json"
     try:
         return run_from_json(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        raise UserError(f"There is no run at {folder}; give a folder that `flashlm-numba train` made.") from None
+        raise UserError(f"There is no run at {folder}; give a folder written by `flashlm-numba train`.") from None
     except NotADirectoryError:
-        raise UserError(f"{folder} is a file, not a run; give a folder that `flashlm-numba train` made.") from None
+        raise UserError(f"{folder} is a file, not a run; give a folder written by `flashlm-numba train`.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or start a new run.") from None
 
 
 def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say) -> Loaded:
-    """The model of a run's newest checkpoint, or the one named; with ema the EMA of its weights.
+    """Load the model of a run's newest or named checkpoint. With ema=True, use the EMA of its weights.
 
-    folder : of a run, or a file that export_run wrote, which holds one model.  note : told when the kernels have to be
-        compiled first, which takes a minute or two
-    Raises UserError if the checkpoint or the file is damaged, or no average was kept.
+    folder : folder of a run, or file written by export_run
+    note : receives a sentence if the kernels must be compiled first, which takes a minute or two
+    Raises UserError if the checkpoint or the file is damaged, or if ema is True and the run has no EMA.
     """
     if folder.is_file():
         return _load_exported(folder, checkpoint_name, ema, note)
@@ -65,7 +65,7 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
     tensors = checkpoint.load(path, "model")
     if ema:
         if "ema.safetensors" not in state["files"]:
-            raise UserError(f"{folder} keeps no EMA of its weights; leave out --ema.")
+            raise UserError(f"{folder} has no EMA of its weights; leave out --ema.")
         tensors |= checkpoint.load(path, "ema")
     ensure_compiled(note)
     return Loaded(run, model_from(run, tensors), state)
@@ -84,10 +84,10 @@ def _load_exported(path: Path, checkpoint_name: str | None, ema: bool, note: Not
 
 
 def vocabulary_of(run: RunConfig) -> Vocabulary:
-    """The vocabulary that a run's model reads and writes: its training text's, by the manifest where that is there.
+    """The vocabulary of a run's model, as named in the manifest of its training text.
 
-    Without the text, as with an exported model, it is the first of VOCABULARIES that has as many tokens as the model:
-    the settings do not name it. Raises UserError if there is none.
+    The settings do not name the vocabulary. Without the training text, as for an exported model, this is the first of
+    VOCABULARIES with the model's number of tokens. Raises UserError if there is none.
     """
     if run.data:
         with contextlib.suppress(UserError):
@@ -99,19 +99,19 @@ def vocabulary_of(run: RunConfig) -> Vocabulary:
         if vocabulary.size == run.model.vocab_size:
             return vocabulary
     raise UserError(
-        f"No vocabulary here has the model's {run.model.vocab_size:,} tokens, and the training text, which names it, "
-        "is gone; put the text back where it was."
+        f"No known vocabulary has the model's {run.model.vocab_size:,} tokens, and the training text, which names the "
+        "vocabulary, is gone; restore the text at its old place."
     )
 
 
 def new_model(
     run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[], None] = lambda: None
 ) -> tuple[Model, float]:
-    """A model before its first step, a pure function of the settings and the data, and the seconds it took.
+    """A model before its first step, which depends only on settings and data, and the seconds that building it took.
 
-    meanwhile : called while another process makes the start of the embedding, where that has to be made, and not
-        counted in the seconds; a start out of the cache counts with the seconds that it once took, so that a run's
-        clock does not depend on what ran before it
+    meanwhile : called while another process computes the initial embedding; its time is not counted
+    An initial embedding from the cache counts with the seconds that computing it took. A run's clock therefore does
+    not depend on earlier runs.
     """
     counts = data.train.counts(run.model.vocab_size)
     with ThreadPoolExecutor(1) as waiting:
@@ -130,28 +130,28 @@ def new_model(
 
 
 def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None = None) -> Model:
-    """A model from the tensors of model.safetensors; UserError if they are not of these settings.
+    """A model from the tensors of model.safetensors. Raises UserError if they do not fit the settings.
 
-    counts (V,): of the training text, needed to train on; without them the sampled head is a dense one.
+    counts : (V,) token counts of the training text, needed for training; without them a sampled head becomes dense
     """
     try:
         return Model(run.model, tensors, _head_maker(run, tensors, counts))
     except (ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"The weights do not fit the settings beside them ({error}); restore the file.") from None
+        raise UserError(f"The weights do not fit the stored settings ({error}); restore the file.") from None
 
 
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
-    """What model.safetensors holds: the parameters, and what of the head is fixed but comes from the data."""
+    """The tensors of model.safetensors: the parameters, and the head's constants, which depend on the data."""
     return model.parameters | model.head.constants()
 
 
 def _head_maker(
     run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarray | None
 ) -> Callable[[np.ndarray, np.ndarray], Head]:
-    """The function that builds the head on the live embedding and its gradient, both in the head's row order.
+    """A function that builds the head on the live embedding and its gradient, both in the head's row order.
 
-    tensors : of a saved model, or the constants of a new one.  counts (V,) of the training text, None where the model
-        will not be trained on
+    tensors : tensors of a saved model, or the constants of a new head
+    counts : (V,) token counts of the training text; None if the model will not be trained
     """
     own = {name.removeprefix(_HEAD): value for name, value in tensors.items() if name.startswith(_HEAD)}
 
@@ -163,7 +163,7 @@ def _head_maker(
 
 
 def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.ndarray | None, float]:
-    """Rows (V, C) float32 by token id to start the embedding from, or None for random ones; the seconds it took."""
+    """The initial embedding (V, C) float32 by token id, or None for a random one; and the seconds that it took."""
     start, config = run.training.embedding_init, run.model
     if start == "random":
         return None, 0.0
@@ -175,5 +175,5 @@ def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.nd
 
     began = time.perf_counter()
     rows, kept = pretrained.from_gpt2(start, config.dim, config.vocab_size)
-    note(f"The embedding starts from {start}, cut to {config.dim} dimensions: {kept:.1%} of its variance.")
+    note(f"The initial embedding is {start}, reduced to {config.dim} dimensions with {kept:.1%} of its variance.")
     return rows, time.perf_counter() - began

@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, checked by SHA-256 when read; and the lock of a run's folder.
+"""Checkpoints, written atomically and checked by SHA-256 when read; and the lock of a run's folder.
 
-RUN/checkpoints/step-<N>/ holds safetensors files and state.json, which records the SHA-256 of each of them
-and of itself. Nothing is pickled.
+RUN/checkpoints/step-<N>/ holds safetensors files and state.json, which records the SHA-256 of each file and of itself.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import sync_folder, write_text
 
-KEEP = 3  # checkpoints kept in a run
+KEEP = 3  # number of recent checkpoints that a run keeps
 
-# the names that the safetensors format gives to NumPy's dtypes
+# names of NumPy's dtypes in the safetensors format
 _DTYPES = {
     "float64": "F64",
     "int64": "I64",
@@ -37,12 +37,12 @@ _DTYPES = {
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
-    """Write a safetensors file, synced to disk; returns its SHA-256 (hex).
+    """Write a safetensors file and sync it to disk. Returns its SHA-256 (hex).
 
-    The safetensors package copies every tensor to bytes before it writes; this writes the arrays as they lie
-    in memory, which with the optimiser's state of 13.6M parameters saves 100 MB, and hashes on the way. The
-    format: a little-endian uint64 length, a JSON header padded with spaces to 8 bytes, the data, wide dtypes
-    first so that everything is aligned (https://huggingface.co/docs/safetensors).
+    The safetensors package copies every tensor to bytes before it writes. This function writes the arrays directly
+    from memory and hashes them on the way, which saves 100 MB with the optimiser state of 13.6M parameters. The
+    format is a little-endian uint64 length, a JSON header padded with spaces to 8 bytes, and the data. Wide dtypes come
+    first, so that all data are aligned (https://huggingface.co/docs/safetensors).
     """
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -68,8 +68,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file, by name.
 
-    Copied into memory of NumPy's own, one after another: it asks for large pages, which load_file does not, and reading
-    rows here and there is a few percent faster for it.
+    Each array is copied into memory that NumPy allocates. NumPy requests large pages, load_file does not, and large
+    pages make reading scattered rows a few percent faster.
     """
     from safetensors.numpy import load_file
 
@@ -78,18 +78,19 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: dict[str, Any]) -> Path:
-    """Write RUN/checkpoints/step-<step> and drop all but the newest KEEP and those marked; returns its path.
+    """Write RUN/checkpoints/step-<step> and delete old checkpoints. Returns its path.
 
-    files : file name (without .safetensors) -> tensors;  state : JSON values, kept in state.json; a "keep" that is true
-        marks a checkpoint that is not dropped
-    The folder gets its name only when every byte is on disk. Raises UserError where the disk refuses.
+    files : file name (without .safetensors) -> tensors
+    state : JSON values for state.json; "keep": true marks a checkpoint that is never deleted
+    The newest KEEP checkpoints and the marked ones remain. The folder gets its name only when every byte is on disk.
+    Raises UserError if writing fails.
     """
     parent = run / "checkpoints"
     final = parent / f"step-{step}"
     temporary = parent / f".tmp-step-{step}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for left_over in parent.glob(".tmp-*"):  # of a process that was killed while it saved
+        for left_over in parent.glob(".tmp-*"):  # left by a process that was killed while saving
             shutil.rmtree(left_over)
         temporary.mkdir()
         hashes = {}
@@ -98,27 +99,27 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
         content = {"step": step, **state, "files": hashes}
         write_text(temporary / "state.json", json.dumps({**content, "sha256": _hash(content)}, indent=1) + "\n")
         sync_folder(temporary)
-        if final.exists():  # the same step again, after resuming from it
+        if final.exists():  # a resumed run saves the same step again
             os.replace(final, parent / f".tmp-old-step-{step}")
         os.replace(temporary, final)
         sync_folder(parent)
         for left_over in parent.glob(".tmp-*"):
             shutil.rmtree(left_over)
         passing = [step for step in _steps(run) if not _marked(parent / f"step-{step}")]
-        for old in passing[:-KEEP]:  # renamed first: one that is half removed must not look like a checkpoint
+        for old in passing[:-KEEP]:  # renamed first, so that a half-deleted folder does not look like a checkpoint
             os.replace(parent / f"step-{old}", parent / f".tmp-old-step-{old}")
             shutil.rmtree(parent / f".tmp-old-step-{old}")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"The checkpoint of step {step} could not be written to {parent}: {error.strerror or error}; "
-            "make room there and resume the run from its last checkpoint."
+            "free some space there and resume the run from its last checkpoint."
         ) from error
     return final
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None if it is intact."""
+    """A short description of the damage to a checkpoint, or None if it is intact."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         recorded = state.pop("sha256")
@@ -140,22 +141,22 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def find(run: Path, name: str | None = None) -> Path:
-    """The newest checkpoint of a run, or the one named "step-<N>" (or "<N>"), checked byte for byte.
+    """The newest checkpoint of a run, or the one named "step-<N>" or "<N>", after checking every byte.
 
-    Raises UserError if there is none or it is damaged; the sentence then names the last intact one.
+    Raises UserError if there is none or if it is damaged; the message then names the last intact checkpoint.
     """
     if not run.is_dir():
-        raise UserError(f"There is no run at {run}; give the folder that `flashlm-numba train --out` wrote.")
+        raise UserError(f"There is no run at {run}; give a folder written by `flashlm-numba train`.")
     steps = _steps(run)
     if not steps:
-        raise UserError(f"{run} holds no checkpoint yet; train it first, or give another run.")
+        raise UserError(f"{run} has no checkpoint yet; train it first, or give another run.")
     if name is None:
         step = steps[-1]
     else:
         number = name.removeprefix("step-")
         if not number.isdecimal() or int(number) not in steps:
             have = ", ".join(f"step-{step}" for step in steps)
-            raise UserError(f"{run} holds no checkpoint '{name}'; it holds {have}.")
+            raise UserError(f"{run} has no checkpoint '{name}'; it has {have}.")
         step = int(number)
     checkpoint = run / "checkpoints" / f"step-{step}"
     reason = damage(checkpoint)
@@ -166,12 +167,12 @@ def find(run: Path, name: str | None = None) -> Path:
 
 
 def _remedy(checkpoint: Path) -> str:
-    """What to do where a checkpoint cannot be used."""
+    """What to do if a checkpoint cannot be used."""
     parent, this = checkpoint.parent, int(checkpoint.name.removeprefix("step-"))
     others = [step for step in reversed(_steps(parent.parent)) if step != this]
     intact = next((step for step in others if damage(parent / f"step-{step}") is None), None)
     if intact is None:
-        return "no other intact checkpoint is left, so start a new run"
+        return "there is no other intact checkpoint, so start a new run"
     return f"use the last intact one with --checkpoint step-{intact}"
 
 
@@ -186,14 +187,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[str, Any]:
-    """state, if it says how far a run was trained: step, tokens and seconds; UserError otherwise.
+    """Return state if it contains a valid step, tokens and seconds; raise UserError otherwise.
 
-    Hashes keep damage out; a file that was made up can have them right.
-    model_hash : RunConfig's, which the state's must equal; None for an exported file, which holds its settings itself
+    The hashes detect damage, but a forged file can have correct hashes.
+    model_hash : RunConfig.model_hash, which the state's must equal; None for an exported file, which holds its settings
     """
     if isinstance(state, dict) and model_hash is not None and state.get("model_hash") != model_hash:
         raise UserError(
-            f"The settings of the model in config.json are not those that {where} was trained with; restore the file."
+            f"The model settings in config.json are not the ones that {where} was trained with; restore the file."
         )
     kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "seconds": (int, float)}
     if isinstance(state, dict) and all(
@@ -201,34 +202,35 @@ def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[
         for name, kind in kinds.items()
     ):
         return state
-    raise UserError(f"{where} does not say how far it was trained (step, tokens, seconds); use another checkpoint.")
+    raise UserError(f"{where} does not record its training progress (step, tokens, seconds); use another checkpoint.")
 
 
 def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint's file (model, optimizer or ema, without .safetensors), by name.
+    """The arrays of one file of a checkpoint, by name.
 
-    Raises UserError if a float is not finite: it would spread. A fixed log prior may be -inf.
+    name : model, optimizer or ema
+    Raises UserError if the file is damaged or contains a float that is not finite. A fixed log prior may be -inf.
     """
     from safetensors import SafetensorError
 
     try:
         tensors = read_safetensors(checkpoint / f"{name}.safetensors")
-    # the last four: a dtype that NumPy has not
+    # the last four arise from a dtype that NumPy lacks
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{checkpoint / name}.safetensors is no file of tensors ({error}); {_remedy(checkpoint)}."
+            f"{checkpoint / name}.safetensors cannot be read as tensors ({error}); {_remedy(checkpoint)}."
         ) from None
     for key, value in tensors.items():
         if value.dtype.kind == "f" and key != "log_prior" and not np.isfinite(value).all():
             raise UserError(
-                f"{key} in {checkpoint / name}.safetensors is not finite everywhere, so nothing can be computed with "
-                f"this checkpoint; {_remedy(checkpoint)}."
+                f"{key} in {checkpoint / name}.safetensors contains values that are not finite, so this checkpoint "
+                f"cannot be used; {_remedy(checkpoint)}."
             )
     return tensors
 
 
 def _marked(checkpoint: Path) -> bool:
-    """Whether a checkpoint is to be kept; one whose state cannot be read is not."""
+    """Whether a checkpoint is marked to be kept; False if its state cannot be read."""
     try:
         return load_state(checkpoint).get("keep") is True
     except (OSError, ValueError, AttributeError):
@@ -236,7 +238,7 @@ def _marked(checkpoint: Path) -> bool:
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after step, which a run resumed there writes anew; returns the new names."""
+    """Rename the checkpoints after `step`, which a resumed run will write again. Returns the new names."""
     parent = run / "checkpoints"
     names = []
     for later in _steps(run):
@@ -250,20 +252,20 @@ def set_aside_after(run: Path, step: int) -> list[str]:
 
 @contextlib.contextmanager
 def lock(run: Path, remedy: str = "wait for it, or stop it") -> Iterator[None]:
-    """Hold a run's folder for this process; raises UserError, ending with a remedy, if another one trains in it.
+    """Lock a run's folder for this process. Raises UserError, ending with `remedy`, if another process trains in it.
 
-    The operating system drops the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a+") as file:
         try:
             _lock_file(file)
-        except (BlockingIOError, PermissionError):  # the second on Windows
+        except (BlockingIOError, PermissionError):  # PermissionError on Windows
             raise UserError(f"Another process is training in {run}; {remedy}.") from None
         except OSError as error:
             raise UserError(
                 f"{run} cannot be locked ({error.strerror or error}); choose a folder on another disk, or copy the run "
-                "there."
+                "to one."
             ) from None
         yield
 
@@ -290,5 +292,5 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def _bytes(array: np.ndarray) -> Any:
-    """The array's memory as a buffer, little-endian, without a copy where the machine is."""
+    """The array's memory as a little-endian buffer, without a copy on a little-endian machine."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)

@@ -1,6 +1,6 @@
-"""Everything that decides a run, as frozen dataclasses with a comment per field; the defaults are FlashLM v3's model.
+"""All settings of a run, as frozen dataclasses with a comment per field. The defaults are those of FlashLM v3.
 
-settings.py changes them by `--set key=value` and reads config.json, recipes.py names sets of them.
+settings.py changes them with `--set key=value` and reads config.json. recipes.py defines named sets of settings.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class ModelConfig:
     """Shape of the model; the defaults are FlashLM v3's."""
 
     vocab_size: int = 50_257  # V, number of tokens in the vocabulary
-    dim: int = 256  # C, channels
-    ffn_dim: int = 683  # I, width of the GLU
+    dim: int = 256  # C, number of channels
+    ffn_dim: int = 683  # I, hidden width of the GLU
     groups: int = 16  # groups of every convolution; must divide dim
     kernel_size: int = 4  # K, kernel size of every convolution
     dilations: tuple[int, ...] = (1, 4, 64)  # dilations of the mixer's convolutions, in order
     mixer: str = "conv"  # token mixer of every block: a name in MIXERS
-    n_blocks: int = 1  # L, number of blocks, each with weights of its own
+    n_blocks: int = 1  # L, number of blocks; blocks share no weights
     n_passes: int = 2  # passes through all blocks
-    mixer_residual_scale: float = _in(1.0, 0, 1e3, open_low=True)  # scales what the mixer adds to the residual stream
-    ffn_residual_scale: float = _in(1.0, 0, 1e3, open_low=True)  # scales what the GLU adds to the residual stream
-    ngram_copy_orders: tuple[int, ...] = ()  # lengths of the n-grams whose earlier occurrences are looked up
+    mixer_residual_scale: float = _in(1.0, 0, 1e3, open_low=True)  # multiplies the mixer's output before it is added
+    ffn_residual_scale: float = _in(1.0, 0, 1e3, open_low=True)  # multiplies the GLU's output before it is added
+    ngram_copy_orders: tuple[int, ...] = ()  # n-gram lengths to match; k-th repetition: the k-th last occurrence
     ngram_copy_reach: int = _in(1024, 1, 8192)  # how many tokens back an earlier occurrence may end
-    leaky_decay: float = _in(0.0, 0, 0.995)  # decay per token of the mixer's leaky average; 0: there is none
-    ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude: a weight beyond it is +1 or -1
-    activations: str = _one_of("float", ACTIVATIONS)  # what ternary weights multiply: floats, or rounded to int8
+    leaky_decay: float = _in(0.0, 0, 0.995)  # decay per token of the mixer's leaky average; 0: no leaky average
+    ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude; larger weights become +1 or -1
+    activations: str = _one_of("float", ACTIVATIONS)  # precision of the activations that ternary weights multiply
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_blocks", "n_passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        # beyond these nothing is learnt, and a file of settings could ask for all of the memory
+        # larger values do not help, and a settings file could exhaust the memory with them
         for name, most in (("kernel_size", 64), ("n_blocks", 64), ("n_passes", 64)):
             if getattr(self, name) > most:
                 raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
@@ -60,12 +60,12 @@ class ModelConfig:
 
     @property
     def receptive_field(self) -> int:
-        """Tokens that a hidden state can see, its own included (415 for v3)."""
+        """Number of tokens that a hidden state depends on, the current one included (415 for v3)."""
         copies = self.ngram_copy_reach + max(self.ngram_copy_orders) - 1 if self.ngram_copy_orders else 0
         return 1 + self.n_blocks * self.n_passes * MIXERS[self.mixer].reach(self) + copies
 
 
-# What a variant of NorMuon fixes: fields of kernels.normuon.NorMuonRule, which says what they mean
+# Fixed values of each NorMuon variant: fields of kernels.normuon.NorMuonRule, which documents them
 NORMUON_VARIANTS: dict[str, dict[str, Any]] = {
     # the authors' repository, arXiv:2510.05491
     "published": {"momentum": 0.95, "beta2": 0.95, "eps": 1e-10, "nesterov": True, "update_rms": None},
@@ -76,46 +76,46 @@ NORMUON_VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Update rules and the schedule of their learning rates."""
+    """The update rules and their learning rate schedule."""
 
-    adamw_eps: ClassVar[float] = 1e-8  # added to the root of the second moment
+    adamw_eps: ClassVar[float] = 1e-8  # added to the square root of the second moment
 
     normuon: str = _one_of("published", NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
-    normuon_lr: float = _in(0.02, 0)  # learning rate at its peak
-    normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations a step
-    adamw_lr: float = _in(2e-3, 0)  # learning rate at its peak, for everything else
-    nonembedding_lr_scale: float = _in(1.0, 0, 1e3)  # times adamw_lr: for the convolutions and norms
+    normuon_lr: float = _in(0.02, 0)  # peak learning rate of NorMuon
+    normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations per step
+    adamw_lr: float = _in(2e-3, 0)  # peak learning rate of AdamW, for all other parameters
+    nonembedding_lr_scale: float = _in(1.0, 0, 1e3)  # multiplies adamw_lr for convolutions, norms and gains
     adamw_beta1: float = _in(0.9, 0, 0.9999)  # decay of the first moment, per step
     adamw_beta2: float = _in(0.95, 0, 0.9999)  # decay of the second moment, per step
-    sparse_adamw: bool = False  # AdamW leaves rows without a gradient alone
-    rowwise_exp_avg_sq: bool = False  # one second moment a row; needs sparse_adamw
-    weight_decay: float = _in(0.0, 0, 1)  # of AdamW's matrices, times the learning rate
-    clip: float = _in(1.0, 0, open_low=True)  # largest global norm of the gradient
-    warmup_steps: int = _in(100, 0)  # steps of linear rise from 0 to the peak
-    warmdown_ratio: float = _in(0.4, 0, 1)  # last share of the steps, in which the rate falls linearly to 0
+    sparse_adamw: bool = False  # AdamW skips rows without a gradient, and their moments
+    rowwise_exp_avg_sq: bool = False  # one second moment and step count per row; needs sparse_adamw
+    weight_decay: float = _in(0.0, 0, 1)  # weight decay of AdamW's matrices, times the learning rate
+    clip: float = _in(1.0, 0, open_low=True)  # maximum global norm of the gradient
+    warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
+    warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
 
     @property
     def normuon_variant(self) -> dict[str, Any]:
-        """What the variant of NorMuon fixes, see NORMUON_VARIANTS."""
+        """Fixed values of the selected NorMuon variant; see NORMUON_VARIANTS."""
         return NORMUON_VARIANTS[self.normuon]
 
     def __post_init__(self) -> None:
         if self.rowwise_exp_avg_sq and not self.sparse_adamw:
             raise ValueError(
-                "optimizer.rowwise_exp_avg_sq needs sparse_adamw, since a row with moments of its own is stepped when "
-                "it has a gradient; add --set rowwise_exp_avg_sq=false or --set sparse_adamw=true"
+                "optimizer.rowwise_exp_avg_sq needs sparse_adamw, because its step counts per row count only steps "
+                "with a gradient; add --set rowwise_exp_avg_sq=false or --set sparse_adamw=true"
             )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Shape of a step's batches up to a step; written LAST_STEP:BATCH_SIZExSEQ_LENxGRAD_ACCUM[:frozen]."""
+    """Batch shape up to a given step, written LAST_STEP:BATCH_SIZExSEQ_LENxGRAD_ACCUM[:frozen]."""
 
     last_step: int | None = _in(None, 1)  # last step of the phase; none: the end of the run
     batch_size: int = _in(16, 1)  # sequences per micro-batch
     seq_len: int = _in(128, 1)  # tokens per sequence
     grad_accum: int = _in(1, 1)  # micro-batches per step
-    frozen: bool = False  # hold the embedding fixed, where its rows come from --embeddings
+    frozen: bool = False  # freeze the embedding if its rows come from --embeddings
 
     @property
     def tokens(self) -> int:
@@ -125,46 +125,46 @@ class Phase:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Batches, the embedding's start, and how often things are written."""
+    """Batches, initial embedding, and intervals of logging, validation and checkpoints."""
 
-    phases: tuple[Phase, ...] = (Phase(),)  # in order; the last one's end, if set, fixes the schedule's length
-    embedding_init: str = "corpus"  # start of E: corpus, random, a GPT-2 .safetensors file, hf:NAME
-    ema: float = _in(0.0, 0, 0.99999)  # decay per step of the EMA of the weights; 0: none is kept
+    phases: tuple[Phase, ...] = (Phase(),)  # in order; the end of the last one, if set, is the schedule's length
+    embedding_init: str = "corpus"  # initial embedding: corpus, random, a GPT-2 .safetensors file, hf:NAME
+    ema: float = _in(0.0, 0, 0.99999)  # decay per step of the EMA of the weights; 0: no EMA
     log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
-    validate_every: int = _in(500, 0)  # steps between validations; 0: after the last step only
+    validate_every: int = _in(500, 0)  # steps between validations; 0: only after the last step
     validation_tokens: int = _in(32_768, 1)  # tokens in the fixed validation subset
     checkpoint_every: int = _in(0, 0)  # steps between checkpoints; 0: about two minutes of training
     sample_tokens: int = _in(60, 0)  # length of the text that each validation adds to samples.txt
-    checkpoint_minutes: tuple[float, ...] = ()  # minutes of training whose checkpoints are never dropped
+    checkpoint_minutes: tuple[float, ...] = ()  # training-clock minutes whose checkpoints are never deleted
 
     def __post_init__(self) -> None:
         if not self.phases:
-            raise ValueError("training.phases must hold at least one phase")
+            raise ValueError("training.phases must contain at least one phase")
         if not all(0 < minutes < math.inf for minutes in self.checkpoint_minutes):
             raise ValueError(f"training.checkpoint_minutes must be positive numbers, got {self.checkpoint_minutes}")
         ends = [phase.last_step for phase in self.phases]
         inner = [end for end in ends if end is not None]
         if None in ends[:-1] or inner != sorted(set(inner)):
-            raise ValueError(f"training.phases need rising last steps, only the last one open, got {ends}")
+            raise ValueError(f"training.phases need increasing last steps, and only the last may omit it, got {ends}")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How far the run goes, in steps, however it was asked for."""
+    """The length of the run in steps, whether steps, tokens or minutes were requested."""
 
     steps: int = _in(0, 0)  # last step of the run
-    schedule_steps: int = _in(0, 0)  # steps that phases and decay are laid out for; `steps` may stop earlier
-    minutes: float | None = _in(None, 0, open_low=True)  # what --minutes asked for
+    schedule_steps: int = _in(0, 0)  # length of the schedule and the phases; `steps` may be smaller
+    minutes: float | None = _in(None, 0, open_low=True)  # value of --minutes, if given
     step_seconds: tuple[float, ...] = ()  # seconds per step of each phase, as --minutes measured them
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run; RUN/config.json."""
+    """All settings of a run, as stored in RUN/config.json."""
 
     recipe: str = "default"  # the recipe that the settings started from
-    seed: int = _in(42, 0, 2**63 - 1)  # seeds the weights, the batches and the positions
-    threads: int = _in(1, 1)  # threads used; the same number gives the same bits
+    seed: int = _in(42, 0, 2**63 - 1)  # seed of the initial weights, the batches and the sampled positions
+    threads: int = _in(1, 1)  # number of threads; the same number gives the same bits
     data: str = ""  # folder of the prepared tokens
     data_hash: str = ""  # SHA-256 over the shards, so that a resumed run reads the same tokens
     model: ModelConfig = ModelConfig()
@@ -175,7 +175,7 @@ class RunConfig:
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 (hex) over the settings of the model and its head: with others, weights compute something else."""
+        """SHA-256 (hex) of the settings of model and head, on which the meaning of the weights depends."""
         sections = {"model": dataclasses.asdict(self.model), "head": dataclasses.asdict(self.head)}
         return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 
@@ -192,11 +192,11 @@ class RunConfig:
 
     @property
     def fixed_schedule(self) -> int | None:
-        """Steps that the phases are laid out for, or None if they are as long as the run."""
+        """Total steps of the phases, or None if the last phase continues to the end of the run."""
         return self.training.phases[-1].last_step
 
     def tokens_until(self, step: int) -> int:
-        """Tokens seen after a step."""
+        """Number of tokens seen up to and including a step."""
         tokens, start = 0, 0
         for phase in self.training.phases:
             end = step if phase.last_step is None else min(step, phase.last_step)
@@ -206,8 +206,8 @@ class RunConfig:
 
     @property
     def embedding_given(self) -> bool:
-        """Whether the rows of E come from a checkpoint, not from the corpus or at random."""
+        """Whether the initial embedding comes from a checkpoint, not from the corpus or a random generator."""
         return self.training.embedding_init not in ("corpus", "random")
 
 
-SECTIONS = ("model", "head", "optimizer", "training")  # of RunConfig, what `--set` changes
+SECTIONS = ("model", "head", "optimizer", "training")  # sections of RunConfig that `--set` can change

@@ -1,4 +1,4 @@
-"""What `info` says of a run or an exported model."""
+"""The description of a run or an exported model that `info` shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashlm_numba.system.errors import UserError
 
 
 def describe_run(folder: Path, checkpoint_name: str | None = None, *, note: Note = say) -> dict[str, Any]:
-    """What `info` shows: parameters by group, sizes, the tree's shape, how far the run was trained."""
+    """The description that `info` shows: parameters per group, sizes, shape of the tree, training progress."""
     loaded = load_model(folder, checkpoint_name, note=note)
     run, parameters = loaded.run, loaded.model.parameters
     groups: dict[str, int] = {}
@@ -41,15 +41,15 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, note: Note
         "ternary_parameters": ternary,
         "bytes": {
             "float32": 4 * sum(value.size for value in parameters.values()),
-            "ternary_packed": -(-ternary // 4),  # 2 bits a weight
+            "ternary_packed": -(-ternary // 4),  # 2 bits per weight
             "exported" if path.is_file() else "checkpoint": sum(file.stat().st_size for file in files),
         },
-        "peak_memory_mb": None if peak is None else round(peak),  # of this process, with the model loaded
-        **({"tree": None} | loaded.model.head.describe(lambda: _counts(run))),  # every head's JSON has the key
+        "peak_memory_mb": None if peak is None else round(peak),  # peak of this process, with the model loaded
+        **({"tree": None} | loaded.model.head.describe(lambda: _counts(run))),  # the JSON has the key for every head
         "receptive_field": run.model.receptive_field,
         "checkpoint": path.name,
         "trained": {
-            "running_average": bool(loaded.state.get("ema")),  # an exported one
+            "running_average": bool(loaded.state.get("ema")),  # set in an exported EMA
             "steps": loaded.state["step"],
             "planned_steps": run.plan.steps,
             "tokens": loaded.state["tokens"],
@@ -60,8 +60,8 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, note: Note
 
 
 def _counts(run: RunConfig) -> np.ndarray | None:
-    """How often each token occurs in the training text (V,), or None where that is not there any more."""
-    if run.data:  # an exported model does not say where its text is
+    """Count of each token in the training text (V,), or None if the text is no longer available."""
+    if run.data:  # an exported model does not record the folder of its text
         with contextlib.suppress(UserError):
             data = open_tokens(Path(run.data))
             if data.hash == run.data_hash:

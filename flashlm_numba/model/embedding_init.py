@@ -1,9 +1,9 @@
-"""Start of the embedding E (V, C) from the corpus itself; model/pretrained.py starts it from a checkpoint.
+"""Initial embedding E (V, C) from the training corpus; model/pretrained.py takes it from a checkpoint instead.
 
-The start is a truncated SVD of a positive pointwise mutual information matrix: which tokens stand
-shortly before and shortly after a token (docs/embeddings.md). It runs in a process of its own,
-`python -m flashlm_numba.model.embedding_init DATA OUT`, so that its memory and its threads are not the training's, and
-its result is kept in the user's cache folder by the hash of the data.
+The initial embedding is a truncated SVD of a positive pointwise mutual information matrix between tokens and their
+neighbours, shortly before and shortly after (docs/embeddings.md). It is computed in a separate process,
+`python -m flashlm_numba.model.embedding_init DATA OUT`, so that training does not hold its memory and threads. The
+result is stored in the user's cache folder under the hash of the data.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from flashlm_numba.system.process import environment
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split, TokenData
 
-WINDOW = 5  # tokens to either side that are context; a token at distance d counts 1/d
-MAX_TOKENS = 8_000_000  # of the corpus that are looked at, evenly spread over it
-MAX_PAIRS = 16_000_000  # different (token, next token) pairs that are kept; the rarest go first
+WINDOW = 5  # tokens of context on either side; a token at distance d counts 1/d
+MAX_TOKENS = 8_000_000  # maximum number of tokens read, in evenly spread blocks of the corpus
+MAX_PAIRS = 16_000_000  # maximum number of distinct (token, next token) pairs; the rarest are dropped
 CONTEXT_POWER = 0.75  # context frequencies are raised to this power, which damps rare contexts
-DISCOUNT = 1.0  # a pair counted n times weighs n / (n + DISCOUNT): single sightings prove little
-LENGTH_POWER = 0.5  # lengths of rows are raised to this power: frequent tokens keep longer ones, but less so
-RMS = 0.02  # root mean square of the rows of the tokens that occur
-UNSEEN_RMS = 0.1  # of random rows for tokens that do not occur, times RMS
-CACHE = "embeddings"  # folder in the cache
+DISCOUNT = 1.0  # a pair counted n times weighs n / (n + DISCOUNT), since single occurrences are weak evidence
+LENGTH_POWER = 0.5  # row lengths are raised to this power, which makes frequent tokens' rows less long
+RMS = 0.02  # root mean square over the rows of the tokens that occur
+UNSEEN_RMS = 0.1  # root mean square of the random rows of tokens that do not occur, times RMS
+CACHE = "embeddings"  # subfolder of the cache
 _CHUNK = 1 << 20  # tokens counted at a time
 
 Report = Callable[[str], None]
@@ -58,16 +58,16 @@ def from_corpus(
     threads: int | None = None,
     report: Report | None = None,
 ) -> np.ndarray:
-    """Embedding (vocab_size, dim) float32 whose rows are close where tokens are used alike.
+    """Embedding (vocab_size, dim) float32 in which tokens with similar contexts have similar rows.
 
-    split : anything with `n_tokens` and `windows(starts, length)`; at most max_tokens of it are read
-    eot : id of the end of text: no pair of tokens is counted across it
-    threads : for the sparse products (default: all cores); the result does not depend on it, while BLAS's own
-        thread count can change last bits
+    split : any object with `n_tokens` and `windows(starts, length)`; at most max_tokens of it are read
+    eot : id of the end of text; no pair of tokens is counted across it
+    threads : threads of the sparse products (default: all cores). They do not change the result, but the number of
+        BLAS threads can change last bits.
     report : called with a sentence after each stage
 
-    Rows of tokens that occur have root mean square `rms` together, the frequent ones being longer; the others
-    are small and random. The same seed, data and thread count give the same rows. About 1 GB of memory.
+    The rows of all tokens that occur have root mean square `rms`; frequent tokens have longer rows. The other rows are
+    small and random. The same seed, data and thread count give the same rows. The function needs about 1 GB of memory.
     Raises UserError if the split is empty or has ids outside the vocabulary.
     """
     say = report or (lambda sentence: None)
@@ -86,15 +86,15 @@ def from_corpus(
         rows[tokens, :rank] = factors / np.maximum(length, 1e-12) ** (1 - LENGTH_POWER)
         scale = float(np.sqrt(np.mean(np.square(rows[tokens], dtype=np.float64))))
         rows *= np.float32(rms / scale) if scale > 0 else 0.0
-    rest = np.flatnonzero(~rows.any(axis=1))  # tokens that do not occur, or whose row vanished
+    rest = np.flatnonzero(~rows.any(axis=1))  # tokens that do not occur, or whose row is zero
     rows[rest] = rng.standard_normal((len(rest), dim), dtype=np.float32) * np.float32(rms * UNSEEN_RMS)
     return rows
 
 
 def _blocks(split: Split, max_tokens: int) -> Iterator[np.ndarray]:
-    """At most max_tokens ids of the split in blocks (n,) int32: all of it, or evenly spread blocks."""
+    """At most max_tokens ids of the split in blocks (n,) int32: the complete split, or evenly spread blocks."""
     if split.n_tokens < 1:
-        raise UserError("The training split is empty, so it gives no start of the embedding; prepare more text.")
+        raise UserError("The training split is empty, so there is no initial embedding; prepare more text.")
     n_blocks = -(-min(split.n_tokens, max_tokens) // _CHUNK)
     edges = np.linspace(0, split.n_tokens, n_blocks + 1).astype(np.int64)
     length = -(-min(split.n_tokens, max_tokens) // n_blocks)
@@ -103,9 +103,10 @@ def _blocks(split: Split, max_tokens: int) -> Iterator[np.ndarray]:
 
 
 def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WINDOW, *, eot: int) -> sparse.csr_matrix:
-    """counts[a, b] (V, V) float32: sum of 1/d over the places where b stands d <= window tokens after a.
+    """counts[a, b] (V, V) float32: the sum of 1/d over all places where b occurs d <= window tokens after a.
 
-    Pairs with an end of text (id eot) between them are left out (it is itself the neighbour of both documents).
+    Pairs with an end of text (id eot) between them do not count. The end of text itself is a neighbour in both
+    documents.
 
     >>> pairs = count_pairs(iter([np.array([3, 4, 3, 5])]), vocab_size=6, window=2, eot=0)
     >>> pairs.toarray()[3].tolist()
@@ -127,7 +128,7 @@ def count_pairs(blocks: Iterator[np.ndarray], vocab_size: int, window: int = WIN
 
 
 def _count_block(ids: np.ndarray, vocab_size: int, window: int, eot: int) -> sparse.csr_matrix:
-    """count_pairs of one block: the product of (V, n) "a stands at i" and (n, V) "b follows i closely"."""
+    """count_pairs for one block: the product of (V, n) "a is at position i" and (n, V) "b follows i closely"."""
     n = len(ids)
     places = np.argsort(ids.astype(np.uint16) if vocab_size <= 1 << 16 else ids, kind="stable").astype(np.int32)
     ends = np.cumsum(np.bincount(ids, minlength=vocab_size))
@@ -150,11 +151,11 @@ def _count_block(ids: np.ndarray, vocab_size: int, window: int, eot: int) -> spa
 def ppmi(pairs: sparse.csr_matrix) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Positive pointwise mutual information of tokens with their left and right contexts.
 
-    pairs (V, V) of count_pairs. Returns (n, m) float32, a row for each token that occurs and a column for
-    each context ("b shortly before", "b shortly after") that occurs, and the ids (n,) of the rows' tokens:
-    max(0, log(p(a, b) / (p(a) q(b)))) * count / (count + DISCOUNT), q(b) in proportion to
-    p(b)**CONTEXT_POWER. Source: Levy, Goldberg and Dagan 2015, TACL 3, sections 2.1 and 3.1 (context
-    distribution smoothing).
+    pairs : (V, V), the result of count_pairs
+    Returns a matrix (n, m) float32 and the token ids (n,) of its rows. The matrix has one row per token that occurs,
+    and one column per context that occurs: "b shortly before" or "b shortly after". Its entries are
+    max(0, log(p(a, b) / (p(a) q(b)))) * count / (count + DISCOUNT), where q(b) is proportional to p(b)**CONTEXT_POWER.
+    Source: Levy, Goldberg and Dagan 2015, TACL 3, sections 2.1 and 3.1 (context distribution smoothing).
     """
     counts = sparse.hstack([pairs.T, pairs], format="csr")
     tokens = np.flatnonzero(np.diff(counts.indptr))
@@ -185,8 +186,8 @@ def truncated_svd(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors u (n, rank) and values s (rank,), largest first, of a sparse (n, m) matrix.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), orthogonalised
-    through the Gram matrix: a few large products instead of a Householder QR, ten times slower here.
+    The method is randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1). It
+    orthogonalises with the Gram matrix, that is with a few large products; a Householder QR is ten times slower here.
     The sign of each vector makes its largest entry positive.
     """
     threads = threads or os.cpu_count() or 1
@@ -209,14 +210,14 @@ def truncated_svd(
 
 
 def _orthonormal(y: np.ndarray) -> np.ndarray:
-    """Columns (n, k) that span those of y, orthonormal to about 1e-6; vanishing directions stay small."""
+    """A basis (n, k) of the columns of y, orthonormal to about 1e-6; vanishing directions stay small."""
     squares, vectors = np.linalg.eigh((y.T @ y).astype(np.float64))
     floor = max(float(squares[-1]), 1e-30) * 1e-12
     return y @ (vectors / np.sqrt(np.maximum(squares, floor))).astype(np.float32)
 
 
 def _sparse_product(a: sparse.csr_matrix, b: np.ndarray, pool: ThreadPoolExecutor, threads: int) -> np.ndarray:
-    """a @ b by slices of rows with about equally many entries; SciPy's loops let other threads run."""
+    """a @ b, in slices of rows with about equally many entries. SciPy's loops release Python's lock."""
     out = np.empty((a.shape[0], b.shape[1]), np.float32)
     cuts = np.searchsorted(a.indptr, np.linspace(0, a.nnz, 4 * threads + 1))
     cuts[0], cuts[-1] = 0, a.shape[0]
@@ -229,7 +230,7 @@ def _sparse_product(a: sparse.csr_matrix, b: np.ndarray, pool: ThreadPoolExecuto
     return out
 
 
-# --- cached, in a process
+# --- in a separate process, with a cache
 
 
 def cached_start(
@@ -240,11 +241,11 @@ def cached_start(
     threads: int | None = None,
     report: Report | None = None,
 ) -> tuple[np.ndarray, float]:
-    """from_corpus of data.train, from the cache (see cache.py) or made there by a process of its own.
+    """from_corpus of data.train, from the cache (see cache.py) or computed by a separate process.
 
-    Returns (V, dim) float32, where V is the size of the data's vocabulary, and the seconds that making it took,
-    whenever that was. `report` gets a sentence when work begins and after each stage. A damaged cache file is made
-    anew. Raises UserError if no folder can be written.
+    Returns (V, dim) float32, where V is the size of the data's vocabulary, and the seconds that computing it took, now
+    or earlier. `report` receives a sentence at the beginning and after each stage. A damaged cache file is replaced.
+    Raises UserError if no folder can be written.
     """
     threads = threads or os.cpu_count() or 1
     vocab_size = data.vocabulary.size
@@ -254,7 +255,7 @@ def cached_start(
         return found
     folder = writable_cache(CACHE)
     if report:
-        report(f"making the start of the embedding from {data.folder} (once, then kept in {folder})")
+        report(f"computing the initial embedding from {data.folder} (once, then cached in {folder})")
     _run_apart(data.folder, folder / name, dim, seed, threads, report)
     found = _load(folder / name, (vocab_size, dim))
     if found is None:
@@ -263,9 +264,9 @@ def cached_start(
 
 
 def cache_name(data: TokenData, dim: int, seed: int, threads: int) -> str:
-    """The file that cached_start keeps in CACHE: named by data, shape, seed and the settings of this module.
+    """Name of cached_start's file in CACHE, a hash of data, shape, seed, threads and the settings of this module.
 
-    And by the threads, since another number of them changes last digits.
+    It includes the threads because another number of threads changes the last digits.
     """
     tokens = data.vocabulary
     settings = (WINDOW, MAX_TOKENS, MAX_PAIRS, CONTEXT_POWER, DISCOUNT, LENGTH_POWER, RMS, UNSEEN_RMS, tokens.eot)
@@ -274,11 +275,11 @@ def cache_name(data: TokenData, dim: int, seed: int, threads: int) -> str:
 
 
 def _load(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, float] | None:
-    """The rows of a cache file and the seconds they took, or None if it is missing or not what it should be."""
+    """The rows of a cache file and the seconds that they took, or None if the file is missing or invalid."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             rows, seconds = found["rows"], float(found["seconds"])
-    # TypeError: of an array that is not in an archive, or seconds that are no number
+    # TypeError: the array is not in an archive, or the seconds are not a number
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     if rows.shape != shape or rows.dtype != np.float32 or not np.isfinite(rows).all():
@@ -287,7 +288,7 @@ def _load(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, float] | None
 
 
 def _run_apart(folder: Path, out: Path, dim: int, seed: int, threads: int, report: Report | None) -> None:
-    """Run this module as a process, handing on the sentences that it prints."""
+    """Run this module as a process, and report the sentences that it prints."""
     count = str(threads)
     command = [sys.executable, "-m", "flashlm_numba.model.embedding_init", str(folder), str(out)]
     command += ["--dim", str(dim), "--seed", str(seed), "--threads", count]
@@ -308,15 +309,15 @@ def _run_apart(folder: Path, out: Path, dim: int, seed: int, threads: int, repor
         raise UserError(lines[-1].rstrip())
     if process.returncode < 0:
         raise UserError(
-            f"Making the start of the embedding was ended by signal {-process.returncode}; if that was for want of "
-            "memory (it needs about 1 GB), free some, or start with --set embedding_init=random."
+            f"Signal {-process.returncode} ended the computation of the initial embedding; if memory ran out (it "
+            "needs about 1 GB), free some, or use --set embedding_init=random."
         )
     if process.returncode:
         raise RuntimeError("the embedding process failed:\n" + "".join(lines[-20:]))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of the process: make the start of prepared data and write it as .npz, atomically."""
+    """Command line of the process: compute the initial embedding of prepared data and write it atomically as .npz."""
     parser = argparse.ArgumentParser(prog="python -m flashlm_numba.model.embedding_init", description=__doc__)
     parser.add_argument("data", type=Path, help="folder of prepared tokens")
     parser.add_argument("out", type=Path, help="file to write, .npz")
@@ -344,15 +345,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except MemoryError as error:
         print(
-            f"There is not enough memory for the start of the embedding ({error}); free some (it needs about 1 GB), or "
-            "start with --set embedding_init=random.",
+            f"There is not enough memory for the initial embedding ({error}); free some (it needs about 1 GB), or "
+            "use --set embedding_init=random.",
             flush=True,
         )
         return 2
     except OSError as error:
         print(
-            f"The start of the embedding cannot be kept in {options.out.parent}: {error.strerror or error}; make room "
-            "there, or name another cache folder with the variable XDG_CACHE_HOME.",
+            f"The initial embedding cannot be stored in {options.out.parent}: {error.strerror or error}; free some "
+            "space there, or name another cache folder with the variable XDG_CACHE_HOME.",
             flush=True,
         )
         return 2

@@ -1,4 +1,4 @@
-"""A run's model written to one file, which is read like a run."""
+"""Export of a run's model to one file, which the commands read like a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from flashlm_numba.system.errors import UserError
 def export_run(
     folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say
 ) -> Path:
-    """Write a run's model to one file, with its ternary weights packed; eval, generate and info read it like a run.
+    """Write a run's model to one file with packed ternary weights. eval, generate and info read it like a run.
 
-    The file holds no path of this machine: of the training text it keeps the hash. Raises UserError if the run cannot
-    be read, out exists or cannot be written.
+    The file contains no path of this machine; it identifies the training text by hash only. Returns out.
+    Raises UserError if the run cannot be read, or if out exists or cannot be written.
     """
     if folder.is_file():
-        raise UserError(f"{folder} is a file, exported already; give the folder of a run.")
+        raise UserError(f"{folder} is a file, already exported; give the folder of a run.")
     if out.exists():
-        raise UserError(f"{out} exists already; choose another file, or remove it.")
+        raise UserError(f"{out} already exists; choose another file, or remove it.")
     loaded = load_model(folder, checkpoint_name, ema=ema, note=note)
     tensors = tensors_of(loaded.model)
     threshold = loaded.run.model.ternary_threshold
@@ -32,7 +32,7 @@ def export_run(
     tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in ternary}
     start = loaded.run.training.embedding_init
     if start not in ("corpus", "random") and not start.startswith("hf:"):
-        start = Path(start).name  # of a path on this machine
+        start = Path(start).name  # without the path on this machine
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
     run = dataclasses.replace(loaded.run, data="", training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}

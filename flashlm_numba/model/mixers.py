@@ -1,8 +1,8 @@
-"""MIXERS: the token mixers that a block can have, by the name that the setting `mixer` takes.
+"""MIXERS: the token mixers that a block can use, by the name that the setting `mixer` takes.
 
-A mixer is a module in kernels/ (its helpers, two regions for training and two kernels for decoding: see
-kernels/_trunk_regions.py) and an entry here: its parameters, how far it sees, and how the kernels' object is made from
-the settings. The trunk and the model know no mixer by name. docs/extending.md adds one.
+A mixer consists of a module in kernels/ and an entry here. The module has helpers, two regions for training and two
+kernels for decoding; see kernels/_trunk_regions.py. The entry describes the parameters and the reach, and builds the
+kernels' object from the settings. The trunk and the model know no mixer by name. docs/extending.md adds one.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Parameter(NamedTuple):
-    """Shape of a parameter, and the values that it starts from: fill, or normal with this standard deviation."""
+    """Shape and initial values of a parameter: normal with standard deviation std, or the constant fill."""
 
     shape: tuple[int, ...]
-    std: float = 0.0  # 0: every number is fill
+    std: float = 0.0  # 0: every element is fill
     fill: float = 0.0
-    ternary: bool = False  # evaluated as -1, 0 and +1
+    ternary: bool = False  # whether the model evaluates it as -1, 0 and +1
 
 
 class MixerType(Protocol):
-    """What the model asks of a kind of mixer. config is a ModelConfig, of which each kind reads its own settings."""
+    """The interface of a mixer type. config is a ModelConfig; each type reads the settings that belong to it."""
 
     def check(self, config: Any) -> None:
-        """Raise ValueError, naming the setting, if the settings cannot be."""
+        """Raise ValueError, naming the setting, if a setting is invalid."""
         ...
 
     def parameters(self, config: Any) -> dict[str, Parameter]:
-        """By name relative to the block's mixer, in order; shapes in PyTorch's layouts."""
+        """The parameters in order, by name within the mixer. Shapes follow PyTorch's layouts."""
         ...
 
     def reach(self, config: Any) -> int:
-        """Tokens before its own that one passage through the mixer can see."""
+        """Number of earlier tokens that one pass through the mixer can see."""
         ...
 
     def build(self, config: Any) -> Any:
-        """The mixers of all blocks as the kernels want them, a kernels.trunk.Mixer."""
+        """The mixers of all blocks as one kernels.trunk.Mixer."""
         ...
 
 
 class ConvType:
-    """FlashLM v3's: gated dilated convolutions, then a ternary layer; with a leaky average where leaky_decay is set."""
+    """FlashLM v3's mixer: gated dilated convolutions and a ternary layer; leaky_decay adds a leaky average."""
 
     def check(self, config: Any) -> None:
         """See MixerType."""
@@ -63,7 +63,7 @@ class ConvType:
         }
 
     def reach(self, config: Any) -> int:
-        """See MixerType. A leaky average is taken to end where a token's share is below 2**-24, float32's rounding."""
+        """See MixerType. The leaky average ends where a token's share falls below 2**-24, the rounding of float32."""
         reach = (config.kernel_size - 1) * sum(config.dilations)
         if config.leaky_decay:
             reach += math.ceil(math.log(2**-24) / math.log(config.leaky_decay))

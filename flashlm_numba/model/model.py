@@ -1,4 +1,4 @@
-"""The model: embedding, trunk and head, with parameters and gradients by name. Backward is forward in reverse.
+"""The model: embedding, trunk and head, with named parameters and gradients. Backward is forward in reverse.
 
 Letters: B batch, T time, N = B*T positions, V vocabulary, C channels.
 """
@@ -24,10 +24,10 @@ from flashlm_numba.system.errors import UserError
 
 
 class Model:
-    """Parameters, gradients and the two passes.
+    """Parameters, gradients, forward and backward pass.
 
-    make_head(weight, dweight) builds the head on the live embedding and its gradient, both (V, C) float32.
-    `parameters` and `gradients` are dicts with the same keys: the trunk's (parameter_shapes), then the head's own.
+    make_head : function that builds the head on the live embedding and its gradient, both (V, C) float32
+    `parameters` and `gradients` are dicts with the same keys: those of parameter_shapes, then the head's.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Model:
                 raise ValueError(f"Model: parameter {name} is missing")
             _check.array("Model", name, parameters[name], shape)
         self.parameters = {name: parameters[name] for name in parameter_shapes(config)}
-        # np.zeros takes memory when it is written to, so a model that only generates has no gradients in memory
+        # np.zeros allocates memory on the first write, so a model that only generates has no gradients in memory
         self.gradients = {name: np.zeros(value.shape, np.float32) for name, value in self.parameters.items()}
         self.head = make_head(self.parameters[EMBEDDING], self.gradients[EMBEDDING])
         for name, value in self.head.parameters.items():
@@ -63,20 +63,22 @@ class Model:
         self.use_activations(config.activations)
 
     def use_activations(self, kind: str) -> None:
-        """How the ternary products are computed: in "float", or with what they multiply rounded to "int8", row by row,
-        in the forward and in the backward pass; faster, and a little off. At first it is what the configuration says.
+        """Select the arithmetic of the ternary products, "float" or "int8"; the default is that of the configuration.
+
+        With "int8" both passes quantise the inputs of the products with one scale per row. This is faster and less
+        accurate. Raises ValueError for another kind.
         """
         if kind not in ACTIVATIONS:
             raise ValueError(f"Model: activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
         try:
             self._weights.use_int8(kind == "int8")
-        except ValueError as error:  # of the environment variable that forces a variant
+        except ValueError as error:  # the environment variable that selects a variant is wrong
             raise UserError(f"{error}.") from None
-        self._buffers = None  # a backward pass must not follow a forward pass of the other kind
+        self._buffers = None  # a backward pass must not follow a forward pass with other activations
         self.sync_weights()
 
     def sync_weights(self) -> None:
-        """Ternarise and pack the weights for the kernels; call after every change of the parameters."""
+        """Ternarise and pack the weights for the kernels. Call this after every change of the parameters."""
         p, w = self.parameters, self._weights
         share = self.config.ternary_threshold
         for b in range(self.config.n_blocks):
@@ -96,49 +98,50 @@ class Model:
         self.head.prepare()
 
     def _block(self, block: int) -> dict[str, np.ndarray]:
-        """A block's parameters, by name relative to it."""
+        """The parameters of a block, by name within the block."""
         prefix = f"blocks.{block}."
         return {n.removeprefix(prefix): value for n, value in self.parameters.items() if n.startswith(prefix)}
 
     def zero_grad(self) -> None:
-        """Set every gradient to zero, in one place."""
+        """Set every gradient to zero."""
         for gradient in self.gradients.values():
             zero(gradient)
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
-        """Hidden states (B*T, C) float32 for token ids (B, T) int32: an internal buffer, valid until the next call.
+        """Hidden states (B*T, C) float32 for token ids (B, T) int32. The result is a buffer, valid until the next call.
 
         A hidden state depends on no later token. Raises ValueError if an id is not in [0, V).
         """
         _check.array("Model.forward", "ids", ids, (None, None), np.int32)
-        _check.indices("Model.forward", "ids", ids, self.config.vocab_size, "the data was made with another vocabulary")
+        _check.indices("Model.forward", "ids", ids, self.config.vocab_size, "the data use another vocabulary")
         rows = ids.reshape(-1)
         if self.head.row_of_token is not None:
             rows = self.head.row_of_token[rows]
         self._rows = np.ascontiguousarray(rows, np.int32)
         if self._buffers is None or not self._buffers.fits(self._weights, *ids.shape):
-            self._buffers = None  # the old ones' memory is free before new ones are made
+            self._buffers = None  # frees the old buffers before new ones are allocated
             self._buffers = TrunkBuffers(self._weights, *ids.shape)
         return trunk_forward(self._buffers, self._weights, self.parameters[EMBEDDING], self._rows)
 
     def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
-        """Read a text, ids (T,) int32, T >= 1, in one pass: the state to go on from, and its last hidden state (1, C).
+        """Read a text, ids (T,) int32 with T >= 1, in one pass. Returns a decoding state and the last hidden state
+        (1, C).
 
-        Only the last receptive_field tokens matter, and are read. Call sync_weights before, if parameters have changed.
-        Raises ValueError if there is no token, or one is not in [0, V).
+        Only the last receptive_field tokens matter, so only these are read. If parameters have changed, call
+        sync_weights first. Raises ValueError if there is no token or if one is not in [0, V).
         """
         _check.array("Model.prefill", "ids", ids, (None,), np.int32)
         if not len(ids):
-            raise ValueError("Model.prefill: ids must hold at least one token; a text begins with <|endoftext|>")
+            raise ValueError("Model.prefill: ids must contain at least one token; a text begins with <|endoftext|>")
         h = self.forward(ids[None, -self.config.receptive_field :])
         assert self._buffers is not None
         assert self._rows is not None
         return decode.prefill(self._weights, self._buffers, self._rows), h[-1:].copy()
 
     def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
-        """Feed one token id to a state that prefill made: its hidden state (1, C) float32, valid until the next call.
+        """Feed one token id to a state from prefill. Returns the hidden state (1, C) float32.
 
-        Raises ValueError if the token is not in [0, V).
+        The result is valid until the next call. Raises ValueError if the token is not in [0, V).
         """
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
@@ -146,7 +149,7 @@ class Model:
         return decode.decode_step(state, self._weights, self.parameters[EMBEDDING], row)
 
     def backward(self, dh: np.ndarray) -> None:
-        """Add the gradients for dh (B*T, C) float32 of the last forward call to `gradients`, the embedding's too."""
+        """Add the gradients of the last forward call, given dh (B*T, C) float32, to `gradients`, embedding included."""
         if self._buffers is None or self._rows is None:
             raise ValueError("Model.backward: call forward first")
         _check.array("Model.backward", "dh", dh, self._buffers.activations.out.shape)
@@ -154,7 +157,7 @@ class Model:
         self._embedding_backward(dh)
 
     def _embedding_backward(self, dh: np.ndarray) -> None:
-        """What the embedding gets from its rows at the input, and from the copied rows at both ends."""
+        """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
         assert self._buffers is not None
         assert self._rows is not None
         b, w, gradient = self._buffers, self._weights, self.gradients[EMBEDDING]
@@ -168,7 +171,7 @@ class Model:
         g = self.gradients
         found = trunk_backward(self._buffers, self._weights, dh, self.parameters[EMBEDDING])
         for b in range(self.config.n_blocks):
-            # ternarize passes the gradient straight through
+            # straight-through estimator: ternarize passes the gradient unchanged
             own = {
                 "norm1.weight": found.norm1[b],
                 "norm2.weight": found.norm2[b],
@@ -187,13 +190,15 @@ class Model:
     def loss_and_grad(
         self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """One micro-batch: forward, head, backward; gradients are added to `gradients`, or take their place.
+        """Run one micro-batch: forward, head, backward. Gradients are added to `gradients` or replace them.
 
-        ids, targets (B, T) int32; weights (B*T,) float32, each position's share of the step's loss (they sum to 1 over
-        a whole step); positions of weight 0 cost the head nothing. accumulate=False is for a step's first micro-batch:
-        as zero_grad before, but the head, which has most of the gradients, clears only what it does not write.
-        Returns loss and nll of the positions of non-zero weight, in order, nats, (n,) float32, and the seconds spent
-        in `embedding`, `trunk` and `head`.
+        ids, targets : (B, T) int32
+        weights : (B*T,) float32, the share of each position in the step's loss; the shares of a step sum to 1.
+            Positions of weight 0 cost the head nothing.
+        accumulate : False replaces the gradients, for the first micro-batch of a step. It is cheaper than zero_grad,
+            because the head, which has most of the gradients, clears only those that it does not write.
+        Returns loss (n,) and nll (n,) float32, in nats, of the positions of non-zero weight, in order; and the seconds
+        spent in `embedding`, `trunk` and `head`.
         """
         start = time.perf_counter()
         h = self.forward(ids)

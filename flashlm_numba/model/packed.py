@@ -1,9 +1,10 @@
-"""A model in one file: the ternary weights five to a byte, everything else as it is in a checkpoint.
+"""A model in one file, with five ternary weights per byte and everything else as in a checkpoint.
 
-The file is a safetensors file. Its metadata hold the run's settings, how far it was trained, and a SHA-256 over all
-tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8: byte j of a row is the sum of 3**i times the code
-of weight 5 j + i, for i < 5, where the codes 0, 1, 2 stand for -1, 0, +1; weights beyond K have the code 0. That is 1.6
-bits a weight, of 1.58 that a ternary one can carry. Nothing is lost: training evaluates these values.
+The file is a safetensors file. Its metadata contain the run's settings, its training progress, and a SHA-256 over all
+tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8. Byte j of a row is the sum over i < 5 of 3**i
+times the code of weight 5 j + i. The codes 0, 1, 2 stand for -1, 0, +1, and weights beyond K have the code 0. This
+takes 1.6 bits per weight, where a ternary weight carries 1.58 bits. Packing loses nothing, because training evaluates
+the ternary values too.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import sync_folder
 
 FORMAT = "flashlm-numba packed 1"
-SUFFIX = ".base3"  # of a packed matrix's name
+SUFFIX = ".base3"  # suffix of a packed matrix's name
 PER_BYTE = 5
 _POWERS = 3 ** np.arange(PER_BYTE)
 
 
 def pack_base3(weight: np.ndarray) -> np.ndarray:
-    """Ternary weight (R, K) of -1, 0, +1 as (R, ceil(K / 5)) uint8. Raises ValueError if an element is something else.
+    """Pack a ternary weight (R, K) of -1, 0, +1 into (R, ceil(K / 5)) uint8. Raises ValueError for other elements.
 
     >>> pack_base3(np.array([[1, 0, -1, 1, 1, -1]])).tolist()
     [[221, 0]]
     """
     if weight.ndim != 2 or not np.isin(weight, (-1, 0, 1)).all():
-        raise ValueError("pack_base3: weight must be a matrix of -1, 0 and +1 only; use ternarize first")
+        raise ValueError("pack_base3: weight must be a matrix of -1, 0 and +1; use ternarize first")
     rows, columns = weight.shape
     codes = np.zeros((rows, -(-columns // PER_BYTE) * PER_BYTE), np.int64)
     codes[:, :columns] = weight + 1
@@ -42,11 +43,11 @@ def pack_base3(weight: np.ndarray) -> np.ndarray:
 
 
 def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
-    """The weight (R, columns) float32 that pack_base3 packed. Raises ValueError if it cannot have been that."""
+    """Unpack the result of pack_base3 to a weight (R, columns) float32. Raises ValueError if packed is invalid."""
     if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] != -(-columns // PER_BYTE):
         raise ValueError(
-            f"unpack_base3: {columns} columns take {-(-columns // PER_BYTE)} bytes a row, got {packed.dtype} of shape "
-            f"{packed.shape}"
+            f"unpack_base3: {columns} columns take {-(-columns // PER_BYTE)} bytes per row, got {packed.dtype} of "
+            f"shape {packed.shape}"
         )
     if packed.size and packed.max() >= 3**PER_BYTE:
         raise ValueError(f"unpack_base3: no byte can be above {3**PER_BYTE - 1}, got {packed.max()}")
@@ -67,10 +68,11 @@ def _digest(tensors: dict[str, np.ndarray], config: str, state: str) -> str:
 def write(
     path: Path, tensors: dict[str, np.ndarray], ternary: Collection[str], config: str, state: dict[str, Any]
 ) -> None:
-    """Write a model's tensors, whole or not at all.
+    """Write a model's tensors to one file, atomically.
 
-    ternary : names of the matrices that are packed, given as their ternary values
-    config : the run's settings as JSON;  state : how far it was trained. Raises UserError where the disk refuses.
+    ternary : names of the matrices to pack; tensors holds their ternary values
+    config : the run's settings as JSON;  state : the training progress
+    Raises UserError if writing fails.
     """
     from safetensors.numpy import save_file
 
@@ -92,7 +94,7 @@ def write(
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"The model could not be written to {path}: {reason}; choose another file, or make room on a full disk."
+            f"The model could not be written to {path}: {reason}; choose another file, or free some disk space."
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -100,23 +102,23 @@ def write(
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """config, tensors and state of a file that write made. Raises UserError if it is another file, or damaged."""
+    """config, tensors and state of a file from write(). Raises UserError for other files and for damaged ones."""
     from safetensors import SafetensorError, safe_open
 
-    damaged = f"{path} is not whole ({{}}); export the run again."
+    damaged = f"{path} is damaged ({{}}); export the run again."
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(
-                    f"{path} is a safetensors file, but no model of `flashlm-numba export`; give such a file, or the "
-                    "folder of a run."
+                    f"{path} is a safetensors file, but not one from `flashlm-numba export`; give such a file, or "
+                    "the folder of a run."
                 )
             tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):  # also a dtype that NumPy has not
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):  # also for a dtype that NumPy lacks
         raise UserError(
-            f"{path} is not a model that can be read; give a file that `flashlm-numba export` wrote, or the folder of "
-            "a run. If it is one, it is not whole: export the run again."
+            f"{path} cannot be read as a model; give a file written by `flashlm-numba export`, or the folder of a "
+            "run. If it is such a file, it is damaged; export the run again."
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None

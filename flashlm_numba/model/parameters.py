@@ -1,4 +1,4 @@
-"""Names, shapes and starting values of the model's parameters, but its head's own; block by block.
+"""Names, shapes and initial values of the model's parameters, except those of its head.
 
 embedding.weight
 blocks.B.norm1.weight, blocks.B.mixer.*, blocks.B.norm2.weight, blocks.B.glu.{gate,up,down}.weight
@@ -14,15 +14,15 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.mixers import MIXERS, Parameter
 
-ENDS = ("inputs", "outputs")  # of the trunk, where copied rows are added
+ENDS = ("inputs", "outputs")  # ends of the trunk, where copied rows are added
 EMBEDDING = "embedding.weight"
 
 
 def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """Every parameter but the head's own, in order; PyTorch's layouts. Starting values by FlashLM v3's rules.
+    """Every parameter except the head's, in order, in PyTorch's layouts. Initial values follow FlashLM v3.
 
-    Norms are one; the gains of the leaky average and of the n-gram copies zero; convolutions, gate and up have std
-    fan_in**-0.5; mixer.out and glu.down 0.01; the router is small.
+    Norms start at one, and the gains of the leaky average and of the n-gram copy at zero. Convolutions, gate and up
+    have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small.
     """
     c, inner = config.dim, config.ffn_dim
     norm = Parameter((c,), fill=1.0)
@@ -48,21 +48,21 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter but the head's own, in order."""
+    """Name and shape of every parameter except the head's, in order."""
     return {name: parameter.shape for name, parameter in model_parameters(config).items()}
 
 
 def ternary_names(config: ModelConfig) -> list[str]:
-    """Names of the matrices that are evaluated as -1, 0 and +1."""
+    """Names of the matrices that the model evaluates as -1, 0 and +1."""
     return [name for name, parameter in model_parameters(config).items() if parameter.ternary]
 
 
 def initial_parameters(
     config: ModelConfig, seed: int, embedding: np.ndarray | None = None, embedding_std: float = 0.02
 ) -> dict[str, np.ndarray]:
-    """The starting values, float32, each tensor's from a generator of its own.
+    """The initial values, float32. Each tensor has a separate random generator.
 
-    embedding (V, C): the rows to start from, else normal with embedding_std.
+    embedding : initial embedding (V, C); None: normal with standard deviation embedding_std
     """
     parameters = {}
     for index, (name, (shape, std, fill, _)) in enumerate(model_parameters(config).items()):

@@ -1,4 +1,4 @@
-"""Start of the embedding E (V, C) from a GPT-2 checkpoint: a file, or a repository on Hugging Face."""
+"""Initial embedding E (V, C) from a GPT-2 checkpoint: a file, or a repository on Hugging Face."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from flashlm_numba.system.errors import UserError
 
 
 def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray, float]:
-    """Rows (vocab_size, dim) float32 of a GPT-2 checkpoint's token embedding, and the share of variance kept.
+    """Rows (vocab_size, dim) float32 from a GPT-2 checkpoint's token embedding, and their share of its variance.
 
     source : a local .safetensors file, or `hf:NAME` for model.safetensors of a Hugging Face repository
-    The embedding W (V, D) = U S Vt is cut to U S of the `dim` largest singular values, as FlashLM v3 did;
-    the share is the sum of their squares over that of all. Raises UserError for a file that is missing,
-    damaged, or not GPT-2's.
+    The embedding W (V, D) = U S Vt is reduced to U S of the `dim` largest singular values, as in FlashLM v3. The share
+    is the sum of their squares divided by the sum of all squares.
+    Raises UserError if the file is missing, damaged, or not GPT-2's.
     """
     weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else Path(source))
     rows, width = weight.shape
     if not vocab_size <= rows < vocab_size + 128:  # a padded vocabulary, as 50,304, has unused rows at its end
         raise UserError(
             f"{name} in {source} has {rows:,} rows, but the vocabulary has {vocab_size:,} tokens; "
-            "use a checkpoint of GPT-2's vocabulary."
+            "use a checkpoint with GPT-2's vocabulary."
         )
     if width < dim:
         raise UserError(
@@ -35,14 +35,14 @@ def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray
         )
     weight = weight[:vocab_size]
     if not np.isfinite(weight).all():
-        raise UserError(f"{name} in {source} holds values that are not finite; use an undamaged checkpoint.")
+        raise UserError(f"{name} in {source} contains values that are not finite; use an intact checkpoint.")
     # W = U S Vt, so U S = W V, and V are the eigenvectors of the small W.T @ W (D, D)
     gram = weight.T.astype(np.float64) @ weight.astype(np.float64)
     squares, vectors = linalg.eigh(gram)
     squares, vectors = squares[::-1], vectors[:, ::-1][:, :dim]
     total = float(squares.sum())
     if total <= 0:
-        raise UserError(f"{name} in {source} is all zeros; use a trained checkpoint.")
+        raise UserError(f"{name} in {source} contains only zeros; use a trained checkpoint.")
     signs = np.where(vectors[np.abs(vectors).argmax(axis=0), np.arange(dim)] < 0, -1.0, 1.0)
     return weight @ (vectors * signs).astype(np.float32), float(squares[:dim].sum()) / total
 
@@ -51,7 +51,7 @@ _WTE_NAMES = ("wte.weight", "transformer.wte.weight")
 
 
 def _read_wte(path: Path) -> tuple[np.ndarray, str]:
-    """The token embedding of a .safetensors file as float32 (V, D), and its name there."""
+    """The token embedding of a .safetensors file as float32 (V, D), and its name in the file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -61,7 +61,7 @@ def _read_wte(path: Path) -> tuple[np.ndarray, str]:
             name = next((n for n in _WTE_NAMES if n in file.keys()), None)  # noqa: SIM118 (no mapping)
             if name is None:
                 raise UserError(
-                    f"{path} has no tensor {' or '.join(_WTE_NAMES)}; use a GPT-2 checkpoint in safetensors."
+                    f"{path} has no tensor {' or '.join(_WTE_NAMES)}; use a GPT-2 checkpoint in safetensors format."
                 )
             view = file.get_slice(name)
             kind, shape = view.get_dtype(), view.get_shape()
@@ -78,7 +78,7 @@ def _read_wte(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A bfloat16 tensor as float32, whose upper half it is; safetensors has checked the file."""
+    """A bfloat16 tensor as float32; its bits are the upper half of the float32. safetensors has checked the file."""
     with path.open("rb") as file:
         header_length = int.from_bytes(file.read(8), "little")
         start, _ = json.loads(file.read(header_length))[name]["data_offsets"]
@@ -87,7 +87,7 @@ def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _download(source: str) -> Path:
-    """model.safetensors of `hf:NAME`, from the Hugging Face cache (as it is, without asking the hub) or the hub."""
+    """model.safetensors of `hf:NAME`, from the Hugging Face cache without asking the hub, or else from the hub."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -96,7 +96,7 @@ def _download(source: str) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(name, "model.safetensors", local_files_only=True))
         except LocalEntryNotFoundError:
-            # one request first, since the download repeats a failing one for half a minute
+            # one request first, because the download retries a failing request for half a minute
             huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
             return Path(huggingface_hub.hf_hub_download(name, "model.safetensors"))
     except Exception as error:  # dozens of kinds: no network, no such repository, gated, full disk

@@ -1,4 +1,4 @@
-"""The named recipes: sets of settings to start from.
+"""Recipes: named sets of settings to start from.
 
 >>> from_recipe("default", ["adamw_lr=1e-3"]).optimizer.adamw_lr
 0.001
@@ -12,12 +12,12 @@ from flashlm_numba.model.config import HeadConfig, ModelConfig, OptimizerConfig,
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.system.errors import UserError
 
-# everything not named here is a field's default
+# settings that are not named here have the default of their field
 RECIPES: dict[str, RunConfig] = {
-    # the best known now
+    # the best settings known so far
     "default": RunConfig(
         recipe="default",
-        # scales of about fan_in**-0.5 for each ternary matrix that a branch goes through
+        # a factor of about fan_in**-0.5 for each ternary matrix in the branch
         model=ModelConfig(
             mixer_residual_scale=2**-4,
             ffn_residual_scale=2**-18,
@@ -36,7 +36,7 @@ RECIPES: dict[str, RunConfig] = {
         ),
         training=TrainingConfig(phases=(Phase(batch_size=8, seq_len=256),)),
     ),
-    # FlashLM v3 as published; without --embeddings the start of E is ours and is not frozen
+    # FlashLM v3 as published; without --embeddings the initial embedding is this project's and is not frozen
     "v3": RunConfig(
         recipe="v3",
         head=HeadConfig(name="dense", loss_fraction=0.25, label_smoothing=0.1, z_loss=1e-4),
@@ -62,7 +62,7 @@ RECIPES: dict[str, RunConfig] = {
 
 
 def from_recipe(name: str, settings: Iterable[str] = ()) -> RunConfig:
-    """The settings of a recipe of RECIPES, changed by `key=value` texts; UserError if there is no such recipe."""
+    """The settings of a recipe in RECIPES, changed by `key=value` texts. Raises UserError for an unknown recipe."""
     if name not in RECIPES:
         raise UserError(f"There is no recipe '{name}'; the recipes are {', '.join(RECIPES)}.")
     return with_settings(RECIPES[name], settings)

@@ -1,4 +1,4 @@
-"""Settings as texts: `--set key=value` and config.json, read into the dataclasses of config.py, every value checked.
+"""Read `--set key=value` and config.json into the dataclasses of config.py, and check every value.
 
 >>> with_settings(RunConfig(), ["adamw_lr=1e-3", "dilations=1,2"]).model.dilations
 (1, 2)
@@ -24,7 +24,10 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
-    """Apply `key=value` texts; a key is a field's name, with or without its section. Raises UserError."""
+    """Apply `key=value` texts, where a key is a field's name with or without its section.
+
+    Raises UserError for an unknown key or a value that is not allowed.
+    """
     changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for text in settings:
         key, equals, value = text.partition("=")
@@ -36,14 +39,14 @@ def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
         parsed = _parse(where, value.strip(), _hints(kind)[name])
         _check(where, parsed, _field(kind, name))
         changes[section][name] = parsed
-    try:  # a section at once, for values that only fit together
+    try:  # all values of a section at once, because some fit only together
         return replace(run, **{part: replace(getattr(run, part), **changes[part]) for part in SECTIONS})
     except ValueError as error:
         raise UserError(f"{error}.") from None
 
 
 def run_from_json(text: str, path: Path | str = "config.json") -> RunConfig:
-    """Read the text of config.json; UserError unless every key is there and of its type and range."""
+    """Read the text of config.json. Raises UserError unless every key is present with the right type and range."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -55,7 +58,7 @@ def run_from_json(text: str, path: Path | str = "config.json") -> RunConfig:
 
 
 def parse_phase(text: str) -> Phase:
-    """Read "1000:4x64x4:frozen"; the last step, the micro-batches and ":frozen" may be left out.
+    """Parse a phase such as "1000:4x64x4:frozen". The last step, the micro-batches and ":frozen" are optional.
 
     >>> parse_phase("1000:4x64x4:frozen").tokens, parse_phase("16x128").last_step
     (1024, None)
@@ -93,7 +96,7 @@ def _find(key: str) -> tuple[str, str]:
 
 
 def _parse(where: str, text: str, hint: Any) -> Any:
-    """The value of a `--set` text for a field of this type."""
+    """Parse the text of a `--set` value for a field of this type."""
     if isinstance(hint, types.UnionType):
         inner = next(kind for kind in typing.get_args(hint) if kind is not type(None))
         return None if text.lower() in ("none", "null") else _parse(where, text, inner)
@@ -123,7 +126,7 @@ def _parse(where: str, text: str, hint: Any) -> Any:
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
-    """A dataclass from the values of a JSON object; every key must be there and fit."""
+    """Build a dataclass from the values of a JSON object, in which every key must be present and valid."""
     if not isinstance(values, dict):
         raise UserError(f"{where or 'the file'} must be an object, got {type(values).__name__}.")
     names = [item.name for item in dataclasses.fields(cls)]
@@ -149,7 +152,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def _from_json(where: str, value: Any, hint: Any) -> Any:
-    """A field's value from its JSON form."""
+    """Convert a JSON value to the value of a field."""
     if isinstance(hint, types.UnionType):
         if value is None:
             return None

@@ -1,1 +1,1 @@
-"""Errors, files, cache, processes, threads, display: nothing here knows a model."""
+"""Errors, files, cache, processes, threads and display. Nothing in this package knows about models."""

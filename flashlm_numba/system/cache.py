@@ -1,6 +1,6 @@
-"""Where what is made once is kept: the user's cache folder, or a temporary one where that cannot be written.
+"""The cache folder: the user's, or a temporary one if the user's cannot be written.
 
-(Compiled kernels have a place of their own: kernels/_jit.py.)
+Compiled kernels are cached elsewhere; see kernels/_jit.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def cache_roots() -> tuple[Path, Path]:
-    """The user's cache folder, and the temporary one in its place, which has a fixed name: a later run finds it."""
+    """The user's cache folder and its temporary replacement, whose name is fixed so that later runs find it."""
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     return (
         Path(platformdirs.user_cache_dir("flashlm-numba", appauthor=False)),
@@ -29,7 +29,7 @@ def cache_roots() -> tuple[Path, Path]:
 
 
 def from_cache(name: str, read: Callable[[Path], T | None]) -> T | None:
-    """The first thing that read(path) finds at the places of `name`, or None; nothing is written."""
+    """The first result of read(path) that is not None, for `name` in each cache root; else None. Writes nothing."""
     user, temporary = cache_roots()
     found = read(user / name)
     if found is None and _is_ours(temporary):
@@ -38,9 +38,9 @@ def from_cache(name: str, read: Callable[[Path], T | None]) -> T | None:
 
 
 def writable_cache(name: str = "") -> Path:
-    """The cache's folder `name`, made where it is missing, in the first of cache_roots that can be written.
+    """The folder `name` in the first of cache_roots that can be written; creates the folder if it is missing.
 
-    Raises UserError where neither can.
+    Raises UserError if neither root can be written.
     """
     user, temporary = cache_roots()
     if _is_writable(user / name):
@@ -48,8 +48,8 @@ def writable_cache(name: str = "") -> Path:
     if _is_writable(temporary) and _is_ours(temporary) and _is_writable(temporary / name):
         return temporary / name
     raise UserError(
-        f"Neither {user} nor {temporary} can be written; set the environment variable XDG_CACHE_HOME to a folder "
-        "that can."
+        f"Neither {user} nor {temporary} can be written; set the environment variable XDG_CACHE_HOME to a writable "
+        "folder."
     )
 
 
@@ -63,7 +63,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is ours alone to write: beside it in the system's temporary folder, anybody may."""
+    """Whether only this user may write to a folder; in the system's temporary folder anyone may create one."""
     try:
         status = folder.lstat()
     except OSError:

@@ -1,7 +1,7 @@
-"""What a long command shows while it works: the one hook for it, and what the command line hangs there.
+"""Progress of long commands: the hook that they report to, and the display that the command line uses.
 
-In a terminal that is a progress bar, elsewhere a plain line at times. Everything goes to standard error, so that
-results on standard output can be piped.
+In a terminal the display is a progress bar, elsewhere an occasional plain line. Everything goes to standard error, so
+that results on standard output can be piped.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 Note = Callable[[str], None]  # shows a line to the user
 
-PLAIN_SECONDS = 20.0  # between lines where there is no terminal
-WIDE = 130  # columns of a terminal that everything about a step fits into
+PLAIN_SECONDS = 20.0  # between plain lines, without a terminal
+WIDE = 130  # terminal columns from which all values of a step fit on one line
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds in a few characters.
+    """A duration as a short text.
 
     >>> duration(9.6), duration(75), duration(7260)
     ('10s', '1m15s', '2h01m')
@@ -39,7 +39,8 @@ def duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """
+    """A count with its noun, in the plural unless count is 1.
+
     >>> plural(1, "document"), plural(2300, "document")
     ('1 document', '2,300 documents')
     """
@@ -47,13 +48,13 @@ def plural(count: int, noun: str) -> str:
 
 
 def say(line: str) -> None:
-    """A line on standard error; whoever read it may have gone (a closed terminal, `| head`): the work goes on."""
+    """Print a line on standard error. The work continues if its reader is gone (a closed terminal, `| head`)."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
+    """Peak resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
     try:
         import resource
     except ImportError:  # Windows
@@ -63,33 +64,33 @@ def peak_rss_mb() -> float | None:
 
 
 class Progress:
-    """The hook that long work shows itself to; this one shows nothing. A notebook's overrides what it wants to see."""
+    """The hook that long operations report to. This base class shows nothing; override the methods you need."""
 
     def note(self, text: str) -> None:
-        """A line of text, for people."""
+        """Show a line of text."""
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
-        """Inside, a run trains from the step after `done` up to `total`."""
+        """A context in which a run trains the steps after `done` up to `total`."""
         yield
 
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
-        """A step is done: its line of metrics.jsonl, and the time that is left."""
+        """A step is done. line : its line of metrics.jsonl;  seconds_left : estimated time to the last step"""
 
     @contextlib.contextmanager
     def tokens(self, label: str, total: int | None) -> Iterator[Progress]:
-        """Inside, `total` tokens (None: unknown) are gone through; label says for what."""
+        """A context in which `total` tokens (None: unknown) are processed; label names the operation."""
         yield self
 
     def advance(self, count: int) -> None:
-        """So many more tokens are done."""
+        """`count` more tokens are done."""
 
     def stopping(self) -> None:
-        """A signal asks to stop, and the step is finished first; called by the signal's handler, so without print."""
+        """A signal asks to stop after this step. The signal handler calls this method, so it must not use print."""
 
 
 class Display(Progress):
-    """Notes and one progress bar at a time, on standard error."""
+    """Shows notes and one progress bar at a time, on standard error."""
 
     def __init__(self) -> None:
         self._progress: Bar | None = None
@@ -115,13 +116,13 @@ class Display(Progress):
             say(text)
 
     def stopping(self) -> None:
-        """Say that the step is finished first."""
+        """Say that training stops after this step."""
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nFinishing the step and saving; once more to stop without saving.\n")
+            os.write(2, b"\nFinishing the step and saving; interrupt again to stop without saving.\n")
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
-        """A bar over the steps of a run; move it with `step`."""
+        """Show a bar over the steps of a run; `step` advances it."""
         self._start("step", total, done)
         try:
             yield
@@ -129,7 +130,7 @@ class Display(Progress):
             self._stop()
 
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
-        """Show a step from its line of metrics.jsonl and the time that is left."""
+        """Show a step's line of metrics.jsonl and the remaining time."""
         shares = line["shares"]
         label = "NLL of the sample" if "sampled" in line else "NLL"
         progress = (
@@ -144,7 +145,7 @@ class Display(Progress):
 
     @contextlib.contextmanager
     def tokens(self, label: str, total: int | None) -> Iterator[Display]:
-        """A bar over tokens (total None: unknown); move it with `advance`."""
+        """Show a bar over `total` tokens (None: unknown); `advance` moves it."""
         self._start(label, total or 0, 0)
         try:
             yield self
@@ -152,7 +153,7 @@ class Display(Progress):
             self._stop()
 
     def advance(self, count: int) -> None:
-        """Count tokens as done."""
+        """Add `count` tokens to those done."""
         self._done += count
         self._update(f"{self._done:,} tokens", force=False)
 
@@ -190,4 +191,4 @@ class Display(Progress):
             self._progress = None
 
 
-TERMINAL = Display()  # what a command shows unless it is told otherwise
+TERMINAL = Display()  # the default of the commands

@@ -1,9 +1,9 @@
-"""The one exception that reaches the user as a sentence instead of a traceback."""
+"""The exception that reaches the user as a sentence instead of a traceback."""
 
 
 class UserError(Exception):
-    """What happened, what was expected and what to do, in one or two plain sentences.
+    """An error that the user can correct. One or two sentences say what happened, what was expected and what to do.
 
-    The command line prints the text and exits with status 1; raise it for anything that the user can mend
-    (a missing or damaged file, a wrong vocabulary, a full disk), never for a mistake of the program.
+    The command line prints the text and exits with status 1. Raise it for a missing or damaged file, a wrong
+    vocabulary or a full disk, never for a bug of the program.
     """

@@ -1,4 +1,4 @@
-"""Fields of the settings' dataclasses, with the values that they may take in their metadata."""
+"""Dataclass fields for settings; their metadata holds the values that are allowed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def in_range(default: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Any:
-    """A number's default with its range [low, high], or (low, high] if open_low."""
+    """A field for a number: its default and its range [low, high], or (low, high] if open_low."""
     return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
 
 
 def one_of(default: str, choices: Collection[str]) -> Any:
-    """A word's default with the words allowed.
+    """A field for a word: its default and the allowed words.
 
-    choices : read at each check, so that a name registered in a table counts from then on
+    choices : read at each check, so that a name registered in a table later is allowed too
     """
     return field(default=default, metadata={"choices": choices})

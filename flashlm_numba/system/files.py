@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their hashes, and a sentence where they cannot be written."""
+"""Atomic writes, file hashes, and an error message for files that cannot be written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashlm_numba.system.errors import UserError
 
 
 def sha256(path: Path, size: int | None = None) -> Any:
-    """hashlib object over the first size bytes of a file (all of them if None)."""
+    """hashlib object over the first `size` bytes of a file; None for all bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while size is None or size > 0:
@@ -27,8 +27,8 @@ def sha256(path: Path, size: int | None = None) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: a file renamed into it is then there after a crash."""
-    if os.name == "posix":  # Windows cannot open a folder, and needs no such call
+    """Sync a folder's entries to disk, so that a file renamed into it survives a crash."""
+    if os.name == "posix":  # Windows cannot open a folder and needs no sync
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -37,9 +37,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], temporary: Path | None = None) -> None:
-    """Write a file under a temporary name, fsync it and rename it: readers see the old content or the new.
+    """Write a file under a temporary name, fsync it and rename it. Readers see either the old content or the new.
 
-    temporary : in the same folder; default a name of this process's own
+    temporary : path in the same folder; default: a name with this process's id
     """
     if temporary is None:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -57,17 +57,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], temporary:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole: after a crash it holds the old text or the new one.
+    """Replace a text file atomically. After a crash it holds either the old text or the new one.
 
-    No other process may write it meanwhile: the temporary name is always the same, so that what a kill has left there
-    is overwritten, and hidden, so that it does not count as content of its folder.
+    Only one process may write the file at a time. The temporary name is fixed, so that a later call overwrites the
+    remains of a killed process, and hidden, so that it does not count as content of its folder.
     """
     write_atomically(path, lambda file: file.write(text.encode()), path.with_name(f".{path.name}.tmp"))
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn the file system's refusals into a sentence that ends with a remedy."""
+    """Turn an OSError into a UserError that ends with `remedy`."""
     try:
         yield
     except OSError as error:

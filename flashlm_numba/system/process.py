@@ -1,4 +1,4 @@
-"""This Python again, in a process of its own: neither memory nor threads that it took stay with the caller."""
+"""Run this Python interpreter in a separate process, whose memory and threads are freed when it ends."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flashlm_numba.system.errors import UserError
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of such a process: this one's, and these variables."""
-    # a checkout that is not installed must find the package as this process did
+    """The environment for such a process: that of this process, plus these variables."""
+    # in a checkout that is not installed, the new process must find the package too
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return os.environ | variables | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def run_apart(arguments: list[str], *, quiet: bool = False, **variables: str) -> None:
-    """Run this Python with arguments and these variables; UserError if it fails, having said why.
+    """Run this Python interpreter with arguments and environment variables. Raises UserError if it fails.
 
-    quiet : show nothing of what it writes to standard error; a failure's last line is then part of the UserError
+    quiet : hide the standard error of the process; if it fails, the last line becomes part of the UserError
     """
     if sys.stderr is not None:
         sys.stderr.flush()
@@ -36,4 +36,4 @@ def run_apart(arguments: list[str], *, quiet: bool = False, **variables: str) ->
     if result.returncode:
         last = (result.stderr or "").strip().rpartition("\n")[2]
         why = f": {last}" if last else "."
-        raise UserError(f"That did not work: `{' '.join(arguments)}` ended with status {result.returncode}{why}")
+        raise UserError(f"The command `{' '.join(arguments)}` failed with status {result.returncode}{why}")

@@ -1,4 +1,4 @@
-"""Signals that ask a program to stop, kept until it is ready for them."""
+"""Deferred signals: a request to stop waits until the current work is finished."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def caught_signals(on_first: Callable[[], None]) -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list, so that the work at hand is finished; a second one ends at once.
+    """Collect SIGINT, SIGTERM and SIGHUP in a list, so that the current work can finish; a second signal interrupts it.
 
-    SIGHUP comes when the terminal is closed; where it is ignored, as under nohup, it stays so. Outside the main thread
-    the list stays empty, since Python lets only that one handle signals.
+    SIGHUP arrives when the terminal is closed. If it is ignored, as under nohup, it remains ignored. Outside the main
+    thread the list stays empty, because Python handles signals only in the main thread.
 
-    on_first : called by the handler of the first signal, so it must not use print, which may be what was interrupted
+    on_first : called by the handler of the first signal; it must not use print, which the signal may have interrupted
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

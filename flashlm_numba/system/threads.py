@@ -1,4 +1,4 @@
-"""One thread count for everything that computes."""
+"""One thread count for Numba, NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ def available_cores() -> int:
 
 
 def available_threads() -> int:
-    """Threads to use when nobody says how many: every core of this process, as far as Numba was started with them."""
+    """The default number of threads: every core of this process, limited to the threads that Numba started with."""
     import numba
 
     return min(available_cores(), numba.config.NUMBA_NUM_THREADS)
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Use this many threads in Numba and in NumPy's BLAS (default: available_threads); returns the number.
+    """Use this many threads in Numba and in NumPy's BLAS (default: available_threads). Returns the number.
 
-    SciPy's BLAS is pinned to one thread: Numba's threads call it side by side (kernels/_blas.py).
-    Raises ValueError if threads is below 1 or above what Numba was started with, UserError if Numba has no such layer.
+    SciPy's BLAS gets one thread, because several Numba threads call it at the same time (kernels/_blas.py).
+    Raises ValueError if threads is below 1 or above the number that Numba started with, and UserError if Numba cannot
+    load its threading layer.
     """
     import numba
     from threadpoolctl import ThreadpoolController
@@ -38,10 +39,10 @@ def set_threads(threads: int | None = None) -> int:
         )
     try:
         numba.set_num_threads(threads)
-    except ValueError as error:  # several lines, of a threading layer that was asked for
+    except ValueError as error:  # several lines, about the requested threading layer
         raise UserError(
             f"Numba cannot start its threads: {str(error).splitlines()[0].rstrip('.')}; "
-            "unset NUMBA_THREADING_LAYER, or install that layer."
+            "unset NUMBA_THREADING_LAYER, or install that threading layer."
         ) from None
     ThreadpoolController().select(user_api="blas").limit(limits=threads)
     _blas.pin_to_one_thread()

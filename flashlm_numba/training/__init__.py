@@ -1,1 +1,1 @@
-"""Training: the loop, starting and resuming, the optimiser, what is compiled beforehand."""
+"""Training: the loop, starting and resuming runs, the optimiser, compiling the kernels in advance."""

@@ -1,4 +1,4 @@
-"""What a run is trained on: the prepared text, found, and held against the run's settings."""
+"""The training data of a run: find the prepared text and check it against the run's settings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flashlm_numba.system.process import run_apart
 
 
 def training_data(source: str | None, progress: Progress) -> Path:
-    """The prepared folder to train on: the one named, or the built-in text's in the cache.
+    """The prepared folder to train on: `source`, or by default the built-in text in the cache.
 
-    Preparing runs in a process of its own, so that training does not keep the memory it took.
+    Preparing runs in a separate process, so that training does not hold the memory that it takes.
     """
     if source is not None:
         folder = Path(source)
@@ -34,10 +34,10 @@ def training_data(source: str | None, progress: Progress) -> Path:
         place, usual = writable_cache(), cache_roots()[0]
         if place != usual:
             progress.note(
-                f"The cache folder {usual} cannot be written, so {place} is used, which may be gone tomorrow."
+                f"The cache folder {usual} cannot be written, so {place} is used, which the system may delete."
             )
-        progress.note("Preparing the built-in text, this first time ...")
-        # its bar is drawn on standard error, where a terminal is meant to show it
+        progress.note("Preparing the built-in text for the first use ...")
+        # the process draws its bar on standard error, which is right only for a Display
         run_apart(["-m", "flashlm_numba", "prepare"], quiet=not isinstance(progress, Display))
     return default_corpus()
 
@@ -48,22 +48,22 @@ def check(run: RunConfig, data: TokenData) -> None:
     if run.model.vocab_size != size:
         raise UserError(
             f"The tokens in {data.folder} have a vocabulary of {size:,}, but model.vocab_size is "
-            f"{run.model.vocab_size:,}; leave that setting out."
+            f"{run.model.vocab_size:,}; leave out that setting."
         )
     longest = max(phase.seq_len for phase in run.training.phases)
     if data.train.n_tokens <= longest:
         raise UserError(
             f"The training text in {data.folder} has {data.train.n_tokens:,} tokens, and a sequence of {longest} needs "
-            f"{longest + 1:,}; use more text, or shorter sequences, such as --set phases=16x32."
+            f"{longest + 1:,}; use more text or shorter sequences, such as --set phases=16x32."
         )
     start = run.training.embedding_init
     head_class(run.head.name).check(run.head, has_rows=start != "random")
     if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
-        raise UserError(f"There is no file {start} to start the embedding from; give a GPT-2 .safetensors file.")
+        raise UserError(f"There is no file {start} to initialise the embedding; give a GPT-2 .safetensors file.")
 
 
 def with_vocabulary_of(data: TokenData, run: RunConfig) -> RunConfig:
-    """The run with a model of the data's vocabulary, unless --set asked for another size, which check() refuses."""
+    """The run with the vocabulary size of the data, unless --set asked for another size, which check() rejects."""
     if run.model.vocab_size != ModelConfig.vocab_size:
         return run
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=data.vocabulary.size))

@@ -1,7 +1,7 @@
 """The training loop: steps, log, validation, checkpoints.
 
-A run is a folder: config.json, metrics.jsonl (a JSON object per line), samples.txt, checkpoints/step-<N>/.
-run.py makes the session that is trained here, plan.py decides how far it goes, step.py does one step.
+A run is a folder with config.json, metrics.jsonl (one JSON object per line), samples.txt and checkpoints/step-<N>/.
+run.py creates the session, plan.py determines the number of steps, step.py performs one step.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from flashlm_numba.training.schedule import lr_scale
 from flashlm_numba.training.session import BATCH, WINDOW, Session
 from flashlm_numba.training.step import train_step
 
-CHECKPOINT_SECONDS = 120.0  # training time between checkpoints where checkpoint_every is 0
-_CHUNK = 1 << 18  # elements exchanged at a time, without a temporary of the array's size
+CHECKPOINT_SECONDS = 120.0  # training time between checkpoints if checkpoint_every is 0
+_CHUNK = 1 << 18  # elements exchanged at a time, so that no temporary has the size of the array
 
 
 def train(session: Session) -> int:
-    """Train until the plan's last step or a signal; returns the exit status: 0, or 128 plus the signal's number."""
+    """Train until the last planned step or a signal. Returns the exit status: 0, or 128 plus the signal's number."""
     run, folder, clock, progress = session.run, session.folder, session.clock, session.progress
     last = run.plan.steps
     with (
-        writing_to(folder, f"make room there and go on with: flashlm-numba train --resume {folder}"),
+        writing_to(folder, f"free some space there and resume with: flashlm-numba train --resume {folder}"),
         caught_signals(progress.stopping) as caught,
         (folder / "metrics.jsonl").open("a", encoding="utf-8") as log,
         progress.steps(last, clock.step),
@@ -50,7 +50,7 @@ def train(session: Session) -> int:
         while clock.step < last and not caught:
             step = clock.step + 1
             phase = run.phase_at(step)
-            sampled = step <= sampled_steps  # the loss and NLL read low
+            sampled = step <= sampled_steps  # in these steps loss and NLL read low
             with _divergence(session, step):
                 done = train_step(session, phase, step, lr=_lr_factor(run, step), full=not sampled)
             spent = done.seconds + _update_ema(session)
@@ -78,24 +78,24 @@ def train(session: Session) -> int:
         if caught and clock.step < last:
             checkpoints.before_stopping()
     if clock.step < last:
-        progress.note(f"Stopped after step {clock.step:,}, saved; go on with: flashlm-numba train --resume {folder}")
+        progress.note(f"Stopped after step {clock.step:,}, saved; resume with: flashlm-numba train --resume {folder}")
         return 128 + caught[0]
     progress.note(f"Done: {folder}")
     return 0
 
 
 def _lr_factor(run: RunConfig, step: int) -> float:
-    """The schedule's factor of both learning rates in a step; steps count from 1."""
+    """The schedule's factor for both learning rates in a step; steps count from 1."""
     return lr_scale(step - 1, run.plan.schedule_steps, run.optimizer)
 
 
 def _every(period: int, step: int) -> bool:
-    """Whether something that happens every `period` steps (0: never) happens after this one."""
+    """Whether `step` is a multiple of `period`; never for a period of 0."""
     return period > 0 and step % period == 0
 
 
 def _update_ema(session: Session) -> float:
-    """Move the average towards the parameters by 1 - decay; returns the seconds it took."""
+    """Move the EMA towards the parameters by 1 - decay. Returns the seconds that this took."""
     start = time.perf_counter()
     for name, average in session.ema.items():
         ema_update(average, session.model.parameters[name], session.run.training.ema)
@@ -106,7 +106,7 @@ def _update_ema(session: Session) -> float:
 
 
 def _validate(session: Session) -> dict[str, float]:
-    """NLL on the fixed subset, of the weights and their average if there is one; a text for samples.txt."""
+    """NLL of the weights, and of their EMA if there is one, on the fixed subset; adds a text to samples.txt."""
     values = {"val_nll": _validation_nll(session)}
     if session.ema:
         _exchange(session)
@@ -114,7 +114,7 @@ def _validate(session: Session) -> dict[str, float]:
             values["val_nll_ema"] = _validation_nll(session)
         finally:
             _exchange(session)
-    text = ", of the average weights ".join(f"{value:.4f}" for value in values.values())
+    text = ", with the EMA of the weights ".join(f"{value:.4f}" for value in values.values())
     if not all(map(math.isfinite, values.values())):
         raise UserError(f"The NLL of the validation text is {text}, so training has diverged.")
     step, tokens = session.clock.step, sum(map(len, session.subset))
@@ -129,7 +129,7 @@ def _validation_nll(session: Session) -> float:
 
 
 def _exchange(session: Session) -> None:
-    """Swap the parameters with their average, in place and without a copy of them."""
+    """Swap the parameters and their EMA in place, without a full copy."""
     for name, value in session.model.parameters.items():
         a, b = value.reshape(-1), session.ema[name].reshape(-1)
         for i in range(0, len(a), _CHUNK):
@@ -139,7 +139,7 @@ def _exchange(session: Session) -> None:
 
 
 def _write_sample(session: Session) -> None:
-    """Add a text that the model writes to samples.txt."""
+    """Append a text generated by the model to samples.txt."""
     pieces = generate_text(
         session.model,
         session.data.vocabulary,
@@ -156,18 +156,18 @@ def _write_sample(session: Session) -> None:
 
 
 class _Checkpoints:
-    """When checkpoints are due: every checkpoint_every steps or two minutes, at checkpoint_minutes, and at the end."""
+    """Writes checkpoints: every checkpoint_every steps or two minutes, at checkpoint_minutes, and at the end."""
 
     def __init__(self, session: Session, log: TextIO) -> None:
         self.session, self.log = session, log
         clock = session.clock
-        self.saved_seconds = clock.seconds  # when the last one was written
+        self.saved_seconds = clock.seconds  # time of the last checkpoint
         self.saved_step = clock.step if checkpoint.any_in(session.folder) else -1
-        # the clock at the last look; a minute that is kept may pass while the start and the tree are made
+        # time of the last check; the initial embedding and the tree may already take longer than a mark
         self.seen_seconds = clock.seconds if clock.step else 0.0
 
     def after_step(self, *, is_last: bool) -> None:
-        """Write one if it is due."""
+        """Write a checkpoint if one is due."""
         clock, every = self.session.clock, self.session.run.training.checkpoint_every
         keep = self._minute_passed()
         self.seen_seconds = clock.seconds
@@ -176,17 +176,17 @@ class _Checkpoints:
             self._save(keep)
 
     def before_stopping(self) -> None:
-        """Write one unless this step's is there."""
+        """Write a checkpoint of this step unless there is one."""
         if self.session.clock.step != self.saved_step:
-            self._save(self._minute_passed())  # a minute may have passed while the last one was written
+            self._save(self._minute_passed())  # the last checkpoint may have ended past a mark
 
     def _minute_passed(self) -> bool:
-        """Whether one of checkpoint_minutes lies between the last look at the clock and now."""
+        """Whether one of checkpoint_minutes has passed since the last check."""
         now = self.session.clock.seconds
         return any(self.seen_seconds < 60 * mark <= now for mark in self.session.run.training.checkpoint_minutes)
 
     def _save(self, keep: bool) -> None:
-        """Write a checkpoint; its time counts as training. keep: later ones do not replace it."""
+        """Write a checkpoint, whose time counts as training. keep : later checkpoints do not replace it"""
         clock = self.session.clock
         start = time.perf_counter()
         self.log.flush()
@@ -197,14 +197,14 @@ class _Checkpoints:
 
 
 def _contents(session: Session, keep: bool) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """The tensors of a checkpoint by file, and its state."""
+    """The tensors of a checkpoint per file, and its state."""
     files = {"model": build.tensors_of(session.model), "optimizer": session.optimizer.state_dict()}
     if session.ema:
         files["ema"] = session.ema
     samples = session.folder / "samples.txt"
     state = {
         **dataclasses.asdict(session.clock),
-        "generators": {"seed": session.run.seed},  # every draw is a function of (seed, step)
+        "generators": {"seed": session.run.seed},  # all random numbers are functions of (seed, step)
         "data_position": session.clock.step,
         "keep": keep,
         "model_hash": session.run.model_hash,
@@ -218,7 +218,7 @@ def _contents(session: Session, keep: bool) -> tuple[dict[str, dict[str, np.ndar
 
 @contextlib.contextmanager
 def _divergence(session: Session, step: int) -> Iterator[None]:
-    """Say of a UserError at which step it ended training, and what is left."""
+    """Add to a UserError the step at which training stopped and the checkpoint that is left."""
     try:
         yield
     except UserError as error:
@@ -226,9 +226,9 @@ def _divergence(session: Session, step: int) -> Iterator[None]:
 
 
 def _last_good(folder: Path) -> str:
-    """What is left after training diverged."""
+    """A sentence about the last checkpoint before training diverged."""
     try:
         name = checkpoint.find(folder).name
     except UserError:
-        return "No checkpoint was saved before; try lower learning rates, such as --set adamw_lr=5e-4."
-    return f"The last good checkpoint is {name}; resume there with, for example, --set adamw_lr=5e-4."
+        return "There is no earlier checkpoint; try lower learning rates, such as --set adamw_lr=5e-4."
+    return f"The last good checkpoint is {name}; resume from it with, for example, --set adamw_lr=5e-4."

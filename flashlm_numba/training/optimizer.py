@@ -1,4 +1,4 @@
-"""Optimisation: which parameter gets which update rule, the update itself, and its state."""
+"""The optimiser: the update rule of each parameter, the update, and its state."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ NORMUON, ADAMW_DECAY, ADAMW_PLAIN = "normuon", "adamw with decay", "adamw withou
 
 
 def _is_row_table(name: str) -> bool:
-    """Whether the parameter is a table with a row per token or tree node, and so no linear map."""
+    """Whether the parameter is a table with one row per token or tree node, not a linear map."""
     return name.startswith(("embedding.", "head."))
 
 
 def _has_gradient(name: str) -> bool:
-    """Whether the loss reads the parameter.
+    """Whether the loss depends on the parameter.
 
-    The published loss never reads the router's score, so its gradient is always zero, and torch leaves tensors without
-    a gradient alone. They belong to their groups, and are never stepped.
+    The published loss does not use the router's score, so the router's gradient is always zero. PyTorch skips tensors
+    without a gradient. Router tensors therefore belong to their groups but are never updated.
     """
     return not name.startswith("router.")
 
@@ -42,9 +42,9 @@ RULES: GroupRules = {
 
 
 def parameter_groups(params: Mapping[str, np.ndarray], rules: GroupRules = RULES) -> dict[str, list[str]]:
-    """Names of the parameters in every group, in the order of params.
+    """Names of the parameters in each group, in the order of params.
 
-    Raises ValueError if a parameter fits no rule, and so would never be trained, or more than one.
+    Raises ValueError if a parameter fits no rule, so that it would never be trained, or fits several rules.
     """
     groups: dict[str, list[str]] = {group: [] for group in rules}
     for name, value in params.items():
@@ -59,7 +59,7 @@ def parameter_groups(params: Mapping[str, np.ndarray], rules: GroupRules = RULES
 
 
 def describe_groups(params: Mapping[str, np.ndarray], rules: GroupRules = RULES) -> str:
-    """A line per group: its name, parameters, tensors and their names; then the total."""
+    """One line per group with its name, parameters, tensors and their names; then the total."""
     lines, total = [], 0
     for group, names in parameter_groups(params, rules).items():
         count = sum(params[name].size for name in names)
@@ -73,12 +73,12 @@ def describe_groups(params: Mapping[str, np.ndarray], rules: GroupRules = RULES)
 
 
 class Optimizer:
-    """NorMuon and AdamW over a model's parameters, changed in place.
+    """NorMuon and AdamW for a model's parameters, which are updated in place.
 
-    params, grads : float32 arrays under the same names; kept, and read at every step
-    config : numbers of both rules
-    A tensor's moments and its step counter begin at its first step, so a tensor that was frozen until then
-    gets AdamW's bias correction of step 1, as in torch.
+    params, grads : float32 arrays under the same names; the optimiser holds references and reads them at every step
+    config : hyperparameters of both rules
+    A tensor's moments and step counter start at its first update. A tensor that was frozen until then gets the bias
+    correction of step 1 in AdamW, as in PyTorch.
     """
 
     def __init__(
@@ -89,19 +89,19 @@ class Optimizer:
     ) -> None:
         if params.keys() != grads.keys():
             odd = ", ".join(sorted(params.keys() ^ grads.keys()))
-            raise ValueError(f"Optimizer: params and grads must have the same names, only one has {odd}")
+            raise ValueError(f"Optimizer: params and grads must have the same names, but only one of them has {odd}")
         self.params, self.grads = params, grads
         self.config = config or OptimizerConfig()
         self.groups = parameter_groups(params)
-        self.state: dict[str, dict[str, np.ndarray]] = {}  # by tensor, entries as in state_dict; absent: never stepped
+        self.state: dict[str, dict[str, np.ndarray]] = {}  # per tensor, entries as in state_dict; absent: never updated
         self._workspaces: dict[tuple[str, ...], NorMuonWorkspace] = {}
 
     def summary(self) -> str:
-        """The groups with their parameter counts, for people."""
+        """A readable list of the groups with their parameter counts."""
         return describe_groups(self.params)
 
     def grad_norm(self, frozen: Collection[str] = ()) -> float:
-        """Norm of all gradients together, without the frozen tensors'; not finite if one is not."""
+        """Global norm of the gradients, without those of frozen tensors; not finite if a gradient is not."""
         names = self._active(self.params, frozen)
         return math.sqrt(math.fsum(sum_of_squares(self.grads[name]) for name in names))
 
@@ -113,23 +113,23 @@ class Optimizer:
         *,
         frozen: Collection[str] = (),
     ) -> dict[str, float]:
-        """Update every parameter that is not frozen, from the gradients as they are; these stay unchanged.
+        """Update every parameter that is not frozen. The gradients stay unchanged.
 
-        lr_normuon, lr_adamw : learning rates of this step, the schedule's factor included
-        clip : largest norm of all gradients together, as in torch.nn.utils.clip_grad_norm_; None: no clip
-        frozen : names of tensors that get no update and no moments in this step, and do not count in the norm
-        Returns grad_norm (before clipping) and clip_scale (the factor that the gradients got).
+        lr_normuon, lr_adamw : learning rates of this step, including the schedule's factor
+        clip : maximum global norm of the gradients, as in torch.nn.utils.clip_grad_norm_; None: no clipping
+        frozen : names of tensors whose values and moments this step does not change; they do not count in the norm
+        Returns grad_norm (before clipping) and clip_scale (the factor applied to the gradients).
         Raises UserError, before anything is changed, if a gradient is not finite.
         """
         unknown = set(frozen) - self.params.keys()
         if unknown:
-            raise ValueError(f"Optimizer.step: frozen has no parameter called {', '.join(sorted(unknown))}")
+            raise ValueError(f"Optimizer.step: frozen names unknown parameters: {', '.join(sorted(unknown))}")
         norm = self.grad_norm(frozen)
         if not math.isfinite(norm):
             bad = [n for n in self._active(self.params, frozen) if not math.isfinite(sum_of_squares(self.grads[n]))]
             raise UserError(
                 f"The gradient of {', '.join(bad)} is not finite (NaN or infinity), so training has diverged "
-                "and this step was not taken. Go on from the last checkpoint with a lower learning rate."
+                "and this step was skipped. Resume from the last checkpoint with a lower learning rate."
             )
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         self._step_normuon(self._active(self.groups[NORMUON], frozen), lr_normuon, scale)
@@ -157,7 +157,7 @@ class Optimizer:
         return entries
 
     def _stepped(self, name: str) -> dict[str, np.ndarray]:
-        """The tensor's state, made at its first step, with this step counted."""
+        """The tensor's state, created at its first step, with this step counted."""
         if name not in self.state:
             self.state[name] = {key: np.zeros(*entry) for key, entry in self._entries(name).items()}
         self.state[name]["steps"] += 1
@@ -166,7 +166,7 @@ class Optimizer:
     def _step_normuon(self, names: list[str], lr: float, scale: float) -> None:
         states = [self._stepped(name) for name in names]
         key = tuple(names)
-        if key not in self._workspaces:  # one for every set of tensors that are stepped together
+        if key not in self._workspaces:  # one workspace per set of tensors that are updated together
             self._workspaces[key] = NorMuonWorkspace([self.params[name].shape for name in names])
         normuon_step(
             [self.params[name] for name in names],
@@ -201,29 +201,29 @@ class Optimizer:
     # --- state ---
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The whole state as flat arrays, for safetensors: `exp_avg.`, `exp_avg_sq.`, `steps.` and `row_steps.NAME`.
+        """The state as flat arrays for safetensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `steps.NAME`, `row_steps.NAME`.
 
-        exp_avg is the momentum or AdamW's first moment, exp_avg_sq the second moment (NorMuon's, and a table's with
-        rowwise_exp_avg_sq, has one number per row), steps (1,) int64, row_steps (rows,) int64. A tensor that was never
-        stepped has no entries, one of AdamW's with beta1 = 0 no exp_avg, and only a table with rowwise_exp_avg_sq has
-        row_steps. The arrays are the live ones, no copies.
+        exp_avg : NorMuon's momentum or AdamW's first moment; absent for AdamW with beta1 = 0
+        exp_avg_sq : second moment; one number per row for NorMuon, and for a table with rowwise_exp_avg_sq
+        steps : (1,) int64;  row_steps : (rows,) int64, only for a table with rowwise_exp_avg_sq
+        A tensor that was never updated has no entries. The arrays are the live ones, not copies.
         """
         states = ((name, self.state[name]) for name in self.params if name in self.state)
         return {f"{key}.{name}": value for name, state in states for key, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over a copy of a state_dict(); training then continues bit for bit.
+        """Load a copy of a state_dict(). Training then continues bit for bit.
 
-        Raises UserError, before anything is changed, if the state is not of these parameters.
+        Raises UserError, before anything is changed, if the state does not fit these parameters.
         """
         names = [key.removeprefix("steps.") for key in state if key.startswith("steps.")]
         for name in names:
             if name not in self.params:
-                raise UserError(self._misfit(f"it has a parameter {name} that the model lacks"))
+                raise UserError(self._misfit(f"it has a parameter {name}, which the model lacks"))
         expected = {f"{key}.{name}": entry for name in names for key, entry in self._entries(name).items()}
         if expected.keys() != state.keys():
             odd = ", ".join(sorted(expected.keys() ^ state.keys()))
-            raise UserError(self._misfit(f"these entries are missing or stand alone: {odd}"))
+            raise UserError(self._misfit(f"these entries are missing or unexpected: {odd}"))
         for key, (shape, dtype) in expected.items():
             value, kind = state[key], np.dtype(dtype)
             if value.shape != shape or value.dtype != kind:
@@ -237,6 +237,6 @@ class Optimizer:
     @staticmethod
     def _misfit(why: str) -> str:
         return (
-            f"The saved optimiser state does not fit this model: {why}. Resume with the settings the run was "
-            "started with, or from another checkpoint."
+            f"The saved optimiser state does not fit this model: {why}. Resume with the original settings of the "
+            "run, or from another checkpoint."
         )

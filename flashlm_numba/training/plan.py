@@ -1,4 +1,4 @@
-"""How far a run goes: a number of steps, whether it was asked for in steps, in tokens or in minutes."""
+"""The length of a run: a number of steps, whether it was requested in steps, in tokens or in minutes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.training.session import BATCH, WINDOW, Session
 from flashlm_numba.training.step import train_step
 
-DEFAULT_MINUTES = 20.0  # a run of no stated length
+DEFAULT_MINUTES = 20.0  # length of a run if none is given
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: one of the three, or none for the run's own length."""
+    """How long to train: at most one of the three; with none, the default length of the run."""
 
-    steps: int | None = None  # optimiser steps, counted from the run's first
-    tokens: int | None = None  # tokens at least, counted from the run's first step
-    minutes: float | None = None  # on the training clock; of a resumed run: more of them
+    steps: int | None = None  # optimiser steps, counted from the first step of the run
+    tokens: int | None = None  # minimum number of tokens, counted from the first step of the run
+    minutes: float | None = None  # minutes on the training clock; for a resumed run, additional minutes
 
     @property
     def in_steps(self) -> bool:
-        """Whether the steps are known before the speed is measured."""
+        """Whether the number of steps is known before the speed is measured."""
         return self.steps is not None or self.tokens is not None
 
     def or_own(self, run: RunConfig) -> Length:
-        """This length, or where none was given the recipe's: its phases' if they end, else DEFAULT_MINUTES."""
+        """This length; if none was given, that of the recipe's phases if they end, else DEFAULT_MINUTES."""
         if self.in_steps or self.minutes is not None:
             return self
         return Length(minutes=DEFAULT_MINUTES) if run.fixed_schedule is None else Length(steps=run.fixed_schedule)
@@ -41,9 +41,9 @@ OWN_LENGTH = Length()
 
 
 def plan_for(run: RunConfig, *, steps: int | None = None, tokens: int | None = None) -> RunConfig:
-    """Give run a plan of `steps`, or of as many steps as `tokens` need.
+    """The run with a plan of `steps`, or of as many steps as `tokens` need.
 
-    Raises UserError if the phases end before that.
+    Raises UserError if the phases end earlier.
     """
     fixed = run.fixed_schedule
     if tokens is not None:
@@ -54,14 +54,14 @@ def plan_for(run: RunConfig, *, steps: int | None = None, tokens: int | None = N
         raise UserError(f"A run needs at least one step, got {steps}.")
     if fixed is not None and steps > fixed:
         raise UserError(
-            f"The phases of recipe '{run.recipe}' end at step {fixed:,}, but {steps:,} steps were asked for; "
-            "ask for fewer, or set longer phases with --set phases=..."
+            f"The phases of recipe '{run.recipe}' end at step {fixed:,}, but {steps:,} steps were requested; "
+            "request fewer, or set longer phases with --set phases=..."
         )
     return replace(run, plan=Plan(steps=steps, schedule_steps=fixed or steps))
 
 
 def _steps_for_tokens(run: RunConfig, tokens: int) -> int:
-    """Fewest steps that see at least this many tokens."""
+    """Smallest number of steps that see at least this many tokens."""
     steps, left = 0, tokens
     for phase in run.training.phases:
         need = math.ceil(left / phase.tokens)
@@ -71,7 +71,7 @@ def _steps_for_tokens(run: RunConfig, tokens: int) -> int:
         steps = phase.last_step
     raise UserError(
         f"The phases of recipe '{run.recipe}' see {run.tokens_until(steps):,} tokens, but {tokens:,} were "
-        "asked for; ask for fewer, or set longer phases with --set phases=..."
+        "requested; request fewer, or set longer phases with --set phases=..."
     )
 
 
@@ -79,24 +79,24 @@ def _steps_for_tokens(run: RunConfig, tokens: int) -> int:
 
 
 def plan_minutes(session: Session, minutes: float, began: float) -> RunConfig:
-    """Turn minutes into steps, from the speed of each phase that will be reached, measured at lr 0.
+    """Convert minutes to steps, using the speed of each phase that will be reached, measured at learning rate 0.
 
-    The minutes are the training clock's, less what starting and validating will take, up to 2 % of them.
+    The minutes are those of the training clock. Startup and validation are subtracted, up to 2 % of the minutes.
 
-    began : time.perf_counter() when the command began
+    began : time.perf_counter() at the start of the command
     """
     session.progress.note("Measuring the speed ...")
     run, at = session.run, session.clock.step
     validation = _validation_seconds(session)
-    budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase, two steps at least
+    budget = min(60.0, max(1.0, 0.02 * minutes * 60))  # seconds for measuring a phase; at least two steps
     rates: list[float] = []
     steps, left = at, minutes * 60
-    if at == 0:  # the embedding's start and the tree are on the clock already
+    if at == 0:  # the clock already counts the initial embedding and the tree
         left -= min(session.clock.seconds, left)
     for phase in run.training.phases:
         end = math.inf if phase.last_step is None else phase.last_step
         if end <= at:
-            rates.append(0.0)  # over before this plan begins
+            rates.append(0.0)  # this phase ends before the plan begins
             continue
         rates.append(_phase_rate(session, phase, budget))
         if len(rates) == 1 or steps == at:
@@ -108,7 +108,7 @@ def plan_minutes(session: Session, minutes: float, began: float) -> RunConfig:
         if steps < end:
             break
     steps = max(steps, at + 1)
-    reached = ", ".join(f"{rate:.3g} s a step" for rate in rates if rate)
+    reached = ", ".join(f"{rate:.3g} s per step" for rate in rates if rate)
     session.progress.note(
         f"{minutes:g} {'minute is' if minutes == 1 else 'minutes are'} {steps - at:,} steps ({reached})."
     )
@@ -116,7 +116,7 @@ def plan_minutes(session: Session, minutes: float, began: float) -> RunConfig:
 
 
 def _validation_seconds(session: Session) -> float:
-    """Seconds that one validation takes, from scoring the first of its documents."""
+    """Estimated seconds per validation, from scoring the first of its documents."""
     started = time.perf_counter()
     few = session.subset[:1]
     if not few:
@@ -126,15 +126,15 @@ def _validation_seconds(session: Session) -> float:
 
 
 def _phase_rate(session: Session, phase: Phase, budget: float) -> float:
-    """Seconds per step of this phase, on average over the run."""
+    """Mean seconds per step of this phase over the run."""
     full_ratio = head_class(session.run.head.name).full_ratio(session.run.head)
     kinds = ((False, 1 - full_ratio), (True, full_ratio))
     return sum(share * _step_seconds(session, phase, budget, full=full) for full, share in kinds if share)
 
 
 def _step_seconds(session: Session, phase: Phase, budget: float, *, full: bool = False) -> float:
-    """Seconds that a step of this phase takes, from steps at lr 0 for about `budget` seconds."""
+    """Seconds per step of this phase, measured at learning rate 0 for about `budget` seconds."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < budget:
         times.append(train_step(session, phase, len(times) + 1, lr=0.0, full=full).seconds)
-    return statistics.fmean(times[1:])  # the mean, slow steps included, is what a run's length follows
+    return statistics.fmean(times[1:])  # the mean, because slow steps add to a run's time too

@@ -1,8 +1,8 @@
-"""Compile every kernel of training, scoring and generating, once, in a process of its own.
+"""Compile every kernel of training, scoring and generating once, in a separate process.
 
-Code that a process has just compiled and the same code loaded from the cache were seen to differ in the last bit. (Why
-is not established; perhaps a helper already in memory is taken in place of the copy inside its caller.) A process that
-trains therefore never compiles: it loads what this module has put into the cache, today, tomorrow and when it resumes.
+Freshly compiled code and the same code loaded from the cache have been seen to differ in the last bit. The cause is not
+established; perhaps Numba uses a helper already in memory in place of the copy inlined in its caller. A training
+process therefore never compiles kernels. It always loads those that this module has put into the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flashlm_numba.system.errors import UserError
 
 
 def main() -> None:
-    """Call every kernel on a narrow model: compiled code is the same for any width."""
+    """Call every kernel on a narrow model; the compiled code is the same for any width."""
     from flashlm_numba.heads import HEADS, head_class
     from flashlm_numba.heads.config import HeadConfig
     from flashlm_numba.kernels.ema import ema_update
@@ -27,7 +27,7 @@ def main() -> None:
     from flashlm_numba.training.optimizer import Optimizer
 
     set_threads(None)
-    # an embedding beyond the serial optimiser's size
+    # an embedding too large for the serial optimiser kernel
     config = ModelConfig(vocab_size=5_000, dim=16, ffn_dim=8, groups=1, ngram_copy_orders=(1,))
     counts = np.arange(config.vocab_size)
     optimizers = (
@@ -66,10 +66,10 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the process that waits says so
+    except KeyboardInterrupt:  # the waiting process reports it
         raise SystemExit(130) from None
     except (OSError, MemoryError, UserError) as error:
         raise SystemExit(
-            f"The kernels could not be compiled: {error}; make room, or give Numba another folder with the variable "
-            "NUMBA_CACHE_DIR."
+            f"The kernels could not be compiled: {error}; free some space, or give Numba another folder with the "
+            "variable NUMBA_CACHE_DIR."
         ) from None

@@ -1,6 +1,6 @@
-"""A run from its command to its end: started, or resumed from a checkpoint, and trained by loop.py.
+"""Start a run, or resume it from a checkpoint, and train it with loop.py.
 
-Nothing here prints or ends the process: what is to be seen goes to a Progress, what the user can mend is a UserError.
+Nothing here prints or ends the process. Notes go to a Progress; an error that the user can correct is a UserError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flashlm_numba.training.plan import OWN_LENGTH, Length, plan_for, plan_minut
 from flashlm_numba.training.session import Session, new_session, restored_session
 from flashlm_numba.training.step import train_step
 
-# what --resume may change: how much is written, and, after a divergence, the size of the steps
+# settings that --resume may change: what is written and how often, and learning rates, for use after a divergence
 CHANGEABLE = {
     "training": (
         "log_every",
@@ -45,7 +45,7 @@ CHANGEABLE = {
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has ended, for now."""
+    """The result of training a run: its folder and its exit status."""
 
     folder: Path
     status: int  # 0, or 128 plus the number of the signal that stopped it: 130 after Ctrl-C
@@ -65,10 +65,10 @@ def start_run(
 ) -> Finished:
     """Train a new run.
 
-    run : settings without plan;  length : default the recipe's own, or 20 minutes
-    data : a prepared folder, None for the built-in text;  out : the run's folder, by default one below runs/
-    threads : by default all that this process may use;  progress : shown what happens; None: nothing is shown
-    Raises UserError for whatever the user can mend, ValueError for more threads than there are.
+    run : settings without a plan;  length : default: the recipe's length, or 20 minutes
+    data : a prepared folder; None for the built-in text;  out : folder of the run; default: a new folder in runs/
+    threads : default: all that this process may use;  progress : receives notes and steps; None: shows nothing
+    Raises UserError for any error that the user can correct, and ValueError for more threads than there are.
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
@@ -76,13 +76,13 @@ def start_run(
     folder = out if out is not None else Path("runs") / name
     _check_free(folder)
     run, tokens = _with_data(run, data, set_threads(threads), progress)
-    # what is impossible is said before the folder is made and the embedding computed
+    # report an impossible length before creating the folder and computing the embedding
     length = length.or_own(run)
     if length.in_steps:
         run = plan_for(run, steps=length.steps, tokens=length.tokens)
     another = "choose another --out"
     with writing_to(folder, another), checkpoint.lock(folder, f"wait for it, stop it, or {another}"):
-        _check_free(folder)  # another start may have been here since
+        _check_free(folder)  # another process may have started a run here since
         session = new_session(run, folder, tokens, progress)
         rehearse(session, length.minutes, began)
         write_text(folder / "config.json", session.run.to_json())
@@ -91,19 +91,19 @@ def start_run(
 
 
 def _check_free(folder: Path) -> None:
-    """UserError if there is something in the folder that a new run is to have."""
+    """Raise UserError if the folder for a new run is not empty."""
     if (folder / "config.json").exists() or (folder / "checkpoints").exists():
-        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out.")
+        raise UserError(f"{folder} already holds a run; use --resume {folder}, or choose another --out.")
     if is_prepared(folder):
         raise UserError(f"{folder} holds prepared tokens; choose another --out for the run.")
-    # a hidden file may be what a start that failed has left; another run's folder inside is lost with this one's
+    # a failed start may leave hidden files; deleting this run would also delete another run inside its folder
     inside = sorted(path.name for path in folder.glob("*") if not path.name.startswith(".")) if folder.is_dir() else []
     if inside:
-        raise UserError(f"{folder} is not empty ({inside[0]} is in it); choose another --out for the run.")
+        raise UserError(f"{folder} is not empty (it holds {inside[0]}); choose another --out for the run.")
 
 
 def _with_data(run: RunConfig, data: str | None, threads: int, progress: Progress) -> tuple[RunConfig, TokenData]:
-    """The settings with the data and the threads that the run uses, and its tokens, checked."""
+    """The settings completed with data and threads, and the tokens, after checking them."""
     source = inputs.training_data(data, progress)
     tokens = open_tokens(source)
     tokens.verify(progress=progress)
@@ -114,7 +114,7 @@ def _with_data(run: RunConfig, data: str | None, threads: int, progress: Progres
 
 
 def _describe(session: Session) -> None:
-    """Say what is about to be trained."""
+    """Note what is about to be trained."""
     run = session.run
     size = sum(value.size for value in session.model.parameters.values())
     head = head_class(run.head.name).title(run.head)
@@ -128,11 +128,11 @@ def _describe(session: Session) -> None:
 
 
 def _train_new(session: Session) -> int:
-    """Train; where the memory does not even suffice for a step, the folder is free again for smaller settings."""
+    """Train. If memory does not suffice for the first step, free the folder for smaller settings."""
     try:
         return train(session)
     except MemoryError:
-        if not session.clock.step:  # nothing is lost
+        if not session.clock.step:  # nothing has been trained
             for made in ("config.json", "metrics.jsonl"):
                 (session.folder / made).unlink(missing_ok=True)
         raise
@@ -150,16 +150,17 @@ def resume_run(
     threads: int | None = None,
     progress: Progress | None = TERMINAL,
 ) -> Finished:
-    """Go on with a run from its newest checkpoint, or the one named.
+    """Resume a run from its newest checkpoint, or from the named one.
 
-    length : default the run's plan;  settings : key=value of CHANGEABLE
-    threads : default the run's own number, or all that this machine has where those are fewer
-    progress : shown what happens; None: nothing is shown.  Raises as start_run.
+    length : default: the run's plan;  settings : key=value texts for settings in CHANGEABLE
+    threads : default: the number that the run used, or all that this machine has if it has fewer
+    progress : receives notes and steps; None: shows nothing
+    Raises UserError and ValueError as start_run does.
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
     run = build.read_config(folder)
-    elsewhere = "make it writable, or copy the run to where you may write and resume the copy"
+    elsewhere = "make it writable, or copy the run to a writable folder and resume the copy"
     with writing_to(folder, elsewhere), checkpoint.lock(folder, "wait for it, or stop it"):
         path = None
         if checkpoint_name is not None or checkpoint.any_in(folder):
@@ -168,7 +169,7 @@ def resume_run(
         run = _changed(run, settings)
         tokens = _same_tokens(run, folder, progress)
         if path is None:
-            progress.note(f"{folder} has no checkpoint yet; it starts again from its first step.")
+            progress.note(f"{folder} has no checkpoint yet; training starts again from the first step.")
             session = new_session(run, folder, tokens, progress)
         else:
             session = restored_session(run, folder, tokens, path, progress)
@@ -179,21 +180,21 @@ def resume_run(
             session.optimizer.load_state_dict(checkpoint.load(path, "optimizer"))
         _drop_later(session, path)
         write_text(folder / "config.json", session.run.to_json())
-        progress.note(f"Going on from step {session.clock.step:,} of {session.run.plan.steps:,}.")
+        progress.note(f"Resuming from step {session.clock.step:,} of {session.run.plan.steps:,}.")
         return Finished(folder, train(session))
 
 
 def _threads_again(before: int, asked: int | None, progress: Progress) -> int:
-    """Set the threads of a resumed run; says so where they are not as many as before."""
+    """Set the threads of a resumed run, and note if their number differs from before."""
     using = set_threads(min(before, available_threads()) if asked is None else asked)
     if using != before:
-        why = "" if asked is not None else ", all that there are here"
-        progress.note(f"The run used {before} threads, now {using}{why}: last digits of the results will differ.")
+        why = "" if asked is not None else ", all that this machine has"
+        progress.note(f"The run used {before} threads, now {using}{why}; the last digits of the results will differ.")
     return using
 
 
 def _changed(run: RunConfig, settings: tuple[str, ...]) -> RunConfig:
-    """Apply the settings that a resumed run may change; refuse the others."""
+    """Apply the settings that a resumed run may change; raise UserError for others."""
     wanted = with_settings(run, settings)
     allowed = run
     for section, keys in CHANGEABLE.items():
@@ -201,16 +202,16 @@ def _changed(run: RunConfig, settings: tuple[str, ...]) -> RunConfig:
         allowed = replace(allowed, **{section: replace(getattr(run, section), **values)})
     if allowed != wanted:
         names = ", ".join(name for group in CHANGEABLE.values() for name in group)
-        raise UserError(f"A resumed run keeps its settings; --set may change only {names}.")
+        raise UserError(f"In a resumed run --set may change only {names}.")
     return allowed
 
 
 def _same_tokens(run: RunConfig, folder: Path, progress: Progress) -> TokenData:
-    """The tokens that a run was trained on, checked; UserError if there are others in their place."""
+    """The tokens that a run was trained on, checked. Raises UserError if the folder now holds other tokens."""
     tokens = open_run_tokens(run.data)
     if tokens.hash != run.data_hash:
         raise UserError(
-            f"The tokens in {run.data} are not those that {folder} was trained on; prepare the same data "
+            f"The tokens in {run.data} are not the ones that {folder} was trained on; prepare the same data "
             "there, or start a new run."
         )
     tokens.verify(progress=progress)
@@ -219,24 +220,24 @@ def _same_tokens(run: RunConfig, folder: Path, progress: Progress) -> TokenData:
 
 
 def _lengthen(session: Session, length: Length) -> bool:
-    """Give the run the length asked for; False, having said so, if nothing is left to train."""
+    """Give the run the requested length. Returns False, after a note, if nothing is left to train."""
     at, fixed = session.clock.step, session.run.fixed_schedule
     if length.in_steps:
         session.run = plan_for(session.run, steps=length.steps, tokens=length.tokens)
         if session.run.plan.steps < at:
-            raise UserError(f"{session.folder} is already at step {at:,}; ask for more than that.")
+            raise UserError(f"{session.folder} is already at step {at:,}; request more steps than that.")
     end = session.run.plan.steps if length.minutes is None else fixed or math.inf
     if at < end:
         return True
-    more = "" if at == fixed else "; give --steps, --tokens or --minutes to go further"
+    more = "" if at == fixed else "; give --steps, --tokens or --minutes to train further"
     session.progress.note(f"{session.folder} is complete at step {at:,}{more}.")
     return False
 
 
 def _drop_later(session: Session, path: Path | None) -> None:
-    """Drop what was saved and logged after the step that the run goes on from, as it will be written again.
+    """Remove checkpoints, metrics and samples after the step that the run resumes from; training writes them again.
 
-    path : of the checkpoint that it goes on from; None: from the start
+    path : checkpoint to resume from; None: training starts again
     """
     folder, at = session.folder, session.clock.step
     for name in checkpoint.set_aside_after(folder, at):
@@ -262,9 +263,9 @@ def _drop_later(session: Session, path: Path | None) -> None:
 
 
 def rehearse(session: Session, minutes: float | None, began: float) -> None:
-    """Load every kernel that a step and a validation need, on a small batch; with minutes, plan them by the speed.
+    """Run a step and a validation on a small batch, to load their kernels; with minutes, plan by the measured speed.
 
-    The steps are done at learning rate 0 and leave no trace: the parameters stay, the moments are dropped.
+    The steps use learning rate 0, so the parameters do not change. The moments are discarded afterwards.
     """
     phase = session.run.training.phases[0]
     train_step(session, replace(phase, batch_size=2, seq_len=min(16, phase.seq_len)), 0, lr=0.0)

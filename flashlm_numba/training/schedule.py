@@ -1,4 +1,4 @@
-"""The schedule of the learning rates: linear warm-up, constant, linear warm-down."""
+"""The learning rate schedule: linear warm-up, constant, linear warm-down."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from flashlm_numba.model.config import OptimizerConfig
 
 
 def lr_scale(step: int, schedule_steps: int, config: OptimizerConfig) -> float:
-    """Factor of every learning rate at a step.
+    """The factor for every learning rate at a step.
 
-    step : steps done before this one; never time, since a slow or sleeping machine would then follow another schedule
-    schedule_steps : steps that the schedule is laid out for
-    config : warmup_steps and warmdown_ratio
-    The first step has 1 / warmup_steps. The rate falls over the last warmdown_ratio * schedule_steps steps, and is 0
-    from schedule_steps on.
+    step : steps done before this one. The schedule counts steps, not time, so that a slow machine follows it too.
+    schedule_steps : length of the schedule in steps
+    config : provides warmup_steps and warmdown_ratio
+    The factor of the first step is 1 / warmup_steps. It falls over the last warmdown_ratio * schedule_steps steps and
+    is 0 from schedule_steps on.
 
     >>> config = OptimizerConfig(warmup_steps=4, warmdown_ratio=0.4)
     >>> [lr_scale(step, 10, config) for step in range(10)]

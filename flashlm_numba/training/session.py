@@ -1,4 +1,4 @@
-"""One run in progress: what it trains and how far it is; made new, or out of a checkpoint."""
+"""A run in progress: its model, data, optimiser and clock, created new or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from flashlm_numba.training.optimizer import Optimizer
 if TYPE_CHECKING:
     from flashlm_numba.model.model import Model
 
-WINDOW, BATCH = 1_024, 2_048  # positions in validating; a longer receptive field raises the first
+WINDOW, BATCH = 1_024, 2_048  # positions per window and batch in validation; a long receptive field raises WINDOW
 
 
 @dataclass
 class Clock:
-    """Where a run stands."""
+    """How far a run has been trained."""
 
     step: int = 0  # steps done
     tokens: int = 0  # tokens seen
-    seconds: float = 0.0  # of training: the embedding's start, the tree, steps and saving; not compiling or validating
+    seconds: float = 0.0  # counts the initial embedding, tree, steps and checkpoints; not compiling or validation
 
 
 @dataclass
 class Session:
-    """One run in progress."""
+    """A run in progress."""
 
     run: RunConfig
     folder: Path
     data: TokenData
     model: Model
     optimizer: Optimizer
-    ema: dict[str, np.ndarray]  # EMA of the parameters; empty where none is kept
-    progress: Progress = field(default_factory=Progress)  # shown what happens
+    ema: dict[str, np.ndarray]  # EMA of the parameters; empty if the run has none
+    progress: Progress = field(default_factory=Progress)  # receives notes and steps
     clock: Clock = field(default_factory=Clock)
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
 
 
 def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress) -> Session:
-    """A run before its first step; what making the model took is on its clock."""
+    """A run before its first step. Its clock counts the time that building the model took."""
     model, seconds = build.new_model(run, data, progress.note, lambda: ensure_compiled(progress.note))
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     session = _session(run, folder, data, model, ema, progress)
@@ -57,9 +57,9 @@ def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progres
 
 
 def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, progress: Progress) -> Session:
-    """A run as it was when the checkpoint `path` was written, but for the optimiser's state.
+    """A run in the state of the checkpoint `path`, except for the optimiser's state.
 
-    Raises UserError where the checkpoint is not of these settings.
+    Raises UserError if the checkpoint does not fit these settings.
     """
     ensure_compiled(progress.note)
     progress.note(f"Reading {path}.")
@@ -70,7 +70,7 @@ def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, 
     if ema and {name: (a.shape, a.dtype) for name, a in ema.items()} != {
         name: (a.shape, a.dtype) for name, a in model.parameters.items()
     }:
-        raise UserError(f"The average in {path} is not of this model's weights; use another checkpoint.")
+        raise UserError(f"The EMA in {path} does not fit this model's weights; use another checkpoint.")
     session = _session(run, folder, data, model, ema, progress)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
     return session
@@ -79,7 +79,7 @@ def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, 
 def _session(
     run: RunConfig, folder: Path, data: TokenData, model: Model, ema: dict[str, np.ndarray], progress: Progress
 ) -> Session:
-    data.vocabulary.load()  # a damaged one is told of now, not at the first sample
+    data.vocabulary.load()  # reports a damaged vocabulary now, not at the first sample
     optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
     subset = validation_subset(data.validation, run.training.validation_tokens)
     return Session(run, folder, data, model, optimizer, ema, progress, subset=subset)

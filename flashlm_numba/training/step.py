@@ -1,7 +1,7 @@
 """One optimiser step: its batches, the positions that count in its loss, forward, backward and update.
 
-What a step draws is a function of the seed and the step's number: batches and positions come from generators
-seeded by them, so that a resumed run needs no stored position and goes on bit for bit.
+All random choices of a step are functions of the seed and the step's number, which seed the generators of batches and
+positions. A resumed run therefore needs no stored position and continues bit for bit.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.training.session import Session
 
 EMBEDDING = "embedding.weight"
-_POSITIONS, _CANDIDATES = 1, 2  # the random streams of the positions and of the head, beside the batches' own
+_POSITIONS, _CANDIDATES = 1, 2  # random streams of the positions and of the head; the batches have another
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did."""
+    """The results of one step."""
 
-    loss: float  # nats per position: what was minimised, smoothing and z-loss included
+    loss: float  # nats per position: the minimised loss, including label smoothing and z-loss
     nll: float  # nats per token at the same positions: plain -ln p
-    lr: float  # of AdamW
+    lr: float  # learning rate of AdamW
     seconds: float
-    shares: dict[str, float]  # of the step's time: embedding, trunk, head, optimizer
+    shares: dict[str, float]  # fractions of the step's time: embedding, trunk, head, optimizer
 
 
 def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bool = False) -> Step:
-    """One optimiser step on the batches of `step`; lr is the schedule's factor (0 changes no parameter).
+    """Do one optimiser step on the batches of `step`.
 
-    full : the sampled head takes the softmax over all tokens.
-
-    Raises UserError, before any parameter is changed, where the loss or a gradient is not finite.
+    lr : the schedule's factor; 0 changes no parameter
+    full : let the sampled head use the softmax over all tokens
+    Raises UserError, before any parameter is changed, if the loss or a gradient is not finite.
     """
     run, model = session.run, session.model
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
         weights = loss_weights(run.seed, step, micro, targets.size, run.head.loss_fraction, phase.grad_accum)
         model.head.begin(np.random.default_rng((run.seed, step, micro, _CANDIDATES)), full=full)
         losses, nlls, seconds = model.loss_and_grad(ids, targets, weights, accumulate=micro > 0)
-        share = 1 / (len(losses) * phase.grad_accum)  # the same for every position that counts
+        share = 1 / (len(losses) * phase.grad_accum)  # equal for all positions that count in the loss
         loss += float(losses.sum(dtype=np.float64)) * share
         nll += float(nlls.sum(dtype=np.float64)) * share
         for name, spent in seconds.items():
@@ -62,7 +62,7 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
         )
     config = session.optimizer.config
     rates = config.normuon_lr * lr, config.adamw_lr * lr
-    # rows that start at random or from the corpus are ours to train from the first step
+    # the embedding is frozen only if its rows come from a checkpoint
     frozen = {EMBEDDING} if phase.frozen and run.embedding_given else set()
     session.optimizer.step(*rates, config.clip, frozen=frozen)
     end = time.perf_counter()
@@ -78,9 +78,9 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
 
 
 def loss_weights(seed: int, step: int, micro: int, positions: int, fraction: float, micros: int) -> np.ndarray:
-    """Each position's weight in the step's loss, (positions,) float32; over the micro-batches they sum to 1.
+    """The weight of each position in the step's loss, (positions,) float32; over the micro-batches they sum to 1.
 
-    A random `fraction` of the positions (at least one) counts, drawn from (seed, step, micro); the others weigh 0.
+    A random `fraction` of the positions (at least one) counts, chosen from (seed, step, micro). The others weigh 0.
 
     >>> sorted(loss_weights(0, 1, 0, 8, 0.25, 2).tolist())
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.25]
@@ -95,6 +95,6 @@ def loss_weights(seed: int, step: int, micro: int, positions: int, fraction: flo
 
 
 def _not_finite(model: Model) -> str:
-    """The first parameter or gradient that is not finite, where the loss is not."""
+    """The name of the first parameter or gradient that is not finite, or "the logits"."""
     named = [*model.parameters.items(), *((f"the gradient of {name}", g) for name, g in model.gradients.items())]
     return next((name for name, value in named if not np.isfinite(value).all()), "the logits")

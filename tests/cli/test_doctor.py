@@ -47,7 +47,7 @@ def test_a_wrong_kernel_is_a_problem(quick, monkeypatch):
     monkeypatch.setattr(ternary_gemv, "_agrees_with_plain", lambda variant: False)
     done = command("doctor")
     assert done.exit_code == 1
-    assert "The self-check of the ternary products failed: an error of 1" in done.stdout
+    assert "The self-check of the ternary products failed: its relative error is 1" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("Something is wrong")
 
 

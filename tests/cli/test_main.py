@@ -32,20 +32,20 @@ def test_help_loads_no_numerical_package():
         (["train", "--steps", "1", "--tokens", "1"], "Give only one of --steps, --tokens and --minutes."),
         (["train", "--resume", "x", "--head", "dense", "--seed", "1"], "leave out --head, --seed."),
         (["train", "--checkpoint", "step-1"], "give --resume RUN too"),
-        (["train", "--head", "dense", "--tree", "huffman"], "--tree shapes the tree head"),
+        (["train", "--head", "dense", "--tree", "huffman"], "--tree applies only to the tree head"),
         (["train", "--head", "flat"], "'flat' is not one of"),
-        (["train", "--head", "sampled", "--tree", "huffman"], "--tree shapes the tree head"),
+        (["train", "--head", "sampled", "--tree", "huffman"], "--tree applies only to the tree head"),
         (
             ["train", "--head", "dense", "--set", "head.tree_rank=8"],
-            "With the dense head tree_rank would change nothing",
+            "With the dense head, tree_rank has no effect",
         ),
         (
             ["train", "--set", "num_sampled=9"],
-            "With the tree head num_sampled would change nothing; leave it out, or give",
+            "With the tree head, num_sampled has no effect; leave it out, or give",
         ),
         (["train", "--head", "dense", "--set", "full_softmax_ratio=1"], "give --head sampled."),
-        (["train", "--head", "dense", "--set", "head.name=tree"], "--set name says again what an option says"),
-        (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree says again"),
+        (["train", "--head", "dense", "--set", "head.name=tree"], "--set name repeats an option; give only one"),
+        (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree repeats an option"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
         (["prepare", "", "--out", "x"], "it is empty."),
         (["train", "", "--steps", "1"], "it is empty."),
@@ -84,7 +84,7 @@ def test_usage_errors_end_with_status_2(arguments, sentence):
         (["prepare", "no-such-source.txt", "--out", "OUT"], "no-such-source.txt"),
         (["eval", "no-such-run"], "There is no run at no-such-run"),
         (["eval", "RUN", "no-such-source.txt"], "no-such-source.txt"),
-        (["eval", "RUN", "--checkpoint", "step-9"], "it holds step-1, step-2, step-3."),
+        (["eval", "RUN", "--checkpoint", "step-9"], "it has step-1, step-2, step-3."),
         (["generate", "no-such-run"], "There is no run at no-such-run"),
         (["info", "no-such-run"], "There is no run at no-such-run"),
     ],
@@ -108,7 +108,7 @@ def test_a_full_standard_output_is_one_sentence(run):
         words = [sys.executable, "-m", "flashlm_numba", "info", str(run), "--json"]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "Error: The output cannot be written, there is no space left.\n"
+    assert done.stderr == "Error: The output cannot be written because no space is left.\n"
 
 
 @pytest.mark.parametrize("words", [["eval", "RUN", "LONG"], ["prepare", "LONG", "--out", "OUT"]])

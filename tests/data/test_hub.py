@@ -82,12 +82,12 @@ def test_hub_dataset_keeps_its_splits(hub):
 
 def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
     hub.error = ConnectionError("[Errno -2] Name or service not known")
-    with pytest.raises(UserError, match=r"no file or folder here, and Hugging Face cannot be reached .*local files"):
+    with pytest.raises(UserError, match=r"not a local file or folder, and Hugging Face cannot be reached .*local"):
         resolve("HuggingFaceFW/fineweb-edu")
     from huggingface_hub.errors import RepositoryNotFoundError
 
     hub.error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-    with pytest.raises(UserError, match="no public dataset on Hugging Face: check the spelling"):
+    with pytest.raises(UserError, match="nor a public dataset on Hugging Face: check the spelling"):
         resolve("HuggingFaceFW/finewebedu")
     hub.error = None
     source = resolve("HuggingFaceFW/fineweb-edu")

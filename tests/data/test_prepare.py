@@ -47,9 +47,9 @@ def test_prepare_writes_documents_in_order_each_closed_by_eot(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["", " \n\t"], "holds no document with text"),
-        (["x"], "too short to set a validation part apart"),
-        (["same", "same", "same"], "No training document is left"),
+        (["", " \n\t"], "contains no document with text"),
+        (["x"], "too short to cut off a validation part"),
+        (["same", "same", "same"], "No training document of .* is left"),
     ],
 )
 def test_too_little_text_is_one_sentence_and_can_be_mended(tmp_path, texts, message):
@@ -104,10 +104,10 @@ def test_folder_is_reused_for_the_same_corpus_and_refused_for_another(tmp_path, 
     assert said.out == ""
     assert "Prepared" in said.err
     assert "already prepared" in said.err
-    with pytest.raises(UserError, match="holds a corpus of another source"):
+    with pytest.raises(UserError, match="holds a corpus from another source"):
         quiet(source, out, max_docs=5)
     os.utime(tmp_path / "a.jsonl", ns=(0, 0))
-    with pytest.raises(UserError, match=r"holds a corpus of another source \(or its files have changed\)"):
+    with pytest.raises(UserError, match=r"holds a corpus from another source \(or its files have changed\)"):
         quiet(source, out)
     assert content(out) == before
     (out / "manifest.json").unlink()

@@ -41,12 +41,12 @@ def test_open_tokens_refuses_what_is_missing_or_damaged(prepared, tmp_path):
         return manifest["splits"]["train"]["shards"][0]
 
     open_tokens(prepared)
-    refused("no name of a shard", lambda m: shard(m).update(name="../out/train-00000.bin"))
-    refused("no name of a shard", lambda m: shard(m).update(name="validation-00000.bin"))
+    refused("not the name of a shard", lambda m: shard(m).update(name="../out/train-00000.bin"))
+    refused("not the name of a shard", lambda m: shard(m).update(name="validation-00000.bin"))
     refused("do not add up", lambda m: shard(m).update(tokens=299))
     refused("is wrong", lambda m: shard(m).update(sha256="0"))
     refused("contradict", lambda m: m["splits"]["train"].update(documents=1))
-    refused("has format 99, and this version reads 1", lambda m: m.update(format=99))
+    refused("has format 99, but this version reads 1", lambda m: m.update(format=99))
     refused("is damaged", lambda m: m["splits"].pop("validation"))
     refused("is damaged", lambda m: m.pop("source"))
     refused("vocab_size is 70000, and gpt2 has 50257 tokens", lambda m: m.update(vocab_size=70_000))
@@ -58,7 +58,7 @@ def test_open_tokens_refuses_what_is_missing_or_damaged(prepared, tmp_path):
     first = prepared / "train-00000.bin"
     whole = first.read_bytes()
     first.write_bytes(whole[:-2])
-    with pytest.raises(UserError, match="has 598 bytes, and the manifest says 600"):
+    with pytest.raises(UserError, match="has 598 bytes, but the manifest says 600"):
         open_tokens(prepared)
     first.write_bytes(b"\xff\xff" + whole[2:])
     tokens = open_tokens(prepared)

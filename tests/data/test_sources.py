@@ -85,7 +85,7 @@ def test_files_without_roles_come_in_the_order_of_their_names(tmp_path):
         ("a.parquet", b"", "a.parquet is empty: expected a parquet file"),
         ("a.txt", b"\x7fELF\0\0\0", "is a binary file, not text"),
         ("a.txt", b"fine\nna\xefve\n", r"is not UTF-8 \(line 2\)"),
-        ("a.txt", "\ufeffhello".encode("utf-16-le"), "is UTF-16, and text must be UTF-8"),
+        ("a.txt", "\ufeffhello".encode("utf-16-le"), "is UTF-16, but text must be UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"is not UTF-8 \(line 1\)"),
         ("a.jsonl", b'{"body": "a", "id": 1}\n', r"has no column text: .* --column \(it has body, id\)"),
@@ -96,7 +96,7 @@ def test_files_without_roles_come_in_the_order_of_their_names(tmp_path):
         ("a.jsonl.zst", b"plain", "is not compressed with zstd"),
         ("a.parquet", b"plain text", "is not a parquet file"),
         ("a.parquet", b"PAR1 and no more", "is damaged: it cannot be read as parquet"),
-        ("a.csv", b"a,b", "is of no known kind: expected a file ending in .parquet"),
+        ("a.csv", b"a,b", "has an unknown ending: expected one of .parquet"),
     ],
 )
 def test_unusable_file_is_one_sentence(tmp_path, name, content, message):
@@ -115,18 +115,18 @@ def test_missing_column_of_parquet_lists_the_others(tmp_path):
 def test_nothing_there_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no file or folder .*missing\.txt"):
         resolve(str(tmp_path / "missing.txt"))
-    with pytest.raises(UserError, match="holds no documents: expected files ending in"):
+    with pytest.raises(UserError, match="contains no documents: expected files ending in"):
         resolve(str(tmp_path))
-    with pytest.raises(UserError, match="holds no documents"):
+    with pytest.raises(UserError, match="contains no documents"):
         resolve(str(tmp_path / "*.txt"))
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 10)
     path = write(tmp_path / "long.txt", TEXTS)
     with pytest.raises(UserError, match=r"would be one document .* use --lines"):
         resolve(path)
     assert resolve(path, lines=True).roles == ("all",)
-    with pytest.raises(UserError, match="--subset is for Hugging Face"):
+    with pytest.raises(UserError, match="--subset applies to Hugging Face"):
         resolve(path, subset="sample", lines=True)
-    with pytest.raises(UserError, match="--subset is for Hugging Face"):
+    with pytest.raises(UserError, match="--subset applies to Hugging Face"):
         resolve(None, subset="sample")
 
 
@@ -175,7 +175,7 @@ def test_built_in_text_with_speeches_missing_is_one_sentence(tmp_path, monkeypat
     with pytest.raises(UserError, match="is not installed"):
         resolve(None)
     (folder / "1790.txt").write_text("Fellow citizens")
-    with pytest.raises(UserError, match="damaged, 1 speeches of 249: reinstall it"):
+    with pytest.raises(UserError, match="damaged, with 1 of 249 speeches: reinstall it"):
         resolve(None)
 
 

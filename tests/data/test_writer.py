@@ -47,7 +47,7 @@ def test_stopped_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch, stop
             open_tokens(out)
         monkeypatch.setattr(writer.ShardWriter, "append", append)
         if stop_after > 1 and journal_seconds == 0.0:
-            with pytest.raises(UserError, match="holds an unfinished corpus of another source"):
+            with pytest.raises(UserError, match="holds an unfinished corpus from another source"):
                 quiet(source, out, shard_tokens=500)
         quiet(source, out, **options)
         assert content(out) == content(tmp_path / "whole")

@@ -32,7 +32,7 @@ def test_a_checkpoint_without_room_keeps_those_before_and_goes_on_when_there_is_
     one = size // 3 // 1024  # kilobytes of a checkpoint: three are kept
     folder = disk(2 * one + one // 2) / "run"
     done = run(train_command(corpus, folder))
-    assert_one_sentence(done, "The checkpoint of step 12", "No space left", "make room there and resume")
+    assert_one_sentence(done, "The checkpoint of step 12", "No space left", "free some space there and resume")
     assert_every_checkpoint_is_whole(folder)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-4", "step-8"]
     assert_one_sentence(run(resume_command(folder)), "No space left")  # still none: nothing gets worse
@@ -48,7 +48,9 @@ def test_a_log_without_room(corpus, whole, disk):
     INJECTED["disks full or read-only"] += 1
     folder = disk(16) / "run"  # settings, and some lines
     done = run(train_command(corpus, folder, "--set", "checkpoint_every=100000"))
-    assert_one_sentence(done, "No space left", f"make room there and go on with: flashlm-numba train --resume {folder}")
+    assert_one_sentence(
+        done, "No space left", f"free some space there and resume with: flashlm-numba train --resume {folder}"
+    )
     disk(PLENTY)
     done = run([*resume_command(folder), "--set", "checkpoint_every=4"])
     assert done.returncode == 0, done.stderr
@@ -94,5 +96,5 @@ def test_an_export_without_room_leaves_nothing(whole, disk):
     INJECTED["disks full or read-only"] += 1
     place = disk(64)
     done = flashlm("export", whole, place / "model.safetensors")
-    assert_one_sentence(done, "could not be written", "make room")
+    assert_one_sentence(done, "could not be written", "free some disk space")
     assert list(place.iterdir()) == []

@@ -61,7 +61,7 @@ def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
         INJECTED["signals"] += 1
         _, said = process.communicate(timeout=60)
         assert process.returncode == 128 + number, said
-        assert "go on with: flashlm-numba train --resume" in said
+        assert "resume with: flashlm-numba train --resume" in said
         assert "Traceback" not in said
         assert_every_checkpoint_is_whole(folder)
     done = subprocess.run(resume_command(folder), capture_output=True, text=True, check=False)
@@ -77,7 +77,7 @@ def test_a_second_signal_at_once_ends_without_saving_and_loses_no_checkpoint(cor
     process.send_signal(signal.SIGINT)
     INJECTED["signals"] += 1
     said = ""
-    while "once more to stop without saving" not in said:
+    while "interrupt again to stop without saving" not in said:
         line = process.stderr.readline()
         assert line, said
         said += line

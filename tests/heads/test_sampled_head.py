@@ -177,7 +177,7 @@ def test_any_size_works_and_gradients_stay_with_the_candidates(seed, vocab, rows
 
 def test_sampled_head_rejects_wrong_counts_and_numbers():
     weight = np.zeros((5, 2), np.float32)
-    with pytest.raises(ValueError, match=r"counts must be 5 numbers, none negative, got \(4,\)"):
+    with pytest.raises(ValueError, match=r"counts must be 5 non-negative numbers, got \(4,\)"):
         SampledHead(weight, counts=np.zeros(4), candidates=3)
     with pytest.raises(ValueError, match="candidates must be a whole number of at least 1, got 0"):
         SampledHead(weight, counts=np.zeros(5), candidates=0)

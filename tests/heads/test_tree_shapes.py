@@ -72,9 +72,9 @@ def test_build_tree_says_what_it_cannot_do():
         build_tree("balanced", counts, arity=1)
     with pytest.raises(UserError, match="needs embedding rows"):
         build_tree("clustered", counts)
-    with pytest.raises(UserError, match="one count per token"):
+    with pytest.raises(UserError, match="one non-negative count per token"):
         build_tree("huffman", np.array([1, -1]))
-    with pytest.raises(UserError, match="as many finite rows"):
+    with pytest.raises(UserError, match="the same number of finite rows"):
         build_tree("adaptive", counts, rows=np.zeros((8, 3)))
 
 
@@ -82,7 +82,7 @@ def test_clusters_beyond_the_memory_are_refused(monkeypatch):
     rows = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
     assert build_tree("clustered", np.ones(100), rows=rows, arity=2).vocab_size == 100
     monkeypatch.setattr("flashlm_numba.heads.tree_shapes.MOST_SIMILARITIES", 150)
-    with pytest.raises(UserError, match="2 clusters of 100 tokens would need too much memory; ask for at most 1"):
+    with pytest.raises(UserError, match="2 clusters of 100 tokens would need too much memory; request at most 1"):
         build_tree("clustered", np.ones(100), rows=rows, arity=2)
 
 

@@ -180,6 +180,6 @@ def test_a_run_is_not_scored_on_data_that_took_the_place_of_its_own(tiny_run, co
     shutil.rmtree(data)
     (tmp_path / "other.txt").write_text("one two three four five\n" * 40)
     prepare(str(tmp_path / "other.txt"), data, progress=False)
-    with pytest.raises(UserError, match=r"are not those that .* was trained on"):
+    with pytest.raises(UserError, match=r"are not the ones that .* was trained on"):
         evaluate_run(run)
     assert evaluate_run(run, str(data))["documents"] == 1  # asked for by name

@@ -172,10 +172,10 @@ def test_damaged_newest_checkpoint_is_refused_with_the_last_intact_one(tmp_path,
 def test_find_explains_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="There is no run at"):
         checkpoint.find(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.find(tmp_path)
     _save(tmp_path, 3)
-    with pytest.raises(UserError, match=r"no checkpoint 'step-4'; it holds step-3\."):
+    with pytest.raises(UserError, match=r"no checkpoint 'step-4'; it has step-3\."):
         checkpoint.find(tmp_path, "step-4")
 
 

@@ -171,7 +171,7 @@ def test_cached_start_hands_on_what_the_process_says_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot be kept in .*No space left on device; make room"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be stored in .*No space left on device; free some"),
         (MemoryError("Unable to allocate 1 GiB"), "not enough memory .*Unable to allocate 1 GiB"),
     ],
 )
@@ -196,5 +196,5 @@ def test_a_process_that_is_killed_is_told_of(tmp_path, monkeypatch):
     script.write_text("#!/bin/sh\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(embeddings.sys, "executable", str(script))
-    with pytest.raises(UserError, match="was ended by signal 9; if that was for want of memory"):
+    with pytest.raises(UserError, match="Signal 9 ended the computation of the initial embedding; if memory ran out"):
         embeddings._run_apart(tmp_path, tmp_path / "out.npz", 8, 0, 1, None)

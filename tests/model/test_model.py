@@ -281,7 +281,7 @@ def test_packed_weights_are_the_ones_training_evaluates():
 
 
 def test_an_id_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"ids must be in \[0, 97\), got 97 at index 2; the data was made with"):
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 97\), got 97 at index 2; the data use another"):
         small_model().forward(np.array([[0, 1, 97]], np.int32))
 
 

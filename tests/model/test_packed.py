@@ -29,7 +29,7 @@ def test_base_3_refuses_what_it_cannot_have_written():
         packed.pack_base3(np.array([[0.5]]))
     with pytest.raises(ValueError, match="no byte can be above 242, got 243"):
         packed.unpack_base3(np.array([[243]], np.uint8), 5)
-    with pytest.raises(ValueError, match="6 columns take 2 bytes a row"):
+    with pytest.raises(ValueError, match="6 columns take 2 bytes per row"):
         packed.unpack_base3(np.zeros((1, 1), np.uint8), 6)
 
 
@@ -86,9 +86,9 @@ def test_the_running_average_can_be_exported(run, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["export", "RUN", "FILE"], "exists already; choose another file"),
-        (["export", "FILE", "NEW"], "is a file, exported already; give the folder of a run"),
-        (["export", "RUN", "NEW", "--checkpoint", "step-9"], "it holds step-1, step-2, step-3."),
+        (["export", "RUN", "FILE"], "already exists; choose another file"),
+        (["export", "FILE", "NEW"], "is a file, already exported; give the folder of a run"),
+        (["export", "RUN", "NEW", "--checkpoint", "step-9"], "it has step-1, step-2, step-3."),
         (["export", "RUN", f"{__file__}/x"], "could not be written"),
         (["eval", "FILE", "--checkpoint", "step-1"], "holds one model; leave out --checkpoint and --ema"),
         (["generate", "FILE", "--ema"], "holds one model"),
@@ -137,7 +137,7 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(exported, tmp_path):
     wrong["model"]["dim"] *= 2
     path = tmp_path / "wrong.safetensors"
     packed.write(path, tensors, ternary, json.dumps(wrong), state)
-    with pytest.raises(UserError, match="do not fit the settings beside them"):
+    with pytest.raises(UserError, match="do not fit the stored settings"):
         load_model(path)
 
 

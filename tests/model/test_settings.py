@@ -48,7 +48,7 @@ def test_settings_are_typed_and_take_dotted_or_plain_names():
         ("normuon=v4", "optimizer.normuon must be one of published, v3, got 'v4'."),
         ("groups=7", "model.groups must divide model.dim, got 7 and 256."),
         ("phases=16by128", "A phase is written LAST_STEP:BATCH_SIZExSEQ_LENxGRAD_ACCUM"),
-        ("phases=9:2x8,5:2x8", "rising last steps"),
+        ("phases=9:2x8,5:2x8", "increasing last steps"),
         ("phases=0x8", "training.phases.batch_size must be at least 1, got 0."),
     ],
 )

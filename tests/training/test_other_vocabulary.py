@@ -186,15 +186,15 @@ def test_the_start_of_the_embedding_counts_across_no_end_of_this_text(letters, t
 
 
 def test_what_does_not_fit_together_is_one_sentence(letters, corpus, trained, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"are of the vocabulary gpt2, and .* was trained on letters; name the text"):
+    with pytest.raises(UserError, match=r"use the vocabulary gpt2, but .* was trained with letters; name the original"):
         evaluate_run(trained, str(corpus))
     done = command("train", letters, "--out", tmp_path / "run", "--steps", 1, "--set", "vocab_size=1000")
     assert done.exit_code == 1
-    assert "have a vocabulary of 300, but model.vocab_size is 1,000; leave that setting out" in done.stderr
-    with pytest.raises(UserError, match="holds a corpus of another source"):
+    assert "have a vocabulary of 300, but model.vocab_size is 1,000; leave out that setting" in done.stderr
+    with pytest.raises(UserError, match="holds a corpus from another source"):
         prepare(json.loads((letters / "manifest.json").read_text())["source"]["name"], letters, vocabulary="wide")
     monkeypatch.delitem(VOCABULARIES, "letters")
     with pytest.raises(UserError, match="there is no vocabulary 'letters'"):
         open_tokens(letters)
-    with pytest.raises(UserError, match="No vocabulary here has the model's 300 tokens"):
+    with pytest.raises(UserError, match="No known vocabulary has the model's 300 tokens"):
         vocabulary_of(read_config(trained))

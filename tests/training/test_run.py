@@ -109,7 +109,7 @@ def test_a_finished_run_can_be_given_more_steps(tiny_run, corpus, tmp_path, caps
 def test_two_runs_in_one_folder_are_refused(tiny_run, corpus, tmp_path):
     run = with_settings(tiny_run, ["head.name=dense"])
     start(run, corpus, tmp_path / "run", steps=1)
-    with pytest.raises(UserError, match=r"already holds a run; go on with --resume"):
+    with pytest.raises(UserError, match=r"already holds a run; use --resume"):
         start(run, corpus, tmp_path / "run", steps=1)
     with checkpoint.lock(tmp_path / "run"), pytest.raises(UserError, match=r"Another process is .*it, or stop it\.$"):
         resume(tmp_path / "run")
@@ -135,7 +135,7 @@ def test_a_run_resumes_with_the_threads_that_there_are(tiny_run, corpus, tmp_pat
         resume(tmp_path, steps=2, threads=1000)  # asked for, so not a matter of course
     assert resume(tmp_path, steps=2).status == 0
     here = available_threads()
-    assert f"The run used 1000 threads, now {here}, all that there are here" in capsys.readouterr().err
+    assert f"The run used 1000 threads, now {here}, all that this machine has" in capsys.readouterr().err
     assert run_from_json((tmp_path / "config.json").read_text()).threads == here
 
 
@@ -144,19 +144,19 @@ def test_changed_data_is_refused(tiny_run, corpus, tmp_path):
     config = (tmp_path / "config.json").read_text()
     digest = run_from_json(config).data_hash
     (tmp_path / "config.json").write_text(config.replace(digest, "0" * 64))
-    with pytest.raises(UserError, match="not those that"):
+    with pytest.raises(UserError, match="not the ones that"):
         resume(tmp_path, steps=2)
 
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("phases=2x100000", "a sequence of 100000 needs 100,001; use more text, or shorter sequences"),
+        ("phases=2x100000", "a sequence of 100000 needs 100,001; use more text or shorter sequences"),
         ("tree=oak", "There is no tree shape 'oak'; choose one of"),
         ("tree_classes=5", "The tree shape default has no option tree_classes; it takes only tree_arity"),
         ("tree=clustered", "A clustered tree needs embedding rows to cluster"),
         ("embedding_init=missing.safetensors", "There is no file missing.safetensors"),
-        ("vocab_size=60000", "leave that setting out"),
+        ("vocab_size=60000", "leave out that setting"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(tiny_run, corpus, tmp_path, setting, sentence):
