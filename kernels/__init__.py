@@ -1,44 +1,44 @@
-"""Numba kernels: one operation per file, forward above backward; imported as flashlm_numba.kernels, never as kernels.
+"""Numba kernels: one operation per file, forward above backward. Import flashlm_numba.kernels, never kernels.
 
-    embedding       rows gathered, scattered without races, cleared
-    rmsnorm, glu    rows of the trunk
-    leaky_average   a leaky average of the tokens so far
+    embedding       gather rows, scatter gradients without races, clear gradients
+    rmsnorm, glu    normalisation and gated linear unit of the trunk
+    leaky_average   leaky average of the tokens so far
     ngram_copy      tokens that followed earlier occurrences of the last n tokens
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
     ternary_gemv    packed matrix times vectors of int8 or float32
     ternary_gemm    the same for many rows, from codes laid out by columns
     ternary_wgrad   gradients of the ternary weights, from operands rounded to int8
-    trunk           all passes through the blocks: weights, buffers, one parallel region each way
+    trunk           all passes through the blocks: weights, buffers, one parallel region per direction
     conv_mixer      FlashLM v3's token mixer, and the trunk's regions with it
     decode          the trunk for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
-    low_rank        rows kept as a product of two smaller matrices
-    tree_head       softmax at every node on the way to a token, loss and gradients
-    tree_node       what one node of it does
-    tree_plan       how the threads share the nodes that a batch visits
-    dense_inference one position's logits, from float32 or int8 rows
-    tree_inference  the same when a text is written: distribution, drawing by descent, the likeliest tokens
-    draw            the largest of many logits, and a draw from them
-    adamw           AdamW, also of a table's rows that have a gradient, or with one second moment per row
-    normuon         NorMuon: momentum orthogonalised, its rows brought to one size
-    grad_norm       sum of squares of a gradient, for the clip
+    low_rank        rows stored as a product of two smaller matrices
+    tree_head       softmax at every node of a token's path, loss and gradients
+    tree_node       the computation of one node of the tree head
+    tree_plan       division of the visited nodes among the threads
+    dense_inference logits of one position, from float32 or int8 rows
+    tree_inference  the tree head for generation: distribution, sampling by descent, the likeliest tokens
+    draw            the largest of many logits, and sampling from them
+    adamw           AdamW; also sparse, for rows with a gradient, or with one second moment per row
+    normuon         NorMuon: orthogonalised momentum with normalised rows
+    grad_norm       sum of squares of a gradient, for clipping
     ema             exponential moving average of the weights
     reference, reference_trunk, reference_tree, reference_optim
-                    NumPy twins: the executable specification (decode: by trunk)
+                    NumPy twins, the executable specification (that of decode is the trunk's)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
-    _rows           rows cleared, copied, scaled, gathered
+    _rows           clear, copy, scale and gather rows
     _trunk_regions  a thread's share of the trunk, for any mixer
     _ternary_layer  a ternary layer inside the trunk's regions
     _ternary_dots   packed rows times int8, one variant per processor
     _blas           matrix products by BLAS inside a parallel region
     _microkernels   small matrix products in registers
-    _packed_gemm    large ones in registers, with a weight laid out once per step
+    _packed_gemm    large matrix products in registers, with a weight that is laid out once per step
     _elementwise    shares of threads in a flat tensor, sums of squares
-    _math, _check   exp as a polynomial; checks of arguments
+    _math, _check   exp as a polynomial; argument checks
 
-Nothing is imported here: a program loads the kernels that it uses, and Numba with the first of them.
+This module imports nothing, so a program loads only the kernels that it uses, and Numba with the first of them.
 """
 
 __all__ = [

@@ -1,11 +1,11 @@
 """Matrix products inside parallel regions: every thread calls SciPy's single-threaded sgemm.
 
-One thread pool does all the work. BLAS threads that alternate with Numba's halve both, because the idle workers
-of one spin while the other computes; so SciPy's OpenBLAS (a library apart from NumPy's) is pinned to one thread,
-and the threads of a Numba region call it side by side, each on its own rows.
+One thread pool does all the work. Alternating between BLAS threads and Numba threads halves the speed of both, because
+the idle workers of one pool spin while the other computes. SciPy's OpenBLAS, which is not the library of NumPy, is
+therefore pinned to one thread. The threads of a Numba region call it in parallel, each on different rows.
 
-The address of sgemm differs from process to process, and compiled kernels are cached: it is therefore an
-argument, `blas`, and never a constant of the compiled code.
+The address of sgemm differs between processes, but compiled kernels are cached. The address is therefore an argument,
+`blas`, and never a constant of the compiled code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashlm_numba.kernels._jit import helper
 
 
 def pin_to_one_thread() -> None:
-    """Give SciPy's BLAS one thread for good; NumPy's keeps its own number where it is a library apart."""
+    """Pin SciPy's BLAS to one thread. NumPy's BLAS keeps its number of threads if it is a different library."""
     import scipy.linalg.cython_blas  # noqa: F401 (loads the library)
     from threadpoolctl import ThreadpoolController
 
@@ -34,22 +34,22 @@ def pin_to_one_thread() -> None:
     numpys = (str(package) + os.sep, str(package.parent / "numpy.libs") + os.sep)  # macOS; Linux and Windows
     blas = [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
     scipys = [lib for lib in blas if not str(Path(lib.filepath).resolve()).startswith(numpys)]
-    for library in scipys or blas:  # where NumPy and SciPy share one BLAS, that one
+    for library in scipys or blas:  # if NumPy and SciPy share one BLAS, pin that one
         library.set_num_threads(1)
 
 
 @functools.cache
 def sgemm_address() -> int:
-    """Address of SciPy's sgemm, for the `blas` argument of kernels; pins that BLAS to one thread on first use."""
+    """Address of SciPy's sgemm, for the `blas` argument of kernels. The first call pins SciPy's BLAS to one thread."""
     pin_to_one_thread()
     return 0 if numba.config.DISABLE_JIT else get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
 
 
 class Matrix(NamedTuple):
-    """A matrix as Fortran sees it, column-major."""
+    """A column-major matrix, as Fortran expects it."""
 
     start: np.int64  # address
-    leading: int  # elements from a column to the next
+    leading: int  # distance between columns, in elements
 
 
 @intrinsic
@@ -61,7 +61,7 @@ def _call_sgemm(typingctx, address, trans_a, trans_b, shape, a, b, beta, c):
     byte_pointer = ir.IntType(8).as_pointer()
 
     def codegen(context, builder, sig, args):
-        def slot(value):  # Fortran takes everything by reference
+        def slot(value):  # Fortran takes all arguments by reference
             return builder.bitcast(cgutils.alloca_once_value(builder, value), byte_pointer)
 
         def int32(value):
@@ -102,7 +102,7 @@ def _call_sgemm(typingctx, address, trans_a, trans_b, shape, a, b, beta, c):
     return signature, codegen
 
 
-if numba.config.DISABLE_JIT:  # an intrinsic has no Python form: the plain twins
+if numba.config.DISABLE_JIT:  # an intrinsic has no Python form, so use plain twins
 
     def _plain(out, product, beta):
         out[...] = product if beta == 0 else out * np.float32(beta) + product
@@ -121,7 +121,7 @@ else:
 
     @helper
     def _matrix(x):
-        """x (rows, columns), row-major: column-major, its transpose."""
+        """The row-major matrix x (rows, columns) as a column-major Matrix, which is its transpose."""
         return Matrix(np.int64(x.ctypes.data), max(x.strides[0] // 4, x.shape[1]))
 
     @helper
@@ -132,7 +132,7 @@ else:
 
     @helper
     def gemm_nn(blas, out, a, b, beta):
-        """out (M, N) = a (M, K) @ b (K, N) + beta * out. Float32, the last axis of each contiguous (unchecked)."""
+        """out (M, N) = a (M, K) @ b (K, N) + beta * out, float32. The last axes must be contiguous (unchecked)."""
         m, n, k = out.shape[0], out.shape[1], a.shape[1]
         if m == 0 or n == 0:
             return

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments, and the sentences they raise."""
+"""Argument checks of the public functions, and their error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes over a flat tensor: how threads share its elements, and sums that do not depend on the number of threads."""
+"""Passes over a flat tensor: the share of each thread, and sums that do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from flashlm_numba.kernels._jit import helper
 
-# elements; below this a tensor is done serially, since entering a parallel region costs about as much
+# elements; a smaller tensor is processed serially, because entering a parallel region costs about as much
 SMALL = 65_536
-# Shares of threads begin at multiples of this many elements, so that the vector loop and its scalar rest,
-# which may round differently, meet the same elements for any number of threads.
+# Shares of threads begin at multiples of this many elements. The vector loop and its scalar remainder may round
+# differently, and so they process the same elements for any number of threads.
 GRAIN = 1_024
 
 
 @helper
 def thread_share(n, thread, threads):
-    """Where this thread's share of n elements begins and ends: multiples of GRAIN, but for the last end."""
+    """Begin and end of this thread's share of n elements, both multiples of GRAIN except for the last end."""
     grains = (n + GRAIN - 1) // GRAIN
     return thread * grains // threads * GRAIN, min((thread + 1) * grains // threads * GRAIN, n)
 

@@ -1,21 +1,22 @@
-"""The decorators of every kernel: which compiler flags, why, and where compiled code is cached.
+"""The decorators of every kernel: compiler flags with their reasons, and the cache of compiled code.
 
-Arrays that travel together are a NamedTuple, so that no function takes more than twelve arguments. What holds for them
-(seen with Numba 0.68; numbers are of its issue tracker):
+Arrays that are passed together form a NamedTuple, so that no function takes more than twelve arguments. These rules
+apply to them (observed with Numba 0.68; the numbers are those of its issue tracker):
 
-- One level only: a tuple inside a tuple fails in prange (#5703). At most 100 fields.
-- The class stands at module level, for the cache.
-- The body of a parallel function never stores through a field, nor through a name that was bound to one: the store can
-  vanish without a word (#5872, #7135, #10338). A helper that it calls may. So a prange body only calls a helper.
-  tests/kernels/test_signatures.py looks for such stores and for such neighbours, and counts arguments.
-- Two prange loops never follow one another: Numba fuses them, without a barrier between, where their bodies only call
-  helpers, since it does not see that one needs what the other wrote. One prange inside a loop over the halves is safe.
-- No cached kernel closes over another dispatcher, since its key in the cache would change with every process. A choice,
-  such as the trunk's mixer, is a helper made by a factory, and a short kernel at module level that calls it.
+- Use one level only, because a tuple inside a tuple fails in prange (#5703). Use at most 100 fields.
+- Define the class at module level, as the cache requires.
+- Never store through a field in the body of a parallel function, nor through a name bound to one, because the store can
+  be lost silently (#5872, #7135, #10338). A helper that it calls may store. A prange body therefore only calls a
+  helper. tests/kernels/test_signatures.py finds such stores and counts arguments.
+- Never let one prange loop follow another: where their bodies only call helpers, Numba fuses them without a barrier,
+  since it does not see that one needs what the other wrote. One prange inside a loop over the halves is safe. The same
+  test finds such neighbours.
+- No cached kernel may close over another dispatcher, because its cache key would change with every process. For a
+  choice, such as the trunk's mixer, a factory makes a helper, and a short kernel at module level calls it.
 - A jitclass cannot be cached (#1681).
-- A call from Python costs some 3 microseconds for 16 fields: nothing beside a step, measurable beside a decoded token.
+- A call from Python with 16 fields costs about 3 microseconds: negligible per step, but measurable per decoded token.
 
-A prange index is unsigned, and mixed with signed integers it becomes a float: np.int64(index).
+A prange index is unsigned and becomes a float when mixed with signed integers; use np.int64(index).
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ import numba
 from numba.core.codegen import get_host_cpu_features
 from platformdirs import user_cache_dir
 
-# fastmath=True would also assume that no NaN and no infinity occurs, and then delete the checks for them
-# (np.isnan returns False). These let LLVM vectorise reductions and fuse multiply-adds, and nothing else.
+# fastmath=True would also assume that no NaN and no infinity occurs and delete the checks for them (np.isnan
+# returns False). These flags only let LLVM vectorise reductions and fuse multiply-adds.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
-# Without "reassoc", which folds the two-constant range reduction of exp, or a compensated sum, into one step.
+# Without "reassoc", which would merge the two-constant range reduction of exp, or a compensated sum, into one step.
 EXACT = FASTMATH - {"reassoc"}
 
 
 def target_features() -> set[str]:
-    """What Numba compiles for, like "+avx2": this processor's features, unless its configuration says otherwise."""
+    """Features that Numba compiles for, such as "+avx2": this processor's, unless Numba is configured otherwise."""
     text = numba.config.CPU_FEATURES
     return set((get_host_cpu_features() if text is None else text).split(","))
 
 
 def _complete() -> str:
-    """Name of the file that marks a cache with every kernel in it: for one processor and one folder of sources.
+    """Name of the file that marks a complete cache, for one processor and one folder of sources.
 
-    Numba keeps what it compiled by the sources' folder, so a second checkout finds nothing of the first one's.
+    Numba's cache depends on the folder of the sources, so a second checkout does not find the code of the first.
     """
     processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(), ",".join(sorted(target_features()))
     parts = " ".join([*processor, str(Path(__file__).parent)])
@@ -72,14 +73,14 @@ def source_hash(folder: Path | None = None) -> str:
 
 
 def folder_name() -> str:
-    """Name of the cache's folder: for one text of the kernels, and one compiler, whose files others would replace."""
+    """Name of the cache folder, a hash of the kernels' sources and the compiler, so that versions do not mix."""
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     parts = " ".join([source_hash(), python, numba.__version__, llvmlite.__version__])
     return f"kernels-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
 def _writable(folder: Path) -> bool:
-    """Whether folder can be made and written, and is ours: Numba's cache is pickle, so nobody else may write it."""
+    """Whether folder can be created and only this user may write to it, since Numba's cache contains pickles."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
@@ -93,16 +94,16 @@ def _writable(folder: Path) -> bool:
 
 
 def cache_root() -> Path:
-    """Where the cache of compiled kernels belongs: NUMBA_CACHE_DIR, or the user's cache folder."""
+    """Parent folder of the cache of compiled kernels: NUMBA_CACHE_DIR, or the user's cache folder."""
     return Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir("flashlm-numba", appauthor=False))
 
 
 def cache_folder() -> Path:
-    """Folder of the compiled kernels, keyed by their sources and the compiler.
+    """Folder of the compiled kernels, named by a hash of their sources and the compiler.
 
-    Numba notices a change of the cached function's own file only, not of a helper in another file or of a flag
-    here; a folder for each text of them makes a stale kernel impossible. Where cache_root cannot be written, a folder
-    for this process only is used.
+    Numba detects a change in the file of the cached function, but not in a helper of another file or in a flag of this
+    file. One folder per version of the sources rules out stale kernels. If cache_root cannot be written, this is a
+    temporary folder for this process only.
     """
     folder = cache_root() / folder_name()
     if _writable(folder):
@@ -114,21 +115,21 @@ def cache_folder() -> Path:
 
 
 CACHE_FOLDER = cache_folder()
-CACHE_IS_TEMPORARY = CACHE_FOLDER.parent != cache_root()  # everything is compiled again in the next process
+CACHE_IS_TEMPORARY = CACHE_FOLDER.parent != cache_root()  # if so, the next process compiles everything again
 
 
 def cache_is_cold() -> bool:
-    """Whether the cache was not filled yet by flashlm_numba.training.precompile (which takes a minute)."""
+    """Whether flashlm_numba.training.precompile has not yet filled the cache, which takes a minute."""
     return not (CACHE_FOLDER / COMPLETE).exists()
 
 
 def _njit(**flags: Any) -> Callable[[Callable], Any]:
     def decorate(function: Callable) -> Any:
-        # Numba reads CACHE_DIR when a function is decorated; restoring it leaves other packages' caches alone.
+        # Numba reads CACHE_DIR when it decorates a function; restoring it leaves the caches of other packages alone.
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(CACHE_FOLDER)
         try:
-            # error_model="numpy": the default model's zero-division check keeps 1 / (1 + exp) from vectorising
+            # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp)
             return numba.njit(error_model="numpy", nogil=True, **flags)(function)
         finally:
             numba.config.CACHE_DIR = before
@@ -136,16 +137,16 @@ def _njit(**flags: Any) -> Callable[[Callable], Any]:
     return decorate
 
 
-# A region over threads: outputs, scratch, saved values, inputs, scalars. Never raise or assert inside a prange
-# (Numba then runs the loop serially), never enter one for work of a few microseconds or in a forked child.
+# A region over threads; arguments are outputs, scratch, saved values, inputs, scalars. Never raise or assert inside a
+# prange, because Numba then runs the loop serially. Never enter one for microseconds of work or in a forked child.
 kernel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
 # A serial entry point, called from Python.
 serial_kernel = _njit(cache=True, fastmath=FASTMATH)
 # A serial entry point whose floating-point operations must keep their order.
 exact_kernel = _njit(cache=True, fastmath=EXACT)
-# A row or tile helper, called from kernels only: compiled into its callers.
+# A row or tile helper, which only kernels call; Numba compiles it into its callers.
 helper = _njit(fastmath=FASTMATH)
 # A helper whose floating-point operations must keep their order.
 exact_helper = _njit(fastmath=EXACT)
-# A helper whose every operation is rounded by itself, as NumPy's are: no multiplication fused with an addition.
+# A helper that rounds every operation separately, as NumPy does, without fused multiply-adds.
 strict_helper = _njit(fastmath=False)

@@ -1,4 +1,4 @@
-"""exp as a polynomial: Numba has no vector library, so np.exp in a loop is a scalar call per element."""
+"""exp as a polynomial. Numba has no vector library, so np.exp in a loop makes one scalar call per element."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 # exp saturates here, so that 2**n stays a normal number; below the low end the result is zero
 _LOW, _HIGH = np.float32(-87.0), np.float32(88.0)
-# x + ROUNDING is x rounded to a whole number, halves to even, in the low bits of the sum, for |x| < 2**22: two
-# additions instead of a rounding and two conversions (by way of 64-bit integers, which is what Numba makes of floor;
-# exp took half as long again)
+# For |x| < 2**22 the low bits of x + ROUNDING are x rounded to an integer, halves to even. This takes two additions
+# instead of a rounding and two conversions. Numba's floor goes through 64-bit integers, with which exp took 1.5 times
+# as long.
 ROUNDING = np.float32(1.5 * 2**23)
-SMALLEST = np.float32(2.0**-100)  # numbers below throughout count as zero when rounded to int8: 127 / max is finite
+SMALLEST = np.float32(2.0**-100)  # a row with no larger number is quantised to zeros, so that 127 / max is finite
 # exp(r) on |r| <= ln(2)/2 as 1 + r + r**2 * p(r); Taylor coefficients, remainder 5e-9 relative to float32's 6e-8
 _P = tuple(np.float32(1 / math.factorial(i)) for i in range(2, 8))
 
@@ -46,7 +46,7 @@ def _float_from_bits(typingctx, bits):
 
 
 def _flip(builder, bits):
-    """bits ^ ((bits >> 31) & 0x7fffffff): floats in order become integers in order, and back again."""
+    """bits ^ ((bits >> 31) & 0x7fffffff), which maps floats to integers in the same order, and back."""
     sign = builder.ashr(bits, ir.Constant(ir.IntType(32), 31))
     return builder.xor(bits, builder.and_(sign, ir.Constant(ir.IntType(32), 0x7FFFFFFF)))
 
@@ -67,13 +67,13 @@ def _float_from_rank(typingctx, rank):
     return types.float32(types.int32), codegen
 
 
-# What x86 calls FTZ and DAZ: results and inputs below 1.2e-38 count as zero
+# the x86 flags FTZ and DAZ: results and inputs below 1.2e-38 count as zero
 _FLUSH = 0x8040
 
 
 @intrinsic
 def _set_control(typingctx, clear, add):
-    """Clear and set bits of this thread's floating-point control word; returns the word before."""
+    """Clear and set bits of this thread's floating-point control word. Returns the previous word."""
 
     def codegen(context, builder, sig, args):
         int32 = ir.IntType(32)
@@ -95,26 +95,26 @@ if not FLUSHES:
 
     @helper
     def flush_denormals():
-        """Nothing, on a processor without this control word."""
+        """Do nothing, on a processor without this control word."""
         return np.int32(0)
 
     @helper
     def restore_denormals(before):
-        """Nothing."""
+        """Do nothing."""
 
 else:
 
     @helper
     def flush_denormals():
-        """From here on this thread takes numbers below 1.2e-38 for zero; returns what restore_denormals needs.
+        """Treat numbers below 1.2e-38 as zero in this thread. Returns the argument for restore_denormals.
 
-        Processors compute slowly with such numbers, by microcode, and what fades by a factor a step gets there.
+        Processors compute slowly with such numbers, and values that decay by a factor per step reach them.
         """
         return _set_control(np.int32(0), np.int32(_FLUSH))
 
     @helper
     def restore_denormals(before):
-        """As it was before flush_denormals: other code in this thread may count on them."""
+        """Restore the state before flush_denormals, since other code in this thread may need denormals."""
         _set_control(np.int32(_FLUSH), np.int32(before & _FLUSH))
 
 
@@ -138,7 +138,7 @@ else:
 
     @helper
     def largest_magnitude(row):
-        """Largest |element| of row (n,) float32; NaN if there is one, 0 if n is. Compared as integers: see row_max."""
+        """Largest |element| of row (n,) float32; NaN if one is NaN, 0 if n is 0. Compares integers; see row_max."""
         best = np.int32(0)
         for i in range(row.shape[0]):
             best = max(best, _bits_from_float(row[i]) & np.int32(0x7FFFFFFF))
@@ -146,9 +146,9 @@ else:
 
     @helper
     def row_max(row):
-        """Largest element of row (n,) float32, n >= 1; NaN if there is one (but for NaN with the sign bit set).
+        """Largest element of row (n,) float32, n >= 1; NaN if one is NaN (except NaN with the sign bit set).
 
-        Compared as integers: the compiler does not vectorise a maximum of floats, which must mind NaN, and it took
+        It compares integers. The compiler does not vectorise a maximum of floats, because of NaN, and that maximum took
         longer than the exponentials.
         """
         best = np.int32(-(2**31))
@@ -158,9 +158,9 @@ else:
 
     @exact_helper
     def exp32(x):
-        """e**x for float32 x: at most 2 ulp, 0 below -87 (so for -inf), exp(88) above 88; NaN stays NaN.
+        """e**x for float32 x, with an error of at most 2 ulp; 0 below -87 and for -inf, exp(88) above 88, NaN for NaN.
 
-        Vectorises in a plain loop. Source: Cody & Waite 1980, Software Manual for the Elementary Functions, ch. 6.
+        It vectorises in a plain loop. Source: Cody & Waite 1980, Software Manual for the Elementary Functions, ch. 6.
         """
         y = min(max(x, _LOW), _HIGH)
         shifted = y * _LOG2_E + ROUNDING
@@ -173,7 +173,7 @@ else:
         p = p * r + _P[1]
         p = p * r + _P[0]
         value = (p * r * r + r) + np.float32(1)
-        # 2**n: the low bits of shifted are n; what stands above them leaves by the shift
+        # 2**n: the low bits of shifted are n, and the shift removes the others
         scale = _float_from_bits((_bits_from_float(shifted) << np.int32(23)) + np.int32(0x3F800000))
         value = value * scale
         value = np.float32(0) if x < _LOW else value
@@ -182,12 +182,12 @@ else:
 
 @serial_kernel
 def exp(out, x):
-    """Write e**x to out; both (N,) float32. The vector form of exp32, for tests and benchmarks."""
+    """Write e**x to out, both (N,) float32. This is the vector form of exp32, for tests and benchmarks."""
     for i in range(x.shape[0]):
         out[i] = exp32(x[i])
 
 
 @serial_kernel
 def largest(out, row):
-    """Write the largest element of row (n,) float32, n >= 1, to out (1,). row_max as a kernel, for tests."""
+    """Write the largest element of row (n,) float32, n >= 1, to out (1,). This is row_max as a kernel, for tests."""
     out[0] = row_max(row)

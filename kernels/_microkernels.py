@@ -1,11 +1,11 @@
-"""Small matrix products with the result in registers: for shapes where BLAS spends its time packing.
+"""Small matrix products with the result in registers, for shapes for which BLAS spends its time packing.
 
     out[m, w] (+)= sum over t < T, k < K of  a[t, m, k] * b[t, k, w]
 
-with any strides for a, so that the taps of a convolution are one product, and w contiguous. The width of a tile is
-fixed when it is made (whole vector registers); rows go by blocks. 6 x 16 floats keep the sixteen registers of AVX2
-busy without spilling; wider tiles were slower. AVX-512 has twice the registers, twice as wide, so its tiles are
-higher: with few sums at a time, each multiplication waits for the one before.
+The strides of a are arbitrary, so that the taps of a convolution are one product; w is contiguous. The width of a tile,
+in complete vector registers, is fixed when the tile is made. Rows are processed in blocks. Tiles of 6 x 16 floats use
+the sixteen registers of AVX2 without spilling; wider tiles were slower. AVX-512 has twice as many registers of twice
+the width, so its tiles are higher. With too few sums per tile, each multiplication waits for the previous one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from flashlm_numba.kernels._jit import helper, target_features
 
 
 class TileOut(NamedTuple):
-    """Where a tile product goes: element (m, w) lies m * row_stride + w floats after start."""
+    """The output of a tile product: element (m, w) is m * row_stride + w floats after start."""
 
     start: Any  # by address_of, as below
     row_stride: int
 
 
 class TileLeft(NamedTuple):
-    """The operand of any strides: a[t, m, k] lies t * tap_stride + m * row_stride + k * depth_stride floats on."""
+    """The operand with arbitrary strides: a[t, m, k] is t * tap_stride + m * row_stride + k * depth_stride floats
+    after start.
+    """
 
     start: Any
     row_stride: int
@@ -39,7 +41,7 @@ class TileLeft(NamedTuple):
 
 
 class TileRight(NamedTuple):
-    """The operand with contiguous rows: b[t, k, w] lies t * tap_stride + k * depth_stride + w floats on."""
+    """The operand with contiguous rows: b[t, k, w] is t * tap_stride + k * depth_stride + w floats after start."""
 
     start: Any
     depth_stride: int

@@ -1,8 +1,8 @@
-"""Many rows times a weight that is laid out for it once a step, in register tiles.
+"""Products of many rows with a weight that is packed once per step, in register tiles.
 
-Panels (P, K, 32) of a weight (R, K), P = R / 32 rounded up, hold 32 of its rows side by side, input by input, padded
-with zeros. The trunk's weights stay as they are for a whole step, so they are laid out once a step, where BLAS lays its
-operands out anew in every call.
+Panels (P, K, 32) of a weight (R, K), with P = R / 32 rounded up, interleave 32 rows of the weight per input and are
+padded with zeros. The trunk's weights do not change during a step, so they are packed once per step. BLAS packs its
+operands in every call.
 Letters: M rows of inputs, K inputs, R outputs.
 """
 
@@ -40,12 +40,12 @@ def _fill_panels(panels, weight):
 
 
 def empty_panels(rows: int, columns: int) -> np.ndarray:
-    """Room for the panels of a weight (R, K) of this shape."""
+    """Uninitialised panels for a weight of shape (R, K)."""
     return aligned_zeros((-(-rows // WIDTH), columns, WIDTH), np.float32)
 
 
 def fill_panels(panels: np.ndarray, weight: np.ndarray) -> None:
-    """Write the panels of weight (R, K) float32, of any strides; unchecked."""
+    """Write the panels of weight (R, K) float32, with arbitrary strides; unchecked."""
     _fill_panels(panels, weight)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a matrix, (N, C) float32: cleared, copied, scaled, gathered by helpers, called from kernels only; memory."""
+"""Helpers, for use in kernels, that clear, copy, scale and gather rows of a matrix (N, C) float32; aligned memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 @helper
 def scale_rows(out, x, scale):
-    """out (M, C) = scale * x (M, C); they may be the same."""
+    """out (M, C) = scale * x (M, C); out and x may be the same array."""
     for m in range(out.shape[0]):
         for c in range(out.shape[1]):
             out[m, c] = scale * x[m, c]

@@ -1,16 +1,16 @@
-"""Dot products of packed ternary rows (kernels/ternary.py) with int8 vectors, exact in int32: one per processor.
+"""Dot products of packed ternary rows (kernels/ternary.py) with int8 vectors, exact in int32, in several variants.
 
     out[j, r] = sum over k of code[r, k] * q[j, k],   code = weight + 1 in {0, 1, 2}
 
-The caller takes the sum of q[j] away, which leaves the product with the weights. A 64-byte block of codes is shifted
-and masked into four registers of codes, each beside 64 inputs. What x86 offers for unsigned times signed bytes:
+The caller subtracts the sum of q[j], which gives the product with the weights. Shifts and masks turn a 64-byte block of
+codes into four registers of codes, each for 64 inputs. x86 multiplies unsigned by signed bytes in two ways:
 
-    avx2, avx512   vpmaddubsw adds pairs of products in int16, vpmaddwd pairs of those in int32. In int16 four results
-                   of vpmaddubsw are added: at most 4 * 2 * 2 * 128 = 2,048 of 32,767, so nothing can overflow.
+    avx2, avx512   vpmaddubsw adds pairs of products in int16, and vpmaddwd adds pairs of those in int32. Four results
+                   of vpmaddubsw are added in int16: at most 4 * 2 * 2 * 128 = 2,048 of 32,767, without overflow.
     vnni           vpdpbusd adds four products to an int32 in one instruction.
 
-To add a processor (Arm's sdot, AMX): a function with the signature of `plain`, its name in VARIANTS and in available,
-and a branch in ternary_gemv.ternary_products; for many rows the same in ternary_gemm.py.
+To add a processor (Arm's sdot, AMX), write a function with the signature of `plain`, add its name to VARIANTS and to
+available, and add a branch to ternary_gemv.ternary_products. For many rows, do the same in ternary_gemm.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK = 4 * BLOCK_BYTES  # weights
 
 @functools.cache  # asking the compiler takes a fifth of a millisecond
 def available() -> list[str]:
-    """Names of the variants that Numba compiles for, the fastest last."""
+    """Names of the variants that Numba can compile here, the fastest last."""
     has = set() if numba.config.DISABLE_JIT else target_features()
     found = ["plain"]
     if "+avx2" in has:
@@ -46,7 +46,7 @@ def available() -> list[str]:
 
 
 def check_variant(name: str) -> str:
-    """name, or ValueError if this processor has no such variant."""
+    """Return name. Raises ValueError if this processor has no such variant."""
     if name not in available():
         raise ValueError(f"variant must be one of {', '.join(available())} on this machine, got {name!r}")
     return name

@@ -1,7 +1,8 @@
 """A ternary layer inside the trunk's regions: its product and the gradient of its weight, in float32 or in int8.
 
-A block's layers of one kind are stacked: L matrices (R, K), one per block. `TernaryMatrices` keeps their ternary values
-and the layouts that the products read; `Arithmetic` says which product is taken and holds each thread's scratch for it.
+The layers of one kind are stacked over the blocks: L matrices (R, K), one per block. `TernaryMatrices` holds their
+ternary values and the layouts that the products read. `Arithmetic` selects the product and holds its scratch per
+thread.
 Letters: L blocks, M rows of activations, R outputs, K inputs, P threads.
 """
 
@@ -28,7 +29,7 @@ from flashlm_numba.kernels.ternary_wgrad import codes_words, ternary_wgrad_rows
 
 
 class Arithmetic(NamedTuple):
-    """How ternary products are computed, and each thread's scratch for them."""
+    """The arithmetic of ternary products, and its scratch per thread."""
 
     q: np.ndarray  # (P, any) int8: rounded activations
     scales: np.ndarray  # (P, any) float32: their scales
@@ -41,7 +42,7 @@ class Arithmetic(NamedTuple):
 
 
 class Layouts(NamedTuple):
-    """What the products with L matrices, or with their transposes, read; two of the three are empty."""
+    """The layouts of L matrices, or of their transposes, that the products read; two of the three are empty."""
 
     panels: np.ndarray  # (L, any, K, 32) float32, in float arithmetic: see _packed_gemm.py
     codes: np.ndarray  # (L, K / 4, R', 4) uint8, in int8: see ternary_gemm.py
@@ -50,9 +51,9 @@ class Layouts(NamedTuple):
 
 @helper
 def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
-    """out (M, R) = x (M, K) @ weight.T, or added to out; x rounded to int8 where there are codes of the weight.
+    """out (M, R) = x (M, K) @ weight.T, or added to out. Quantises x to int8 if there are codes of the weight.
 
-    panels, codes, plain : of one matrix, out of Layouts
+    panels, codes, plain : layouts of one matrix, from Layouts
     """
     if codes.shape[1] > 0:
         ternary_gemm_rows(
@@ -74,7 +75,7 @@ def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
 
 @helper
 def ternary_weight_gradient(out, a, b, arithmetic, thread):
-    """out (R, K) += a (M, R).T @ b (M, K), both rounded to int8 where there is room for them."""
+    """out (R, K) += a (M, R).T @ b (M, K). Quantises both to int8 if there is scratch for it."""
     codes = arithmetic.wgrad_codes[thread]
     if codes.shape[0] > 0:
         ternary_wgrad_rows(
@@ -95,14 +96,14 @@ def ternary_weight_gradient(out, a, b, arithmetic, thread):
 
 
 def arithmetic_variant(int8: bool, variant: str | None = None) -> int:
-    """Index in VARIANTS of the products to take: "plain" in float arithmetic, else the one named or the fastest."""
+    """Index in VARIANTS of the products to use: "plain" in float arithmetic, else the named or the fastest variant."""
     return PLAIN if not int8 else VARIANTS.index(check_variant(variant) if variant else gemm_variant())
 
 
 def new_arithmetic(
     int8: bool, variant: int, matrices: Sequence[tuple[int, int]], rows: int, threads: int
 ) -> Arithmetic:
-    """Scratch for products of up to `rows` rows with matrices of these shapes (R, K), for so many threads."""
+    """Arithmetic with scratch for `threads` threads, for up to `rows` rows times matrices of these shapes (R, K)."""
     widest = max(max(shape) for shape in matrices) + 3 if int8 else 0
     scaled = max(rows, widest)
     words = codes_words(rows, max(columns for _, columns in matrices)) if int8 and variant == VNNI else 0
@@ -119,9 +120,9 @@ def new_arithmetic(
 
 
 class TernaryMatrices:
-    """L ternary matrices (R, K) float32 of one kind, one per block, and what the products with them read.
+    """L ternary matrices (R, K) float32 of one kind, one per block, and their layouts for the products.
 
-    values : (L, R, K), written by the model (`ternarize`); call pack afterwards
+    values : (L, R, K), which the model writes (`ternarize`); call pack afterwards
     forward, transposed : Layouts for x @ weight.T and for x @ weight
     """
 

@@ -4,15 +4,15 @@
     for each layer:   x = x + a mixer(rmsnorm(x));   x = x + b relu(n Wg')**2 * (n Wu') Wd'  with n = rmsnorm(x)
     out = rmsnorm(x) + gain_out * E[copies]
 
-A layer is one passage through one block: R = passes * L of them, layer r through block r % L. FlashLM v3 has one block
-and passes twice. The copies (ngram_copy.py) are looked for in O ways; v3 has none. The mixer is a parameter: a module
-such as conv_mixer.py makes the two regions from `make_forward` and `make_backward`, and the trunk knows none by name.
+A layer is one pass through one block. There are R = passes * L layers, and layer r uses block r % L. FlashLM v3 has one
+block and two passes. The n-gram copy (ngram_copy.py) copies in O ways; v3 has none. The mixer is a parameter. A module
+such as conv_mixer.py makes the two regions with `make_forward` and `make_backward`; the trunk knows no mixer by name.
 
-There is one parallel region per direction. A thread owns whole sequences (nothing crosses them) and goes through them
-by tiles of about 256 rows, so that its matrix products are large and its scratch stays in cache: register tiles over
-weights laid out once per step (_packed_gemm.py) or int8 (ternary_gemm.py), and single-threaded BLAS for the gradients
-of the weights. These gradients are summed per thread and reduced in thread order: the same bits on every run with the
-same number of threads.
+There is one parallel region per direction. A thread processes complete sequences, which are independent, in tiles of
+about 256 rows, so that its matrix products are large and its scratch stays in cache. The products use register tiles
+over weights that are packed once per step (_packed_gemm.py), or int8 (ternary_gemm.py). The gradients of the weights
+use single-threaded BLAS. They are summed per thread and reduced in thread order, which gives the same bits on every run
+with the same number of threads.
 Letters: B batch, T time, N = B*T rows, C channels, I FFN width, L blocks, R layers, P threads, M rows of a tile; O ways
 of copying.
 Source: FlashLM v3.
@@ -33,7 +33,7 @@ from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompu
 
 
 class Shape(NamedTuple):
-    """How a batch is divided."""
+    """The division of a batch into tiles."""
 
     time: int  # T, rows of a sequence
     tile: int  # sequences of a tile
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What a mixer's helper works on: a tile of whole sequences at one layer, and a share of the channel groups."""
+    """The unit of work of a mixer's helper: a tile of complete sequences at one layer, a share of channel groups."""
 
     layer: int  # r, where activations are kept
     block: int  # r % L, whose weights are read
@@ -56,21 +56,21 @@ class Unit(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the forward pass reads."""
+    """The inputs of the forward pass."""
 
     rows: np.ndarray  # (N,) int32: rows of the embedding
     embedding: np.ndarray  # (V, C)
 
 
 class BatchGradient(NamedTuple):
-    """What the backward pass reads."""
+    """The inputs of the backward pass."""
 
     dout: np.ndarray  # (N, C)
     embedding: np.ndarray  # (V, C)
 
 
 class Weights(NamedTuple):
-    """Weights of all blocks but their mixers'; the layouts are those of the transposes in the backward pass."""
+    """Weights of all blocks, without their mixers'. In the backward pass the layouts are those of the transposes."""
 
     norm1: np.ndarray  # (L, C): before the mixer
     norm2: np.ndarray  # (L, C): before the FFN
@@ -90,7 +90,7 @@ class Weights(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Kept for the backward pass."""
+    """Activations saved for the backward pass."""
 
     x: np.ndarray  # (R + 1, N, C): input of each layer; the last: of the final norm
     post_mixer: np.ndarray  # (R, N, C)
@@ -103,7 +103,7 @@ class Activations(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Of each thread."""
+    """Scratch per thread."""
 
     normed: np.ndarray  # (P, M, C)
     mixer_in: np.ndarray  # (P, M, C)
@@ -130,11 +130,11 @@ class Gradients(NamedTuple):
 
 
 def make_forward(mixer_forward: Any, name: str) -> Any:
-    """The helper that runs a thread's share of the forward pass with this mixer.
+    """Make the helper that runs a thread's share of the forward pass with this mixer.
 
     mixer_forward(out, x, unit, weights, activations, scratch, normed, arithmetic) : a helper that adds the mixer's
-        output, times its residual scale, to out (M, C), for x (M, C), which it may change; normed (any, C) is scratch.
-    name : of the mixer; compiled functions are known by their names, so each mixer needs its own
+        output for x (M, C), times its residual scale, to out (M, C). It may change x; normed (any, C) is scratch.
+    name : name of the mixer; compiled functions are identified by name, so each mixer needs a different one
     """
 
     def forward_thread(
@@ -218,11 +218,12 @@ def _embed(x, copies, batch, weights, low, time):
 
 
 def make_backward(mixer_backward: Any, mixer_clear: Any, name: str) -> Any:
-    """The helper that runs a thread's share of the backward pass with this mixer: the mirror image.
+    """Make the helper that runs a thread's share of the backward pass with this mixer.
 
     mixer_backward(dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic) : a helper that
-        writes dx (M, C), the gradient of the mixer's input x (M, C), for dout (M, C), that of the sum it was added to;
-        x and normed (any, C) it may change. It adds the gradients of its weights to the thread's own.
+        writes dx (M, C), the gradient of the mixer's input x (M, C). dout (M, C) is the gradient of the sum to which
+        the mixer's output was added. It may change x and normed (any, C), and adds the gradients of its weights to
+        those of the thread.
     mixer_clear(gradients, thread) : a helper that sets these to zero
     """
 

@@ -1,6 +1,6 @@
-"""AdamW: of a tensor, of a table's rows that have a gradient, and with one second moment per row.
+"""AdamW for a tensor, for the rows of a table that have a gradient, and with one second moment per row.
 
-Every result is the same, bit for bit, for any number of threads.
+All results are the same, bit for bit, for any number of threads.
 """
 
 from __future__ import annotations
@@ -125,15 +125,15 @@ def adamw_step(
     scale: float = 1.0,
     sparse: bool = False,
 ) -> None:
-    """One AdamW step, in place, with torch.optim.AdamW's meaning of every number.
+    """Do one AdamW step in place. All hyperparameters are defined as in torch.optim.AdamW.
 
-    weight, exp_avg, exp_avg_sq, grad : float32, one shape; the moments exp_avg and exp_avg_sq are zeros before step 1;
-        exp_avg may be None where beta1 is 0: the first moment is then the gradient, and is not kept
+    weight, exp_avg, exp_avg_sq, grad : float32, of one shape; the moments exp_avg and exp_avg_sq are zeros before step
+        1. If beta1 is 0, exp_avg may be None; the gradient is then the first moment, which is not stored.
     step : number of this step of this tensor, from 1;  lr : learning rate;  weight_decay : decoupled
-    scale : factor of the gradient (the clip)
-    sparse : rows (of a tensor with two axes) whose gradient is zero are left as they are, moments too, as
-        torch.optim.SparseAdam does with the rows that a batch has not touched
-    A gradient or first moment of at most 1e-18 counts as zero, as does a second moment of at most 1e-37.
+    scale : factor for the gradient (from clipping)
+    sparse : skip rows of a 2-D tensor whose gradient is zero, and their moments, as torch.optim.SparseAdam does with
+        rows that are not in a batch
+    A gradient or first moment of at most 1e-18 counts as zero, and so does a second moment of at most 1e-37.
     Raises ValueError if a shape or dtype is wrong or step < 1. Moves 28 bytes per element, 20 without exp_avg.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
 
@@ -233,17 +233,17 @@ def adamw_rowwise_step(
     weight_decay: float,
     scale: float = 1.0,
 ) -> None:
-    """One step, in place, of a table whose every row has an AdamW of its own, with one second moment for the row.
+    """Do one step in place for a table with separate AdamW state per row and one second moment per row.
 
     weight, exp_avg, grad : (R, C) float32; exp_avg may be None where beta1 is 0, as in adamw_step
-    exp_avg_sq : (R,) float32, the moving average of the mean square of the row's gradient, zeros before step 1
-    steps : (R,) int64, the steps that each row has had, zeros before step 1: bias correction counts those
+    exp_avg_sq : (R,) float32, moving average of the mean square of each row's gradient, zeros before step 1
+    steps : (R,) int64, number of steps of each row, zeros before step 1; the bias correction uses it
     lr, beta1, beta2, eps, weight_decay, scale : as in adamw_step
-    Rows whose gradient is zero are left as they are, their moments and steps too.
-    Raises ValueError if a shape or dtype is wrong, or steps are negative. Moves 12 bytes per element that is stepped,
-    20 with exp_avg.
-    Source: Zhang et al. 2024, "Adam-mini", arXiv:2406.16793: one second moment, a mean of squares, for a block of
-    parameters. That every row of a table is one, with a count of its own steps, is ours.
+    Rows whose gradient is zero do not change, nor do their moments and steps.
+    Raises ValueError if a shape or dtype is wrong or steps are negative. Moves 12 bytes per updated element, 20 with
+    exp_avg.
+    Source: Zhang et al. 2024, "Adam-mini", arXiv:2406.16793, which uses one second moment, a mean of squares, per block
+    of parameters. Treating each row of a table as a block with its step count is this project's addition.
 
     >>> w, v, n, g = np.ones((2, 1), "f"), np.zeros(2, "f"), np.zeros(2, int), np.array([[7], [0]], "f")
     >>> adamw_rowwise_step(w, None, v, n, g, lr=0.5, beta1=0.0, beta2=0.95, eps=1e-8, weight_decay=0.0)

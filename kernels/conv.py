@@ -2,12 +2,12 @@
 
     conv(x)[t, o] = sum over taps k and the group's inputs i of  w[o, i, k] * x[t - (K - 1 - k) * dilation, i]
 
-with x zero before the sequence begins. Gate and value are two convolutions of the same inputs, with their weights side
-by side, in group-major buffers: n (G, T, S) inputs and gv (G, 2, T, S) outputs, the gate's first, where S is the
-group's width rounded up to 16 (whole vector registers; the padding is zero, a gate's one half). Taps that would read
-before the sequence are skipped by segments of equal tap counts, so no padding in time is copied.
+with x zero before the sequence begins. Gate and value are two convolutions of the same inputs with adjacent weights.
+The buffers are group-major: n (G, T, S) for inputs and gv (G, 2, T, S) for outputs, the gate first. S is the group's
+width rounded up to 16, to complete vector registers; the padding is zero, and one half after a gate. Segments with
+equal numbers of taps avoid reads before the start of the sequence, so no padding in time is copied.
 Letters: B batch, T time, C channels, G groups, K taps.
-Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.1 and 2.3 (dilation, gating); kernels are our own.
+Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.1 and 2.3 (dilation, gating).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def padded_width(channels: int, groups: int) -> int:
 
 
 def pack_conv_weights(gate: np.ndarray, value: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel layouts of gate and value (C, C/G, K) float32 in PyTorch's order.
+    """Pack gate and value (C, C/G, K) float32, in PyTorch's order, into the layouts of the kernels.
 
-    Returns weight (G, K, S, 2 S) for the forward pass and its transpose with the taps reversed, (G, K, 2 S, S), for
-    the gradient of the inputs.
+    Returns weight (G, K, S, 2 S) for the forward pass, and its transpose with reversed taps (G, K, 2 S, S) for the
+    gradient of the inputs.
     """
     channels, width, taps = gate.shape
     size = padded_width(channels, groups)
@@ -198,7 +198,7 @@ def _check_conv(where: str, x: np.ndarray, gate: np.ndarray, value: np.ndarray, 
 def gated_conv_forward(
     x: np.ndarray, gate: np.ndarray, value: np.ndarray, groups: int, dilation: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """sigmoid(conv(x, gate)) * conv(x, value), causal, for x (B, T, C), gate and value (C, C/groups, K), all float32.
+    """Causal sigmoid(conv(x, gate)) * conv(x, value) for x (B, T, C), gate and value (C, C/groups, K), all float32.
 
     Returns out (B, T, C) and gv (B, G, 2, T, S), the sigmoid and the value, for the backward pass.
     Cost 4 * B*T*C*K*C/groups flop. Raises ValueError if a shape or dtype is wrong.

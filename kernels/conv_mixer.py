@@ -1,11 +1,12 @@
-"""The conv mixer of FlashLM v3: gated causal dilated convolutions one after another, then a ternary layer.
+"""The conv mixer of FlashLM v3: a sequence of gated causal dilated convolutions, then a ternary layer.
 
     m = x;   m = m + gain * leaky_average(m)                       (v3 has no leaky average)
     for each dilation:  m = m + gated_conv(rmsnorm(m))
     mixer(x) = m Wo'
 
-The convolutions work on group-major copies (conv.py), a sequence at a time. They take a share of the channel groups, so
-that several threads can divide a sequence; the norm before each, and the ternary layer, need all channels.
+The convolutions work on group-major copies (conv.py), one sequence at a time. They process a share of the channel
+groups, so that several threads can divide a sequence. The norm before each convolution and the ternary layer need all
+channels.
 Letters: B batch, T time, N = B*T rows, C channels, L blocks, R layers, D convolutions, G groups, K taps, S padded group
 width, P threads, M rows of a tile.
 Source: FlashLM v3.
@@ -46,7 +47,7 @@ from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompu
 
 
 class ConvWeights(NamedTuple):
-    """Of all blocks; conv and the layouts are those of the transposes in the backward pass."""
+    """Weights of all blocks. In the backward pass conv and the layouts are those of the transposes."""
 
     norms: np.ndarray  # (L, D, C): before each convolution
     leaky_gain: np.ndarray  # (L, C)
@@ -61,7 +62,7 @@ class ConvWeights(NamedTuple):
 
 
 class ConvActivations(NamedTuple):
-    """Kept for the backward pass."""
+    """Activations saved for the backward pass."""
 
     mixed: np.ndarray  # (R, D + 1, N, C): input of each convolution; the last: of the ternary layer
     rstd: np.ndarray  # (R, D, N): of the norm before each convolution
@@ -69,7 +70,7 @@ class ConvActivations(NamedTuple):
 
 
 class ConvScratch(NamedTuple):
-    """Of each thread; the padding of the groups is and stays zero."""
+    """Scratch per thread; the padding of the groups is always zero."""
 
     grouped: np.ndarray  # (P, G, T, S)
     dgrouped: np.ndarray  # (P, G, T, S)
@@ -267,7 +268,7 @@ def _trunk_backward(
 
 
 class ConvDecodeWeights(NamedTuple):
-    """What decoding reads; one of the two forms of the ternary matrices is empty: see decode.DecodeMatrix."""
+    """Weights for decoding. One of the two forms of the ternary matrices is empty; see decode.DecodeMatrix."""
 
     norms: np.ndarray  # (L, D, C)
     leaky_gain: np.ndarray  # (L, C)
@@ -281,11 +282,11 @@ class ConvDecodeWeights(NamedTuple):
 
 
 class ConvState(NamedTuple):
-    """Where a text stands, and scratch.
+    """State of the mixer in a text, and scratch.
 
-    Of the past the convolutions still see the last (K - 1) * dilation + 1 of their normalised inputs, for every layer
-    and dilation. They stand in rings of twice as many rows, written at p and at p + length, so that the last rows
-    always lie one after another and the taps of a convolution are one product with even strides.
+    For every layer and dilation a convolution needs its last (K - 1) * dilation + 1 normalised inputs. They are stored
+    in ring buffers of twice as many rows, at p and at p + length. The last rows are therefore always contiguous, and
+    the taps of a convolution are one product with constant strides.
     """
 
     rings: np.ndarray  # (any,)
@@ -300,7 +301,7 @@ class ConvState(NamedTuple):
 
 @helper
 def _put(state, layer, d, position, row):
-    """Write row (1, C) as the input of this position into its ring, in both places."""
+    """Write row (1, C) as the input of this position to both places of the ring buffer."""
     groups, _, size = state.grouped.shape
     to_groups(state.grouped, row, row.shape[1] // groups, 0, groups)
     flat, stride = state.grouped.reshape(-1), groups * size
@@ -373,7 +374,7 @@ def _prefill(x, activations, weights, mixer_state, mixer_weights, mixer_activati
 
 
 class ConvConfig(NamedTuple):
-    """Numbers of the conv mixer of every block."""
+    """Settings of the conv mixer of every block."""
 
     dim: int  # C
     n_blocks: int  # L
@@ -385,7 +386,7 @@ class ConvConfig(NamedTuple):
 
 
 class ConvMixer:
-    """The conv mixers of L blocks: their weights as the kernels read them, buffers, regions. See trunk.Mixer."""
+    """The conv mixers of L blocks: weights in the kernels' layouts, buffers, regions. See trunk.Mixer."""
 
     forward_region = staticmethod(_trunk_forward)
     backward_region = staticmethod(_trunk_backward)

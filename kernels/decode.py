@@ -1,9 +1,9 @@
-"""Decoding: one token through the trunk, with a state whose size does not depend on the length of the text.
+"""Decoding: process one token with the trunk, with a state whose size does not depend on the length of the text.
 
-The arithmetic is that of trunk.py for a single row. Of the past a state keeps what the mixers ask for, and the tokens
-among which n-gram copies are looked for (ngram_copy.py). The ternary weights are read as int8: all layers then find
-them in the second cache, which float32's 2.4 MB (v3's shape) would overflow. Where the trunk rounds the inputs of its
-ternary products to int8 (TrunkWeights.int8), so does this, with packed weights.
+The arithmetic is that of trunk.py for a single row. The state contains the mixers' states and the tokens in which the
+n-gram copy searches (ngram_copy.py). Ternary weights are read as int8, so that those of all layers fit into the
+second-level cache; as float32 they take 2.4 MB (v3's shape) and do not fit. If the trunk quantises the inputs of its
+ternary products to int8 (TrunkWeights.int8), decoding does too, with packed weights.
 Letters: C channels, I FFN width, L blocks, R layers, O ways of copying, H tokens of history.
 """
 
@@ -29,7 +29,7 @@ REGISTER = 16  # floats
 
 
 class DecodeWeights(NamedTuple):
-    """Of all blocks but their mixers'; one of the two forms of the ternary matrices is empty."""
+    """Weights of all blocks, without their mixers'. One of the two forms of the ternary matrices is empty."""
 
     norm1: np.ndarray  # (L, C)
     norm2: np.ndarray  # (L, C)
@@ -48,7 +48,7 @@ class DecodeWeights(NamedTuple):
 
 
 class State(NamedTuple):
-    """The history of tokens, and scratch: what is padded, to whole registers, is padded with zeros, which stay."""
+    """The token history, and scratch. Arrays are padded with zeros, which never change, to complete registers."""
 
     out: np.ndarray  # (1, C): the hidden state
     history: np.ndarray  # (2 H,) int32: rows of the last H tokens, twice, as in a ring; -1 before the text
@@ -68,9 +68,9 @@ class State(NamedTuple):
 
 @helper
 def matrix_product(out, x, columns, int8, packed, state):
-    """out (R,) = W @ x (columns,), by the packed weights with x rounded to int8, or by those as int8.
+    """out (R,) = W @ x (columns,), with packed weights and x quantised to int8, or with int8 weights.
 
-    Both may be longer, by zeros, to fill whole registers.
+    out and x may be padded with zeros to complete registers.
     """
     rows, width = packed.shape[0], 4 * packed.shape[1]
     if rows > 0:
@@ -85,7 +85,7 @@ def matrix_product(out, x, columns, int8, packed, state):
 
 @helper
 def _find_copies(state, weights, position, row):
-    """Put the row of the token at this position into the history, in both places, and look for what is copied."""
+    """Write the row of the token at this position to both places of the history, and find the rows to copy."""
     length = state.history.shape[0] // 2
     place = position % length
     state.history[place], state.history[place + length] = row, row
@@ -97,12 +97,12 @@ def _find_copies(state, weights, position, row):
 
 
 def make_decode_step(mixer_step: Any, name: str) -> Any:
-    """The helper that takes a token through the trunk with this mixer; for a mixer's ten-line kernel.
+    """Make the helper that processes a token with the trunk and this mixer; a short kernel of the mixer calls it.
 
     mixer_step(x, mixer_in, layer, block, position, weights, state, scratch) : a helper that adds the mixer's output,
-        times its residual scale, to x (1, C), for its input mixer_in (C',), which it may change but for the zeros
+        for its input mixer_in (C',), times its residual scale, to x (1, C). It may change mixer_in except the zeros
         beyond C; scratch is the trunk's State.
-    name : of the mixer; compiled functions are known by their names
+    name : name of the mixer; compiled functions are identified by name
     """
 
     def decode_step(state, weights, embedding, row, position, mixer_state, mixer_weights):
@@ -141,10 +141,10 @@ def make_decode_step(mixer_step: Any, name: str) -> Any:
 
 
 def make_prefill(mixer_fill: Any, name: str) -> Any:
-    """The helper that brings a mixer's state to the end of a text; for a mixer's ten-line kernel.
+    """Make the helper that sets a mixer's state to the end of a text; a short kernel of the mixer calls it.
 
-    mixer_fill(state, x, layer, block, weights, activations) : a helper that takes in the text, x (T, C) the mixer's
-        input at this layer, which it may change, and activations, what it kept in the forward pass over the text.
+    mixer_fill(state, x, layer, block, weights, activations) : a helper that reads x (T, C), the mixer's input at this
+        layer, which it may change, and the activations that the forward pass over the text saved.
     """
 
     def prefill(x, activations, weights, mixer_state, mixer_weights, mixer_activations):
@@ -164,7 +164,7 @@ def make_prefill(mixer_fill: Any, name: str) -> Any:
 
 @dataclass
 class DecodeState:
-    """Where a text stands, and the weights that it was begun with. 1.5 MB for v3's shape."""
+    """State of a text, and the weights with which it was started. It takes 1.5 MB for v3's shape."""
 
     state: State
     weights: DecodeWeights
@@ -188,9 +188,9 @@ def _int8(matrices: TernaryMatrices) -> np.ndarray:
 
 
 def decode_matrices(matrices: TernaryMatrices, packed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices as int8 and packed; the form that is not read has no rows.
+    """The matrices as int8 and packed; the unused form has no rows.
 
-    Raises ValueError if a weight that should be ternary is not.
+    Raises ValueError if a weight is not ternary.
     """
     blocks = len(matrices.values)
     if packed:
@@ -199,9 +199,9 @@ def decode_matrices(matrices: TernaryMatrices, packed: bool) -> tuple[np.ndarray
 
 
 def new_state(weights: TrunkWeights) -> DecodeState:
-    """The state before the first token of a text, for the weights as they are now.
+    """The state before the first token of a text, for the current weights.
 
-    Raises ValueError if a weight that should be ternary is not.
+    Raises ValueError if a weight is not ternary.
     """
     _, dim, inner = weights.down.values.shape
     orders, widest = weights.copy_order, max(dim, inner)
@@ -246,12 +246,12 @@ def new_state(weights: TrunkWeights) -> DecodeState:
 
 
 def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
-    """Feed one token; returns its hidden state (1, C) float32, a view that the next call overwrites.
+    """Feed one token. Returns its hidden state (1, C) float32, a view that the next call overwrites.
 
-    row: the token's row of embedding (V, C);  weights: those of new_state
-    One thread, and the same cost at every position: 2*R*3*C*I flop and the mixers'. Equal to the last row of
-    trunk_forward over the whole text but for float32 rounding, which with int8 activations can move what is rounded to
-    int8 by a step. Raises ValueError if the row is not in [0, V), or a shape or dtype is wrong.
+    row : the token's row of embedding (V, C);  weights : the weights given to new_state
+    It uses one thread. The cost is the same at every position: 2*R*3*C*I flop plus that of the mixers. The result
+    equals the last row of trunk_forward over the text except for float32 rounding. With int8 activations this rounding
+    can change a quantised value by one step. Raises ValueError if row is not in [0, V), or a shape or dtype is wrong.
     """
     _check.array("decode_step", "embedding", embedding, (None, state.state.x.shape[1]))
     if not 0 <= row < len(embedding):
@@ -264,9 +264,9 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
 
 
 def prefill(weights: TrunkWeights, buffers: TrunkBuffers, rows: np.ndarray) -> DecodeState:
-    """The state after a text, rows (T,) int32, that trunk_forward has just read into buffers, a batch of one sequence.
+    """The state after a text, rows (T,) int32, which trunk_forward has just processed in buffers as a batch of one.
 
-    Raises ValueError if the batch holds more. A text cut to the receptive field serves as well as the whole.
+    A text cut to the receptive field gives the same state. Raises ValueError if the batch has several sequences.
     """
     if buffers.batch != 1:
         raise ValueError(f"prefill: the batch must hold one sequence, got {buffers.batch}")

@@ -1,18 +1,19 @@
 """The dense head: softmax(h @ weight.T) fused with its cross-entropy and gradients; the (N, V) logits are never stored.
 
-Rows go by chunks. A chunk's logits live in a scratch buffer of bounded size, by tiles of the vocabulary; every thread
-owns a range of tiles. Forward: one GEMM a tile, and while the tile is in cache its row maxima m, the exponentials
-e = exp(logit - m) in place of the logits, and their row sums. Merging the tiles' (m, sum) gives the log-sum-exp of a
-row. Backward: a tile of probabilities is e * exp(m - lse), so exp is computed once; two more GEMMs give the tile's
-rows of dweight, which one thread owns, and the thread's share of dh, reduced in thread order. Three GEMMs in all:
-keeping a chunk's logits costs memory traffic of a few percent, recomputing them a fourth GEMM.
+Rows are processed in chunks. A chunk's logits are stored in scratch of bounded size, in tiles of the vocabulary, and
+each thread has a range of tiles. The forward pass runs one GEMM per tile. While the tile is in cache, it computes the
+row maxima m, replaces the logits by the exponentials e = exp(logit - m), and sums them per row. Merging the (m, sum) of
+all tiles gives the log-sum-exp of a row. In the backward pass a tile of probabilities is e * exp(m - lse), so exp is
+computed only once. Two more GEMMs give the tile's rows of dweight, written by one thread, and the thread's share of dh,
+reduced in thread order. This takes three GEMMs. Storing a chunk's logits costs a few percent in memory traffic, while
+recomputing them would cost a fourth GEMM.
 
     logit = cap(h . weight_v) + log_prior_v,  cap(a) = c tanh(a / c)
     loss  = lse - (1 - s) logit_target - s mean(logit) + z lse**2         s label smoothing, z z-loss
 
 Letters: N rows, V vocabulary, C channels, P threads; J rows of a chunk, L columns of a tile, Q tiles.
 Source: the chunked fused loss of Liger-Kernel (arXiv:2410.10989, section 3.2) and the online log-sum-exp of Milakov
-& Gimelshein 2018 (arXiv:1805.02867, section 3); the arrangement for CPU caches is our own.
+& Gimelshein 2018 (arXiv:1805.02867, section 3); the arrangement for CPU caches is this project's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 class Projection(NamedTuple):
-    """What makes h the logits."""
+    """The parameters that turn h into logits."""
 
     weight: np.ndarray  # (V, C)
     log_prior: np.ndarray  # (V,), added to the logits after the cap, or (0,) for none
@@ -55,7 +56,7 @@ class Batch(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Buffers of a chunk, and what its forward pass keeps for the backward pass."""
+    """Buffers of a chunk, and the values that its forward pass saves for the backward pass."""
 
     tiles: np.ndarray  # (Q, J, L): exponentials, or capped products; (P, J, L) where they are not kept
     tile_max: np.ndarray  # (Q, J): largest logit of a row in a tile
@@ -67,7 +68,7 @@ class Scratch(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """How the loss is made of the logits."""
+    """Options of the loss."""
 
     label_smoothing: np.float32
     z_loss: np.float32
@@ -286,7 +287,7 @@ def _chunk_backward(dh, dweight, scratch, batch, projection, options, blas, thre
 
 
 class DenseScratch:
-    """Bounded scratch for a vocabulary of at most V and rows of C channels; about SCRATCH_BYTES whatever the batch."""
+    """Scratch for a vocabulary of at most V tokens and rows of C channels; about SCRATCH_BYTES for any batch."""
 
     def __init__(self, vocab: int, dim: int) -> None:
         self.vocab, self.dim = vocab, dim
@@ -326,9 +327,9 @@ class DenseScratch:
 
 
 def scratch_for(scratch: DenseScratch | None, vocab: int, dim: int) -> DenseScratch:
-    """scratch if it was made for just this at the number of threads in use, else a new one.
+    """Return scratch if it was made for exactly this shape and number of threads, else new scratch.
 
-    Not a larger one: chunks, and with them the last bits, must not depend on what was computed before.
+    A larger one is not reused, because the chunks, and with them the last bits, must not depend on earlier calls.
     """
     if scratch is not None and scratch.vocab == vocab and scratch.fits(vocab, dim):
         return scratch
@@ -396,8 +397,8 @@ def dense_head_forward(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cross-entropy of softmax(h @ weight.T) against targets, without storing the logits.
 
-    h (N, C), weight (V, C) float32; targets (N,) int32 in [0, V); log_prior (V,) float32 added to the logits.
-    Returns loss (N,), with smoothing and z-loss, and nll (N,), plain -log p: float32, nats per row.
+    h (N, C), weight (V, C) float32; targets (N,) int32 in [0, V); log_prior (V,) float32, added to the logits
+    Returns loss (N,) with smoothing and z-loss, and nll (N,), the plain -log p; both float32, nats per row.
     Cost 2*N*V*C flop. Raises ValueError if a shape, a dtype or a target is wrong.
 
     >>> h, weight = np.zeros((1, 2), np.float32), np.ones((4, 2), np.float32)
@@ -429,11 +430,11 @@ def dense_head_forward_backward(
     soft_cap: float | None = None,
     scratch: DenseScratch | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, plain NLL and the gradients of sum(loss_weights * loss): the forward and backward pass in one.
+    """Forward and backward pass in one: loss, plain NLL and the gradients of sum(loss_weights * loss).
 
-    h (N, C), weight, dweight (V, C), loss_weights (N,) float32; targets (N,) int32; dweight is added to.
-    The loss weights enter before the sum, so the gradients are those of the weighted loss and of no other function of
-    it. Returns loss (N,), nll (N,), dh (N, C). Cost 6*N*V*C flop, exact in float32.
+    h (N, C), weight, dweight (V, C), loss_weights (N,) float32; targets (N,) int32
+    Returns loss (N,), nll (N,), dh (N, C), and adds the gradient of weight to dweight. The loss weights are applied
+    before the sum, so the gradients are only those of the weighted loss. Cost 6*N*V*C flop, exact in float32.
     Raises ValueError if a shape, a dtype or a target is wrong. Source: see the module's docstring.
     """
     where = "dense_head_forward_backward"

@@ -1,7 +1,7 @@
-"""The dense head when a text is written: the logits of one position. One thread.
+"""The dense head for generation: the logits of one position, with one thread.
 
-The rows of the embedding are read once and used once, so memory sets the pace: as int8 with a scale per row they take
-a quarter of it. Letters: V vocabulary, C channels.
+Each row of the embedding is read once and used once, so memory bandwidth limits the speed. As int8 with a scale per row
+the embedding takes a quarter of the memory. Letters: V vocabulary, C channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _dense_logits_int8(out, x, q, scales):
 
 
 def dense_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """x (1, C) times weight (V, C), float32: logits (1, V). Raises ValueError if a shape or dtype is wrong."""
+    """Logits (1, V) of x (1, C) for weight (V, C), float32. Raises ValueError if a shape or dtype is wrong."""
     _check.array("dense_logits", "weight", weight, (None, None))
     _check.array("dense_logits", "x", x, (1, weight.shape[1]))
     out = np.empty((1, len(weight)), np.float32)
@@ -35,10 +35,10 @@ def dense_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def dense_logits_int8(x: np.ndarray, q: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """x (1, C) float32 times the rows q (V, C or wider) int8 with scales (V,) of quantize_rows: logits (1, V).
+    """Logits (1, V) of x (1, C) float32 for rows q (V, C or wider) int8 with scales (V,), from quantize_rows.
 
-    They err by at most half a scale times the sum of |x|, and float32's rounding. Raises ValueError if a shape or dtype
-    is wrong.
+    Their error is at most half a scale times the sum of |x|, plus float32 rounding. Raises ValueError if a shape or
+    dtype is wrong.
     """
     _check.array("dense_logits_int8", "q", q, (None, None), np.int8)
     _check.array("dense_logits_int8", "scales", scales, (len(q),))

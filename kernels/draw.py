@@ -1,6 +1,6 @@
-"""Which token is written: the largest of many logits, and a draw from them. One thread.
+"""Choosing the next token: the largest of many logits, and sampling from them, with one thread.
 
-The tree's search and the dense head share these. Letters: V logits, K entries kept.
+The tree's search and the dense head share these functions. Letters: V logits, K entries kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 1024  # probabilities with a sum of their own, so that a draw need not g
 
 @helper
 def sift_down(keys, codes, count):
-    """Restore the heap (largest key first) of which only the first entry may be out of place."""
+    """Restore a heap (largest key first) in which only the first entry may be misplaced."""
     i, key, code = 0, keys[0], codes[0]
     while True:
         child = 2 * i + 1
@@ -36,7 +36,7 @@ def sift_down(keys, codes, count):
 
 @helper
 def sift_up(keys, codes, i, key, code):
-    """Put a new entry into the heap, whose end is i."""
+    """Insert a new entry at the end i of the heap."""
     while i > 0 and keys[(i - 1) // 2] < key:
         keys[i], codes[i] = keys[(i - 1) // 2], codes[(i - 1) // 2]
         i = (i - 1) // 2
@@ -45,9 +45,9 @@ def sift_up(keys, codes, i, key, code):
 
 @helper
 def keep_largest(keys, codes, found, key, code):
-    """Offer an entry to the largest so far, a heap of at most len(keys) with its smallest first, as -key; their number.
+    """Add an entry to a heap of the len(keys) largest entries, stored as -key, smallest first. Returns their number.
 
-    Of equal ones some stay, of a single entry the first offered.
+    Among equal keys an arbitrary one is kept; with a single entry, the first.
     """
     if found < keys.shape[0]:
         sift_up(keys, codes, found, -key, code)
@@ -60,7 +60,7 @@ def keep_largest(keys, codes, found, key, code):
 
 @helper
 def put_in_order(keys, codes, found):
-    """What keep_largest kept, largest first; keys become the keys themselves."""
+    """Sort the entries of keep_largest, largest first, and restore the signs of the keys."""
     for last in range(found - 1, -1, -1):
         key, code = keys[0], codes[0]
         keys[0], codes[0] = keys[last], codes[last]
@@ -87,7 +87,7 @@ def _largest(keys, ids, row):
 
 @helper
 def _index_above(values, bar):
-    """First index whose running sum exceeds bar; the last one above zero if, for rounding, none does."""
+    """First index whose cumulative sum exceeds bar; the last index above zero if rounding leaves none."""
     seen = np.float64(values[0])
     i = 0
     while seen <= bar and i < values.shape[0] - 1:
@@ -153,10 +153,10 @@ def check_drawing(temperature: float, top_p: float | None) -> None:
 
 
 def largest(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (K,) int64 and values (K,) float64 of the count largest of row (V,) float32, largest first; K <= V.
+    """Indices (K,) int64 and values (K,) float64 of the K = min(count, V) largest of row (V,) float32, largest first.
 
-    Of equal ones some are taken, for count 1 the first. Raises ValueError if count is below 1 or a NaN or infinity
-    is met.
+    Among equal values an arbitrary one is taken, for count 1 the first. Raises ValueError if count is below 1 or if a
+    value is NaN or infinite.
     """
     _check.array("largest", "row", row, (None,))
     if count < 1:
@@ -169,10 +169,10 @@ def largest(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:
-    """An index drawn by softmax(row / temperature) for logits row (V,) float32, which this overwrites.
+    """Sample an index from softmax(row / temperature) for logits row (V,) float32, which are overwritten.
 
-    uniform in [0, 1): the same draws the same. Raises ValueError if temperature is not positive or the logits give no
-    distribution.
+    uniform : random number in [0, 1) that determines the sample
+    Raises ValueError if temperature is not positive or the logits give no distribution.
     """
     _check.array("draw", "row", row, (None,))
     check_drawing(temperature, None)
@@ -183,9 +183,9 @@ def draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:
 
 
 def draw_sorted(log_p: np.ndarray, uniform: float, temperature: float = 1.0, top_p: float | None = None) -> int:
-    """An index of log_p (K,) float64, largest first, drawn by p**(1 / temperature) among the first that reach top_p.
+    """Sample an index of log_p (K,) float64, largest first, by p**(1 / temperature) among the first that reach top_p.
 
-    uniform in [0, 1). Raises ValueError if a setting is out of range or nothing can be drawn.
+    uniform : random number in [0, 1). Raises ValueError if a setting is out of range or there is no distribution.
     """
     _check.array("draw_sorted", "log_p", log_p, (None,), np.float64)
     check_drawing(temperature, top_p)

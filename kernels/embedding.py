@@ -1,4 +1,4 @@
-"""Rows of the embedding: gather, the race-free scatter-add of its gradient, and clearing that gradient.
+"""Rows of the embedding: gather, race-free scatter-add of the gradient, and clearing of the gradient.
 
 Letters: N rows, V vocabulary, C channels, P threads.
 """
@@ -59,7 +59,7 @@ def embedding_forward(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def embedding_backward(dweight: np.ndarray, dout: np.ndarray, rows: np.ndarray) -> None:
-    """Add dout (N, C) to the rows of dweight (V, C): dweight[rows[n]] += dout[n]; the same bits for any thread count.
+    """Add dout (N, C) to rows of dweight (V, C): dweight[rows[n]] += dout[n]. The bits do not depend on the threads.
 
     Raises ValueError if a shape, a dtype or a row is wrong.
     """
@@ -71,7 +71,7 @@ def embedding_backward(dweight: np.ndarray, dout: np.ndarray, rows: np.ndarray) 
 
 
 def zero(array: np.ndarray) -> None:
-    """Set a C-contiguous float32 array of any shape to zero, with every thread (a large gradient, once a step)."""
+    """Set a C-contiguous float32 array of any shape to zero with all threads, for large gradients once per step."""
     if not array.flags.c_contiguous or array.dtype != np.float32:
         raise ValueError(f"zero: array must be C-contiguous float32, got {array.dtype} with strides {array.strides}")
     _zero(array.reshape(-1), numba.get_num_threads())

@@ -1,4 +1,4 @@
-"""The sum of squares of a gradient, for the global norm that is clipped."""
+"""The sum of squares of a gradient, for clipping by global norm."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _small_squares(x):
 def sum_of_squares(x: np.ndarray) -> float:
     """Sum of x**2 over all elements of a C-contiguous float32 array of any shape, accumulated in float64.
 
-    The sum is the same for any number of threads. It is not finite if an element is not, so the caller checks one
-    number. Raises ValueError if the dtype is wrong or x is not C-contiguous.
+    The sum is the same for any number of threads. It is not finite if an element is not finite, so the caller only has
+    to check one number. Raises ValueError if the dtype is wrong or x is not C-contiguous.
 
     >>> sum_of_squares(np.array([[3.0, 4.0]], np.float32))
     25.0

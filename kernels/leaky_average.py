@@ -1,9 +1,9 @@
-"""A leaky average of the tokens so far, added channel by channel: what the text is about, beyond the convolutions.
+"""A leaky average of the tokens so far, added per channel. It carries the topic of the text beyond the convolutions.
 
     y[t] = d y[t - 1] + sqrt(1 - d**2) x[t],   out[t] = x[t] + gain * y[t]
 
-with y zero before the sequence begins. The square root keeps y at the size of x where the tokens are independent.
-Letters: T time, C channels. Source: a linear recurrence with one fixed decay, the simplest of those of Gu et al. 2021,
+with y zero before the sequence begins. The square root gives y the size of x if the tokens are independent.
+Letters: T time, C channels. Source: a linear recurrence with one fixed decay, the simplest case of Gu et al. 2021,
 arXiv:2111.00396, section 3.
 """
 
@@ -29,7 +29,7 @@ def add_leaky_average(x, y, gain, decay, share):
 
 @helper
 def add_leaky_average_next(x, y, gain, decay, share):
-    """add_leaky_average for the next token: x (C,) += gain * y, after y (C,) has taken x in."""
+    """add_leaky_average for the next token: update y (C,) with x (C,), then x += gain * y."""
     for c in range(x.shape[0]):
         y[c] = decay * y[c] + share * x[c]
         x[c] += gain[c] * y[c]

@@ -1,7 +1,7 @@
-"""Rows kept as a product of two smaller matrices: rows (M, C) = coords (M, R) @ basis (R, C).
+"""Rows stored as a product of two smaller matrices: rows (M, C) = coords (M, R) @ basis (R, C).
 
-A tree's inner nodes may have many rows. Kept so, they are M*R + R*C numbers instead of M*C, and they are multiplied out
-once a step, so that the kernels that read rows need not know.
+A tree's inner nodes may have many rows. As a product they take M*R + R*C numbers instead of M*C. The product is
+computed once per step, so the kernels that read rows are the same as for full rows.
 Letters: M rows, R rank, C channels, P threads.
 """
 
@@ -83,11 +83,11 @@ def low_rank_backward(
     *,
     accumulate: bool = True,
 ) -> None:
-    """From drows (M, C), the gradient of the rows, add those of coords (M, R) and basis (R, C) to dcoords and dbasis.
+    """Add the gradients of coords (M, R) and basis (R, C), given drows (M, C), to dcoords and dbasis.
 
-    Without accumulate they take the place of what was there. All float32; 4*M*R*C flop. A row of drows that is zero
-    gives a row of dcoords that is zero. Raises ValueError if a shape or dtype is wrong. The same bits for any number of
-    threads.
+    accumulate : False replaces the previous gradients
+    All arrays are float32; the cost is 4*M*R*C flop. A zero row of drows gives a zero row of dcoords. The result does
+    not depend on the number of threads. Raises ValueError if a shape or dtype is wrong.
     """
     where = "low_rank_backward"
     _check.array(where, "coords", coords, (None, None))

@@ -1,15 +1,15 @@
 """n-gram copy: the token that followed the last earlier occurrence of the last n tokens in the sequence.
 
-For a token, the n tokens up to it may have stood in its sequence before; what came after them then is likely to come
-again. Attention would learn to look this up (Olsson et al. 2022, "In-context Learning and Induction Heads",
-arXiv:2209.11895). A trunk of convolutions cannot, since the distance depends on the text. Here it is wired in, as by
-Akyürek et al. 2024, arXiv:2401.12973 ("n-gram heads"). The embedded row of the copied token, times a trained gain per
-channel, is added to the trunk's input and to the hidden state:
+If the n tokens up to a position have occurred earlier in the sequence, the token that followed them is likely to follow
+again. Attention learns to copy it (Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv:2209.11895).
+Convolutions cannot, because the distance depends on the text. This layer implements the copy directly, like the "n-gram
+heads" of Akyürek et al. 2024, arXiv:2401.12973. It adds the embedding row of the copied token, times a trained gain per
+channel, to the trunk's input and to the hidden state:
 
     x[t] += gain_in * E[copy[t]],   h[t] += gain_out * E[copy[t]]
 
-An order n that is given a second time skips the last occurrence and takes the one before.
-Letters: B batch, T time, N = B*T rows, M some of them, V vocabulary, C channels.
+If an order n is given a second time, it skips the last occurrence and uses the one before.
+Letters: B batch, T time, N = B*T rows, M a number of rows, V vocabulary, C channels.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _ngram_copies(out, rows, order, skip, reach):
 
 
 def copy_kinds(orders: Sequence[int]) -> list[tuple[int, int]]:
-    """Order and skip of each way of copying: an order given a second time skips the last occurrence.
+    """Order and skip of each way of copying. An order that is given a second time skips the last occurrence.
 
     >>> copy_kinds((1, 2, 1))
     [(1, 0), (2, 0), (1, 1)]
@@ -98,12 +98,12 @@ def copy_kinds(orders: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def ngram_copies(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.ndarray:
-    """The token after the last earlier occurrence of the last `order` tokens, (B, T) int32; -1 where there is none.
+    """The token after the last earlier occurrence of the last `order` tokens, (B, T) int32; -1 if there is none.
 
-    rows (B, T) int32: token ids, or whatever stands for them, one for one
-    order : tokens that must be the same, at least 1;  reach : tokens that the occurrence may lie back, at least 1
-    skip : later occurrences that are passed over
-    Position t reads tokens t - reach - order + 1 to t, nothing after. At most B * T * reach * order comparisons.
+    rows : (B, T) int32, token ids, or other numbers that correspond to them one to one
+    order : number of tokens that must match, at least 1;  reach : maximum distance back in tokens, at least 1
+    skip : number of later occurrences to skip
+    Position t reads only tokens t - reach - order + 1 to t. It takes at most B * T * reach * order comparisons.
     Raises ValueError if a shape, a dtype or a number is wrong.
 
     >>> ngram_copies(np.array([[5, 6, 5, 7, 5, 6]], np.int32), order=1, reach=9).tolist()
@@ -123,10 +123,11 @@ def ngram_copies(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.
 def scatter_copies(
     dweight: np.ndarray, dx: np.ndarray, dh: np.ndarray, rows: np.ndarray, gain_in: np.ndarray, gain_out: np.ndarray
 ) -> None:
-    """Add to dweight (V, C) the gradient of the copied rows (N,) int32: gain_in * dx + gain_out * dh; -1 gets nothing.
+    """Add the gradient of the copied rows (N,) int32 to dweight (V, C): gain_in * dx + gain_out * dh, skipping rows -1.
 
-    dx, dh (N, C): gradients of the trunk's input and of the hidden states; gains (C,). All but rows float32.
-    The same bits for any number of threads. Raises ValueError if a shape, a dtype or a row is wrong.
+    dx, dh : (N, C), gradients of the trunk's input and of the hidden states;  gain_in, gain_out : (C,)
+    All arrays except rows are float32. The result does not depend on the number of threads.
+    Raises ValueError if a shape, a dtype or a row is wrong.
     """
     where = "scatter_copies"
     _check.array(where, "dweight", dweight, (None, None))

@@ -1,7 +1,6 @@
-"""NorMuon: momentum, orthogonalised by the Newton-Schulz iteration, with its rows brought to one size.
+"""NorMuon: momentum that is orthogonalised by the Newton-Schulz iteration and normalised per row.
 
-Every result is the same, bit for bit, for any number of threads: the work is cut into fixed tasks, and the threads
-only share out the tasks.
+All results are the same, bit for bit, for any number of threads, because the work is divided into fixed tasks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _A, _B, _C = np.float32(3.4445), np.float32(-4.7750), np.float32(2.0315)
 
 
 class NorMuonRule(NamedTuple):
-    """Numbers of the update rule, the same at every step."""
+    """Hyperparameters of the update rule, which are the same at every step."""
 
     momentum: float  # share of the momentum that a step keeps
     beta2: float  # share of the rows' second moment that a step keeps
@@ -40,7 +39,7 @@ class NorMuonRule(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """M matrices (m, n), stored one after another, and the K tasks of a Newton-Schulz iteration; int64."""
+    """M matrices (m, n), stored consecutively, and the K tasks of a Newton-Schulz iteration; int64."""
 
     rows: np.ndarray  # (M,) m
     columns: np.ndarray  # (M,) n
@@ -52,7 +51,7 @@ class Layout(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Who does which task: thread th does order[bounds[th]:bounds[th + 1]]; int64."""
+    """The tasks of each thread: thread th does order[bounds[th]:bounds[th + 1]]; int64."""
 
     gram_order: np.ndarray  # (K,) tasks of the Gram matrices
     gram_bounds: np.ndarray  # (threads + 1,)
@@ -210,10 +209,10 @@ def _share_out(costs: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]
 
 
 class NorMuonWorkspace:
-    """Scratch and work plan of normuon_step for matrices of these shapes, allocated once.
+    """Scratch and task plan of normuon_step for matrices of these shapes, allocated once.
 
     shapes : (m, n) of every matrix, in order
-    Holds 8 bytes per element, and 8 per element of the Gram matrices (256 x 256 for 683 x 256).
+    It takes 8 bytes per element, and 8 per element of the Gram matrices (256 x 256 for 683 x 256).
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -261,14 +260,14 @@ def normuon_step(
     scale: float = 1.0,
     workspace: NorMuonWorkspace | None = None,
 ) -> None:
-    """One NorMuon step of every matrix, in place: momentum, Newton-Schulz, norm of every row, update.
+    """Do one NorMuon step in place for every matrix: momentum, Newton-Schulz, row normalisation, update.
 
     weights, exp_avgs, grads : (m, n) float32 each; exp_avgs are the momenta
-    exp_avg_sqs : (m,) float32 each, second moment of the rows of the orthogonalised direction;  exp_avgs and
-        exp_avg_sqs are zeros before the first step
-    lr : learning rate;  scale : factor of the gradients (the clip)
-    workspace : of these shapes; made for this call where it is None
-    On x86 numbers below 1.2e-38 count as zero on the way.
+    exp_avg_sqs : (m,) float32 each, second moments of the rows of the orthogonalised momentum
+    exp_avgs and exp_avg_sqs are zeros before the first step.
+    lr : learning rate;  scale : factor for the gradients (from clipping)
+    workspace : workspace for these shapes; None: allocate one for this call
+    On x86, intermediate numbers below 1.2e-38 count as zero.
     Raises ValueError if a shape or dtype is wrong.
     Cost per matrix of smaller side s and larger side l: iterations * (3 s s l + 2 s s s) flop.
     Source: Li et al. 2025, arXiv:2510.05491, algorithm 1, and the authors' repository.

@@ -1,7 +1,7 @@
 """NumPy twins of the public kernels: the executable specification.
 
-Plain formulas, nothing shared with the kernels, and any floating dtype: float64 is the truth, float32 the yardstick
-of how exact a kernel has to be.
+They are plain formulas that share no code with the kernels and take any floating dtype. float64 gives the true values,
+float32 the error that a kernel may have.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""NumPy twins of grad_norm.py, adamw.py, normuon.py and ema.py: the specification, in the dtype of the arrays given.
+"""NumPy twins of grad_norm.py, adamw.py, normuon.py and ema.py: the specification, in the dtype of the arguments.
 
-Float64 arrays give the truth that the kernels are judged by, float32 arrays the error of plain float32.
+float64 arrays give the true values for judging the kernels, float32 arrays the error of plain float32.
 Every function changes its first arguments in place, as its kernel does.
 """
 

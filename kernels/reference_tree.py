@@ -1,8 +1,8 @@
-"""Plain NumPy twins of the tree head's kernels: position by position, node by node, nothing shared with them.
+"""Plain NumPy twins of the tree head's kernels, position by position and node by node, without shared code.
 
-The dtype of h decides that of every result: float64 for the truth, float32 for the error that plain code
-makes. Letters: N positions, V leaves (tokens in leaf order), M nodes below the root, C channels. spans (M +
-1, 5): the token_start, token_end, child_start, child_end and leaf_end of every node.
+All results have the dtype of h: float64 for the true values, float32 for the error of plain code.
+Letters: N positions, V leaves (tokens in leaf order), M nodes below the root, C channels. spans (M + 1, 5) holds
+token_start, token_end, child_start, child_end and leaf_end of every node.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""NumPy twin of the whole trunk, put together from the twins of its parts: any floating dtype, a layer at a time.
+"""NumPy twin of the trunk, built from the twins of its parts, for any floating dtype.
 
-The gradients of the ternary layers pass straight through to the weights that the ternary values were made from.
+The gradients of the ternary layers use the straight-through estimator.
 Letters: B batch, T time, N = B*T positions, C channels.
 """
 

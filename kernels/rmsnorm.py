@@ -32,7 +32,7 @@ def rmsnorm_rows(out, rstd, x, weight):
 
 @helper
 def rmsnorm_recompute(out, x, weight, rstd):
-    """out as rmsnorm_rows wrote it, from the saved rstd (cheaper than keeping it)."""
+    """Compute out of rmsnorm_rows again from the saved rstd, which is cheaper than storing out."""
     rows, dim = x.shape
     for n in range(rows):
         r = rstd[n]

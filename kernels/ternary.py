@@ -1,9 +1,9 @@
-"""Ternary weights: {-1, 0, +1} by a threshold at a share of the mean magnitude, and their packed form.
+"""Ternary weights {-1, 0, +1}, with a threshold relative to the mean magnitude, and their packed form.
 
-Packing (2 bits a weight): codes 0, 1, 2 stand for -1, 0, +1. A row of K weights is padded with zeros to whole blocks
-of 256; byte j (0 <= j < 64) of a block holds the weights j, j + 64, j + 128, j + 192 at bits 0, 2, 4, 6, so that one
-cache line, shifted and masked, gives four vectors of weights beside 256 consecutive inputs.
-Letters: R rows, K columns, W = 64 * ceil(K / 256) packed bytes a row.
+Packing takes 2 bits per weight. The codes 0, 1, 2 stand for -1, 0, +1. A row of K weights is padded with zeros to
+blocks of 256. Byte j (0 <= j < 64) of a block holds the weights j, j + 64, j + 128, j + 192 at bits 0, 2, 4, 6.
+Shifting and masking one cache line then gives four vectors of weights for 256 consecutive inputs.
+Letters: R rows, K columns, W = 64 * ceil(K / 256) packed bytes per row.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def _ternarize(out, weight, share):
 
 
 def ternarize(weight: np.ndarray, out: np.ndarray | None = None, *, threshold: float = 1.0) -> np.ndarray:
-    """Ternary values of weight (any shape) float32: +1 where w > t, -1 where w < -t, else 0; t = threshold * mean|w|.
+    """Ternary values of weight (any shape) float32: +1 if w > t, -1 if w < -t, else 0, with t = threshold * mean|w|.
 
-    The gradient is passed straight through: d weight = d out (Bengio et al. 2013, arXiv:1308.3432), so there is no
-    backward function. Its own result it leaves as it is: the mean is below one there, or the threshold is.
+    There is no backward function, because the straight-through estimator passes the gradient unchanged: d weight = d
+    out (Bengio et al. 2013, arXiv:1308.3432). Ternarising a result again does not change it, because its mean, or the
+    threshold, is below one.
     threshold is in [0, 1]. Writes to out (float32) if given. Raises ValueError if an array is not contiguous float32.
-    Source of the rule: FlashLM v3, with threshold 1; 0.5 is what rounding w / mean|w| comes to (Ma et al. 2024,
-    arXiv:2402.17764, section 2). The mean is summed in float64 in order and rounded to float32.
+    Source of the rule: FlashLM v3, with threshold 1. A threshold of 0.5 is equivalent to rounding w / mean|w| (Ma et
+    al. 2024, arXiv:2402.17764, section 2). The mean is summed in float64 in order and rounded to float32.
 
     >>> ternarize(np.array([[0.1, -2, 3, 0.2]], np.float32)).tolist()
     [[0.0, -1.0, 1.0, 0.0]]
@@ -75,12 +76,12 @@ def _unpack_ternary(out, packed):
 
 
 def packed_width(columns: int) -> int:
-    """Packed bytes of a row of so many weights."""
+    """Packed bytes of a row with this many weights."""
     return -(-columns // BLOCK) * BLOCK_BYTES
 
 
 def pack_ternary(weight: np.ndarray) -> np.ndarray:
-    """Pack ternary weight (R, K) float32 of -1, 0, +1 into (R, 64 * ceil(K / 256)) uint8, 2 bits a weight.
+    """Pack ternary weight (R, K) float32 of -1, 0, +1 into (R, 64 * ceil(K / 256)) uint8, 2 bits per weight.
 
     Raises ValueError if an element is not -1, 0 or +1. The layout is in the module's docstring.
 

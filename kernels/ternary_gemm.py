@@ -1,17 +1,17 @@
-"""Many rows of activations times a ternary matrix, rounded to int8 on the way: what training multiplies.
+"""Products of many rows of activations, quantised to int8, with a ternary matrix, for training.
 
     out (M, R) (+)= scale_m * (q_m . w_r),   q_m = round(x_m * 127 / max|x_m|), w_r ternary
 
-Integer products of four at a time take an instruction where float32 ones take four. The weights, as codes 0, 1, 2, lie
-by columns: (K / 4, R', 4) uint8, so that a register holds four inputs' codes for 16 outputs (8 with AVX2), and its
-product with four inputs, repeated, adds to 16 sums: a tile of sums stays in registers, and nothing is added across.
-The sums begin at minus the sum of the row's q, since the codes are too large by one.
+One instruction computes four integer products where float32 needs four instructions. The weights are stored as codes 0,
+1, 2 by columns, (K / 4, R', 4) uint8, so that a register holds the codes of four inputs for 16 outputs (8 with AVX2).
+Its product with four inputs, repeated, adds to 16 sums. A tile of sums stays in registers without horizontal additions.
+The sums start at minus the sum of the row's q, because the codes are too large by one.
 
     vnni           vpdpbusd: four products of unsigned and signed bytes, added to an int32
     avx512, avx2   vpmaddubsw, pairs in int16 (at most 2 * 2 * 128 = 512), then vpmaddwd, pairs of those in int32
-    others         BLAS on the rounded inputs in float32, which is the same but for float32's rounding
+    others         BLAS on the quantised inputs in float32, which differs only by float32 rounding
 
-Letters: M rows of activations, K inputs, R outputs, R' = R in whole blocks of 64.
+Letters: M rows of activations, K inputs, R outputs, R' = R rounded up to blocks of 64.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ else:
 
 @functools.cache
 def gemm_variant() -> str:
-    """The variant to multiply with: ternary_gemv's best_variant, if it agrees with NumPy here, else plain."""
+    """The variant to use: ternary_gemv's best_variant if it agrees with NumPy on this machine, else plain."""
     name = best_variant()
     if name == "plain":
         return name
@@ -278,12 +278,12 @@ def _pack_columns(codes, weight):
 
 
 def empty_columns(rows: int, columns: int) -> np.ndarray:
-    """Room for the codes of a weight of this shape."""
+    """Uninitialised codes for a weight of this shape."""
     return aligned_zeros((-(-columns // 4), -(-rows // COLUMNS) * COLUMNS, 4), np.uint8)
 
 
 def fill_columns(codes: np.ndarray, weight: np.ndarray) -> None:
-    """Write the codes of ternary weight (R, K) float32, of any strides; unchecked."""
+    """Write the codes of ternary weight (R, K) float32, with arbitrary strides; unchecked."""
     _pack_columns(codes, weight)
 
 
@@ -304,17 +304,18 @@ def pack_columns(weight: np.ndarray) -> np.ndarray:
 
 
 def spare_floats(variant: int, rows: int, columns: int) -> int:
-    """Floats of the scratch `spare` for so many rows and inputs."""
+    """Number of floats of the scratch `spare` for this many rows and inputs."""
     return max(6 * COLUMNS, rows * columns if variant == PLAIN else 0)
 
 
 def ternary_gemm(
     x: np.ndarray, weight: np.ndarray, codes: np.ndarray, out: np.ndarray | None = None, *, variant: str | None = None
 ) -> np.ndarray:
-    """About x @ weight.T, (M, R) float32, for x (M, K) rounded to int8 row by row; added to out (M, R) if given.
+    """Approximate x @ weight.T, (M, R) float32, with x (M, K) quantised to int8 per row; added to out (M, R) if given.
 
-    weight (R, K) float32 is ternary, codes are pack_columns(weight). variant: one of _ternary_dots.available(), default
-    the best. One thread. Raises ValueError if a shape or dtype is wrong.
+    weight : (R, K) float32, ternary;  codes : pack_columns(weight)
+    variant : one of _ternary_dots.available(); default: the best
+    It uses one thread. Raises ValueError if a shape or dtype is wrong.
 
     >>> weight = np.array([[1, 1, -1]], np.float32)
     >>> x = np.array([[127, -127, 32]], np.float32)

@@ -1,10 +1,11 @@
-"""Packed ternary matrix times vectors: int8 activations, exact in int32, or float32 ones.
+"""Products of a packed ternary matrix with vectors: int8 activations, exact in int32, or float32 activations.
 
     quantize_rows   q = round(x * 127 / max|x|), a scale per row (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764)
-    ternary_gemv  q @ W.T in int32, then times the scale
+    ternary_gemv    q @ W.T in int32, then times the scale
 
-The weights are read once for up to 64 rows of activations, 2 bits each: a vector's product is limited by memory.
-Letters: R rows of W, K columns, N rows of activations, W = 64 * ceil(K / 256) packed bytes a row.
+The weights are read once for up to 64 rows of activations, at 2 bits each. Memory bandwidth limits the product of a
+single vector.
+Letters: R rows of W, K columns, N rows of activations, W = 64 * ceil(K / 256) packed bytes per row.
 """
 
 from __future__ import annotations
@@ -135,10 +136,10 @@ def _agrees_with_plain(variant: str) -> bool:
 
 @functools.cache
 def best_variant() -> str:
-    """The variant that ternary_gemv uses: FLASHLM_NUMBA_TERNARY where it is set, else the fastest that works here.
+    """The variant that ternary_gemv uses: FLASHLM_NUMBA_TERNARY if set, else the fastest that is correct here.
 
-    At first use each is checked against the plain loops; one that disagrees is left out with a warning. Raises
-    ValueError if FLASHLM_NUMBA_TERNARY names none that this processor has.
+    The first call checks each variant against the plain loops, and skips one that disagrees with a warning. Raises
+    ValueError if this processor lacks the variant named by FLASHLM_NUMBA_TERNARY.
     """
     have = _ternary_dots.available()
     wanted = os.environ.get("FLASHLM_NUMBA_TERNARY")
@@ -154,10 +155,10 @@ def best_variant() -> str:
 
 
 def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """q (N, 256 * ceil(K / 256)) int8 and scale (N,) float32 with x (N, K) float32 about q * scale, row by row.
+    """Quantise x (N, K) float32 per row to q (N, 256 * ceil(K / 256)) int8 and scale (N,) float32, x about q * scale.
 
-    scale = max|x| / 127; q is rounded, halves to even, and zero where padded. A row with nothing above 2**-100 becomes
-    zeros with scale 0; one that is not finite gets the scale NaN. Raises ValueError if x has another shape or dtype.
+    scale = max|x| / 127. q is rounded, halves to even; the padding is zero. A row without values above 2**-100 becomes
+    zeros with scale 0. A row that is not finite gets the scale NaN. Raises ValueError for another shape or dtype.
 
     >>> q, scale = quantize_rows(np.array([[1, -2, 0.5]], np.float32))
     >>> q[0, :3].tolist(), round(float(scale[0]), 4)
@@ -171,9 +172,9 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ternary_gemv_int8(packed: np.ndarray, q: np.ndarray, *, variant: str | None = None) -> np.ndarray:
-    """q @ W.T, (N, R) int32, exact, for W packed (R, W) uint8 (pack_ternary) and q (N, 4 W) int8 (quantize_rows).
+    """Exact q @ W.T, (N, R) int32, for W packed (R, W) uint8 (pack_ternary) and q (N, 4 W) int8 (quantize_rows).
 
-    variant: one of _ternary_dots.available(); default best_variant(). Large products use all threads.
+    variant : one of _ternary_dots.available(); default: best_variant(). Large products use all threads.
     Raises ValueError if a shape or dtype is wrong, or K is so large that int32 could overflow (8.3 million).
 
     >>> from flashlm_numba.kernels.ternary import pack_ternary
@@ -194,7 +195,7 @@ def ternary_gemv_int8(packed: np.ndarray, q: np.ndarray, *, variant: str | None 
 
 
 def ternary_gemv(packed: np.ndarray, x: np.ndarray, *, variant: str | None = None) -> np.ndarray:
-    """About x @ W.T, (N, R) float32, for W packed (R, W) uint8 and x (N, K) float32, rounded to int8 row by row.
+    """Approximate x @ W.T, (N, R) float32, for W packed (R, W) uint8 and x (N, K) float32, quantised to int8 per row.
 
     Raises ValueError as ternary_gemv_int8 does.
     """
@@ -203,7 +204,7 @@ def ternary_gemv(packed: np.ndarray, x: np.ndarray, *, variant: str | None = Non
 
 
 def ternary_matvec(packed: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """W @ x (R,) float32 for W packed (R, 64 * ceil(K / 256)) uint8 and x (K,) float32, not rounded; one thread.
+    """W @ x (R,) float32 for W packed (R, 64 * ceil(K / 256)) uint8 and x (K,) float32, not quantised; one thread.
 
     Raises ValueError if the widths do not fit.
 

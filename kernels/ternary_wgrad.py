@@ -1,16 +1,16 @@
-"""Gradients of weights with both operands rounded to int8: out (R, K) += a (M, R).T @ b (M, K).
+"""Gradients of weights with both operands quantised to int8: out (R, K) += a (M, R).T @ b (M, K).
 
-Training with int8 activations spends most of its time here otherwise, in float32. Both are rounded once more:
+In float32 this product would take most of the time of training with int8 activations. Both operands are quantised:
 
     b_m = s_m p_m                          row by row, p_m int8, as in the forward product
     s_m a_mr = t_r q_mr                    column by column over the M rows, q int8
     out_rk += t_r * sum over m of q_mr p_mk
 
-so that the sum over m is one of integers, exact in int32. The bytes p lie as p + 128, unsigned, four rows of b beside
-each other, (M / 4, K', 4), and q as (R, M): the layout of ternary_gemm.py, whose tiles multiply them. Those of
-processors without vpdpbusd add pairs in int16, which 255 * 127 * 2 would overflow: there the product is BLAS's, exact.
-A number that is not finite makes everything exact too, which shows it to the caller.
-Letters: M rows, R and K columns, K' = K in whole blocks of 64.
+so that the sum over m is a sum of integers, exact in int32. The bytes p are stored unsigned as p + 128, with four rows
+of b interleaved, (M / 4, K', 4), and q as (R, M). This is the layout of ternary_gemm.py, whose tiles multiply them. On
+processors without vpdpbusd the tiles add pairs in int16, where 255 * 127 * 2 overflows, so BLAS computes the exact
+product instead. It also does so if a number is not finite, which makes the problem visible to the caller.
+Letters: M rows, R and K columns, K' = K rounded up to blocks of 64.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def _ternary_wgrad(out, a, b, codes, shares, q, scales, sums, spare, variant, bl
 
 
 def ternary_wgrad(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -> np.ndarray:
-    """About a.T @ b, (R, K) float32, for a (M, R) and b (M, K) float32, both rounded to int8 where that is fast.
+    """Approximate a.T @ b, (R, K) float32, for a (M, R) and b (M, K) float32, both quantised to int8 if that is fast.
 
-    variant: one of _ternary_dots.available(), default the best. One thread. Raises ValueError if a shape or dtype is
-    wrong.
+    variant : one of _ternary_dots.available(); default: the best
+    It uses one thread. Raises ValueError if a shape or dtype is wrong.
 
     >>> ternary_wgrad(np.array([[1], [-1]], np.float32), np.array([[3, 0], [0, 3]], np.float32)).round(3).tolist()
     [[3.0, -3.0]]

@@ -1,15 +1,15 @@
-"""The tree head: the product of a softmax at every node on the way to a token, with its loss and gradients.
+"""The tree head: the product of one softmax per node of a token's path, with its loss and gradients.
 
-What one node does is in tree_node.py. Positions are sorted by the leaf row of their target, so that those of every node
-are one contiguous range and the node is one GEMM on it.
+tree_node.py computes one node. Positions are sorted by the leaf row of their target, so that the positions of a node
+are one contiguous range, on which the node is one GEMM.
 
-How the work is shared is in tree_plan.py, the `Plan`. Each thread takes some of the positions of the split nodes (first
-half of a round), keeps the gradient of the logits, and then takes some of their rows and its tasks (second half). The
-normal case is two parallel regions whatever the depth; when the kept logits would exceed their bound, more rounds are
-made.
+tree_plan.py divides the work with a `Plan`. In the first half of a round each thread processes some positions of the
+split nodes and stores the gradient of their logits. In the second half it processes some rows of these nodes and its
+tasks. Two parallel regions usually suffice for any depth. If the stored logits would exceed their bound, there are more
+rounds.
 
 Letters: N positions, V leaves, M nodes below the root, C channels, P threads; J positions of a chunk, K children.
-Source: Grave et al. 2016, arXiv:1609.04309, section 4, for few large products; the arrangement is our own.
+Source: Grave et al. 2016, arXiv:1609.04309, section 4, for few large products; the arrangement is this project's.
 """
 
 from __future__ import annotations
@@ -245,12 +245,12 @@ def _tree_head(outputs, scratch, plan, batch, tree, options, blas, threads):
 
 @dataclass
 class TreeScratch:
-    """Buffers reused from call to call, grown as needed: at most 128 MB for N = 8,192 and C = 256."""
+    """Buffers that are reused between calls and grow as needed, to at most 128 MB for N = 8,192 and C = 256."""
 
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """A float32 buffer of this name and shape; its contents are whatever was there."""
+        """A float32 buffer with this name and shape, and arbitrary contents."""
         size = int(np.prod(shape))
         if name not in self.buffers or self.buffers[name].size < size:
             self.buffers[name] = np.empty(size, np.float32)
@@ -313,10 +313,11 @@ def tree_head_forward(
     z_loss: float = 0.0,
     scratch: TreeScratch | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and plain -log p of the targets, visiting the nodes of their paths only.
+    """Loss and plain -log p of the targets. Visits only the nodes of their paths.
 
-    h (N, C) float32; tree by make_tree; targets (N,) int32, leaf rows. Returns loss (N,), with smoothing and z-loss,
-    and nll (N,): float32, nats. Raises ValueError if a shape, a dtype or a target is wrong.
+    h : (N, C) float32;  tree : from make_tree;  targets : (N,) int32, leaf rows
+    Returns loss (N,) with smoothing and z-loss, and nll (N,); both float32, nats.
+    Raises ValueError if a shape, a dtype or a target is wrong.
 
     >>> spans = np.array([[0, 1, 1, 2, 3], [1, 3, 2, 2, 3]], np.int32)  # 0, and a node of 1, 2
     >>> tree = make_tree(np.zeros((3, 4), np.float32), np.zeros((1, 4), np.float32), spans)
@@ -346,13 +347,14 @@ def tree_head_forward_backward(
     accumulate: bool = True,
     scratch: TreeScratch | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, plain NLL and the gradients of sum(loss_weights * loss): the forward and backward pass in one.
+    """Forward and backward pass in one: loss, plain NLL and the gradients of sum(loss_weights * loss).
 
-    As tree_head_forward, and loss_weights (N,), dweight (V, C), dnodes (M, C) float32: gradients are added to these,
-    or, without accumulate, take the place of what was there, which is faster than clearing and adding. The smoothing of
-    a node is uniform over its children, z-loss is z * log(Z)**2 at every node of the path, the cap acts on each logit;
-    a node with a single child costs nothing. Returns loss (N,), nll (N,), dh (N, C). Cost 6*C flop per position and
-    child of a node on its path. The same bits for the same number of threads.
+    loss_weights (N,), dweight (V, C), dnodes (M, C) float32; the other arguments are those of tree_head_forward
+    accumulate : add gradients to dweight and dnodes; False replaces them, which is faster than clearing and adding
+    Label smoothing is uniform over a node's children, z-loss is z * log(Z)**2 at every node of the path, and the cap
+    acts on each logit. A node with a single child costs nothing.
+    Returns loss (N,), nll (N,), dh (N, C). Cost 6*C flop per position and child of a node on its path. The bits are the
+    same for the same number of threads.
     """
     where = "tree_head_forward_backward"
     _check.array(where, "h", h, (None, tree.weight.shape[1]))

@@ -113,8 +113,8 @@ def _tree_head_sample(out, logits, slopes, h, uniforms, tree):
 def _search(best, rows, keys, codes, logits, slopes, x, tree):
     """rows (k,) int64: the likeliest leaf rows for x (1, C), most likely first, and best (k,) float64, their log p.
 
-    Best-first search, k <= V: a node's own log p bounds that of every leaf below it, so it ends when no node promises
-    more than the k leaves at hand. Scratch: keys, codes (M,), the heap of nodes; logits (1, widest), slopes (widest,).
+    Best-first search with k <= V. A node's log p bounds that of every leaf below it, so the search ends when no node
+    exceeds the k leaves found. Scratch: keys, codes (M,), the heap of nodes; logits (1, widest), slopes (widest,).
     """
     found, size, m, above = 0, 0, np.int64(0), 0.0
     while True:
@@ -164,9 +164,9 @@ def _tree_head_draw_top(best, rows, keys, codes, logits, slopes, x, tree, unifor
 
 
 def tree_head_log_distribution(h: np.ndarray, tree: Tree, token_of_row: np.ndarray) -> np.ndarray:
-    """log p of every token, (N, V) float32, column v for token v; visits every node of the tree.
+    """log p of all tokens, (N, V) float32, column v for token v. Visits every node of the tree.
 
-    h (N, C) float32; tree by make_tree; token_of_row (V,) int32, the token of each leaf row.
+    h : (N, C) float32;  tree : from make_tree;  token_of_row : (V,) int32, token of each leaf row
     Raises ValueError if a shape or dtype is wrong.
     """
     where = "tree_head_log_distribution"
@@ -182,9 +182,9 @@ def tree_head_log_distribution(h: np.ndarray, tree: Tree, token_of_row: np.ndarr
 
 
 class TreeSampler:
-    """What draws tokens one at a time from a tree by make_tree.
+    """Samples one token at a time from a tree of make_tree.
 
-    Calls are serial and keep nothing, so several threads may write texts with one sampler.
+    Calls are serial and store no state, so several threads may use one sampler.
     """
 
     def __init__(self, tree: Tree) -> None:
@@ -204,9 +204,9 @@ class TreeSampler:
         return np.empty(n), np.empty(n, np.int64), np.empty((1, widest), np.float32), np.empty(widest, np.float32)
 
     def sample(self, h: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """A leaf row for each h (N, C), (N,) int32, drawn by descent: a softmax a level, no other branch is visited.
+        """Sample a leaf row for each h (N, C), (N,) int32, by descent: one softmax per level, without other branches.
 
-        uniforms (N, depth) float64 in [0, 1), one per level. Raises ValueError if a shape or dtype is wrong.
+        uniforms : (N, depth) float64 in [0, 1), one per level. Raises ValueError if a shape or dtype is wrong.
         """
         _check.array("TreeSampler.sample", "h", h, (None, self.dim))
         _check.array("TreeSampler.sample", "uniforms", uniforms, (len(h), self.depth), np.float64)
@@ -216,10 +216,10 @@ class TreeSampler:
         return out
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The count likeliest leaf rows for x (1, C), (k,) int64, likeliest first, and their log p (k,) float64; exact.
+        """The k = min(count, V) likeliest leaf rows for x (1, C), (k,) int64, and their log p (k,) float64; exact.
 
-        k is count, at most V. Only the nodes that can matter are visited: what a node has itself bounds every leaf
-        below it. Raises ValueError if a shape, a dtype or count is wrong.
+        The likeliest comes first. A node's log p bounds that of every leaf below it, so only nodes that can matter are
+        visited. Raises ValueError if a shape, a dtype or count is wrong.
         """
         count = self._check_row(x, count)
         log_p, rows = np.empty(count), np.empty(count, np.int64)
@@ -229,9 +229,9 @@ class TreeSampler:
     def draw_top(
         self, x: np.ndarray, count: int, uniform: float, temperature: float = 1.0, top_p: float | None = None
     ) -> int:
-        """A leaf row for x (1, C), drawn among its count likeliest: draw.draw_sorted of top, in one call.
+        """Sample a leaf row for x (1, C) among its count likeliest: draw.draw_sorted applied to top, in one call.
 
-        Raises ValueError if an argument is wrong or nothing can be drawn.
+        Raises ValueError if an argument is wrong or there is no distribution.
         """
         count = self._check_row(x, count)
         check_drawing(temperature, top_p)

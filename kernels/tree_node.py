@@ -36,7 +36,7 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 class Tree(NamedTuple):
-    """The rows and the shape of a tree head, checked by `make_tree`. The values of the rows may change afterwards."""
+    """The rows and the structure of a tree head, checked by `make_tree`. The values of the rows may change later."""
 
     weight: np.ndarray  # (V, C): rows of the tokens, in leaf order
     nodes: np.ndarray  # (M, C): rows of the nodes below the root; node m >= 1 has row m - 1
@@ -50,7 +50,7 @@ class Tree(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where the children of a node lie, by `span_of`."""
+    """The ranges of a node's children, from `span_of`."""
 
     token_start: np.int64  # its tokens are the leaf rows token_start..token_end
     token_end: np.int64
@@ -63,7 +63,7 @@ class Span(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Positions in the order of their targets' leaf rows: those below a node are one range."""
+    """Positions in the order of their targets' leaf rows, so that the positions below a node are one range."""
 
     h: np.ndarray  # (N, C), in the caller's order
     order: np.ndarray  # (N,) int64: the caller's index of each sorted position
@@ -94,7 +94,7 @@ class Options(NamedTuple):
 
 
 def tree_depth(spans: np.ndarray) -> int:
-    """Nodes on the longest path of a tree, the root included; spans (M + 1, 5) int32."""
+    """Number of nodes on the longest path of a tree, with the root, for spans (M + 1, 5) int32."""
     # breadth first: each level's child nodes are the next level
     depth, begin, end = 0, 0, 1
     while begin < end:
@@ -104,7 +104,7 @@ def tree_depth(spans: np.ndarray) -> int:
 
 
 def node_widths(spans: np.ndarray) -> np.ndarray:
-    """Children of every node, (M + 1,) int32; spans (M + 1, 5) int32."""
+    """Number of children of every node, (M + 1,) int32, for spans (M + 1, 5) int32."""
     return spans[:, TOKEN_END] - spans[:, TOKEN_START] + spans[:, CHILD_END] - spans[:, CHILD_START]
 
 
@@ -117,11 +117,12 @@ def make_tree(
     node_log_prior: np.ndarray | None = None,
     soft_cap: float | None = None,
 ) -> Tree:
-    """What the kernels of the tree head read, checked once.
+    """Make the tree that the kernels of the tree head read, and check it once.
 
-    weight (V, C) rows in leaf order, nodes (M, C) float32; spans (M + 1, 5) int32: token_start, token_end, child_start,
-    child_end, leaf_end of every node, node m >= 1 with row m - 1 of nodes; log_prior (V,), node_log_prior (M,) float32
-    added to the logits after the cap. Raises ValueError if a shape or dtype is wrong.
+    weight : (V, C) float32, rows in leaf order;  nodes : (M, C) float32, row m - 1 for node m >= 1
+    spans : (M + 1, 5) int32, token_start, token_end, child_start, child_end and leaf_end of every node
+    log_prior, node_log_prior : (V,), (M,) float32, added to the logits after the cap
+    Raises ValueError if a shape or dtype is wrong.
     """
     _check.array("make_tree", "weight", weight, (None, None))
     vocab, dim = weight.shape

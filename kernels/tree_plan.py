@@ -1,9 +1,9 @@
-"""How the threads share the work of a tree head: the nodes that a batch visits, split or gathered into tasks.
+"""Division of a tree head's work among the threads: the nodes that a batch visits are split or grouped into tasks.
 
-`_walk` goes down the visited nodes. Where the work below a node is a large part of all, the node is split: its
-positions, and then its rows, are shared by all threads. Every subtree below the split nodes is a task: one thread, its
-own positions and rows, so nothing is written by two; tasks go longest first to the thread with the least. The logits
-of split nodes are kept, to a bound; where they would exceed it, more rounds are made.
+`_walk` descends through the visited nodes. If the work below a node is a large part of the total, the node is split:
+all threads share its positions, and then its rows. Every subtree below the split nodes is a task of one thread, with
+positions and rows that no other thread writes. Tasks are assigned longest first to the thread with the least work. The
+logits of split nodes are stored up to a bound; if they would exceed it, there are more rounds.
 
 Letters: N positions, V leaves, M nodes below the root, P threads; R rounds, S pieces of split nodes, I visits of tasks,
 T tasks.
@@ -36,7 +36,7 @@ SHARES = 8  # a subtree of more than 1/(SHARES * P) of the work is split
 
 
 class Plan(NamedTuple):
-    """What every thread does; all arrays int64. Positions are those of the sorted batch."""
+    """The work of every thread; all arrays are int64. Positions are those of the sorted batch."""
 
     piece_node: np.ndarray  # (S,): a split node, or a part of its positions
     piece_begin: np.ndarray  # (S,): its positions
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What `_walk` writes: more room than it needs."""
+    """The output of `_walk`, in arrays that are at least as large as needed."""
 
     node: np.ndarray  # (any,) int64: per visit, the node,
     begin: np.ndarray  # int64: its positions,
@@ -79,7 +79,7 @@ class Walk(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A split node, or as many of its positions as a round has room for."""
+    """A split node, or as many of its positions as fit into a round."""
 
     node: int
     begin: int

@@ -1,7 +1,7 @@
-"""The trunk, forward and backward: a list of L blocks, gone through several times, then the final norm.
+"""The trunk, forward and backward: several passes through a list of L blocks, then the final norm.
 
-This file holds what Python keeps: the weights as the kernels read them, the buffers of a batch, and what the trunk asks
-of a mixer. The compiled code is in _trunk_regions.py, which says what is computed.
+This file holds the Python side: the weights in the kernels' layouts, the buffers of a batch, and the interface of a
+mixer. The compiled code is in _trunk_regions.py, which gives the formulas.
 Letters: B batch, T time, N = B*T rows, C channels, I FFN width, L blocks, R layers, P threads, O ways of copying.
 Source: FlashLM v3.
 """
@@ -23,35 +23,35 @@ REGISTER = 16  # floats of the widest
 
 
 class Mixer(Protocol):
-    """What the trunk, and decoding, ask of a mixer of L blocks: its weights as the kernels read them, and its regions.
+    """The interface of the mixers of L blocks for the trunk and for decoding: weights and regions.
 
-    The NamedTuples are the mixer's own; only its helpers read them. `matrices` are its ternary matrices.
+    Each mixer defines its NamedTuples, which only its helpers read. `matrices` are its ternary matrices.
     """
 
     matrices: dict[str, TernaryMatrices]  # by the names of their parameters, relative to the block's mixer
 
     def set_weights(self, block: int, parameters: dict[str, np.ndarray]) -> None:
-        """Take over a block's parameters (but the ternary matrices), by name relative to the mixer."""
+        """Set a block's parameters, except the ternary matrices, by name within the mixer."""
         ...
 
     def weights(self, transposed: bool) -> NamedTuple:
-        """For the forward pass, or with the layouts that the backward pass reads."""
+        """Weights for the forward pass, or with the layouts of the backward pass."""
         ...
 
     def new_activations(self, layers: int, batch: int, time: int) -> NamedTuple:
-        """What the mixer keeps of R layers for the backward pass."""
+        """Arrays for the activations of R layers that the backward pass needs."""
         ...
 
     def new_scratch(self, threads: int, time: int) -> NamedTuple:
-        """Each thread's."""
+        """Scratch per thread."""
         ...
 
     def new_gradients(self, threads: int) -> NamedTuple:
-        """Of each thread."""
+        """Gradients per thread."""
         ...
 
     def gradients(self, block: int, found: Any) -> dict[str, np.ndarray]:
-        """A block's gradients by name relative to the mixer, summed over the threads."""
+        """A block's gradients by name within the mixer, summed over the threads."""
         ...
 
     @property
@@ -73,7 +73,7 @@ class Mixer(Protocol):
         ...
 
     def new_state(self, layers: int) -> NamedTuple:
-        """Of decoding, before the first token; and the mixer's scratch."""
+        """Decoding state before the first token, with the mixer's scratch."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class Mixer(Protocol):
 
 
 class TrunkConfig(NamedTuple):
-    """Numbers of the trunk, but its mixer's."""
+    """Settings of the trunk, without those of its mixer."""
 
     dim: int  # C
     ffn_dim: int  # I
@@ -104,12 +104,12 @@ class TrunkConfig(NamedTuple):
 
 
 class TrunkWeights:
-    """The trunk's weights as the kernels read them; set once per step, then packed.
+    """The trunk's weights in the kernels' layouts. The model sets them once per step and then calls pack.
 
     norm1, norm2 (L, C), final_norm (C,), gain_in, gain_out (O, C) float32 : written by the model
     gate_up, down : TernaryMatrices (2 I', C) and (C, I'), where I' is I rounded up to whole registers, so that rows of
         activations begin at their boundaries; `gate`, `up` and `down_values` are views without the padding
-    int8 : whether what ternary weights are multiplied by is rounded to int8, row by row, forward and backward
+    int8 : whether the inputs of ternary products are quantised to int8 per row, forward and backward
     """
 
     def __init__(self, config: TrunkConfig, mixer: Mixer) -> None:
@@ -138,9 +138,9 @@ class TrunkWeights:
         return [self.gate_up, self.down, *self.mixer.matrices.values()]
 
     def use_int8(self, int8: bool, variant: str | None = None) -> None:
-        """Choose the arithmetic of the ternary products; call pack when their weights have changed.
+        """Choose the arithmetic of the ternary products. Call pack after changing their weights.
 
-        variant: one of _ternary_dots.available(), default the fastest.
+        variant : one of _ternary_dots.available(); default: the fastest
         """
         self.int8, self.variant = int8, arithmetic_variant(int8, variant)
         for matrices in self.matrices:
@@ -229,17 +229,16 @@ class TrunkBuffers:
         return batch, time, numba.get_num_threads(), weights.int8, weights.variant
 
     def fits(self, weights: TrunkWeights, batch: int, time: int) -> bool:
-        """Whether they serve for this shape of batch, these weights' arithmetic and the threads in use."""
+        """Whether the buffers fit this batch shape, the arithmetic of these weights and the threads in use."""
         return self._made_for == self._key(weights, batch, time)
 
 
 def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Hidden states (N, C) float32 of rows (B*T,) int32, rows of embedding (V, C); a view of the buffers.
+    """Hidden states (N, C) float32 for rows (B*T,) int32 of embedding (V, C). The result is a view of the buffers.
 
-    The ternary products are in float32, or, with weights.use_int8, of inputs rounded to int8; they read what
-    weights.pack has laid out.
-    rows must be in [0, V): the caller checks (Model.forward). Saves in buffers what trunk_backward reads.
-    Cost 2*R*N*3*C*I flop and the mixers'. Source: FlashLM v3.
+    The ternary products use float32, or inputs quantised to int8 after weights.use_int8. They read the layouts of
+    weights.pack. rows must be in [0, V); the caller checks this (Model.forward). buffers store the activations for
+    trunk_backward. Cost 2*R*N*3*C*I flop plus that of the mixers. Source: FlashLM v3.
     """
     own, mixers = weights.read(transposed=False)
     weights.mixer.forward_region(
@@ -257,7 +256,7 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
 
 
 class TrunkGradients(NamedTuple):
-    """What trunk_backward finds, summed over the threads."""
+    """The results of trunk_backward, summed over the threads."""
 
     dx: np.ndarray  # (N, C): of the trunk's input, a view of the buffers
     gain_in: np.ndarray  # (O, C)
@@ -274,9 +273,9 @@ class TrunkGradients(NamedTuple):
 def trunk_backward(
     buffers: TrunkBuffers, weights: TrunkWeights, dout: np.ndarray, embedding: np.ndarray
 ) -> TrunkGradients:
-    """Gradients for dout (N, C) float32 after trunk_forward with the same buffers, weights and embedding.
+    """Gradients for dout (N, C) float32, after trunk_forward with the same buffers, weights and embedding.
 
-    The embedding's gradient is left to the caller: of dx by its rows, of dx and dout by the copies
+    The caller adds the embedding's gradient: dx by its rows, and dx and dout by the copies
     (ngram_copy.scatter_copies).
     """
     own, mixers = weights.read(transposed=True)

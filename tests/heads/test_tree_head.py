@@ -93,6 +93,7 @@ def reference_settings(head, dtype):
 @example(3, "balanced", 251, 65, 134, False, PLAIN)
 @example(1, "two-level", 251, 130, 8, True, ALL)
 @example(2, "huffman", 50, 65, 33, False, ALL)
+@example(310, "adaptive", 3, 1, 33, False, PLAIN)
 def test_tree_head_matches_reference(seed, shape, vocab, rows, dim, prior, settings):
     head = make_head(seed, shape, vocab, dim, 0.7, prior, **settings)
     arrays = problem(seed, head, rows)
@@ -101,10 +102,11 @@ def test_tree_head_matches_reference(seed, shape, vocab, rows, dim, prior, setti
     ref32, ref64 = (run_reference(dtype, head, *arrays) for dtype in (np.float32, np.float64))
     names = ("loss", "nll", "dh", "dweight", "dnodes")
     for name, a, b, r32, r64 in zip(names, got, in_place, ref32, ref64, strict=True):
-        # dweight and dnodes were rounded once when added to one
-        slack = 8 + (1 / max(np.abs(r64).max(), 1e-3) if r64.size and name[0] == "d" else 0)
-        assert_as_accurate(a, r32, r64, slack, name)
-        assert_as_accurate(b, r32, r64, 8, name)
+        # a gradient is (p - 1) * h at the target, so p near 1 leaves an absolute error; dweight and dnodes in `got`
+        # were rounded once more, when they were added to one
+        rounded = 1 / max(np.abs(r64).max(), 1e-3) if r64.size and name[0] == "d" else 0
+        assert_as_accurate(a, r32, r64, 8 + 2 * rounded, name)
+        assert_as_accurate(b, r32, r64, 8 + rounded, name)
         if name in ("dweight", "dnodes"):  # rows off the paths: nothing of what was there
             np.testing.assert_array_equal(b[~r64.any(axis=1)], 0)
 
