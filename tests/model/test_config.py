@@ -13,8 +13,8 @@ from flashlm_numba.model.settings import with_settings
 
 
 def test_every_field_has_a_comment():
-    lines = inspect.getsource(config).splitlines()
     for kind in (config.ModelConfig, config.HeadConfig, config.OptimizerConfig, config.TrainingConfig, Phase):
+        lines = inspect.getsource(kind).splitlines()
         for item in dataclasses.fields(kind):
             assert any(line.startswith(f"    {item.name}: ") and "  # " in line for line in lines), item.name
 
