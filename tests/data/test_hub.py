@@ -97,7 +97,7 @@ def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
 
     monkeypatch.setattr(documents.quiet_datasets(), "load_dataset", broken)
     monkeypatch.setattr(hub_module, "RETRY_SECONDS", (0.0,))
-    with pytest.raises(UserError, match=r"stopped \(reset by peer\): .* run the same command again to continue"):
+    with pytest.raises(UserError, match=r"failed \(reset by peer\): .* run the same command again to continue"):
         list(source.documents("all"))
     with pytest.raises(UserError, match=r"Cannot open .* choose a --subset"):
         resolve("HuggingFaceFW/fineweb-edu")

@@ -49,7 +49,7 @@ def test_open_tokens_refuses_what_is_missing_or_damaged(prepared, tmp_path):
     refused("has format 99, but this version reads 1", lambda m: m.update(format=99))
     refused("is damaged", lambda m: m["splits"].pop("validation"))
     refused("is damaged", lambda m: m.pop("source"))
-    refused("vocab_size is 70000, and gpt2 has 50257 tokens", lambda m: m.update(vocab_size=70_000))
+    refused("vocab_size is 70000, but gpt2 has 50257 tokens", lambda m: m.update(vocab_size=70_000))
     refused("there is no vocabulary 'gpt5'", lambda m: m.update(tokenizer="gpt5"))
     path.write_text(good[:100])
     with pytest.raises(UserError, match="Cannot read"):

@@ -90,7 +90,7 @@ def test_files_without_roles_come_in_the_order_of_their_names(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', r"is not UTF-8 \(line 1\)"),
         ("a.jsonl", b'{"body": "a", "id": 1}\n', r"has no column text: .* --column \(it has body, id\)"),
         ("a.jsonl", b'\n{"text": "a"}\n["b"]\n', "a.jsonl, line 3, is not a JSON object"),
-        ("a.jsonl", b'{"text": 5}\n', "Column text of .* holds int, not text"),
+        ("a.jsonl", b'{"text": 5}\n', "Column text of .* contains int, not text"),
         ("a.jsonl.gz", b"plain", "is not compressed with gzip"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 99))[:-90], "is damaged after line"),
         ("a.jsonl.zst", b"plain", "is not compressed with zstd"),

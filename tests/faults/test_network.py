@@ -94,7 +94,7 @@ def test_a_stream_that_cannot_be_opened_for_a_while(hub):
 def test_one_that_stays_broken_is_reported_and_prepare_goes_on_later(hub, tmp_path, capfd):
     INJECTED["streams that broke"] += 1
     hub.breaks += [(1, 5)] * 4
-    with pytest.raises(UserError, match=r"stopped \(.*reset by peer\): .*run the same command again to continue"):
+    with pytest.raises(UserError, match=r"failed \(.*reset by peer\): .*run the same command again to continue"):
         prepare("some/dataset", tmp_path / "tokens")
     assert "trying again" in capfd.readouterr().err
     assert hub.opened == 4

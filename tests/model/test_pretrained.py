@@ -84,7 +84,7 @@ def test_from_gpt2_refuses_what_is_no_gpt2_checkpoint(tmp_path):
     save_file({"wte.weight": wte(500, 16) * np.float32(np.nan)}, path)
     refused("not finite")
     save_file({"wte.weight": np.zeros((500, 16), np.float32)}, path)
-    refused("all zeros")
+    refused("only zeros")
 
 
 def test_from_gpt2_takes_a_hub_name_and_says_when_it_cannot_be_had(tmp_path, monkeypatch):

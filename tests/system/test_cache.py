@@ -84,7 +84,7 @@ def test_training_without_a_writable_cache_says_so_once_and_works(blocked, tmp_p
         said.append(done.stderr)
     user, temporary = cache_roots()
     assert f"The cache folder {user} cannot be written, so {temporary} is used" in said[0]
-    assert f"kept in {temporary / 'embeddings'}" in said[0]
+    assert f"cached in {temporary / 'embeddings'}" in said[0]
     assert "cannot be written" not in said[1]
     assert "computing the initial embedding" not in said[1]
     (rows,) = (temporary / "embeddings").glob("*.npz")
