@@ -1,1 +1,1 @@
-"""Programs for people who measure; run from the checkout, not installed."""
+"""Benchmark and maintenance programs, which run from the checkout and are not installed."""

@@ -1,16 +1,17 @@
-"""How fast does the model write? Tokens per second of one stream, ours and PyTorch's, which reads the window again.
+"""Decoding speed: tokens per second of one stream, compared with recomputing the window per token, here and in PyTorch.
 
 \b
     python tools/bench_decode.py                     every candidate
     python tools/bench_decode.py --run runs/tree10   with a trained model
     python tools/bench_decode.py --json out.json     write what was measured
 
-A model of v3's shape with the rows that training starts with (or of a run with the tree head) writes on after a text as
-long as its receptive field. Top-k looks at fewer nodes of the tree the surer the model is, so a trained one is faster.
-First the decoder's hidden states are checked against a forward pass over the whole text, token by token; an error above
-float32 rounding ends the program with status 1. Then the candidates take turns; medians, with the 20 % and 80 %
-quantiles. The decoder uses one thread; whoever reads the window again at every token uses all. Last comes the rate at
-which one thread reads memory, which bounds the dense head: each token reads all rows. Use a quiet machine.
+A model of v3's shape with the initial embedding (or of a run with the tree head) continues a text as long as its
+receptive field. Top-k visits fewer nodes of the tree the more confident the model is, so a trained model is faster.
+First the program compares the decoder's hidden states with a forward pass over the text, token by token. An error above
+float32 rounding ends the program with status 1. Then it times the candidates alternately and prints medians with the
+20 % and 80 % quantiles. The decoder uses one thread; candidates that recompute the window use all threads. Finally it
+measures the memory bandwidth of one thread, which limits the dense head, because each token reads all rows. Use a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 def make_model(data: TokenData, head: str) -> Model:
-    """The recipe default's shape with this head, as before its first step, but for gains that would be zero."""
+    """A model with the recipe default's shape and this head before its first step, except that no gain is zero."""
     settings = [f"head.name={head}", "log_prior=true", "activations=float"]
     run = from_recipe("default", settings)
     model = assemble.new_model(run, data, lambda line: None)[0]
@@ -61,7 +62,7 @@ def make_model(data: TokenData, head: str) -> Model:
 
 
 def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:
-    """For each decoded hidden state the largest difference from that of one pass over text (T,), relative to all."""
+    """Error of each decoded hidden state against a forward pass over text (T,), relative to the largest value."""
     model.sync_weights()
     want = model.forward(text[None]).copy()
     state, h = model.prefill(text[:-CHECKED])
@@ -73,7 +74,7 @@ def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:
 
 
 def decoding(model: Model, context: list[int], options: dict[str, Any]) -> Callable[[int], None]:
-    """A call writes so many tokens with one stream that never ends."""
+    """A function that generates this many tokens per call, with one endless stream."""
     ids = generate_ids(model, context, rng=np.random.default_rng(0), **options)
 
     def run(count: int) -> None:
@@ -84,7 +85,7 @@ def decoding(model: Model, context: list[int], options: dict[str, Any]) -> Calla
 
 
 def streams(model: Model, context: list[int], options: dict[str, Any], count: int) -> Callable[[int], None]:
-    """A call writes so many tokens with each of several streams, a thread each: compiled code runs beside Python's."""
+    """A function that generates this many tokens per call with each of several streams, one thread per stream."""
     runs = [decoding(model, context, options) for _ in range(count)]
     for run in runs:
         run(1)  # reads the context; that pass uses all threads and the model's buffers
@@ -97,7 +98,7 @@ def streams(model: Model, context: list[int], options: dict[str, Any], count: in
 
 
 def trunk_alone(model: Model, context: list[int]) -> Callable[[int], None]:
-    """A call feeds so many tokens, without a head."""
+    """A function that feeds this many tokens per call, without a head."""
     state, _ = model.prefill(np.array(context, np.int32))
 
     def run(count: int) -> None:
@@ -108,7 +109,7 @@ def trunk_alone(model: Model, context: list[int]) -> Callable[[int], None]:
 
 
 def reading_again(model: Model, context: list[int]) -> Callable[[int], None]:
-    """A call samples so many tokens, each after a forward pass over the whole window."""
+    """A function that samples this many tokens per call, each after a forward pass over the window."""
     window, rng = list(context), np.random.default_rng(0)
 
     def run(count: int) -> None:

@@ -1,4 +1,4 @@
-"""How fast are the heads, and what share of a training step is theirs?
+"""Speed of the heads, and their share of a training step.
 
 \b
     python tools/bench_head.py                      every candidate at 4,096 positions, then whole training steps
@@ -9,14 +9,13 @@
     python tools/bench_head.py --scaling --plot out.png     also cost against V and N, drawn in out-scaling.png
     python tools/bench_head.py --table out.json     print the tables of a written file as Markdown; measures nothing
 
-All candidates get the same positions: hidden states drawn at random, the next tokens of the built-in text, and the rows
-that training starts with. Every candidate's loss and gradients, at all positions and of all rows, are checked against
-float64 before it is timed; a wrong one ends the program with status 1 (tools/bench/). The candidates
-then take turns, and medians are printed with the 20 % and 80 % quantiles. GFLOP/s count matrix products only; the
-GEMM rate is the best median over 2048 cubed and the dense head's three products at N = 4,096 (quick: at the batch's
-N); GB/s count h, the rows read, dh and all gradients once each, so they are a lower bound; scratch is what the
-head's own arrays hold after a call. The PyTorch baselines (tools/baseline/) stand beside ours where torch is
-installed. Use a quiet machine.
+All candidates get the same positions: random hidden states, the next tokens of the built-in text, and the initial
+embedding. Before timing a candidate, the program checks its loss and gradients, at all positions and of all rows,
+against float64. A wrong result ends the program with status 1 (tools/bench/). Then it times the candidates alternately
+and prints medians with the 20 % and 80 % quantiles. GFLOP/s count matrix products only. The GEMM rate is the best
+median over 2048 cubed and the dense head's three products at N = 4,096 (quick: at the batch's N). GB/s count h, the
+rows read, dh and all gradients once each, so they are a lower bound. Scratch is the size of the head's arrays after a
+call. If torch is installed, the PyTorch baselines (tools/baseline/) are measured too. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ WIDEST_LOGITS = 1.1e9  # bytes: torch's dense head keeps the (N, V) logits sever
 
 
 def prepare(names: Sequence[str], problem: Problem) -> tuple[dict[str, Candidate], dict[str, float], dict[str, str]]:
-    """Make and check the named candidates: those there are, their largest errors, and why others are not there.
+    """Make and check the named candidates. Returns those available, their largest errors, and why others are missing.
 
-    Raises WrongResultError, naming candidate and array, at the first wrong one.
+    Raises WrongResultError, naming candidate and array, at the first wrong result.
     """
     candidates, errors, missing = {}, {}, {}
     for name in names:
@@ -76,7 +75,7 @@ def prepare(names: Sequence[str], problem: Problem) -> tuple[dict[str, Candidate
 def measure_heads(
     names: Sequence[str], problem: Problem, repeats: int, gemm_gflops: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """name -> what the JSON says of a head, None for those that cannot run here; and the reasons of these."""
+    """name -> entry of a head in the JSON, or None if it cannot run here; and the reasons of those that cannot."""
     candidates, errors, missing = prepare(names, problem)
     seconds = timing.measure({name: candidate.run for name, candidate in candidates.items()}, repeats, warmup=1)
     report: dict[str, Any] = {}
@@ -101,8 +100,8 @@ def measure_scaling(
 ) -> dict[str, Any]:
     """Positions/s against V and against N: {"vocab": {name: {V: {median, p20, p80}}}, "rows": ..., the fixed sizes}.
 
-    Tokens by Zipf's law, trees by frequency. Each candidate is checked on the first 64 positions of its batch. torch's
-    dense head is left out where its logits would exceed WIDEST_LOGITS.
+    Tokens follow Zipf's law, and trees are built by frequency. Each candidate is checked on the first 64 positions of
+    its batch. torch's dense head is left out if its logits would exceed WIDEST_LOGITS.
     """
     result: dict[str, Any] = {"vocab": {}, "rows": {}, "vocab_at_rows": SCALED_ROWS, "rows_at_vocab": 50_257}
     batches = [("vocab", v, SCALED_ROWS, v) for v in vocabularies] + [("rows", n, n, 50_257) for n in rows]
@@ -171,7 +170,7 @@ def main(table_path: Path | None, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; None: the default, which --quick changes."""
+    """Options of the command line. None stands for the default, which --quick changes."""
 
     rows: int | None
     vocab: int
@@ -188,7 +187,7 @@ class Options:
     plot_path: Path | None
 
     def check(self) -> None:
-        """A click exception for what cannot be drawn or written: said before anything is measured."""
+        """Raise a click exception before measuring if a plot cannot be drawn or a file cannot be written."""
         if self.plot_path is not None and not (self.steps or self.scaling):
             raise click.UsageError(
                 "--plot draws training steps and --scaling; with --no-steps alone there is nothing to draw"
@@ -201,7 +200,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measure, report and write what the options ask for."""
+    """Measure, report and write according to the options."""
     options.check()
     quick, vocab, dim = options.quick, options.vocab, options.dim
     rows, repeats = options.rows or (1024 if quick else 4096), options.repeats or (2 if quick else 7)
@@ -255,7 +254,7 @@ def run(options: Options) -> None:
 
 
 def report_heads(names: Sequence[str], problem: Problem, repeats: int, gemm_gflops: float) -> dict[str, Any]:
-    """Measure the named heads, the dense ones at BY_ROWS positions too, and print a line for each."""
+    """Measure the named heads, the dense ones also at BY_ROWS positions, and print one line per head."""
     report, missing = measure_heads(names, problem, repeats, gemm_gflops)
     rows, vocab = len(problem.targets), len(problem.weight)
     click.echo(f"Forward and backward with all gradients, zeroing them included; {rows:,} positions, V = {vocab:,}:")
@@ -273,7 +272,7 @@ def report_heads(names: Sequence[str], problem: Problem, repeats: int, gemm_gflo
 def report_steps(
     tokens: TokenData, threads: int, repeats: int, phase: Phase, batch: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure whole training steps, and print a line for each; rates and shares by candidate."""
+    """Measure complete training steps and print one line per candidate. Returns rates and shares by candidate."""
     rates, shares = measure_steps(tokens, threads, repeats, phase)
     click.echo(f"Whole training steps, v3's shape, {batch} tokens, both optimisers:")
     for name, rate in rates.items():

@@ -1,14 +1,14 @@
-"""How fast are the packed ternary products, and what does the memory allow? A matrix of -1, 0, +1, 2 bits a weight.
+"""Speed of the packed ternary products, 2 bits per weight, compared with the memory bandwidth.
 
 \b
     python tools/bench_ternary.py               every shape
     python tools/bench_ternary.py --quick       small shapes only
     python tools/bench_ternary.py --json FILE   write what was measured
 
-Beside ours: NumPy's float32 product with the same weights. Every candidate is checked first, bit for bit against the
-integer product in NumPy; a wrong one ends the program with status 1. Then they take turns: medians, with the 20 % and
-80 % quantiles. The bandwidth is that of the fastest of three plain readers over 512 MB, by the same threads. Use a
-quiet machine.
+The baseline is NumPy's float32 product with the same weights. First the program compares every candidate, bit for bit,
+with the integer product in NumPy. A wrong result ends the program with status 1. Then it times the candidates
+alternately and prints medians with the 20 % and 80 % quantiles. The bandwidth is that of the fastest of three plain
+readers over 512 MB with the same threads. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FLOAT_BYTES = 2**29  # beyond this, NumPy's float32 matrix is not made
 
 
 def exact_product(weight: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """q (N, K) int8 times weight (R, K) int8 of -1, 0, +1, (N, R) int32: float64 holds every sum exactly."""
+    """q (N, K) int8 times weight (R, K) int8 of -1, 0, +1, (N, R) int32. float64 represents every sum exactly."""
     chunks = [q.astype(np.float64) @ weight[r : r + 1024].T.astype(np.float64) for r in range(0, len(weight), 1024)]
     return np.concatenate(chunks, axis=1).astype(np.int32)
 
@@ -55,7 +55,7 @@ def exact_product(weight: np.ndarray, q: np.ndarray) -> np.ndarray:
 def make_calls(
     rows: int, columns: int, inputs: int, product: Callable[..., np.ndarray] | None = None
 ) -> dict[str, Callable[[], Any]]:
-    """The candidates for a shape, checked. Raises timing.WrongResultError, naming the wrong one."""
+    """The checked candidates for a shape. Raises timing.WrongResultError naming a wrong candidate."""
     product = product or ternary_gemv_int8
     rng = np.random.default_rng(0)
     weight = rng.integers(-1, 2, (rows, columns), np.int8)

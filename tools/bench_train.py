@@ -1,4 +1,4 @@
-"""What does training buy? Runs heads and settings, ours and PyTorch's, on the same data and budget, and compares NLL.
+"""Train heads and settings, ours and PyTorch's, on the same data with the same budget, and compare their NLL.
 
 \b
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 dense tree    equal tokens
@@ -6,15 +6,15 @@
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 --set adamw_lr=1e-3,2e-3,4e-3 dense tree
     python tools/bench_train.py --table results/NAME.json                             the rows as a Markdown table
 
-With --minutes, --marks 1,5,7 scores every run at these minutes of its training too, outside the clock; ours write a
-text there and at the end, and their metrics.jsonl is kept in results/NAME/. With --runs DIR the runs are kept in DIR,
-and one that was interrupted goes on there.
+With --minutes, --marks 1,5,7 also scores every run at these minutes of training, outside the clock. Our runs generate a
+text at each mark and at the end, and their metrics.jsonl is saved in results/NAME/. With --runs DIR the runs are saved
+in DIR, and an interrupted run continues there.
 
-DATA is a folder that `flashlm-numba prepare` made. Every run is a process of its own, scored on all validation
-documents by the rule of `flashlm-numba eval`. A row is written as soon as its run has ended, and a run whose row is in
-the file already, by the recipe as it is today, is left out: after an interruption, or on another day, the same command
-goes on. Runs on equal tokens may share the machine with other work (their times then mean nothing); runs on equal time
-need it alone. A baseline that is interrupted begins anew.
+DATA is a folder written by `flashlm-numba prepare`. Every run is a separate process, and is scored on all validation
+documents by the rule of `flashlm-numba eval`. A row is written as soon as its run ends. A run whose row is already in
+the file, with the current recipe, is skipped, so the same command continues after an interruption or on another day.
+Runs with equal tokens may share the machine with other work, but then their times are meaningless. Runs with equal time
+need the machine alone. An interrupted baseline starts again.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main(
 
 
 def check_names(names: Sequence[str], with_tokens: bool) -> None:
-    """UsageError for a name that there is not, or that cannot run here or on a budget in tokens."""
+    """Raise UsageError for an unknown name, or one that cannot run here or with a budget in tokens."""
     if unknown := [name for name in names if name not in OURS and name not in BASELINES]:
         raise click.UsageError(f"There is no {unknown[0]}; there are {', '.join([*OURS, *BASELINES])}.")
     if with_tokens and (own := [name for name in names if "total" in BASELINES.get(name, {})]):
@@ -120,7 +120,7 @@ def check_names(names: Sequence[str], with_tokens: bool) -> None:
 
 
 def read_marks(text: str, minutes: float | None) -> tuple[float, ...]:
-    """Minutes in order from "1,5,7". UsageError for those that no run of so many minutes has."""
+    """Sorted minutes from "1,5,7". Raises UsageError for marks outside the minutes of a run."""
     try:
         marks = tuple(sorted(float(mark) for mark in text.split(",") if mark.strip()))
     except ValueError:
@@ -131,7 +131,7 @@ def read_marks(text: str, minutes: float | None) -> tuple[float, ...]:
 
 
 def check_settings(jobs: Iterable[Job]) -> None:
-    """UsageError for a setting or a value that there is not, before the first run."""
+    """Raise UsageError for an unknown setting or a wrong value, before the first run."""
     try:
         for job in jobs:
             _ = job.recipe
@@ -140,7 +140,7 @@ def check_settings(jobs: Iterable[Job]) -> None:
 
 
 def text_tokens(data: Path) -> dict[str, int]:
-    """Tokens of text in each split of prepared data. UsageError where there is none to score by, or no data."""
+    """Tokens of text in each split of prepared data. Raises UsageError without data or validation documents."""
     try:
         splits = open_tokens(data).manifest.splits
     except UserError as error:

@@ -1,15 +1,16 @@
-"""How fast is the trunk, beside PyTorch's and beside what the machine's matrix products allow?
+"""Speed of the trunk, compared with PyTorch and with the machine's matrix products.
 
 \b
     python tools/bench_trunk.py                    ours, PyTorch eager and compiled
     python tools/bench_trunk.py --plot FILE.png    a roofline: work per byte against work per second, every kernel
     python tools/bench_trunk.py --json FILE        write what was measured
 
-All passes of the block forward and backward, the rows of the embedding and their gradient included, 16 x 256 tokens of
-v3's shape; ours also with the inputs of its ternary products rounded to int8, which is less work. Hidden states and
-every gradient are checked first against PyTorch's autograd in float64 (without PyTorch the hidden states only, against
-the decoder), the rounded ones against the same by BLAS; a wrong one ends the program with status 1. Then the candidates
-take turns: medians, with the 20 % and 80 % quantiles. Use a quiet machine.
+The program times all passes through the block, forward and backward, including the embedding rows and their gradient,
+for 16 x 256 tokens of v3's shape. Our trunk is also timed with int8 inputs of its ternary products, which is less work.
+First hidden states and all gradients are compared with PyTorch's autograd in float64. Without PyTorch, only the hidden
+states are compared, with the decoder. The int8 results are compared with the same products by BLAS. A wrong result ends
+the program with status 1. Then the candidates are timed alternately; the results are medians with the 20 % and 80 %
+quantiles. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ CHECKED = (3, 70)  # rows and tokens of the batch that is checked
 
 
 def flop_per_token(config: ModelConfig) -> float:
-    """Of all products of the trunk, forward and backward: three times those of the forward pass."""
+    """flop per token of all products of the trunk, forward and backward: three times those of the forward pass."""
     c, width = config.dim, config.dim // config.groups
     convs = 2 * len(config.dilations) * c * width * config.kernel_size  # gate and value
     return 3.0 * 2 * config.n_passes * (convs + c * c + 3 * c * config.ffn_dim)
 
 
 def make_model(config: ModelConfig) -> Model:
-    """As before the first step, with rows of the size that training gives them."""
+    """A model before its first step, with embedding rows of the size that they have after training."""
     return Model(config, initial_parameters(config, 0, embedding_std=0.5), DenseHead)
 
 
@@ -63,7 +64,7 @@ def make_batch(config: ModelConfig, rows: int, length: int) -> tuple[np.ndarray,
 
 
 def run_ours(model: Model, ids: np.ndarray, dh: np.ndarray) -> dict[str, np.ndarray]:
-    """A call: hidden states and all gradients, cleared before."""
+    """A function that clears the gradients and computes hidden states and all gradients."""
     model.zero_grad()
     hidden = model.forward(ids)
     model.backward(dh)
@@ -71,7 +72,7 @@ def run_ours(model: Model, ids: np.ndarray, dh: np.ndarray) -> dict[str, np.ndar
 
 
 def torch_call(model: Model, ids: np.ndarray, dh: np.ndarray, **options: Any) -> tuple[Call, Call]:
-    """The same in PyTorch, and a call that returns the gradients too. options: dtype, or compile."""
+    """The same in PyTorch, and a function that also returns the gradients. options : dtype, or compile"""
     import torch
 
     from tools.baseline.model import BaselineModel
@@ -95,7 +96,7 @@ def torch_call(model: Model, ids: np.ndarray, dh: np.ndarray, **options: Any) ->
 
 
 def check(model: Model) -> float:
-    """Largest relative error of our hidden states and gradients; raises timing.WrongResultError."""
+    """Largest relative error of our hidden states and gradients. Raises timing.WrongResultError."""
     ids, dh = make_batch(model.config, *CHECKED)
     ours = run_ours(model, ids, dh)
     if importlib.util.find_spec("torch") is None:
@@ -117,7 +118,7 @@ def check(model: Model) -> float:
 
 
 def make_rounded(model: Model, variant: str | None = None) -> Model:
-    """The same with the inputs of its ternary products rounded to int8, multiplied by this variant."""
+    """The same model with int8 inputs of its ternary products, multiplied by this variant."""
     config = dataclasses.replace(model.config, activations="int8")
     rounded = Model(config, {name: model.parameters[name] for name in parameter_shapes(config)}, DenseHead)
     if variant is not None:
@@ -127,10 +128,10 @@ def make_rounded(model: Model, variant: str | None = None) -> Model:
 
 
 def check_rounded(model: Model) -> None:
-    """Compare int8 products with the same by BLAS in float32; raises timing.WrongResultError.
+    """Compare int8 products with the same products by BLAS in float32. Raises timing.WrongResultError.
 
-    By the norm: a number whose last bit differs before it is rounded to int8 moves what follows by a step of that. Only
-    the int8 products round the ternary weights' gradients, by one or two percent.
+    The comparison uses norms, because a difference in the last bit before quantisation can change a result by one int8
+    step. Only the int8 products quantise the gradients of ternary weights, which changes them by one or two percent.
     """
     ids, dh = make_batch(model.config, *CHECKED)
     found, want = (run_ours(make_rounded(model, variant), ids, dh) for variant in (None, "plain"))
@@ -164,9 +165,10 @@ def measure(model: Model, threads: int, repeats: int) -> dict[str, Any]:
 
 
 def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[str, float]]:
-    """name -> flop, bytes that a call must at least move, and seconds, for the program's kernels.
+    """name -> flop, minimum bytes moved and seconds per call, for each kernel.
 
-    Bytes: every input and result once, and what a training step keeps for its backward pass written and read once.
+    The bytes count every input and result once, and the activations saved for the backward pass as one write and one
+    read.
     """
     from flashlm_numba.kernels import ternary, ternary_gemv
 
@@ -214,7 +216,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
 
 
 def _kept_bytes(model: Model) -> int:
-    """Of what the forward pass keeps for the backward pass."""
+    """Bytes that the forward pass saves for the backward pass."""
     buffers = model._buffers
     assert buffers is not None
     return sum(a.nbytes for a in (*buffers.activations, *buffers.mixer_activations))

@@ -1,4 +1,4 @@
-"""Write docs/commands.md: every command with its help, as `flashlm-numba COMMAND --help` prints it.
+"""Write docs/commands.md, which shows the output of `flashlm-numba COMMAND --help` for every command.
 
 \b
     python tools/command_reference.py            write the page
@@ -24,7 +24,7 @@ WIDTH = 100
 
 
 def help_of(name: str) -> str:
-    """What a user sees, from a process of its own: in this one click may remember other settings of the help option."""
+    """The help text from a separate process, because click may have cached other help settings in this process."""
     words = [sys.executable, "-m", "flashlm_numba", *name.split(), "--help"]
     environment = {**os.environ, "COLUMNS": str(WIDTH)}
     done = subprocess.run(words, cwd=PAGE.parents[1], env=environment, capture_output=True, text=True, check=True)
@@ -32,7 +32,7 @@ def help_of(name: str) -> str:
 
 
 def reference() -> str:
-    """The page's text."""
+    """The text of the page."""
     lines = [
         "# The commands",
         "",

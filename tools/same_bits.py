@@ -1,12 +1,12 @@
-"""Record what the program computes, bit for bit, and compare another version of the code with it.
+"""Record the results of the program, bit for bit, and compare another version of the code with them.
 
-    python tools/same_bits.py record before.json     # with the code as it stands
-    python tools/same_bits.py compare before.json    # with the code as it has become; status 1 where a bit differs
+    python tools/same_bits.py record before.json     # with the old code
+    python tools/same_bits.py compare before.json    # with the new code; status 1 if a bit differs
 
-A refactoring must change nothing that is computed. `record` trains for 40 steps on the built-in text with each head,
-with FlashLM v3's recipe and with float activations, on one thread and on two. It keeps the loss of every step, the
-SHA-256 of every tensor of the last checkpoint, the NLL that `eval` prints, generated texts and the tensors of an
-exported file. RENAMED maps names of parameters and settings that changed in between.
+A refactoring must not change any result. `record` trains for 40 steps on the built-in text with each head, with FlashLM
+v3's recipe and with float activations, on one thread and on two. It records the loss of every step, the SHA-256 of
+every tensor of the last checkpoint, the NLL that `eval` prints, generated texts and the tensors of an exported file.
+RENAMED maps names of parameters and settings that have changed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RENAMED: list[tuple[str, str]] = [
 
 
 def command(*arguments: str) -> str:
-    """What a command of the program prints; an error ends this program."""
+    """The output of a command of the program; an error ends this program."""
     done = subprocess.run([sys.executable, "-m", "flashlm_numba", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"flashlm-numba {' '.join(arguments)} failed:\n{done.stderr}")
@@ -101,14 +101,14 @@ def measure(names: list[str]) -> dict[str, Any]:
 
 
 def renamed(name: str) -> str:
-    """Today's name of a tensor recorded before."""
+    """The current name of a recorded tensor."""
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for every value of `now` that is not what it was before."""
+    """One line per value of `now` that differs from before."""
     lines = []
     for key in ("loss", "val_nll", "eval", "sample", "texts"):
         if before.get(key) != now.get(key):

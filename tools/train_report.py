@@ -1,4 +1,4 @@
-"""What tools/bench_train.py measured at marks of training time, as docs/results.md and its chart.
+"""Write docs/results.md and its chart from the rows that tools/bench_train.py measured at marks of training time.
 
 \b
     python tools/train_report.py results/2026-11-26-textbooks-72min.json docs/results.md docs/results.png
@@ -53,13 +53,13 @@ def points(row: Row) -> list[tuple[float, float, float]]:
 
 
 def labelled(rows: Sequence[Row]) -> list[Row]:
-    """The rows with a "label" where theirs is another's too (the same name by another recipe): it tells the day."""
+    """The rows, with the date as "label" for runs that share a name with another recipe."""
     count = Counter(label(row) for row in rows)
     return [{**row, "label": f"{label(row)}, {row['date']}"} if count[label(row)] > 1 else row for row in rows]
 
 
 def label(row: Row) -> str:
-    """Name and settings of a run, if these are few, and its budget.
+    """Name, budget and, if they are few, settings of a run.
 
     >>> label({"name": "tree", "settings": ["clip=1"], "minutes_asked": 10.0, "seed": 1})
     'tree clip=1, 10 minutes'
@@ -74,7 +74,7 @@ def label(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown line for each run, a column for each mark that any of them has."""
+    """A Markdown table with one line per run and one column per mark."""
     at = sorted({m["minutes"] for row in rows for m in row.get("marks", [])})
     lines = [
         f"| run | parameters | tokens/s | peak MB | {' | '.join(f'{mark:g} min' for mark in at)} | end |",
@@ -90,7 +90,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def machines(rows: Sequence[Row]) -> str:
-    """A sentence for each machine that the rows come from."""
+    """One sentence per machine on which the rows were measured."""
     found: dict[str, list[str]] = {}
     for row in rows:
         m = row["machine"]
@@ -99,20 +99,20 @@ def machines(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Lines on what must be known of a run to read its numbers; a row's "note" is written by hand."""
+    """Lines with the notes that explain the numbers of a run; a row's "note" is written by hand."""
     lines = [f"- {label(row)}: {row['note']}" for row in rows if "note" in row]
     return ["", *lines] if lines else []
 
 
 def data(rows: Sequence[Row]) -> str:
-    """How much text the runs had, a sentence."""
+    """A sentence about the amount of text that the runs used."""
     sizes = dict.fromkeys((row["data"]["train"], row["data"]["validation"]) for row in rows if "data" in row)
     texts = [f"{train:,} tokens to train on and {validation:,} to validate" for train, validation in sizes]
     return f"The runs' text: {'; '.join(texts)}." if texts else ""
 
 
 def samples(rows: Sequence[Row]) -> str:
-    """What each run wrote at its marks and at its end."""
+    """The texts that each run generated at its marks and at its end."""
     parts = []
     for row in rows:
         texts = [(m["minutes"], m["text"]) for m in row.get("marks", []) if m.get("text")]
@@ -125,7 +125,7 @@ def samples(rows: Sequence[Row]) -> str:
 
 
 def commands(rows: Sequence[Row]) -> str:
-    """The bench_train.py commands that make these rows, runs of one budget and the same settings together."""
+    """The bench_train.py commands that produce these rows, one per budget and set of settings."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
         marks = tuple(m["minutes"] for m in row.get("marks", []))
@@ -142,7 +142,7 @@ def commands(rows: Sequence[Row]) -> str:
 
 
 def page(rows: Sequence[Row], results: Path, chart: str) -> str:
-    """docs/results.md, whole."""
+    """The text of docs/results.md."""
     rows = sorted(rows, key=lambda row: (row["minutes_asked"], row["nll"]))
     return "\n".join(
         [
@@ -172,7 +172,7 @@ def page(rows: Sequence[Row], results: Path, chart: str) -> str:
 
 
 def draw(rows: Sequence[Row]) -> Any:
-    """NLL against minutes of training, both axes logarithmic, a line for each run."""
+    """Draw NLL against minutes of training, with logarithmic axes and one line per run."""
     figure = charts.new_figure(9, 6)
     axes = figure.subplots()
     known = Counter(TITLES.get(row["name"], label(row)) for row in rows)

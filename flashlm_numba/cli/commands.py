@@ -357,7 +357,7 @@ def generate(
     checkpoint: str | None,
     threads: int | None,
 ) -> None:
-    """Continue a text with the model in RUN, and print each piece as soon as it is generated.
+    """Continue a text with the model in RUN, printed while it is generated.
 
     RUN may also be a file written by `export`. Sampling applies temperature, then top-k, then top-p.
     """

@@ -6,7 +6,7 @@
     python -m tools.baseline step                      a whole training step, and the share of each part
     python -m tools.baseline train DATA --minutes 10   training on prepared shards (`flashlm-numba prepare`)
 
-It needs the extra `baseline` (pip install -e '.[baseline]'). Every result is one JSON object on a line.
+It needs the extra `baseline` (pip install -e '.[baseline]'). Every result is one JSON object per line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def emit(**result: Any) -> None:
 
 
 def timed(command: Command) -> Command:
-    """The options that every timing has."""
+    """The options of all timing commands."""
     for option in (
         click.option("--data", type=click.Path(path_type=Path), help="Prepared tokens; default: Zipf's law."),
         click.option("--seed", default=0, show_default=True),
@@ -108,7 +108,7 @@ def step_command(
     fractions: tuple[float, ...],
     **options: Any,
 ) -> None:
-    """A whole training step: tokens per second, and the shares of head, trunk and optimiser."""
+    """Complete training steps: tokens per second, and the shares of head, trunk and optimiser."""
     set_up(threads, options["seed"])
     name = head
     if head == "adaptive":
@@ -122,7 +122,7 @@ def step_command(
 
 
 def trained(command: Command) -> Command:
-    """An option for each field of Settings."""
+    """Add one option per field of Settings."""
     for item in reversed(dataclasses.fields(Settings)):
         more = dict(item.metadata)
         declared = "--" + more.pop("name", item.name).replace("_", "-")

@@ -19,11 +19,10 @@ EOT = 50_256  # GPT-2's <|endoftext|>
 
 
 def scored_windows(document: np.ndarray, context: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Windows of a document (n,) that score each of its tokens once: inputs (t,), targets (t,), first scored.
+    """Windows of a document (n,) that score each token once: inputs (t,), targets (t,), index of the first scored.
 
-    The first token is predicted from <|endoftext|>. Windows have at most `length` inputs and overlap by
-    `context` (receptive field - 1) of them, which see the same past in every window, so that the result does
-    not depend on `length`.
+    The first token is predicted from <|endoftext|>. Windows have at most `length` inputs and overlap by `context`
+    inputs, the receptive field minus 1, so that the result does not depend on `length`.
     """
     if length <= context:
         raise ValueError(f"windows of {length} tokens leave none to score after {context} of context")
@@ -47,10 +46,9 @@ def score(
     log_prior: Tensor | None = None,
     soft_cap: float | None = None,
 ) -> dict[str, float | int]:
-    """NLL of a split by the rule of `flashlm-numba eval`: "nll", "tokens"; of a whole split "bits_per_byte".
+    """NLL of a split by the rule of `flashlm-numba eval`: "nll", "tokens" and, for a complete split, "bits_per_byte".
 
-    Every token of every document is scored once, with a context inside its document. max_tokens takes the first ones
-    only.
+    Every token of every document is scored once, with a context within its document. max_tokens : score only this many
     """
     context = model.config.receptive_field - 1
     length = max(length, 2 * context)

@@ -1,4 +1,4 @@
-"""FlashLM v3's model in PyTorch, with what its trunk got since: the oracle of the tests and the benchmarks' baseline.
+"""FlashLM v3's model in PyTorch, with later additions to the trunk: oracle of the tests, baseline of the benchmarks.
 
 B batch, T time, N = B*T positions, C channels, V vocabulary, K taps of a convolution.
 """
@@ -31,9 +31,9 @@ class RMSNorm(nn.Module):
 
 
 class TernaryLinear(nn.Module):
-    """x @ ternary(weight).T without scale; the gradient goes straight through to weight (n_out, n_in).
+    """x @ ternary(weight).T without scale, with a straight-through gradient for weight (n_out, n_in).
 
-    A weight becomes +1 or -1 where its magnitude exceeds `threshold` times the mean magnitude.
+    A weight becomes +1 or -1 if its magnitude exceeds `threshold` times the mean magnitude.
     """
 
     def __init__(self, n_in: int, n_out: int, std: float, threshold: float) -> None:
@@ -72,9 +72,9 @@ class Gain(nn.Module):
 
 
 class NgramCopy(nn.Module):
-    """The rows of the tokens that followed the same n-gram earlier, with a gain per n-gram at the input and the output.
+    """The rows of tokens that followed the same n-gram earlier, with a gain per n-gram at the input and the output.
 
-    An n-gram is known by its order and by how many earlier occurrences are skipped (kernels/ngram_copy.py).
+    An n-gram is given by its order and by the number of occurrences to skip (kernels/ngram_copy.py).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -84,9 +84,9 @@ class NgramCopy(nn.Module):
         self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
 
     def forward(self, ids: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of ids (B, T): (B, T, C), and the copied tokens' (n-grams, B, T, C), zero where there is none.
+        """The rows of ids (B, T): (B, T, C), and those of the copied tokens: (n-grams, B, T, C), zero without a copy.
 
-        One gather serves all of them, so that the embedding gets one gradient.
+        One gather reads all rows, so that the embedding gets one gradient.
         """
         tokens = np.ascontiguousarray(ids.numpy(), np.int32)
         found = np.stack([tokens, *(ngram_copies(tokens, order, self.reach, skip) for order, skip in self.ngrams)])
@@ -103,7 +103,7 @@ class NgramCopy(nn.Module):
 class Mixer(nn.Module):
     """Gated causal dilated grouped convolutions, each with a residual, then a ternary projection.
 
-    A leaky average of the tokens so far comes first, where the configuration has one.
+    A leaky average of the tokens so far comes first, if the configuration has one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -162,11 +162,11 @@ class Block(nn.Module):
 
 
 class BaselineModel(nn.Module):
-    """FlashLM v3; its parameters go by their names in flashlm_numba.model wherever they leave it as arrays.
+    """FlashLM v3. As arrays, its parameters have the names of flashlm_numba.model.
 
-    With `ranks` (V,) (frequency rank of every token id, 0 the most frequent) the head is torch's
-    AdaptiveLogSoftmaxWithLoss with its own untied weights (`adaptive.*`), otherwise dense and tied to
-    `embedding.weight`. The router is there for the count of parameters; the loss does not use it.
+    With `ranks` (V,), the frequency rank of every token id from 0, the head is torch's AdaptiveLogSoftmaxWithLoss with
+    untied weights (`adaptive.*`). Otherwise it is dense and tied to `embedding.weight`. The router only counts as
+    parameters; the loss does not use it.
     """
 
     def __init__(

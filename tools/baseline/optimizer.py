@@ -1,4 +1,4 @@
-"""NorMuon, AdamW and the schedule of their learning rates in PyTorch."""
+"""NorMuon, AdamW and the learning rate schedule in PyTorch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 class Optimizers:
-    """NorMuon for the block's matrices, torch's AdamW for the rest, one global clip over all of it."""
+    """NorMuon for the block's matrices and torch's AdamW for the rest, with one global gradient norm for clipping."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Optimizers:
             p.grad = None
 
     def step(self, scale: float = 1.0) -> float:
-        """Clip, then step at `scale` times the learning rates; returns the gradient norm before the clip."""
+        """Clip, then step with `scale` times the learning rates. Returns the gradient norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
         for group, rate in self._rates:
             group["lr"] = rate * scale

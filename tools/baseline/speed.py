@@ -1,4 +1,4 @@
-"""How fast PyTorch is at the heads, the trunk and whole training steps."""
+"""PyTorch's speed for the heads, the trunk and complete training steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.bench import timing
 
 
 def ids_and_counts(data: Path | None, n: int, vocab_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """n token ids in order and the counts (V,) of all ids: of prepared data, or drawn by Zipf's law."""
+    """n token ids in order and the counts (V,) of all ids, from prepared data or sampled by Zipf's law."""
     if data is None:
         frequency = 1 / np.arange(2.0, vocab_size + 2)
         counts = np.maximum(1, 1e9 * frequency / frequency.sum()).astype(np.int64)
@@ -31,7 +31,7 @@ def ids_and_counts(data: Path | None, n: int, vocab_size: int, seed: int) -> tup
 def measure_heads(
     rows: int, vocab: int, dim: int, *, repeats: int, seed: int, data: Path | None = None, compiled: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Summary of the seconds of forward and backward of each head at so many positions, by name."""
+    """Summary of the seconds of forward and backward of each head, by name."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((vocab, dim), dtype=np.float32) * np.float32(0.02)
     targets, counts = ids_and_counts(data, rows, vocab, seed)
@@ -66,9 +66,9 @@ def measure_step(
     fused: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Time whole training steps of one batch shape: {"tokens_per_s": {median, p20, p80}, "shares": {...}}.
+    """Time complete training steps of one batch shape: {"tokens_per_s": {median, p20, p80}, "shares": {...}}.
 
-    positions and options are those of training_step; adaptive_div: the adaptive head with this div_value.
+    positions, options : as in training_step;  adaptive_div : use the adaptive head with this div_value
     """
     config = ModelConfig()
     n = phase.batch_size * phase.seq_len

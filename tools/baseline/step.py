@@ -1,4 +1,4 @@
-"""One training step in PyTorch, with the time of trunk, head and optimiser apart."""
+"""One training step in PyTorch, with separate times of trunk, head and optimiser."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def training_step(
     clock: dict[str, float] | None = None,
     **options: Any,
 ) -> float:
-    """One optimiser step on micro-batches of ids and targets (B, T); returns the mean training loss.
+    """Do one optimiser step on micro-batches of ids and targets (B, T). Returns the mean training loss.
 
-    positions : fraction of the positions, drawn at random, whose loss is computed
+    positions : fraction of the positions, chosen at random, whose loss is computed
     scale : factor on the learning rates;  options : those of dense_loss
     clock : seconds are added to its keys "trunk", "head" and "optimizer"
     """

@@ -1,4 +1,4 @@
-"""Training in PyTorch on prepared shards, validated outside the clock by the rule of `flashlm-numba eval`."""
+"""Training in PyTorch on prepared shards; validation, by the rule of `flashlm-numba eval`, is outside the clock."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ V3_PHASES = "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8"
 
 
 def _option(default: Any, help: str = "", **more: Any) -> Any:
-    """A field of Settings; help and more go to its click option."""
+    """A field of Settings, with help and other arguments for its click option."""
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained and how; by default FlashLM v3 as published. Each field is an option of `train`."""
+    """Settings of a training run; the defaults are FlashLM v3 as published. Each field is an option of `train`."""
 
     head: str = _option("dense", "dense, or torch's adaptive softmax.", choices=("dense", "adaptive"))
     div_value: float = _option(4.0, "Of the adaptive head; 4 is torch's default.")
@@ -91,7 +91,7 @@ class Settings:
 
     @property
     def last_step(self) -> int | None:
-        """Steps after which training ends; None: only the time ends it."""
+        """Last step of training; None: only the time limits it."""
         return self.steps if self.steps is not None else self.phases[-1].last_step
 
     @property
@@ -109,12 +109,12 @@ class Settings:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    """Numbers between commas, in brackets or not."""
+    """Integers separated by commas, with or without brackets."""
     return tuple(int(number) for number in text.strip("[]").split(",") if number)
 
 
 def make_model(settings: Settings, tokens: TokenData, counts: np.ndarray) -> tuple[BaselineModel, float]:
-    """The model before its first step, and the seconds that the start of its embedding took."""
+    """The model before its first step, and the seconds that its initial embedding took."""
     config = settings.model
     ranks = frequency_ranks(counts) if settings.adaptive else None
     model = BaselineModel(config, ranks=ranks, div_value=settings.div_value, embedding_std=settings.start_std)
@@ -157,7 +157,7 @@ def loss_options(settings: Settings, counts: np.ndarray) -> tuple[dict[str, Any]
 
 
 def sample_step(tokens: TokenData, seed: int, step: int, phase: Phase) -> Sequence[tuple[Tensor, Tensor]]:
-    """The micro-batches of a step, the same that ours get: ids and targets (B, T)."""
+    """The micro-batches of a step, the same as in our training: ids and targets (B, T)."""
     pairs = [
         sample_batch(tokens.train, seed, step, micro, phase.batch_size, phase.seq_len)
         for micro in range(phase.grad_accum)
@@ -166,9 +166,9 @@ def sample_step(tokens: TokenData, seed: int, step: int, phase: Phase) -> Sequen
 
 
 def train(data: Path, settings: Settings, emit: Callable[..., None]) -> dict[str, Any]:
-    """Train on prepared tokens; emits a row for each validation and returns the last.
+    """Train on prepared tokens. Emits one row per validation and returns the last.
 
-    Raises UserError if neither steps nor minutes end it.
+    Raises UserError if neither steps nor minutes limit it.
     """
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)

@@ -1,4 +1,4 @@
-"""Our tree head written by hand in PyTorch, as fast as we could make it: the fair opponent of the kernels.
+"""Our tree head in hand-written PyTorch, as fast as we could make it, as a fair baseline for the kernels.
 
 N positions, C channels, V vocabulary, M inner nodes of a tree.
 """
@@ -15,11 +15,11 @@ SHARED_FLOP = 5e7  # work of a node's three products from which on all threads s
 
 
 def tree_plan(spans: np.ndarray, rows: Tensor) -> list[tuple[int, int, Tensor]]:
-    """Which positions meet at which node: (node, first position, choices (n, 1)) for every visited node.
+    """The positions at every visited node: (node, first position, choices (n, 1)).
 
-    spans (M + 1, 5): token_start, token_end, child_start, child_end, leaf_end of every node, numbered breadth first;
-    rows (N,) int64: the targets' leaf rows, sorted, so that the n positions of a node follow one another. A choice is
-    a child's number, tokens before child nodes. Level by level, each with a handful of torch calls.
+    spans : (M + 1, 5), token_start, token_end, child_start, child_end and leaf_end of every node, breadth first
+    rows : (N,) int64, the targets' leaf rows, sorted, so that the n positions of a node are contiguous
+    A choice is the index of a child, tokens before child nodes. Each level takes a few torch calls.
     """
     token_start, token_end, child_start, child_end, _ = torch.as_tensor(spans.astype(np.int64)).T.contiguous()
     first, last = 0, 1  # nodes of this level
@@ -51,20 +51,21 @@ def tree_head(
     *,
     threads: int | None = None,
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Our tree head by hand in PyTorch: a call gives the mean loss and the gradients dh, dweight and dnodes of it.
+    """Our tree head in hand-written PyTorch. Returns a function that gives the mean loss, dh, dweight and dnodes.
 
-    h (N, C); weight (V, C) in leaf order; nodes (M, C); spans (M + 1, 5) int; rows (N,): the targets' leaf rows. Any
-    floating dtype. dweight and dnodes are the same tensors at every call, cleared first. threads: default torch's.
+    h (N, C); weight (V, C) in leaf order; nodes (M, C); spans (M + 1, 5) int; rows (N,), the targets' leaf rows. Any
+    floating dtype. dweight and dnodes are the same tensors at every call, cleared first. threads : default: torch's
 
-    Positions are sorted by leaf row, so each node is one product of a slice; its loss and gradients are written out,
-    since a node's gradient can then go straight into its slice of dweight. Tried on the default and the two-level tree
-    at N = 4,096, 2 threads of a busy machine (best of seven calls), and dropped: autograd with `weight[a:b]` at each
-    node, which makes a zero-filled (V, C) gradient per slice (50 to 100 times slower); autograd with all slices taken
-    at once by torch.split (3 to 4 times slower); nodes with few positions gathered into padded batches for torch.bmm,
-    which copies their rows (1.2 to 1.6 times slower). Two products into one buffer, instead of concatenating the rows
-    of a node that has both tokens and child nodes, took the same time. Nodes below SHARED_FLOP run on one thread: there
-    torch's threads mostly wait for one another. Whether large nodes gain from more than one depends on how quiet the
-    machine is: on a loaded one, one thread throughout was several times faster, so the benchmark measures both.
+    Positions are sorted by leaf row, so each node is one product of a slice. Its loss and gradients are written out,
+    because a node's gradient can then go directly into its slice of dweight. The following alternatives were tried on
+    the default and the two-level tree at N = 4,096 with 2 threads of a busy machine (best of seven calls):
+    - Autograd with `weight[a:b]` at each node makes a zero-filled (V, C) gradient per slice: 50 to 100 times slower.
+    - Autograd with all slices taken at once by torch.split is 3 to 4 times slower.
+    - Gathering nodes with few positions into padded batches for torch.bmm copies their rows: 1.2 to 1.6 times slower.
+    - Two products into one buffer, instead of concatenating the rows of tokens and child nodes, take the same time.
+    Nodes below SHARED_FLOP run on one thread, because torch's threads would mostly wait for one another. Whether large
+    nodes gain from several threads depends on the load of the machine. On a loaded machine one thread for all nodes was
+    several times faster, so the benchmark measures both.
     """
     x_all, w, w_nodes = (torch.tensor(array) for array in (h, weight, nodes))
     targets = torch.as_tensor(rows, dtype=torch.int64)
@@ -79,7 +80,7 @@ def tree_head(
         return 6.0 * len(visit[2]) * (b - a + d - c) * x_all.shape[1]
 
     def visit_all(plan: list[tuple[int, int, Tensor]], sorted_x: Tensor, sorted_dx: Tensor, loss: Tensor) -> None:
-        """Loss and gradients of these nodes, added to loss and sorted_dx and put into dw and dw_nodes."""
+        """Compute these nodes: add to loss and sorted_dx, and write dw and dw_nodes."""
         for node, first, choice in plan:
             a, b, c, d, _ = ranges[node]
             tokens, kids = slice(a, b), slice(c - 1, d - 1)

@@ -1,1 +1,1 @@
-"""What the benchmark programs in tools/ share: timing, the machine's own speed, candidates and their checks, rows."""
+"""Shared code of the benchmark programs in tools/: timing, machine speed, candidates and their checks, rows."""

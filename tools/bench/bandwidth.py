@@ -1,4 +1,4 @@
-"""How fast can these threads read memory? The fastest of three plain readers."""
+"""Memory bandwidth of a number of threads: the fastest of three plain readers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _or_integers(x, threads):
 
 
 def read_bandwidth(threads: int, *, megabytes: int | None = None, repeats: int = 5) -> dict[str, Any]:
-    """GB/s (1e9 bytes) that so many Numba threads read over an array of this size: "best", and each reader's.
+    """GB/s (1e9 bytes) at which this many Numba threads read an array of this size: per reader, and the "best".
 
     The readers: a sum of float32, a sum of int64, one word of every cache line.
     """

@@ -1,7 +1,7 @@
-"""PyTorch's heads as candidates, from tools/baseline; each raises UnavailableError where torch is not installed.
+"""PyTorch's heads as candidates, from tools/baseline. Each raises UnavailableError if torch is not installed.
 
-Dense head and tree are held to the references of ours; the adaptive heads to their definition by autograd in float64,
-whose float32 is their yardstick.
+Dense head and tree are checked against the references of our heads. The adaptive heads are checked against their
+definition by autograd in float64, with the error of float32 as tolerance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tools.bench.our_heads import dense_cost, dense_reference, make_tree_head, t
 
 
 def require_torch() -> None:
-    """UnavailableError where torch is not installed."""
+    """Raise UnavailableError if torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError("torch is not installed: pip install -e '.[baseline]'")
 
@@ -36,7 +36,7 @@ def named(call: Callable[[], tuple[Any, ...]], names: tuple[str, ...]) -> Callab
 
 
 def mean_loss(truth: Callable[[type], Found]) -> Callable[[type], Found]:
-    """A reference for heads that give the mean loss only."""
+    """A reference for heads that return only the mean loss."""
 
     def reference_of(dtype: type) -> Found:
         found = truth(dtype)

@@ -1,4 +1,4 @@
-"""Charts with matplotlib, which only those who draw need: figures without a display, and the roofline."""
+"""Charts with matplotlib, which is imported only for drawing: figures without a display, and the roofline."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def draw_roofline(result: Mapping[str, Any]) -> Any:
-    """Work per byte against work per second of every kernel, under what memory and matrix products allow.
+    """Draw work per byte against work per second of every kernel, with the limits of memory and matrix products.
 
-    result: of bench_trunk.py. Ternary products count two operations a weight, though none of them is a multiplication.
+    result : result of bench_trunk.py. Ternary products count two operations per weight, though they do not multiply.
     """
     figure = new_figure(9, 5.5)
     axes = figure.subplots()

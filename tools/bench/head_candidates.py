@@ -1,8 +1,8 @@
 """The heads that tools/bench_head.py compares, by name.
 
-A candidate is one head on one batch (head_problem.py). Its `run` is what is timed, and the very same call is checked
-first: loss and all gradients, of all positions and all rows, against float64 (head_check.py).
-To add a head: a line here, and a function that makes its Candidate (our_heads.py, baseline_heads.py).
+A candidate is one head on one batch (head_problem.py). The benchmark times its `run`. Before that it checks the same
+call: loss and all gradients, of all positions and all rows, against float64 (head_check.py).
+To add a head, add a line here and a function that makes its Candidate (our_heads.py, baseline_heads.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is a result right? Errors from float64, row by row, against those of plain float32 code."""
+"""Checks of results: errors relative to float64, per row, compared with those of plain float32 code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def row_errors(found: np.ndarray, truth: np.ndarray) -> Iterator[tuple[np.ndarra
 
 
 def relative_error(found: np.ndarray, truth: np.ndarray) -> float:
-    """Largest error of a row relative to its largest value; infinite where a row should be zero and is not."""
+    """Largest error of a row relative to its largest value; infinite if a row should be zero and is not."""
     worst = 0.0
     for difference, scale in row_errors(found, truth):
         wrong = np.where(scale > 0, difference / np.where(scale > 0, scale, 1), np.where(difference > 0, np.inf, 0))
@@ -36,7 +36,7 @@ def relative_error(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def compare(name: str, got: Mapping[str, np.ndarray], float32: Mapping, float64: Mapping) -> float:
-    """Largest relative error of got; WrongResultError if it is more than SLACK times float32's."""
+    """Largest relative error of got. Raises WrongResultError if it exceeds SLACK times the error of float32."""
     worst = 0.0
     for key, truth in float64.items():
         error, yardstick = relative_error(got[key], truth), relative_error(float32[key], truth)
@@ -51,6 +51,6 @@ def compare(name: str, got: Mapping[str, np.ndarray], float32: Mapping, float64:
 
 
 def check(name: str, candidate: Candidate) -> float:
-    """Largest relative error of a candidate's loss and gradients; WrongResultError if it is wrong."""
+    """Largest relative error of a candidate's loss and gradients. Raises WrongResultError if they are wrong."""
     float32, float64 = candidate.reference(np.float32), candidate.reference(np.float64)
     return compare(name, candidate.run(), float32, float64)

@@ -1,4 +1,4 @@
-"""What a head is measured on: one batch for every candidate, and what a candidate is."""
+"""The problem on which heads are measured: one batch for all candidates, and the type of a candidate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Found = dict[str, np.ndarray]  # "loss" (N,), or () where a head gives only the 
 
 
 class UnavailableError(Exception):
-    """A candidate needs what is not installed here; the message says what."""
+    """A candidate needs a package that is not installed; the message names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Problem:
         return np.full(len(self.targets), 1 / len(self.targets), np.float32)
 
     def first(self, rows: int) -> Problem:
-        """The same with the first positions only."""
+        """The same problem with only the first positions."""
         return dataclasses.replace(self, h=self.h[:rows].copy(), targets=self.targets[:rows].copy())
 
 
@@ -50,7 +50,7 @@ class Candidate:
 
 
 def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) -> Problem:
-    """rows positions of the training text, folded into a smaller vocabulary where vocab asks for one."""
+    """A problem with `rows` positions of the training text, mapped to a smaller vocabulary if vocab is given."""
     rng = np.random.default_rng(seed)
     ids = data.train.windows(np.array([0]), min(rows + 1, data.train.n_tokens))[0]
     targets = np.resize(ids[1:], rows).astype(np.int32) % vocab
@@ -65,7 +65,7 @@ def make_problem(data: TokenData, rows: int, dim: int, vocab: int, seed: int) ->
 
 
 def zipf_problem(rows: int, dim: int, vocab: int, seed: int = 0) -> Problem:
-    """rows positions drawn by Zipf's law, for any vocabulary; trees are built from the counts alone."""
+    """A problem with `rows` positions sampled by Zipf's law, for any vocabulary; trees use only the counts."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(2.0, vocab + 2)
     share /= share.sum()

@@ -1,4 +1,4 @@
-"""What tools/bench_head.py measured, as Markdown tables and as charts. Takes the object that its --json writes."""
+"""Markdown tables and charts of the results of tools/bench_head.py, from the object that its --json writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLORS = {"head": "#d1495b", "trunk": "#6fa8dc", "optimizer": "#edae49", "embedd
 
 
 def _cell(value: float | None, form: str) -> str:
-    """A number of a table, a dash where there is none."""
+    """A number for a table, or a dash if there is none."""
     return "-" if value is None else format(value, form)
 
 
@@ -95,9 +95,9 @@ def heads_table(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> list[Path]:
-    """Write the shares of a step to path and, if measured, the scaling to a second file; returns the paths written.
+    """Draw the shares of a step in path and, if measured, the scaling in a second file. Returns the paths written.
 
-    shares.png gets shares-scaling.png beside it.
+    The second file of shares.png is shares-scaling.png.
     """
     written = []
     if result["shares"]:
@@ -111,7 +111,7 @@ def plot(result: Mapping[str, Any], path: Path) -> list[Path]:
 
 
 def _draw_shares(result: Mapping[str, Any]) -> Any:
-    """A bar for each training step, as long as the step takes; the same bars to 100 % beside them."""
+    """Draw one bar per training step, scaled by its time, and the same bars scaled to 100 %."""
     names = [name for name in BARS if name in result["shares"]]
     figure = new_figure(11, 1.4 + 0.45 * len(names))
     share_axes, time_axes = figure.subplots(1, 2, sharey=True)
@@ -138,7 +138,7 @@ def _draw_shares(result: Mapping[str, Any]) -> Any:
 
 
 def _draw_scaling(scaling: Mapping[str, Any]) -> Any:
-    """Microseconds per position against V and against N, both axes logarithmic."""
+    """Draw microseconds per position against V and against N, with logarithmic axes."""
     figure = new_figure(11, 4.5)
     panels = (
         ("vocab", f"tokens in the vocabulary, V (N = {scaling['vocab_at_rows']:,})"),

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine, the libraries and the commit, and how fast its matrix products are."""
+"""The environment of a benchmark: machine, libraries, commit, and the speed of matrix products."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
-    """The machine and the libraries as one JSON-able dict; `threads` is what the benchmark was told to use.
+    """The machine and the libraries as a dict for JSON; `threads` is the number given to the benchmark.
 
-    `blas` lists every BLAS loaded so far, with the kind of core that it chose its code for.
+    `blas` lists every BLAS library loaded so far, with the core type that it optimises for.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
@@ -39,7 +39,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with a + where files differ from it; None outside a clone."""
+    """The checked-out commit, with a + if files differ from it; None outside a clone."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -50,14 +50,14 @@ def commit() -> str | None:
 
 
 def stamp(threads: int | None = None) -> dict[str, Any]:
-    """Keys that every result carries: machine, commit and date."""
+    """Keys of every result: machine, commit and date."""
     return {"machine": environment(threads), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
 def gemm_rate(
     threads: int, *, rows: int = 4096, dim: int = 256, vocab_size: int = 50_257, repeats: int = 5
 ) -> dict[str, Any]:
-    """What NumPy's BLAS reaches in float32 on this machine: GFLOP/s by shape, and the best of them.
+    """GFLOP/s of NumPy's BLAS in float32 on this machine, by shape, and the best of them.
 
     Shapes: 2048 cubed and the three products of a dense head for N = rows, C = dim, V = vocab_size (logits,
     dh, dE), whose (N, V) operand takes 4*N*V bytes. Keys: "best", and for each shape the summary of GFLOP/s.

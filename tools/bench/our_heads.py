@@ -1,6 +1,6 @@
-"""Our heads as candidates: how each is made and run, and its loss and gradients by plain NumPy.
+"""Our heads as candidates: construction, timed call, and reference loss and gradients in plain NumPy.
 
-References: the dense head in chunks of positions; trees by kernels/reference_tree.py, position by position.
+The reference of the dense head works in chunks of positions, that of trees (kernels/reference_tree.py) by position.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CHUNK = 256  # positions of the dense reference at a time: 103 MB of float64 log
 
 
 def run_head(head: Head, problem: Problem) -> Found:
-    """loss (N,) and the gradients of the mean loss by name, those of the parameters in place of the last call's."""
+    """loss (N,) and the gradients of the mean loss by name. The gradients replace those of the last call."""
     head.prepare()  # as every step does
     loss, _, dh = head.forward_backward(problem.h, problem.targets, problem.weights, accumulate=False)
     return {"loss": loss, "dh": dh, "dweight": head.dweight, **head.gradients}
 
 
 def scratch_mb(head: Head) -> float:
-    """Scratch arrays that one of our heads holds, MB; none before its first call."""
+    """Size of the scratch arrays of one of our heads, MB; none before its first call."""
     owners = (x for x in vars(head).values() if isinstance(x, dense_head.DenseScratch | tree_head.TreeScratch))
     return sum(owner.nbytes for owner in owners) * 1e-6
 
@@ -66,7 +66,7 @@ def dense_reference(problem: Problem, dtype: type) -> Found:
 
 
 def forget_references() -> None:
-    """Free what the references remember: hundreds of MB at GPT-2's vocabulary."""
+    """Clear the caches of the references, which take hundreds of MB with GPT-2's vocabulary."""
     dense_reference.cache_clear()
     tree_reference.cache_clear()
 
@@ -85,7 +85,7 @@ def dense_candidate(problem: Problem) -> Candidate:
 
 
 def sampled_candidate(problem: Problem) -> Candidate:
-    """SampledHead in training, with the recipes' number of candidates; the same ones are drawn at every call."""
+    """SampledHead in training, with the recipes' number of candidates and the same sample at every call."""
     (n, dim), vocab = problem.h.shape, len(problem.weight)
     head = SampledHead(problem.weight, counts=problem.counts, candidates=HeadConfig().num_sampled)
     head.begin(np.random.default_rng(0), full=False)
@@ -107,7 +107,7 @@ def sampled_candidate(problem: Problem) -> Candidate:
 
 @functools.lru_cache(maxsize=1)
 def make_tree_head(problem: Problem, shape: str) -> TreeHead:
-    """TreeHead of this shape, its rows those of the problem in leaf order, as training makes it by default."""
+    """TreeHead of this shape with the rows of the problem in leaf order, as in training by default."""
     # a clustered tree is nothing without rows
     rows = problem.weight if problem.by_meaning or shape == "clustered" else None
     tree = build_tree(shape, problem.counts, rows=rows)

@@ -1,4 +1,4 @@
-"""Files that benchmarks write: checked before hours of work, and written whole or not at all."""
+"""Output files of benchmarks: checked before the work begins, and written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashlm_numba.system.files import write_atomically
 
 
 def check_writable(path: Path) -> None:
-    """click.BadParameter unless a file can be written at path: said before hours of work, not after."""
+    """Raise click.BadParameter unless a file can be written at path. Call this before hours of work, not after."""
     try:
         if path.parent.exists() and not path.parent.is_dir():
             raise NotADirectoryError(20, "Not a directory")
@@ -33,6 +33,6 @@ def check_writable(path: Path) -> None:
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Write one object, indented, whole or not at all; ValueError for a number that is not finite: JSON has none."""
+    """Write one object atomically, indented. Raises ValueError for a number that is not finite, which JSON lacks."""
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     write_atomically(Path(path), lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""A program run to its end: its output and memory, with signals passed on to it."""
+"""Run a program to its end, pass signals on to it, and return its output and memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tools.bench.machine import ROOT
 
 
 class RunFailed(click.ClickException):
-    """A run that ended with an error of its own, as one whose loss diverged: the others can go on."""
+    """A run ended with an error, for example a diverged loss, that does not affect other runs."""
 
 
 def run_process(arguments: list[str]) -> tuple[str, float]:
-    """Standard output of this Python with arguments, and its peak memory in MB; standard error is shown.
+    """Run this Python interpreter with arguments. Returns its standard output and peak memory in MB.
 
-    RunFailed if it ends with status 1 or 2, an error of its own. ClickException if it was stopped: SIGINT, SIGTERM and
-    SIGHUP are passed on to it, and it is waited for, since it may have something to save.
+    Standard error is shown. Raises RunFailed if the process ends with status 1 or 2. SIGINT, SIGTERM and SIGHUP are
+    passed on, and the process may still save its work; then this raises ClickException.
     """
     caught: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Rows of a results file: read, added one by one by several processes, printed as a table."""
+"""Rows of a results file: reading, adding rows from several processes, and printing as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.bench import output
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none if it is not there yet. BadParameter if it holds something else."""
+    """The rows of a results file; none if it does not exist. Raises BadParameter if it holds something else."""
     if not path.exists():
         return []
     try:
@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the file as it is now: another process may have added its own. All of it is written, or nothing."""
+    """Add a row to the current file, to which other processes may have added rows, and write it atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

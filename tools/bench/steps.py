@@ -1,4 +1,4 @@
-"""Whole training steps of FlashLM v3's shape: tokens per second, and the share of each part, ours and PyTorch's."""
+"""Complete training steps of FlashLM v3's shape, ours and PyTorch's: tokens per second, and the share of each part."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def make_session(
 
 
 def measure_steps(data: TokenData, threads: int, repeats: int, batch: Phase) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole training steps: tokens/s and shares of the step's time, ours and torch's, by candidate.
+    """Tokens/s and shares of the step's time of complete training steps, ours and torch's, by candidate.
 
-    Ours take the default recipe's AdamW, without a first moment, torch's the fused one, which always keeps it.
+    Ours use the default recipe's AdamW without a first moment. torch's fused AdamW always has a first moment.
     """
     rates: dict[str, Any] = {}
     shares: dict[str, Any] = {}

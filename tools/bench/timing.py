@@ -1,6 +1,6 @@
 """Alternating timings of candidates, and their summaries.
 
-Seconds are wall clock (time.perf_counter). Quote medians with the 20 % and 80 % quantiles, on a quiet machine.
+Seconds are wall clock time (time.perf_counter). Report medians with the 20 % and 80 % quantiles, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class WrongResultError(Exception):
-    """A candidate's result differs from the reference: it is not timed."""
+    """A candidate's result differs from the reference, so it is not timed."""
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -44,12 +44,12 @@ def measure(
     pause: float = 0.05,
     burst: float = 0.1,
 ) -> dict[str, dict[str, Any]]:
-    """Time the candidates in turn, round after round, so that a drift of the machine meets all alike.
+    """Time the candidates alternately, so that a drift of the machine affects all of them equally.
 
-    Returns name -> summary of seconds per call, one value per round. `pause` (seconds) before every turn lets the idle
-    threads of the candidate before, which spin for a moment, fall asleep. A call shorter than `burst` seconds is made
-    again until they have passed, and the turn's value is the median without the first call, which wakes threads and
-    fills caches: a head is called over and over by training. Raises ValueError for fewer than one repeat.
+    Returns name -> summary of seconds per call, with one value per round. A `pause` (seconds) before every turn lets
+    the previous candidate's idle threads, which spin for a moment, fall asleep. A call shorter than `burst` seconds is
+    repeated until they have passed. The turn's value is then the median without the first call, which wakes threads and
+    fills caches, because training calls a head repeatedly. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"measure: repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")

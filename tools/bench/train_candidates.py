@@ -1,4 +1,4 @@
-"""What tools/bench_train.py can train: our recipes and heads, and PyTorch's with the same recipe, by name."""
+"""The candidates of tools/bench_train.py by name: our recipes and heads, and PyTorch's with the same recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that tools/bench_train.py makes: what is trained, how it is asked for, and which row is its own."""
+"""A job of tools/bench_train.py: the run to train, its command, and its row in the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUIET = ("validate_every", "sample_tokens", "log_every", "checkpoint_minutes")  
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is trained, with which settings, for how long."""
+    """One run: candidate, settings and budget."""
 
     name: str
     settings: tuple[str, ...]  # key=value, beside the candidate's own
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def slug(self) -> str:
-        """A file name for this run, which no other recipe, setting or marks under the same name share."""
+        """A file name for this run that depends on recipe, settings and marks."""
         budget = f"{self.tokens}tokens" if self.tokens is not None else f"{self.minutes:g}min"
         everything = json.dumps([self.key, self.recipe, self.marks], sort_keys=True)
         words = [self.name, budget, f"seed{self.seed}", hashlib.sha256(everything.encode()).hexdigest()[:8]]
@@ -43,14 +43,14 @@ class Job:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What makes a row this job's: everything but the number of threads when the budget is in tokens."""
+        """The values that identify this job's row. With a budget in tokens they exclude the number of threads."""
         budget = {"tokens_asked": self.tokens} if self.tokens is not None else {"minutes_asked": self.minutes}
         threads = {} if self.tokens is not None else {"threads": self.threads}
         return {"name": self.name, "settings": list(self.settings), "seed": self.seed, **budget, **threads}
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What is trained: of ours the settings (see differences), of a baseline its options."""
+        """The recipe: the settings of our candidates (see differences), or the options of a baseline."""
         if self.name in BASELINES:
             return self.baseline_options
         words, recipe, settings = OURS[self.name], "default", list(self.settings)
@@ -62,8 +62,8 @@ class Job:
         return differences(from_recipe(recipe, settings))
 
     def made(self, row: dict[str, Any]) -> bool:
-        """Whether a row of a results file is this job's: the same run by the same recipe, however it was asked for,
-        with scores at these marks at least. A row without a recipe is nobody's.
+        """Whether a row of a results file belongs to this job: the same run with the same recipe, however requested,
+        and with scores at least at these marks. A row without a recipe belongs to no job.
         """
         if not set(self.marks) <= set(row.get("marks_asked", [mark["minutes"] for mark in row.get("marks", [])])):
             return False
@@ -117,8 +117,8 @@ class Job:
 
 
 def differences(run: RunConfig) -> dict[str, Any]:
-    """The settings of a run that differ from their fields' defaults (config.py), but for those of QUIET, as JSON gives
-    them back: {"model.leaky_decay": 0.98, ...}. A setting that comes later does not change what older rows say.
+    """The settings of a run that differ from their defaults (config.py), except those in QUIET, as JSON values:
+    {"model.leaky_decay": 0.98, ...}. Settings that are added later do not change older rows.
     """
     found = {}
     for section in SECTIONS:

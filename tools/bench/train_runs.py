@@ -1,4 +1,4 @@
-"""Training and scoring one job of tools/bench_train.py, ours or PyTorch's, each in a process of its own."""
+"""Train and score one job of tools/bench_train.py, ours or PyTorch's, in a separate process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT, SAMPLE_TOKENS = "The", 60  # of the texts that runs write at marks and t
 
 
 def measured(job: Job, data: Path, path: Path, runs: Path | None) -> dict[str, Any]:
-    """Do a job; returns its row for the results file at path, beside which the run's log is kept if it has marks."""
+    """Run a job. Returns its row for the results file at path. If it has marks, the run's log is saved next to path."""
     # what runs is the code of now, not of when it has ended
     stamp = machine.stamp(job.threads)
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,7 +101,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
 
 
 def check_same(run: Path, job: Job, data: Path) -> None:
-    """ClickException if a run that was kept is another than this job's: it would go on under the wrong name."""
+    """Raise ClickException if a saved run is not that of this job, since it would continue under the wrong name."""
     config = run_from_json((run / "config.json").read_text(encoding="utf-8"), run / "config.json")
     there, wanted = differences(config), job.recipe
     names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
@@ -120,7 +120,7 @@ def check_same(run: Path, job: Job, data: Path) -> None:
 
 
 def kept_checkpoints(run: Path, marks: Iterable[float]) -> dict[float, tuple[str, dict[str, Any]]]:
-    """Name and state of the checkpoint that `train` kept for each mark, in minutes; marks not reached are left out."""
+    """Name and state of the checkpoint that `train` saved for each mark, in minutes, without marks not reached."""
     states = []
     for path in (run / "checkpoints").glob("step-*/state.json"):
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def kept_checkpoints(run: Path, marks: Iterable[float]) -> dict[float, tuple[str
 
 
 def run_baseline(job: Job, data: Path) -> dict[str, Any]:
-    """Train and score one of the PyTorch baselines; minutes become steps by its speed, measured first, as ours do."""
+    """Train and score a PyTorch baseline. As in our runs, the measured speed converts minutes to steps."""
     command = job.command
     if job.minutes is not None and not job.published:
         # by training for a while: steps measured apart came out 40 % slower than those of a run, and the first half
