@@ -117,9 +117,10 @@ def conv_sequence_dweight(dweight, n, dgv, dilation, first, last):
 def to_groups(out, x, width, first, last):
     """out (G, T, S) = x (T, C) regrouped, groups first..last; width is C/G. The padding of out is left alone."""
     for t in range(x.shape[0]):
-        for g in range(first, last):
-            for j in range(width):
-                out[g, t, j] = x[t, g * width + j]
+        for g in range(out.shape[0]):
+            if first <= g < last:
+                for j in range(width):
+                    out[g, t, j] = x[t, g * width + j]
 
 
 @helper
@@ -128,13 +129,14 @@ def gate_sequence(out, gv, base, width, first, last):
 
     Groups first..last and their channels only.
     """
-    for g in range(first, last):
-        gate = gv[g, 0].reshape(-1)
-        for i in range(gate.shape[0]):
-            gate[i] = _ONE / (_ONE + exp32(-gate[i]))
-        for t in range(gv.shape[2]):
-            for j in range(width):
-                out[t, g * width + j] = base[t, g * width + j] + gv[g, 0, t, j] * gv[g, 1, t, j]
+    for g in range(gv.shape[0]):
+        if first <= g < last:
+            gate = gv[g, 0].reshape(-1)
+            for i in range(gate.shape[0]):
+                gate[i] = _ONE / (_ONE + exp32(-gate[i]))
+            for t in range(gv.shape[2]):
+                for j in range(width):
+                    out[t, g * width + j] = base[t, g * width + j] + gv[g, 0, t, j] * gv[g, 1, t, j]
 
 
 @helper
@@ -143,21 +145,23 @@ def gate_sequence_backward(dgv, dout, gv, width, first, last):
 
     Groups first..last only.
     """
-    for g in range(first, last):
-        for t in range(gv.shape[2]):
-            for j in range(width):
-                s, v, d = gv[g, 0, t, j], gv[g, 1, t, j], dout[t, g * width + j]
-                dgv[g, 1, t, j] = d * s
-                dgv[g, 0, t, j] = d * v * s * (_ONE - s)
+    for g in range(gv.shape[0]):
+        if first <= g < last:
+            for t in range(gv.shape[2]):
+                for j in range(width):
+                    s, v, d = gv[g, 0, t, j], gv[g, 1, t, j], dout[t, g * width + j]
+                    dgv[g, 1, t, j] = d * s
+                    dgv[g, 0, t, j] = d * v * s * (_ONE - s)
 
 
 @helper
 def from_groups(out, groups, width, first, last):
     """out (T, C) = groups (G, T, S) regrouped, the channels of groups first..last."""
     for t in range(out.shape[0]):
-        for g in range(first, last):
-            for j in range(width):
-                out[t, g * width + j] = groups[g, t, j]
+        for g in range(groups.shape[0]):
+            if first <= g < last:
+                for j in range(width):
+                    out[t, g * width + j] = groups[g, t, j]
 
 
 @serial_kernel
