@@ -272,7 +272,7 @@ class ConvDecodeWeights(NamedTuple):
 
     norms: np.ndarray  # (L, D, C)
     leaky_gain: np.ndarray  # (L, C)
-    conv: np.ndarray  # (L, D, G, K, S, 2 S)
+    conv: np.ndarray  # (L * D, G, K, S, 2 S): Numba is slow to determine the type of more than five dimensions
     dilations: np.ndarray  # (D,) int64
     out_int8: np.ndarray  # (L, C', C'') int8
     out_packed: np.ndarray  # (L, C, any) uint8
@@ -315,29 +315,30 @@ def _put(state, layer, d, position, row):
 def _step(x, mixer_in, layer, block, position, weights, state, scratch):
     """See decode.make_decode_step."""
     groups, _, size = state.grouped.shape
-    dim, taps, stride = x.shape[1], weights.conv.shape[3], groups * size
+    dim, taps, stride = x.shape[1], weights.conv.shape[2], groups * size
     m = mixer_in[:dim].reshape(1, dim)
-    flat_gate_value = state.gate_value.reshape(-1)
+    flat_gate_value, rings, delta = state.gate_value.reshape(-1), state.rings, scratch.delta
     if weights.leaky_decay > 0:
         add_leaky_average_next(
             m[0], state.averages[layer], weights.leaky_gain[block], weights.leaky_decay, weights.leaky_share
         )
-    for d in range(weights.dilations.shape[0]):
+    count = weights.dilations.shape[0]
+    for d in range(count):
         rmsnorm_rows(state.normed, state.rstd, m, weights.norms[block, d])
         _put(state, layer, d, position, state.normed)
         oldest = state.starts[layer, d] + (position % state.lengths[d] + 1) * stride
-        flat_w = weights.conv[block, d].reshape(-1)
+        flat_w, dilation = weights.conv[block * count + d].reshape(-1), weights.dilations[d]
         for g in range(groups):
             for w in range(0, 2 * size, 32):
                 to = TileOut(address_of(flat_gate_value, g * 2 * size + w), 2 * size)
-                left = TileLeft(address_of(state.rings, oldest + g * size), stride, 1, weights.dilations[d] * stride)
+                left = TileLeft(address_of(rings, oldest + g * size), stride, 1, dilation * stride)
                 right = TileRight(address_of(flat_w, g * taps * size * 2 * size + w), 2 * size, 2 * size * size)
                 tile_product_32(to, left, right, 1, size, taps, 0)
         gate_sequence(m, state.gate_value, m, dim // groups, 0, groups)
     scale_rows(m, m, weights.residual_scale)
-    matrix_product(scratch.delta, mixer_in, dim, weights.out_int8[block], weights.out_packed[block], scratch)
+    matrix_product(delta, mixer_in, dim, weights.out_int8[block], weights.out_packed[block], scratch)
     for c in range(dim):
-        x[0, c] += scratch.delta[c]
+        x[0, c] += delta[c]
 
 
 @helper
@@ -356,13 +357,13 @@ def _fill(state, x, layer, block, weights, activations):
             _put(state, layer, d, t, state.normed)
 
 
-_decode = make_decode_step(_step, "conv")
+_decode = make_decode_step(_step, ConvState, ConvDecodeWeights, "conv")
 _fill_states = make_prefill(_fill, "conv")
 
 
 @serial_kernel
-def _decode_step(state, weights, embedding, row, position, mixer_state, mixer_weights):
-    _decode(state, weights, embedding, row, position, mixer_state, mixer_weights)
+def _decode_step(embedding, row, position, *fields):
+    _decode(embedding, row, position, fields)
 
 
 @serial_kernel
@@ -461,9 +462,8 @@ class ConvMixer:
     def decode_weights(self, *forms: np.ndarray) -> ConvDecodeWeights:
         """For decoding; forms: out as int8 and packed."""
         int8, packed = forms
-        return ConvDecodeWeights(
-            self._norms, self._leaky_gain, self._conv, self._dilations, int8, packed, *self._scalars
-        )
+        conv = self._conv.reshape(-1, *self._conv.shape[2:])
+        return ConvDecodeWeights(self._norms, self._leaky_gain, conv, self._dilations, int8, packed, *self._scalars)
 
     def new_state(self, layers: int) -> ConvState:
         """Before the first token."""

@@ -74,11 +74,11 @@ def matrix_product(out, x, columns, int8, packed, state):
     """
     rows, width = packed.shape[0], 4 * packed.shape[1]
     if rows > 0:
-        rounded, products = state.q[:width].reshape(1, width), state.sums[:rows].reshape(1, rows)
-        quantize(rounded, state.scales, x[:columns].reshape(1, columns))
-        ternary_products(products, packed, rounded, 0, rows, state.variant)
+        rounded, sums, scales = state.q[:width].reshape(1, width), state.sums[:rows], state.scales
+        quantize(rounded, scales, x[:columns].reshape(1, columns))
+        ternary_products(sums.reshape(1, rows), packed, rounded, 0, rows, state.variant)
         for r in range(rows):
-            out[r] = np.float32(state.sums[r]) * state.scales[0]
+            out[r] = np.float32(sums[r]) * scales[0]
     else:
         dot_products_int8(out.reshape(1, out.shape[0]), x.reshape(1, x.shape[0]), int8)
 
@@ -96,18 +96,30 @@ def _find_copies(state, weights, position, row):
         )
 
 
-def make_decode_step(mixer_step: Any, name: str) -> Any:
+def make_decode_step(mixer_step: Any, mixer_state: Any, mixer_weights: Any, name: str) -> Any:
     """Make the helper that processes a token with the trunk and this mixer; a short kernel of the mixer calls it.
 
     mixer_step(x, mixer_in, layer, block, position, weights, state, scratch) : a helper that adds the mixer's output,
         for its input mixer_in (C',), times its residual scale, to x (1, C). It may change mixer_in except the zeros
         beyond C; scratch is the trunk's State.
+    mixer_state, mixer_weights : the NamedTuples of the mixer's state and weights
     name : name of the mixer; compiled functions are identified by name
-    """
 
-    def decode_step(state, weights, embedding, row, position, mixer_state, mixer_weights):
-        """state.out (1, C): hidden state of the token with this row of the embedding, the position-th of its text."""
-        x, dim, inner = state.x, state.x.shape[1], state.gate_up.shape[0] // 2
+    The kernel takes the fields one by one, because Numba determines the type of a NamedTuple anew at every call: of
+    these four, that took a sixth of the time of a token.
+    """
+    to_state, to_weights = len(State._fields), len(State._fields) + len(DecodeWeights._fields)
+    to_mixer_state = to_weights + len(mixer_state._fields)
+
+    def decode_step(embedding, row, position, fields):
+        """state.out (1, C): hidden state of the token with this row of the embedding, the position-th of its text.
+
+        fields : those of State, of DecodeWeights, and of the mixer's state and weights
+        """
+        state, weights = State(*fields[:to_state]), DecodeWeights(*fields[to_state:to_weights])
+        own_state = mixer_state(*fields[to_weights:to_mixer_state])
+        own_weights = mixer_weights(*fields[to_mixer_state:])
+        x, delta, dim, inner = state.x, state.delta, state.x.shape[1], state.gate_up.shape[0] // 2
         blocks = weights.norm1.shape[0]
         mixer_in, normed = state.mixer_in[:dim].reshape(1, dim), state.normed[:dim].reshape(1, dim)
         gate_up, hidden = state.gate_up.reshape(1, 2 * inner), state.hidden.reshape(1, inner)
@@ -121,17 +133,15 @@ def make_decode_step(mixer_step: Any, name: str) -> Any:
         for layer in range(weights.passes * blocks):
             block = layer % blocks
             rmsnorm_rows(mixer_in, state.rstd, x, weights.norm1[block])
-            mixer_step(x, state.mixer_in, layer, block, position, mixer_weights, mixer_state, state)
+            mixer_step(x, state.mixer_in, layer, block, position, own_weights, own_state, state)
             rmsnorm_rows(normed, state.rstd, x, weights.norm2[block])
             matrix_product(
                 state.gate_up, state.normed, dim, weights.gate_up_int8[block], weights.gate_up_packed[block], state
             )
             glu_rows(hidden, gate_up, weights.ffn_residual_scale)
-            matrix_product(
-                state.delta, state.hidden, inner, weights.down_int8[block], weights.down_packed[block], state
-            )
+            matrix_product(delta, state.hidden, inner, weights.down_int8[block], weights.down_packed[block], state)
             for c in range(dim):
-                x[0, c] += state.delta[c]
+                x[0, c] += delta[c]
         rmsnorm_rows(state.out, state.rstd, x, weights.final_norm)
         for o in range(copies):
             add_copies(state.out, embedding, state.copies[o : o + 1], weights.gain_out[o])
@@ -171,6 +181,9 @@ class DecodeState:
     mixer_state: NamedTuple
     mixer_weights: NamedTuple
     position: int = 0  # tokens read
+
+    def __post_init__(self) -> None:
+        self.fields = (*self.state, *self.weights, *self.mixer_state, *self.mixer_weights)
 
 
 def _whole(size: int, block: int) -> int:
@@ -256,9 +269,7 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
     _check.array("decode_step", "embedding", embedding, (None, state.state.x.shape[1]))
     if not 0 <= row < len(embedding):
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
-    weights.mixer.decode_region(
-        state.state, state.weights, embedding, row, state.position, state.mixer_state, state.mixer_weights
-    )
+    weights.mixer.decode_region(embedding, row, state.position, *state.fields)
     state.position += 1
     return state.state.out
 

@@ -78,8 +78,8 @@ class Mixer(Protocol):
 
     @property
     def decode_region(self) -> Any:
-        """The serial kernel (state, weights, embedding, row, position, and the mixer's state, weights) made with
-        decode.make_decode_step.
+        """The serial kernel (embedding, row, position, *fields of State, DecodeWeights and the mixer's state, weights)
+        made with decode.make_decode_step.
         """
         ...
 
