@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import AWKWARD, CASES, read_bits, read_log, read_losses, resume, start
+from run_helpers import AWKWARD, CASES, read_bits, read_log, read_losses, resume, start
 from safetensors.numpy import load_file
 
 from flashlm_numba.model import checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import read_log, read_losses, resume, start
+from run_helpers import read_log, read_losses, resume, start
 
 from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.model import embedding_init as embeddings

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from runs import read_bits, read_log, read_losses, resume, start
+from run_helpers import read_bits, read_log, read_losses, resume, start
 
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model.settings import run_from_json, with_settings

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runs import make_session, start
+from run_helpers import make_session, start
 from safetensors.numpy import load_file
 
 from flashlm_numba.data.shards import sample_batch
