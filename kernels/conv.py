@@ -6,6 +6,8 @@ with x zero before the sequence begins. Gate and value are two convolutions of t
 The buffers are group-major: n (G, T, S) for inputs and gv (G, 2, T, S) for outputs, the gate first. S is the group's
 width rounded up to 16, to complete vector registers; the padding is zero, and one half after a gate. Segments with
 equal numbers of taps avoid reads before the start of the sequence, so no padding in time is copied.
+Elementwise loops over a share of the groups run over all of them and skip the others: in range(first, last) the
+compiler cannot exclude a negative index, so it does not vectorise, and the loop takes more than twice the time.
 Letters: B batch, T time, C channels, G groups, K taps.
 Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.1 and 2.3 (dilation, gating).
 """
