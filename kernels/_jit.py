@@ -129,8 +129,10 @@ def _njit(**flags: Any) -> Callable[[Callable], Any]:
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(CACHE_FOLDER)
         try:
-            # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp)
-            return numba.njit(error_model="numpy", nogil=True, **flags)(function)
+            # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp).
+            # _nrt=False, because kernels allocate no array: without it, every helper counts references to its arrays,
+            # which takes a tenth of a decoded token. A helper that returns a part of an array must be a `view`.
+            return numba.njit(error_model="numpy", nogil=True, _nrt=False, **flags)(function)
         finally:
             numba.config.CACHE_DIR = before
 
@@ -146,6 +148,8 @@ serial_kernel = _njit(cache=True, fastmath=FASTMATH)
 exact_kernel = _njit(cache=True, fastmath=EXACT)
 # A row or tile helper, which only kernels call; Numba compiles it into its callers.
 helper = _njit(fastmath=FASTMATH)
+# A helper that returns a part of an array. Numba copies it into its callers; no arithmetic belongs in it.
+view = _njit(fastmath=FASTMATH, inline="always")
 # A helper whose floating-point operations must keep their order.
 exact_helper = _njit(fastmath=EXACT)
 # A helper that rounds every operation separately, as NumPy does, without fused multiply-adds.

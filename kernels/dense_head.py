@@ -28,7 +28,7 @@ from numba import prange
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
-from flashlm_numba.kernels._jit import helper, kernel
+from flashlm_numba.kernels._jit import helper, kernel, view
 from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._rows import clear_rows
 
@@ -178,13 +178,13 @@ def _tile_gradient(tile, tile_max, lse, first, batch, projection, options):
                 row[at] -= w * (_ONE - smoothing)
 
 
-@helper
+@view
 def _tile_prior(projection, first, last):
     """The prior (L,) of the tokens first..last, or (0,) for none."""
     return projection.log_prior[first:last] if projection.log_prior.shape[0] > 0 else projection.log_prior
 
 
-@helper
+@view
 def _tile_of(tiles, slot, rows, columns):
     """Tile (J, L) of the buffer in this slot of tiles."""
     return tiles[slot].reshape(-1)[: rows * columns].reshape(rows, columns)

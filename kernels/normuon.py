@@ -16,7 +16,7 @@ from numba import prange
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._elementwise import sum_squares
-from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
+from flashlm_numba.kernels._jit import helper, kernel, serial_kernel, view
 from flashlm_numba.kernels._math import flush_denormals, restore_denormals
 
 # rows of a Gram matrix in one task of the Newton-Schulz iteration: BLAS packs the same matrix again in each
@@ -111,14 +111,14 @@ def _polynomial_task(y, poly, gram, x, lo, hi, blas):
         gemm_nn(blas, y[lo:hi], poly[lo:hi], x, np.float32(0))
 
 
-@helper
+@view
 def _matrix(x, layout, i):
     """Matrix i of x, a view (m, n)."""
     at, m, n = layout.offsets[i], layout.rows[i], layout.columns[i]
     return x[at : at + m * n].reshape(m, n)
 
 
-@helper
+@view
 def _square(gram, layout, i):
     """The Gram matrix, or polynomial, of matrix i: a view (s, s)."""
     at, s = layout.gram_offsets[i], min(layout.rows[i], layout.columns[i])

@@ -19,7 +19,7 @@ import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nn, gemm_nt, gemm_tn
-from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._jit import helper, view
 from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._microkernels import dot_products, short_product
 from flashlm_numba.kernels._rows import clear_rows
@@ -160,13 +160,13 @@ def span_of(spans, node):
     return Span(token_start, token_end, child_start, child_end, child_start - 1, child_end - 1, n_tokens, width)
 
 
-@helper
+@view
 def child_rows(span, tree):
     """The rows of a node's tokens (T, C) and of its child nodes (K - T, C)."""
     return tree.weight[span.token_start : span.token_end], tree.nodes[span.row_start : span.row_end]
 
 
-@helper
+@view
 def child_priors(span, tree):
     """The priors of a node's tokens (T,) and of its child nodes (K - T,); two empty arrays for none."""
     if tree.log_prior.shape[0] == 0:
