@@ -48,23 +48,26 @@ class TileRight(NamedTuple):
     tap_stride: int
 
 
-def _make_tile(rows: int, width: int) -> Any:
-    """An intrinsic for `rows` rows of a TileOut, TileLeft and TileRight; counts in elements."""
+def _make_tile(rows: int, width: int, batched: bool = False) -> Any:
+    """An intrinsic for `rows` rows of a TileOut, TileLeft and TileRight; counts in elements.
+
+    batched: every row has its own right operand, b_row floats after that of the row before; otherwise b_row is unused.
+    """
     vector = ir.VectorType(ir.FloatType(), width)
     int64 = ir.IntType(64)
 
     @intrinsic
-    def tile(typingctx, out, a, b, depth, taps, accumulate):
+    def tile(typingctx, out, a, b, depth, taps, accumulate, b_row):
         operands = (types.NamedUniTuple(types.intp, len(kind._fields), kind) for kind in (TileOut, TileLeft, TileRight))
-        signature = types.void(*operands, types.intp, types.intp, types.intp)
+        signature = types.void(*operands, *[types.intp] * 4)
 
         def codegen(context, builder, sig, args):
             out, om = cgutils.unpack_tuple(builder, args[0], 2)
             a, am, ak, at = cgutils.unpack_tuple(builder, args[1], 4)
             b, bk, bt = cgutils.unpack_tuple(builder, args[2], 3)
-            depth, taps, accumulate = args[3:]
+            depth, taps, accumulate, b_row = args[3:]
             four, one, zero = (ir.Constant(int64, value) for value in (4, 1, 0))
-            am, ak, at, bk, bt, om = (builder.mul(x, four) for x in (am, ak, at, bk, bt, om))
+            am, ak, at, bk, bt, om, bm = (builder.mul(x, four) for x in (am, ak, at, bk, bt, om, b_row))
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{width}f32"
             )
@@ -82,6 +85,7 @@ def _make_tile(rows: int, width: int) -> Any:
 
             out_rows = [builder.add(out, builder.mul(om, ir.Constant(int64, r))) for r in range(rows)]
             a_rows = [builder.mul(am, ir.Constant(int64, r)) for r in range(rows)]
+            b_rows = [builder.mul(bm, ir.Constant(int64, r)) for r in range(rows if batched else 1)]
             entry = builder.block
             names = ("load_out", "taps", "depth", "end_taps", "done")
             load_out, over_taps, over_depth, end_taps, done = (builder.append_basic_block(n) for n in names)
@@ -103,7 +107,8 @@ def _make_tile(rows: int, width: int) -> Any:
             builder.position_at_end(over_depth)
             (k,) = phis(int64, [zero], over_taps)
             partial = phis(vector, sums, over_taps)
-            b_row = load(builder.add(b_tap, builder.mul(k, bk)))
+            b_depth = builder.add(b_tap, builder.mul(k, bk))
+            b_values = [load(builder.add(b_depth, offset)) for offset in b_rows]
             a_column = builder.add(a_tap, builder.mul(k, ak))
             new = []
             for r in range(rows):
@@ -111,7 +116,7 @@ def _make_tile(rows: int, width: int) -> Any:
                 undefined = ir.Constant(vector, ir.Undefined)
                 first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
                 lanes = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
-                new.append(builder.call(fma, [builder.shuffle_vector(first, undefined, lanes), b_row, partial[r]]))
+                new.append(builder.call(fma, [builder.shuffle_vector(first, undefined, lanes), b_values[r if batched else 0], partial[r]]))
             k_next = builder.add(k, one)
             k.add_incoming(k_next, over_depth)
             for phi, value in zip(partial, new, strict=True):
@@ -132,11 +137,11 @@ def _make_tile(rows: int, width: int) -> Any:
 
         return signature, codegen
 
-    def call(out, a, b, depth, taps, accumulate):
-        tile(out, a, b, depth, taps, accumulate)
+    def call(out, a, b, depth, taps, accumulate, b_row=0):
+        tile(out, a, b, depth, taps, accumulate, b_row)
 
     # Compiled functions are known by their names, across the files of the cache too: each tile needs its own.
-    call.__name__ = call.__qualname__ = f"_tile_{rows}_{width}"
+    call.__name__ = call.__qualname__ = f"_tile_{rows}_{width}{'_batched' * batched}"
     return helper(call)
 
 
@@ -283,6 +288,14 @@ if numba.config.DISABLE_JIT:
     tile_product_16, tile_product_32 = _plain(16), _plain(32)
     tile_products_16, tile_products_32 = {6: tile_product_16, 16: tile_product_16}, {12: tile_product_32}
 
+    def batched_product_32(out, a, b, b_row, rows, depth, taps):
+        for m in range(rows):
+            to = TileOut(out.start[m * out.row_stride :], out.row_stride)
+            left = TileLeft(a.start[m * a.row_stride :], a.row_stride, a.depth_stride, a.tap_stride)
+            tile_product_32(to, left, TileRight(b.start[m * b_row :], b.depth_stride, b.tap_stride), 1, depth, taps, 0)
+
+    batched_products_32 = {4: batched_product_32, 2: batched_product_32}
+
     def dot_products(out, x, w):
         out[...] = x @ w.T.astype(np.float32)
 
@@ -340,6 +353,29 @@ else:
     tile_products_16 = {6: _make_tile_product(16, 6, 4), 16: _make_tile_product(16, 16, 4)}
     tile_products_32 = {12: _make_tile_product(32, 12, 3)}  # for the registers of AVX-512
     tile_product_16, tile_product_32 = tile_products_16[16 if HAS_AVX512 else 6], tile_products_32[12]
+
+    def _make_batched_product(width, many):
+        """For tiles of `many` rows, then of one."""
+        tile_many, tile_one = (_make_tile(rows, width, batched=True) for rows in (many, 1))
+
+        def batched_product(out, a, b, b_row, rows, depth, taps):
+            m = 0
+            while m < rows:
+                right = TileRight(b.start + 4 * m * b_row, b.depth_stride, b.tap_stride)
+                if m + many <= rows:
+                    tile_many(_out_row(out, m), _left_row(a, m), right, depth, taps, 0, b_row)
+                    m += many
+                else:
+                    tile_one(_out_row(out, m), _left_row(a, m), right, depth, taps, 0, b_row)
+                    m += 1
+
+        batched_product.__name__ = batched_product.__qualname__ = f"_batched_product_{width}_{many}"  # see _make_tile
+        return helper(batched_product)
+
+    # batched_product(out, a, b, b_row, rows, depth, taps): as tile_product, but row m has its own right operand, b_row
+    # floats after that of row m - 1. The sums of one row wait for one another; those of several rows do not.
+    batched_products_32 = {many: _make_batched_product(32, many) for many in (4, 2)}
+    batched_product_32 = batched_products_32[4 if HAS_AVX512 else 2]
 
     @helper
     def row_products(out, x, w):

@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange
 
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
-from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, tile_product_32
+from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, batched_product_32
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, scale_rows
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices, ternary_product, ternary_weight_gradient
 from flashlm_numba.kernels._trunk_regions import make_backward, make_forward
@@ -328,12 +328,11 @@ def _step(x, mixer_in, layer, block, position, weights, state, scratch):
         _put(state, layer, d, position, state.normed)
         oldest = state.starts[layer, d] + (position % state.lengths[d] + 1) * stride
         flat_w, dilation = weights.conv[block * count + d].reshape(-1), weights.dilations[d]
-        for g in range(groups):
-            for w in range(0, 2 * size, 32):
-                to = TileOut(address_of(flat_gate_value, g * 2 * size + w), 2 * size)
-                left = TileLeft(address_of(rings, oldest + g * size), stride, 1, dilation * stride)
-                right = TileRight(address_of(flat_w, g * taps * size * 2 * size + w), 2 * size, 2 * size * size)
-                tile_product_32(to, left, right, 1, size, taps, 0)
+        for w in range(0, 2 * size, 32):  # a row per group, each with its own weights
+            to = TileOut(address_of(flat_gate_value, w), 2 * size)
+            left = TileLeft(address_of(rings, oldest), size, 1, dilation * stride)
+            right = TileRight(address_of(flat_w, w), 2 * size, 2 * size * size)
+            batched_product_32(to, left, right, taps * size * 2 * size, groups, size, taps)
         gate_sequence(m, state.gate_value, m, dim // groups, 0, groups)
     scale_rows(m, m, weights.residual_scale)
     matrix_product(delta, mixer_in, dim, weights.out_int8[block], weights.out_packed[block], scratch)

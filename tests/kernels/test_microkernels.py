@@ -100,6 +100,25 @@ def test_tile_products_match_numpy_and_each_other(width, height, seed, rows, dep
         np.testing.assert_array_equal(got, found(6))
 
 
+@pytest.mark.parametrize("many", [2, 4])
+@given(seed=seeds, rows=st.integers(0, 11), depth=st.integers(1, 5), taps=st.integers(1, 3))
+def test_batched_products_match_numpy(many, seed, rows, depth, taps):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal(taps * rows * depth + 3).astype(np.float32)
+    b = rng.standard_normal(rows * taps * depth * 32 + 5).astype(np.float32)
+    out = np.full((rows + 1) * 34, np.nan, np.float32)
+    inside = out[1 : 1 + rows * 34].reshape(rows, 34)[:, :32]
+    # a (taps, rows, depth) from 3 on, b (rows, taps, depth, 32) from 5 on
+    to, left = TileOut(address_of(out, 1), 34), TileLeft(address_of(a, 3), depth, 1, rows * depth)
+    right = TileRight(address_of(b, 5), 32, depth * 32)
+    call("batched_products_32", many)(to, left, right, taps * depth * 32, rows, depth, taps)
+    left_operand, right_operand = a[3:].reshape(taps, rows, depth), b[5:].reshape(rows, taps, depth, 32)
+    want = np.einsum("tmk,mtkw->mw", left_operand.astype(float), right_operand)
+    np.testing.assert_allclose(inside, want, atol=1e-5)
+    inside[...] = np.nan
+    assert np.isnan(out).all()  # nothing beside it was written
+
+
 @functools.cache
 def call(name, key=None):
     """A helper of _microkernels.py, or the one of this key in a table, as a function that Python can call."""
