@@ -4,7 +4,8 @@ The arithmetic is that of trunk.py for a single row. The state contains the mixe
 n-gram copy searches (ngram_copy.py). Ternary weights are read as int8, so that those of all layers fit into the
 second-level cache; as float32 they take 2.4 MB (v3's shape) and do not fit. If the trunk quantises the inputs of its
 ternary products to int8 (TrunkWeights.int8), decoding does too, with packed weights.
-Letters: C channels, I FFN width, L blocks, R layers, O ways of copying, H tokens of history.
+Letters: C channels, I FFN width, L blocks, R layers, O ways of copying, H tokens of history, D indexes of
+S buckets.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashlm_numba.kernels import _check
-from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._microkernels import dot_products_int8
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices
 from flashlm_numba.kernels.glu import glu_rows
-from flashlm_numba.kernels.ngram_copy import add_copies, copied_row
+from flashlm_numba.kernels.ngram_copy import add_copies
+from flashlm_numba.kernels.ngram_index import add_to_index, buckets, indexed_copy
 from flashlm_numba.kernels.rmsnorm import rmsnorm_recompute, rmsnorm_rows
 from flashlm_numba.kernels.ternary import pack_ternary, packed_width
 from flashlm_numba.kernels.ternary_gemv import quantize, ternary_products
@@ -39,7 +41,8 @@ class DecodeWeights(NamedTuple):
     down_int8: np.ndarray  # (L, C', I') int8
     down_packed: np.ndarray  # (L, C, any) uint8
     ffn_residual_scale: np.float32
-    copy_order: np.ndarray  # (O,) int64
+    index_order: np.ndarray  # (D,) int64: n of each index, all different
+    copy_index: np.ndarray  # (O,) int64: where to look
     copy_skip: np.ndarray  # (O,) int64
     copy_reach: int
     gain_in: np.ndarray  # (O, C)
@@ -52,6 +55,8 @@ class State(NamedTuple):
 
     out: np.ndarray  # (1, C): the hidden state
     history: np.ndarray  # (2 H,) int32: rows of the last H tokens, twice, as in a ring; -1 before the text
+    newest: np.ndarray  # (D, S) int32: see ngram_index.py
+    earlier: np.ndarray  # (D, H) int32
     copies: np.ndarray  # (O,) int32: what is copied at the last token
     x: np.ndarray  # (1, C)
     mixer_in: np.ndarray  # (C',) padded
@@ -85,15 +90,35 @@ def matrix_product(out, x, columns, int8, packed, state):
 
 @helper
 def _find_copies(state, weights, position, row):
-    """Write the row of the token at this position to both places of the history, and find the rows to copy."""
-    length = state.history.shape[0] // 2
+    """Add the row of the token at this position to the history, and find the rows to copy."""
+    length = state.earlier.shape[1]
     place = position % length
     state.history[place], state.history[place + length] = row, row
     recent = state.history[place + 1 : place + 1 + length]
     for o in range(state.copies.shape[0]):
-        state.copies[o] = copied_row(
-            recent, length - 1, weights.copy_order[o], weights.copy_skip[o], weights.copy_reach
+        d = weights.copy_index[o]
+        state.copies[o] = indexed_copy(
+            state.newest[d],
+            state.earlier[d],
+            recent,
+            place,
+            weights.index_order[d],
+            weights.copy_skip[o],
+            weights.copy_reach,
         )
+    for d in range(weights.index_order.shape[0]):
+        add_to_index(state.newest[d], state.earlier[d], recent, place, weights.index_order[d])
+
+
+@serial_kernel
+def _fill_history(history, newest, earlier, orders, rows):
+    """Add rows (T,), a text from its beginning, of which only the last H tokens matter."""
+    length = earlier.shape[1]
+    for t in range(max(0, rows.shape[0] - length), rows.shape[0]):
+        place = t % length
+        history[place], history[place + length] = rows[t], rows[t]
+        for d in range(orders.shape[0]):
+            add_to_index(newest[d], earlier[d], history[place + 1 : place + 1 + length], place, orders[d])
 
 
 def make_decode_step(mixer_step: Any, mixer_state: Any, mixer_weights: Any, name: str) -> Any:
@@ -222,10 +247,13 @@ def new_state(weights: TrunkWeights) -> DecodeState:
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    history = 2 * (weights.config.ngram_copy_reach + int(orders.max())) if len(orders) else 0
+    history = weights.config.ngram_copy_reach + int(orders.max()) if len(orders) else 0
+    index_order, copy_index = np.unique(orders, return_inverse=True)
     state = State(
         out=zeros(1, dim),
-        history=np.full(history, -1, np.int32),
+        history=np.full(2 * history, -1, np.int32),
+        newest=np.full((len(index_order), buckets(history)), -1, np.int32),
+        earlier=np.full((len(index_order), history), -1, np.int32),
         copies=np.full(len(orders), -1, np.int32),
         x=zeros(1, dim),
         mixer_in=zeros(_whole(dim, REGISTER)),
@@ -246,7 +274,8 @@ def new_state(weights: TrunkWeights) -> DecodeState:
         *decode_matrices(weights.gate_up, weights.int8),
         *decode_matrices(weights.down, weights.int8),
         np.float32(weights.config.ffn_residual_scale),
-        orders,
+        index_order,
+        copy_index,
         weights.copy_skip,
         weights.config.ngram_copy_reach,
         weights.gain_in,
@@ -286,9 +315,7 @@ def prefill(weights: TrunkWeights, buffers: TrunkBuffers, rows: np.ndarray) -> D
     weights.mixer.prefill_region(
         x, buffers.activations, state.weights, state.mixer_state, state.mixer_weights, buffers.mixer_activations
     )
-    history = state.state.history
-    length = len(history) // 2
-    for t in range(max(0, time - length), time):
-        history[t % length] = history[t % length + length] = rows[t]
+    own = state.state
+    _fill_history(own.history, own.newest, own.earlier, state.weights.index_order, rows)
     state.position = time
     return state
