@@ -116,7 +116,8 @@ def _make_tile(rows: int, width: int, batched: bool = False) -> Any:
                 undefined = ir.Constant(vector, ir.Undefined)
                 first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
                 lanes = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
-                new.append(builder.call(fma, [builder.shuffle_vector(first, undefined, lanes), b_values[r if batched else 0], partial[r]]))
+                spread, b_value = builder.shuffle_vector(first, undefined, lanes), b_values[r if batched else 0]
+                new.append(builder.call(fma, [spread, b_value, partial[r]]))
             k_next = builder.add(k, one)
             k.add_incoming(k_next, over_depth)
             for phi, value in zip(partial, new, strict=True):
