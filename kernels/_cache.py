@@ -34,7 +34,10 @@ class CacheWarning(UserWarning):
 
 def user_root() -> Path:
     """The user's cache folder. It begins with "~" if there is neither HOME nor an entry for the user in passwd."""
-    return Path(platformdirs.user_cache_dir("flashlm-numba", appauthor=False))
+    try:
+        return Path(platformdirs.user_cache_dir("flashlm-numba", appauthor=False))
+    except RuntimeError:  # newer versions of platformdirs
+        return Path("~/.cache/flashlm-numba")
 
 
 def temporary_root() -> Path | None:

@@ -5,6 +5,7 @@ Compiled kernels are in a subfolder; see kernels/_jit.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -38,3 +39,9 @@ def writable_cache(name: str = "") -> Path:
         f"Neither {user} nor {temporary or 'a temporary folder'} can be written; set the environment variable "
         "XDG_CACHE_HOME to a writable folder."
     )
+
+
+def set_hub_home() -> None:
+    """Name a folder for huggingface_hub if the user has no home; it would make a folder "~" in the working folder."""
+    if not user_root().is_absolute() and "HF_HOME" not in os.environ:
+        os.environ["HF_HOME"] = str(writable_cache("huggingface"))

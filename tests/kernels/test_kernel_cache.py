@@ -179,10 +179,16 @@ def test_a_temporary_folder_of_somebody_elses_is_not_used(places):
     assert folder.is_dir()
 
 
-def test_without_a_home_no_folder_is_made_in_the_working_folder(tmp_path, monkeypatch):
+def fail(*names, **options):
+    raise RuntimeError("could not determine the home directory")
+
+
+@pytest.mark.parametrize("answer", [lambda *names, **options: "~/.cache/flashlm-numba", fail], ids=["older", "newer"])
+def test_without_a_home_no_folder_is_made_in_the_working_folder(tmp_path, monkeypatch, answer):
+    """Versions of platformdirs differ in their answer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(_cache.platformdirs, "user_cache_dir", lambda *names, **options: "~/.cache/flashlm-numba")
+    monkeypatch.setattr(_cache.platformdirs, "user_cache_dir", answer)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert not _cache.is_writable(_cache.user_root())
     assert _jit.cache_folder() == _cache.temporary_root() / _jit.folder_name()
