@@ -56,6 +56,14 @@ def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
+def in_terminal() -> bool:
+    """Whether standard error is a terminal; it may be closed, or None."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
 def peak_rss_mb() -> float | None:
     """Peak resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
     try:
@@ -165,7 +173,7 @@ class Display(Progress):
     def _start(self, label: str, total: int, done: int) -> None:
         self._total, self._done, self._label = total, done, label
         self._last = time.monotonic()
-        if _in_terminal():
+        if in_terminal():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -194,14 +202,6 @@ class Display(Progress):
             with contextlib.suppress(OSError):
                 self._progress.stop()
             self._progress = None
-
-
-def _in_terminal() -> bool:
-    """Whether standard error is a terminal; it may be closed, or None."""
-    try:
-        return sys.stderr.isatty()
-    except (AttributeError, ValueError):
-        return False
 
 
 TERMINAL = Display()  # the default of the commands

@@ -88,6 +88,24 @@ def test_notes_that_nobody_reads_do_not_change_the_status(undisturbed):
 
 
 @posix
+@pytest.mark.parametrize("end", ["closed", "full", "broken"])
+def test_preparing_needs_nobody_who_reads(corpus_files, tmp_path, end):
+    INJECTED["streams closed or full"] += 1
+    command = words("prepare", corpus_files, "--out", tmp_path / "tokens")
+    if end == "broken":
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, text=True, check=False)
+        os.close(write)
+    else:
+        done = shell({"closed": "2>&-", "full": "2>/dev/full"}[end], command)
+        assert done.stderr == ""
+    assert done.returncode == 0
+    assert "30 documents" in done.stdout
+    assert (tmp_path / "tokens" / "manifest.json").exists()
+
+
+@posix
 def test_a_full_pipe_that_does_not_wait_loses_nothing():
     """Another program may have made the pipe non-blocking: Python's streams then drop what does not fit."""
     INJECTED["streams closed or full"] += 1
