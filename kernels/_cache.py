@@ -15,6 +15,7 @@ import os
 import pickle
 import stat
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from typing import Any
 
 import platformdirs
 
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+# what file systems answer that cannot rename over a file
+_NO_RENAME = {errno.EXDEV, errno.EEXIST, errno.EPERM, errno.EACCES, errno.EBUSY, errno.ENOSYS, errno.ENOTSUP}
 
 
 class CacheWarning(UserWarning):
@@ -102,6 +105,20 @@ def read_sealed(path: Path) -> bytes | None:
         return None
 
 
+def _write_sealed(path: Path, content: bytes) -> None:
+    """Replace a file by a sealed one; written in place where renaming fails, since its readers notice a part of it."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}.tmp")
+    try:
+        temporary.write_bytes(sealed(content))
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno not in _NO_RENAME:
+            raise
+        path.write_bytes(sealed(content))
+
+
 def compiled_files(folder: Path) -> list[Path]:
     """Numba's files in a folder, sorted."""
     return sorted(path for path in folder.glob("*") if path.suffix in (".nbi", ".nbc"))
@@ -109,10 +126,7 @@ def compiled_files(folder: Path) -> list[Path]:
 
 def write_mark(mark: Path, folder: Path) -> None:
     """Write a mark that the compiled code in a folder is complete: the names of its files."""
-    names = "\n".join(path.name for path in compiled_files(folder))
-    temporary = mark.with_name(f"{mark.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(sealed(names.encode()))
-    os.replace(temporary, mark)
+    _write_sealed(mark, "\n".join(path.name for path in compiled_files(folder)).encode())
 
 
 def lost_files(mark: Path, folder: Path) -> list[Path] | None:
@@ -187,8 +201,7 @@ def cache_for(folder: Path) -> Callable[[Any], Any]:
             return self._read(self._data_path(name))
 
         def _write(self, path: str, value: Any) -> None:
-            with self._open_for_write(path) as file:
-                file.write(sealed(dumps(value)))
+            _write_sealed(Path(path), dumps(value))
 
         def _read(self, path: str) -> Any:
             if not os.path.lexists(path):

@@ -95,10 +95,29 @@ def test_a_folder_that_cannot_be_written_is_read(files, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(_cache.os, "replace", refuse)
+    monkeypatch.setattr(_cache.Path, "write_bytes", refuse)
     assert call(folder)
     next(path for path in contents if path.suffix == ".nbc").unlink()
-    assert not call(folder)  # compiled, and not stored
+    for _ in range(2):
+        assert not call(folder)  # compiled, and not stored
+
+
+@compiles
+def test_a_file_system_that_cannot_rename_over_a_file(files, monkeypatch):
+    folder, contents = files
+
+    def refuse(source, target):
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(_cache.os, "replace", refuse)
+    for path in contents:
+        path.write_bytes(b"")
+    with pytest.warns(_cache.CacheWarning):
+        assert not call(folder)
+    assert call(folder)
+    _cache.write_mark(folder / "complete-1", next(iter(contents)).parent)
+    assert _cache.lost_files(folder / "complete-1", next(iter(contents)).parent) == []
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_a_mark_names_the_files_and_finds_those_that_are_lost(tmp_path):
