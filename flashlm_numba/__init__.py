@@ -11,11 +11,13 @@ docs/python.md describes the functions. The heads also work without the rest: `f
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # from typing, which is not imported: `python -m` would take a typing.py of the working folder
 if TYPE_CHECKING:
+    from typing import Any
+
     from flashlm_numba.api import Run, Score, TrainedModel, load, prepare, train
     from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
     from flashlm_numba.model.model import Model

@@ -267,6 +267,7 @@ class TrainedModel:
     ) -> str | Iterator[str]:
         """The continuation of a prompt, without the prompt. With stream=True, an iterator over its pieces.
 
+        A space at the end of the prompt becomes the beginning of the next token, as in the training text.
         Sampling applies temperature, then top-k, then top-p. The same seed gives the same text.
         Raises ValueError if an argument is out of range.
         """

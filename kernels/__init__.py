@@ -28,6 +28,7 @@
                     NumPy twins, the executable specification (that of decode is the trunk's)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
+    _cache          the files of compiled code: where they are, and whether they are whole
     _rows           clear, copy, scale and gather rows
     _trunk_regions  a thread's share of the trunk, for any mixer
     _ternary_layer  a ternary layer inside the trunk's regions

@@ -25,7 +25,6 @@ import atexit
 import hashlib
 import os
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,7 +35,8 @@ import llvmlite
 import llvmlite.binding
 import numba
 from numba.core.codegen import get_host_cpu_features
-from platformdirs import user_cache_dir
+
+from flashlm_numba.kernels import _cache
 
 # fastmath=True would also assume that no NaN and no infinity occurs and delete the checks for them (np.isnan
 # returns False). These flags only let LLVM vectorise reductions and fuse multiply-adds.
@@ -79,62 +79,86 @@ def folder_name() -> str:
     return f"kernels-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
-def _writable(folder: Path) -> bool:
-    """Whether folder can be created and only this user may write to it, since Numba's cache contains pickles."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if hasattr(os, "getuid"):
-            status = folder.stat()
-            return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        return True
-    except OSError:
-        return False
-
-
 def cache_root() -> Path:
     """Parent folder of the cache of compiled kernels: NUMBA_CACHE_DIR, or the user's cache folder."""
-    return Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir("flashlm-numba", appauthor=False))
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(given).absolute() if given else _cache.user_root()
+
+
+def _usable(folder: Path) -> bool:
+    """Whether only this user may write to folder, since Numba's cache contains pickles, and it can hold the kernels.
+
+    A complete cache need not be writable, and may be root's, as in a read-only image.
+    """
+    if _cache.is_writable(folder):
+        return _cache.is_private(folder)
+    return _cache.is_private(folder, or_roots=True) and _lost(folder) == []
 
 
 def cache_folder() -> Path:
     """Folder of the compiled kernels, named by a hash of their sources and the compiler.
 
     Numba detects a change in the file of the cached function, but not in a helper of another file or in a flag of this
-    file. One folder per version of the sources rules out stale kernels. If cache_root cannot be written, this is a
-    temporary folder for this process only.
+    file. One folder per version of the sources rules out stale kernels. If cache_root cannot be used, this is in the
+    user's folder among the temporary ones; if that cannot be used either, it is for this process only.
     """
     folder = cache_root() / folder_name()
-    if _writable(folder):
+    if _usable(folder):
         return folder
-    temporary = Path(tempfile.mkdtemp(prefix="flashlm-numba-"))
+    root = _cache.temporary_root()
+    if root is not None and _cache.is_writable(root) and _cache.is_private(root) and _usable(root / folder.name):
+        return root / folder.name
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix="flashlm-numba-"))
+    except OSError as error:
+        why = "no folder for the compiled kernels can be written, so set NUMBA_CACHE_DIR to one that can"
+        raise OSError(error.errno, why, str(cache_root())) from None
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     (temporary / folder.name).mkdir(mode=0o700)
     return temporary / folder.name
 
 
+def _lost(folder: Path) -> list[Path] | None:
+    return _cache.lost_files(folder / COMPLETE, _cache.source_folder(folder, __file__))
+
+
 CACHE_FOLDER = cache_folder()
-CACHE_IS_TEMPORARY = CACHE_FOLDER.parent != cache_root()  # if so, the next process compiles everything again
+# if so, the next process compiles everything again
+CACHE_IS_TEMPORARY = CACHE_FOLDER.parent not in (cache_root(), _cache.temporary_root())
+
+
+def lost_files() -> list[Path] | None:
+    """The compiled kernels that were in the cache and are missing or damaged; None if it was never filled."""
+    return _lost(CACHE_FOLDER)
 
 
 def cache_is_cold() -> bool:
-    """Whether flashlm_numba.training.precompile has not yet filled the cache, which takes a minute."""
-    return not (CACHE_FOLDER / COMPLETE).exists()
+    """Whether flashlm_numba.training.precompile has kernels to compile, which takes up to a minute."""
+    return lost_files() != []
 
 
-def _njit(**flags: Any) -> Callable[[Callable], Any]:
+def remove_damaged() -> None:
+    """Delete the damaged files of the cache, which are then compiled anew."""
+    _cache.remove_damaged(_cache.source_folder(CACHE_FOLDER, __file__))
+
+
+def mark_complete() -> None:
+    """Mark the cache as complete with the files that it holds now."""
+    _cache.write_mark(CACHE_FOLDER / COMPLETE, _cache.source_folder(CACHE_FOLDER, __file__))
+
+
+_new_cache = _cache.cache_for(CACHE_FOLDER)
+
+
+def _njit(cache: bool = False, **flags: Any) -> Callable[[Callable], Any]:
     def decorate(function: Callable) -> Any:
-        # Numba reads CACHE_DIR when it decorates a function; restoring it leaves the caches of other packages alone.
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(CACHE_FOLDER)
-        try:
-            # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp).
-            # _nrt=False, because kernels allocate no array: without it, every helper counts references to its arrays,
-            # which takes a tenth of a decoded token. A helper that returns a part of an array must be a `view`.
-            return numba.njit(error_model="numpy", nogil=True, _nrt=False, **flags)(function)
-        finally:
-            numba.config.CACHE_DIR = before
+        # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp).
+        # _nrt=False, because kernels allocate no array: without it, every helper counts references to its arrays,
+        # which takes a tenth of a decoded token. A helper that returns a part of an array must be a `view`.
+        made = numba.njit(error_model="numpy", nogil=True, _nrt=False, **flags)(function)
+        if cache and made is not function:  # without a compiler it is the function itself
+            made._cache = _new_cache(function)
+        return made
 
     return decorate
 

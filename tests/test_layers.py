@@ -71,7 +71,12 @@ def test_imports_point_down(name):
 
 def test_system_asks_the_kernels_for_their_cache_and_threads_only():
     found = {target for name in MODULES if name.startswith("system") for target in imports(name)}
-    assert {target for target in found if target.startswith("kernels")} <= {"kernels", "kernels._jit", "kernels._blas"}
+    assert {target for target in found if target.startswith("kernels")} <= {
+        "kernels",
+        "kernels._jit",
+        "kernels._blas",
+        "kernels._cache",
+    }
 
 
 def test_no_circle():

@@ -309,7 +309,11 @@ def evaluate(
 
 @click.command()
 @options.run
-@click.option("--prompt", default="", help="Text to continue. Default: empty, a new document.")
+@click.option(
+    "--prompt",
+    default="",
+    help="Text to continue. A space at its end becomes the beginning of the next word. Default: empty, a new document.",
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),

@@ -182,6 +182,8 @@ def _notes_on_room(caches: Iterable[str], memory: dict[str, int] | None) -> Iter
 
     if _jit.CACHE_IS_TEMPORARY:
         yield f"{_jit.cache_root()} cannot be written, so every process compiles the kernels again."
+    elif _jit.CACHE_FOLDER.parent != _jit.cache_root():
+        yield f"{_jit.cache_root()} cannot be written, so a folder that the system may delete is used instead."
     for place in {*caches, os.getcwd()}:
         free = shutil.disk_usage(place).free
         if free < ROOM:

@@ -13,47 +13,81 @@ This module imports only click. The numerical packages take a second to load, an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from flashlm_numba import __version__
 from flashlm_numba.cli import commands
+from flashlm_numba.system.display import TERMINAL, say
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.streams import discard_output, open_standard_streams
 
+# standard output on a full disk, a terminal that is gone, opened for reading, on a file that may not grow
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG)
 _LAYERS = ("default", "tbb", "omp", "workqueue", "safe", "threadsafe", "forksafe")
 
 
 class _Commands(click.Group):
     """A group that reports a UserError as one sentence on standard error, with exit status 1."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run a command, whatever became of the standard streams."""
+        open_standard_streams()
+        with _sentences_for_warnings():
+            return super().main(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
+            say(f"Error: {error}")
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nStopped.", err=True)
+            say("\nStopped.")
             ctx.exit(130)
         except BrokenPipeError:  # the reader of the pipe has exited, as in `generate | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output(sys.stdout)
             ctx.exit(1)
         except MemoryError as error:
-            click.echo(f"Error: There is not enough memory ({error}); use smaller settings.", err=True)
+            say(f"Error: There is not enough memory ({error}); use smaller settings.")
             ctx.exit(1)
         except OSError as error:
             if error.filename is not None:  # a path that is too long, or belongs to another user
-                click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; check the path.", err=True)
+                say(f"Error: {error.filename} cannot be used: {error.strerror}; check the path.")
                 ctx.exit(1)
-            if error.errno != errno.ENOSPC:
+            if error.errno not in _OUTPUT_ERRORS:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of the buffer
-            click.echo("Error: The output cannot be written because no space is left.", err=True)
+            discard_output(sys.stdout)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                say("Error: The output cannot be written because no space is left.")
+            else:
+                say(f"Error: The output cannot be written: {error.strerror}; check where standard output goes.")
             ctx.exit(1)
+
+
+@contextlib.contextmanager
+def _sentences_for_warnings() -> Iterator[None]:
+    """Show a warning of this program as a sentence, without the file and line of the code that gave it."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if category.__module__.startswith("flashlm_numba."):
+            TERMINAL.note(f"Warning: {message}")
+        else:
+            before(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

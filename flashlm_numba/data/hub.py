@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashlm_numba.data.documents import ALL, ROLES, Source, quiet_datasets, reason, role_of, texts_of
+from flashlm_numba.system.cache import set_hub_home
 from flashlm_numba.system.errors import UserError
 
 HUB_TIMEOUT = 10.0  # seconds for the request that tests whether the hub can be reached
@@ -76,6 +77,7 @@ class HubDataset(Source):
 
     def _parts(self, role: str) -> Iterator[tuple[int, Any]]:
         """Number and rows of every file of a role."""
+        set_hub_home()
         datasets = quiet_datasets()
         part = 0
         for split in self.splits[role]:
@@ -91,6 +93,7 @@ def resolve_dataset(name: str, subset: str | None, column: str) -> HubDataset:
 
     Raises UserError if the dataset or the subset does not exist, or if the hub cannot be reached.
     """
+    set_hub_home()
     datasets = quiet_datasets()
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError

@@ -6,6 +6,7 @@ data/shards.py reads the files and describes them; data/writer.py writes them. T
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from flashlm_numba.data.splits import VALIDATION_SHARE, Document, Place, Plan, S
 from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
 from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked, read_journal, write_journal
 from flashlm_numba.system import files
-from flashlm_numba.system.display import plural
+from flashlm_numba.system.display import in_terminal, plural, say
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_cores
 
@@ -39,24 +40,28 @@ class _Report:
     SILENCE = 30.0  # seconds between lines without a terminal
 
     def __init__(self, on: bool, max_tokens: int | None) -> None:
-        self._console: Console | None = None
+        self._on = on
+        self._console: Console | None = None  # in a terminal
         self._live: Any = None
         self._started = self._said = time.monotonic()
         self._tokens_before = 0
         self._max_tokens = max_tokens
-        if on:
+        if on and in_terminal():
             from rich.console import Console
 
             self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
     def say(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(text)
+        if self._live is not None and self._console is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._console.print(text)
+        elif self._on:
+            say(text)
 
     def start(self, tokens: int) -> None:
         self._started = self._said = time.monotonic()
         self._tokens_before = tokens
-        if self._console is None or not self._console.is_terminal:
+        if self._console is None:
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -87,7 +92,8 @@ class _Report:
 
     def stop(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
 

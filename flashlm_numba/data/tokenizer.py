@@ -63,6 +63,18 @@ class Vocabulary(ABC):
         Raises ValueError for an id outside the vocabulary.
         """
 
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token (V,), by id; b"" for an id without a token."""
+
+        def token(i: int) -> bytes:
+            try:
+                return self.decode_bytes([i])
+            except (ValueError, LookupError):
+                return b""
+
+        return [token(i) for i in range(self.size)]
+
     def pieces(self, text: str) -> Iterator[str]:
         """Divide a long text into pieces whose tokens, joined, are the tokens of the text. Default: one piece."""
         yield text

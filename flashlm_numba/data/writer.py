@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import numpy as np
 
 from flashlm_numba.data.manifest import JOURNAL, MANIFEST, SHARD_NAME, SPLITS, Shard, SplitManifest
 from flashlm_numba.data.splits import Place
-from flashlm_numba.system import files
+from flashlm_numba.system import files, locks
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,8 +105,7 @@ class ShardWriter:
     def sync(self) -> None:
         """Sync everything written so far to disk."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            files.sync_file(self._file)
 
     def state(self) -> dict[str, Any]:
         """The state for _restore; valid after sync()."""
@@ -194,15 +192,13 @@ def discard(out: Path) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path, wait: bool) -> Iterator[None]:
-    """Lock the folder. The operating system releases the lock when the process ends."""
-    import filelock
-
-    lock = filelock.FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise UserError(f"Another process is preparing {out}: wait for it, or choose another --out.") from None
-    try:
+    """Lock the folder for this process. Raises UserError if another one prepares it, or waits for that one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locks.locked(out / LOCK, wait=wait))
+        except locks.LockedError as error:
+            advice = f" {error.advice}" if error.advice else ""
+            raise UserError(
+                f"Another process is preparing {out}: wait for it, or choose another --out.{advice}"
+            ) from None
         yield
-    finally:
-        lock.release()

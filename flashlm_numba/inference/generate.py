@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashlm_numba.heads.sampling import check_settings
+from flashlm_numba.inference.healing import Healing, sample_allowed, split_prompt
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ def generate_ids(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    allowed: Callable[[], np.ndarray | None] = lambda: None,
 ) -> Iterator[int]:
     """Sample an endless sequence of token ids, each from the ids before it.
 
     context : the ids to start from, at least one; the end of text starts a new document
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token
+    allowed : called before each token; the only tokens to sample from (V,) bool, or None for all
     One pass reads the context. After that, the cost per token does not depend on the length of the text.
     Raises ValueError if the context is empty or a setting is out of range, and UserError if no token can be sampled.
     """
@@ -38,8 +41,12 @@ def generate_ids(
     model.sync_weights()
     state, h = model.prefill(np.array(context, np.int32))
     while True:
+        only = allowed()
         try:
-            token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+            if only is None:
+                token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+            else:
+                token = sample_allowed(model.head, h, only, rng, temperature=temperature, top_k=top_k, top_p=top_p)
         except ValueError as error:
             raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
         yield token
@@ -80,19 +87,31 @@ def generate_text(
 ) -> Iterator[str]:
     """Continue a prompt. Yields pieces of text without the prompt, as soon as their characters are complete.
 
-    prompt : any text; an empty one starts a new document
+    prompt : any text; an empty one starts a new document. The text continues exactly its characters, also a space at
+        its end, which is a part of the next token (see healing.py)
     on_token : called after each sampled token
     The text ends after max_tokens tokens or at the end of text. The other arguments are those of generate_ids.
     """
-    context = [vocabulary.eot, *vocabulary.encode(prompt)]
-    rng = np.random.default_rng(seed)
+    text, pending = split_prompt(prompt)
+    healing = Healing(vocabulary, pending)
+    if pending and not healing.allowed().any():  # a vocabulary that has no such tokens
+        text, healing.pending = prompt, b""
+    context = [vocabulary.eot, *vocabulary.encode(text)]
     stream = Utf8Stream()
-    tokens = generate_ids(model, context, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = generate_ids(
+        model,
+        context,
+        rng=np.random.default_rng(seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        allowed=lambda: healing.allowed() if healing.pending else None,
+    )
     for _, token in zip(range(max_tokens), tokens, strict=False):
         on_token()
         if token == vocabulary.eot:
             break
-        piece = stream.feed(vocabulary.decode_bytes([token]))
+        piece = stream.feed(healing.take(vocabulary.decode_bytes([token])))
         if piece:
             yield piece
     last = stream.end()

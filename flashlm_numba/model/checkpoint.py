@@ -11,15 +11,15 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import sync_folder, write_text
+from flashlm_numba.system.files import free_name, remove_folder, replace, sync_file, sync_folder, write_text
+from flashlm_numba.system.locks import LockedError, locked
 
 KEEP = 3  # number of recent checkpoints that a run keeps
 
@@ -60,8 +60,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
         for part in (len(text).to_bytes(8, "little"), text, *(_bytes(arrays[name]) for name in order)):
             file.write(part)
             digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     return digest.hexdigest()
 
 
@@ -100,15 +99,14 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
         write_text(temporary / "state.json", json.dumps({**content, "sha256": _hash(content)}, indent=1) + "\n")
         sync_folder(temporary)
         if final.exists():  # a resumed run saves the same step again
-            os.replace(final, parent / f".tmp-old-step-{step}")
-        os.replace(temporary, final)
+            replace(final, parent / f".tmp-old-step-{step}")
+        replace(temporary, final)
         sync_folder(parent)
         for left_over in parent.glob(".tmp-*"):
             shutil.rmtree(left_over)
         passing = [step for step in _steps(run) if not _marked(parent / f"step-{step}")]
-        for old in passing[:-KEEP]:  # renamed first, so that a half-deleted folder does not look like a checkpoint
-            os.replace(parent / f"step-{old}", parent / f".tmp-old-step-{old}")
-            shutil.rmtree(parent / f".tmp-old-step-{old}")
+        for old in passing[:-KEEP]:
+            _remove(parent / f"step-{old}")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -237,48 +235,46 @@ def _marked(checkpoint: Path) -> bool:
         return False
 
 
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. It is renamed first if possible, so that a half-deleted one does not look like one."""
+    hidden = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    try:
+        os.rename(checkpoint, hidden)
+    except OSError:  # such as EXDEV for a folder of a container's image
+        hidden = checkpoint
+    remove_folder(hidden)
+
+
+def later_than(run: Path, step: int) -> list[int]:
+    """Steps of the checkpoints after `step`, ascending."""
+    return [later for later in _steps(run) if later > step]
+
+
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after `step`, which a resumed run will write again. Returns the new names."""
+    """Rename the checkpoints after `step`, which a resumed run will write again. Returns the new names.
+
+    Checkpoints that were set aside before keep their names.
+    """
     parent = run / "checkpoints"
     names = []
-    for later in _steps(run):
-        if later > step:
-            new = parent / f"set-aside-step-{later}"
-            shutil.rmtree(new, ignore_errors=True)
-            os.replace(parent / f"step-{later}", new)
-            names.append(new.name)
+    for later in later_than(run, step):
+        new = free_name(parent, f"set-aside-step-{later}")
+        replace(parent / f"step-{later}", new)
+        names.append(new.name)
     return names
 
 
 @contextlib.contextmanager
 def lock(run: Path, remedy: str = "wait for it, or stop it") -> Iterator[None]:
-    """Lock a run's folder for this process. Raises UserError, ending with `remedy`, if another process trains in it.
-
-    The operating system releases the lock when the process ends, however it ends.
-    """
+    """Lock a run's folder for this process. Raises UserError, ending with `remedy`, if another process trains in it."""
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            _lock_file(file)
-        except (BlockingIOError, PermissionError):  # PermissionError on Windows
-            raise UserError(f"Another process is training in {run}; {remedy}.") from None
-        except OSError as error:
-            raise UserError(
-                f"{run} cannot be locked ({error.strerror or error}); choose a folder on another disk, or copy the run "
-                "to one."
-            ) from None
+            stack.enter_context(locked(run / ".lock"))
+        except LockedError as error:
+            advice = f" {error.advice}" if error.advice else ""
+            raise UserError(f"Another process is training in {run}; {remedy}.{advice}") from None
         yield
-
-
-def _lock_file(file: IO) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _steps(run: Path) -> list[int]:

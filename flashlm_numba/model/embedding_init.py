@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import os
 import subprocess
 import sys
 import time
@@ -27,7 +26,8 @@ from scipy import sparse
 from flashlm_numba.system.cache import from_cache, writable_cache
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import write_atomically
-from flashlm_numba.system.process import environment
+from flashlm_numba.system.process import PYTHON, environment
+from flashlm_numba.system.threads import available_cores
 
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split, TokenData
@@ -190,7 +190,7 @@ def truncated_svd(
     orthogonalises with the Gram matrix, that is with a few large products; a Householder QR is ten times slower here.
     The sign of each vector makes its largest entry positive.
     """
-    threads = threads or os.cpu_count() or 1
+    threads = threads or available_cores()
     width = min(rank + oversampling, *matrix.shape)
     with ThreadPoolExecutor(threads) as pool:
         transposed = matrix.T.tocsr()
@@ -247,7 +247,7 @@ def cached_start(
     or earlier. `report` receives a sentence at the beginning and after each stage. A damaged cache file is replaced.
     Raises UserError if no folder can be written.
     """
-    threads = threads or os.cpu_count() or 1
+    threads = threads or available_cores()
     vocab_size = data.vocabulary.size
     name = cache_name(data, dim, seed, threads)
     found = from_cache(f"{CACHE}/{name}", lambda path: _load(path, (vocab_size, dim)))
@@ -290,11 +290,17 @@ def _load(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, float] | None
 def _run_apart(folder: Path, out: Path, dim: int, seed: int, threads: int, report: Report | None) -> None:
     """Run this module as a process, and report the sentences that it prints."""
     count = str(threads)
-    command = [sys.executable, "-m", "flashlm_numba.model.embedding_init", str(folder), str(out)]
+    command = [*PYTHON, "-m", "flashlm_numba.model.embedding_init", str(folder), str(out)]
     command += ["--dim", str(dim), "--seed", str(seed), "--threads", count]
     variables = environment(OPENBLAS_NUM_THREADS=count, OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=variables,
     ) as process:
         try:
             lines = []

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import sync_folder
+from flashlm_numba.system.files import replace, sync_file, sync_folder
 
 FORMAT = "flashlm-numba packed 1"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
@@ -86,8 +86,8 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(stored, temporary, metadata=metadata)
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            sync_file(file)
+        replace(temporary, path)
         sync_folder(path.parent)
     except Exception as error:  # safetensors has its own error for a full disk
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":

@@ -16,10 +16,23 @@ from flashlm_numba.system.process import run_apart
 
 
 def ensure_compiled(note: Callable[[str], None]) -> None:
-    """Compile the kernels into the cache if it is empty (one to two minutes); note receives a sentence first."""
-    if numba.config.DISABLE_JIT or not _jit.cache_is_cold():
+    """Compile what the cache of kernels lacks (one to two minutes if it is empty); note receives a sentence first."""
+    if numba.config.DISABLE_JIT:
         return
-    often = f"each time, since {_jit.cache_root()} cannot be written" if _jit.CACHE_IS_TEMPORARY else "once"
-    note(f"Compiling the kernels ({often}; one to two minutes) ...")
-    # this process's folder; it is temporary if the user's cache cannot be written
+    lost = _jit.lost_files()
+    if lost == []:
+        return
+    root = _jit.cache_root()
+    if lost is not None:
+        note(f"Compiled kernels in {_jit.CACHE_FOLDER} are missing or damaged ({len(lost)} of the files).")
+        how = "anew"
+    elif _jit.CACHE_IS_TEMPORARY:
+        how = f"each time, since {root} cannot be written; one to two minutes"
+    elif _jit.CACHE_FOLDER.parent != root:
+        how = f"once, into {_jit.CACHE_FOLDER.parent}, since {root} cannot be written; one to two minutes"
+    else:
+        how = "once; one to two minutes"
+    note(f"Compiling the kernels ({how}) ...")
+    _jit.remove_damaged()
+    # this process's folder, which is a temporary one if the user's cache cannot be written
     run_apart(["-m", "flashlm_numba.training.precompile"], NUMBA_CACHE_DIR=str(_jit.CACHE_FOLDER.parent))

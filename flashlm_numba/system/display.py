@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+from flashlm_numba.system.streams import error_descriptor
+
 Note = Callable[[str], None]  # shows a line to the user
 
 PLAIN_SECONDS = 20.0  # between plain lines, without a terminal
@@ -48,9 +50,18 @@ def plural(count: int, noun: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line on standard error. The work continues if its reader is gone (a closed terminal, `| head`)."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+    """Print a line on standard error. The work continues if it cannot be written (a closed terminal, `| head`)."""
+    if sys.stderr is not None:  # else print would use standard output
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+            print(line, file=sys.stderr, flush=True)
+
+
+def in_terminal() -> bool:
+    """Whether standard error is a terminal; it may be closed, or None."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 def peak_rss_mb() -> float | None:
@@ -117,8 +128,10 @@ class Display(Progress):
 
     def stopping(self) -> None:
         """Say that training stops after this step."""
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nFinishing the step and saving; interrupt again to stop without saving.\n")
+        descriptor = error_descriptor()
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(descriptor, b"\nFinishing the step and saving; interrupt again to stop without saving.\n")
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
@@ -160,7 +173,7 @@ class Display(Progress):
     def _start(self, label: str, total: int, done: int) -> None:
         self._total, self._done, self._label = total, done, label
         self._last = time.monotonic()
-        if sys.stderr.isatty():
+        if in_terminal():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar

@@ -1,4 +1,6 @@
-"""The exception that reaches the user as a sentence instead of a traceback."""
+"""The exception and the warning that reach the user as a sentence instead of a traceback."""
+
+import warnings
 
 
 class UserError(Exception):
@@ -7,3 +9,17 @@ class UserError(Exception):
     The command line prints the text and exits with status 1. Raise it for a missing or damaged file, a wrong
     vocabulary or a full disk, never for a bug of the program.
     """
+
+
+class PlaceWarning(UserWarning):
+    """A file system lacks something, and the work continues without it. The command line prints the sentence."""
+
+
+_said: set[str] = set()  # kinds of PlaceWarning so far
+
+
+def warn_once(kind: str, sentence: str) -> None:
+    """Give a PlaceWarning, unless this process has given one of this kind."""
+    if kind not in _said:
+        _said.add(kind)
+        warnings.warn(sentence, PlaceWarning, stacklevel=3)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
-from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.errors import UserError, warn_once
+
+# what file systems answer that cannot sync (a folder), or cannot rename (over a file, or out of a lower layer)
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_RENAME = {errno.EXDEV, errno.EEXIST, errno.EPERM, errno.EACCES, errno.EBUSY, errno.EINVAL} | (
+    _NO_SYNC - {errno.EBADF}
+)
 
 
 def sha256(path: Path, size: int | None = None) -> Any:
@@ -27,13 +36,114 @@ def sha256(path: Path, size: int | None = None) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder's entries to disk, so that a file renamed into it survives a crash."""
-    if os.name == "posix":  # Windows cannot open a folder and needs no sync
+    """Sync a folder's entries to disk, so that a file renamed into it survives a crash.
+
+    Some file systems (CIFS, many of FUSE) cannot sync a folder, and some folders may be written but not read.
+    """
+    if os.name != "posix":  # Windows cannot open a folder and needs no sync
+        return
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        _allow_unsynced(error, folder)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Sync everything written to an open file to disk."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        _allow_unsynced(error, Path(file.name))
+
+
+def _allow_unsynced(error: OSError, path: Path) -> None:
+    """Warn if a file system cannot sync; raise other errors, such as those of the disk."""
+    if error.errno not in _NO_SYNC:
+        raise error
+    warn_once(
+        "sync",
+        f"The file system of {path} cannot sync to disk ({error.strerror}), so the newest files may be lost if the "
+        "power fails.",
+    )
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file to target, replacing a file there, or a folder to target, where there is none.
+
+    A file system that cannot do this (EXDEV for a folder of a container's image) gets a copy instead, which a crash can
+    leave incomplete; the source is deleted only when the copy is on disk. A folder's state.json is copied last.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        warn_once(
+            "rename",
+            f"The file system of {target.parent} cannot rename {source.name} ({error.strerror}); the program copies "
+            "instead, and a crash meanwhile can damage the copy.",
+        )
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            (_move_folder if source.is_dir() else _move_file)(source, target)
+        except OSError as second:
+            raise second from error
+
+
+def _move_file(source: Path, target: Path) -> None:
+    """Replace target by source. The old file keeps another name until the new one is complete."""
+    old = target.with_name(f".{target.name}.old")
+    renamed = False
+    with contextlib.suppress(OSError):  # a file that is mounted cannot be renamed, but can be written
+        os.rename(target, old)
+        renamed = True
+    try:
+        _copy(source, target)
+    except BaseException:
+        if renamed:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+                os.rename(old, target)
+        raise
+    if renamed:
+        old.unlink()
+    source.unlink()
+
+
+def _move_folder(source: Path, target: Path) -> None:
+    target.mkdir()
+    try:
+        for path in sorted(source.iterdir(), key=lambda path: path.name == "state.json"):
+            _copy(path, target / path.name)
+        sync_folder(target)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    remove_folder(source)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        sync_file(file)
+
+
+def free_name(folder: Path, name: str, suffix: str = "") -> Path:
+    """The path folder/name+suffix, with -2, -3 and so on after the name if it exists."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for each in names if not os.path.lexists(path := folder / f"{each}{suffix}"))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, its state.json first, so that a half-deleted checkpoint does not look like a complete one."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], temporary: Path | None = None) -> None:
@@ -46,9 +156,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], temporary:
     try:
         with temporary.open("wb") as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+            sync_file(f)
+        replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.streams import error_descriptor
+
+# -P: without it, Python would import a random.py in the working folder instead of its own
+PYTHON = (sys.executable, "-P")
 
 
 def environment(**variables: str) -> dict[str, str]:
     """The environment for such a process: that of this process, plus these variables."""
-    # in a checkout that is not installed, the new process must find the package too
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    # In a checkout that is not installed, the new process must find the package too. The folder of installed packages
+    # is not added, because PYTHONPATH comes before Python's own library.
+    root = Path(__file__).resolve().parents[2]
+    before = [] if root.name in ("site-packages", "dist-packages") else [str(root)]
+    paths = [*before, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | variables | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
 def run_apart(arguments: list[str], *, quiet: bool = False, **variables: str) -> None:
@@ -22,14 +30,16 @@ def run_apart(arguments: list[str], *, quiet: bool = False, **variables: str) ->
 
     quiet : hide the standard error of the process; if it fails, the last line becomes part of the UserError
     """
-    if sys.stderr is not None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.flush()
+    shown = subprocess.DEVNULL if error_descriptor() is None else None
     result = subprocess.run(
-        [sys.executable, *arguments],
+        [*PYTHON, *arguments],
         check=False,
         env=environment(**variables),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE if quiet else None,
+        stderr=subprocess.PIPE if quiet else shown,
         text=True,
         errors="replace",
     )

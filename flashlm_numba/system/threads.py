@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 
+from flashlm_numba.system.cpu_quota import cpu_quota
 from flashlm_numba.system.errors import UserError
 
 
 def available_cores() -> int:
-    """Logical cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Logical cores that this process may use: those it is bound to, limited to its CPU quota, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else min(cores, max(1, math.ceil(quota)))
 
 
 def available_threads() -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 from flashlm_numba.data.builtin import cached_corpus, default_corpus
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.heads import head_class
+from flashlm_numba.kernels._cache import user_root
 from flashlm_numba.model.config import ModelConfig, RunConfig
-from flashlm_numba.system.cache import cache_roots, writable_cache
+from flashlm_numba.system.cache import writable_cache
 from flashlm_numba.system.display import Display, Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.process import run_apart
@@ -31,7 +32,7 @@ def training_data(source: str | None, progress: Progress) -> Path:
             )
         return folder
     if cached_corpus() is None:
-        place, usual = writable_cache(), cache_roots()[0]
+        place, usual = writable_cache(), user_root()
         if place != usual:
             progress.note(
                 f"The cache folder {usual} cannot be written, so {place} is used, which the system may delete."

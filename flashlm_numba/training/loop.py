@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from flashlm_numba.kernels.ema import ema_update
 from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import writing_to
+from flashlm_numba.system.files import sync_file, writing_to
 from flashlm_numba.system.signals import caught_signals
 from flashlm_numba.training.schedule import lr_scale
 from flashlm_numba.training.session import BATCH, WINDOW, Session
@@ -189,8 +188,7 @@ class _Checkpoints:
         """Write a checkpoint, whose time counts as training. keep : later checkpoints do not replace it"""
         clock = self.session.clock
         start = time.perf_counter()
-        self.log.flush()
-        os.fsync(self.log.fileno())  # the log is never behind a checkpoint
+        sync_file(self.log)  # the log is never behind a checkpoint
         checkpoint.save(self.session.folder, clock.step, *_contents(self.session, keep))
         clock.seconds += time.perf_counter() - start
         self.saved_seconds, self.saved_step = clock.seconds, clock.step

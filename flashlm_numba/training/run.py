@@ -21,7 +21,7 @@ from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import write_text, writing_to
+from flashlm_numba.system.files import free_name, write_atomically, write_text, writing_to
 from flashlm_numba.system.threads import available_threads, set_threads
 from flashlm_numba.training import inputs
 from flashlm_numba.training.loop import train
@@ -153,7 +153,7 @@ def resume_run(
     """Resume a run from its newest checkpoint, or from the named one.
 
     length : default: the run's plan;  settings : key=value texts for settings in CHANGEABLE
-    threads : default: the number that the run used, or all that this machine has if it has fewer
+    threads : default: the number that the run used, or all that this process may use if these are fewer
     progress : receives notes and steps; None: shows nothing
     Raises UserError and ValueError as start_run does.
     """
@@ -188,7 +188,7 @@ def _threads_again(before: int, asked: int | None, progress: Progress) -> int:
     """Set the threads of a resumed run, and note if their number differs from before."""
     using = set_threads(min(before, available_threads()) if asked is None else asked)
     if using != before:
-        why = "" if asked is not None else ", all that this machine has"
+        why = "" if asked is not None else ", all that this process may use"
         progress.note(f"The run used {before} threads, now {using}{why}; the last digits of the results will differ.")
     return using
 
@@ -237,26 +237,47 @@ def _lengthen(session: Session, length: Length) -> bool:
 def _drop_later(session: Session, path: Path | None) -> None:
     """Remove checkpoints, metrics and samples after the step that the run resumes from; training writes them again.
 
+    Checkpoints are set aside with the part of the log and of the samples that belongs to them. Without later
+    checkpoints, as after a crash, training writes the same lines again.
     path : checkpoint to resume from; None: training starts again
     """
     folder, at = session.folder, session.clock.step
+    metrics, samples = folder / "metrics.jsonl", folder / "samples.txt"
+    kept, cut = _divided(metrics, at)
+    size = checkpoint.load_state(path).get("samples_bytes", 0) if path else 0
+    later = checkpoint.later_than(folder, at)
+    if later:
+        # first, since a run that is killed in between must not lose them
+        _set_aside(session, metrics, "".join(cut).encode(), later[-1])
+        _set_aside(session, samples, samples.read_bytes()[size:] if samples.exists() else b"", later[-1])
     for name in checkpoint.set_aside_after(folder, at):
         session.progress.note(f"A later checkpoint was set aside as {folder / 'checkpoints' / name}.")
-    metrics = folder / "metrics.jsonl"
     if metrics.exists():
-        kept = []
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= at:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a crash
         write_text(metrics, "".join(kept))
-    samples = folder / "samples.txt"
     if samples.exists():
-        size = checkpoint.load_state(path).get("samples_bytes", 0) if path else 0
         with samples.open("r+b") as file:
             file.truncate(min(size, samples.stat().st_size))
+
+
+def _set_aside(session: Session, path: Path, content: bytes, step: int) -> None:
+    """Write the end of a file, unless it is empty, to a new file named by the last step that is set aside."""
+    if content:
+        aside = free_name(path.parent, f"{path.stem}.set-aside-step-{step}", path.suffix)
+        write_atomically(aside, lambda file: file.write(content))
+        session.progress.note(f"The end of {path.name} was set aside as {aside}.")
+
+
+def _divided(metrics: Path, at: int) -> tuple[list[str], list[str]]:
+    """The lines of a log up to step `at`, and those after it, without lines torn by a crash."""
+    kept: list[str] = []
+    cut: list[str] = []
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
+    for line in lines:
+        try:
+            (kept if json.loads(line)["step"] <= at else cut).append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept, cut
 
 
 # --- both ---

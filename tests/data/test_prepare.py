@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 
-import filelock
 import numpy as np
 import pytest
 from texts import content, flat, make_texts, quiet, texts_of, write_jsonl
@@ -15,6 +14,7 @@ from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.locks import locked
 
 GPT2 = vocabulary_named("gpt2")
 
@@ -113,10 +113,7 @@ def test_folder_is_reused_for_the_same_corpus_and_refused_for_another(tmp_path, 
     (out / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds shards without a manifest"):
         quiet(source, out)
-    with (
-        filelock.FileLock(out / "prepare.lock"),
-        pytest.raises(UserError, match="Another process is preparing"),
-    ):
+    with locked(out / "prepare.lock"), pytest.raises(UserError, match="Another process is preparing"):
         quiet(source, out)
     with pytest.raises(UserError, match=r"Cannot prepare .*a\.jsonl"):
         quiet(source, tmp_path / "a.jsonl" / "below-a-file")

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(blocked))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = _jit.cache_folder()
     assert folder.is_dir()
     assert blocked not in folder.parents
@@ -77,6 +79,7 @@ def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
 def test_a_cache_folder_that_others_may_write_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     open_to_all = tmp_path / _jit.folder_name()
     open_to_all.mkdir()
     open_to_all.chmod(0o777)

@@ -1,6 +1,5 @@
 """Checkpoints: whole or not at all, damage found, the lock."""
 
-import errno
 import json
 import os
 import subprocess
@@ -186,6 +185,16 @@ def test_set_aside_after_keeps_later_checkpoints_out_of_the_way(tmp_path):
     assert checkpoint.find(tmp_path).name == "step-1"
 
 
+def test_set_aside_after_destroys_nothing_that_was_set_aside_before(tmp_path):
+    _save(tmp_path, 1)
+    for number in ("", "-2", "-3"):
+        path = _save(tmp_path, 2)
+        (path / "number").write_text(number)
+        assert checkpoint.set_aside_after(tmp_path, 1) == [f"set-aside-step-2{number}"]
+    for number in ("", "-2", "-3"):
+        assert (tmp_path / "checkpoints" / f"set-aside-step-2{number}" / "number").read_text() == number
+
+
 def test_lock_refuses_a_second_process_and_outlives_no_process(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
@@ -200,12 +209,3 @@ def test_lock_refuses_a_second_process_and_outlives_no_process(tmp_path):
     assert "Another process is training in" in second.stdout
     after = subprocess.run(command, capture_output=True, text=True, check=True)
     assert after.stdout.strip() == "got it"
-
-
-def test_a_disk_that_knows_no_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
-    def refuse(file):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(checkpoint, "_lock_file", refuse)
-    with pytest.raises(UserError, match=r"cannot be locked \(No locks available\); choose"), checkpoint.lock(tmp_path):
-        pass

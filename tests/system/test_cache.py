@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from helpers import TINY
 
-from flashlm_numba.system.cache import cache_roots, from_cache, writable_cache
+from flashlm_numba.kernels._cache import temporary_root, user_root
+from flashlm_numba.system.cache import from_cache, writable_cache
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.training import inputs
@@ -41,7 +42,7 @@ def test_the_users_cache_is_used_where_it_can_be_written(usual):
 def test_a_temporary_folder_of_fixed_name_takes_its_place(blocked):
     folder = writable_cache("a")
     assert folder.parent.parent == blocked / "tmp"
-    assert folder == writable_cache("a") == cache_roots()[1] / "a"
+    assert folder == writable_cache("a") == temporary_root() / "a"
     (folder / "thing").write_text("kept")
     assert from_cache("a/thing", lambda path: path.read_text() if path.is_file() else None) == "kept"
     assert from_cache("a/other", lambda path: path.read_text() if path.is_file() else None) is None
@@ -50,7 +51,7 @@ def test_a_temporary_folder_of_fixed_name_takes_its_place(blocked):
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
 @pytest.mark.parametrize("trick", ["open to all", "link"])
 def test_a_temporary_folder_that_others_may_write_is_not_used(blocked, trick):
-    root = cache_roots()[1]
+    root = temporary_root()
     if trick == "link":
         (blocked / "elsewhere").mkdir(mode=0o700)
         root.symlink_to(blocked / "elsewhere")
@@ -82,7 +83,7 @@ def test_training_without_a_writable_cache_says_so_once_and_works(blocked, tmp_p
         )
         assert done.returncode == 0, done.stderr
         said.append(done.stderr)
-    user, temporary = cache_roots()
+    user, temporary = user_root(), temporary_root()
     assert f"The cache folder {user} cannot be written, so {temporary} is used" in said[0]
     assert f"cached in {temporary / 'embeddings'}" in said[0]
     assert "cannot be written" not in said[1]

@@ -1,5 +1,6 @@
 """Starting and resuming: what goes on, what is refused, and what is said."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 
 import pytest
 from run_helpers import read_bits, read_log, read_losses, resume, start
+from safetensors.numpy import load_file
 
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model.settings import run_from_json, with_settings
@@ -90,6 +92,27 @@ def test_damaged_checkpoint_is_refused_and_an_older_one_goes_on(tiny_run, corpus
     assert (tmp_path / "checkpoints" / "set-aside-step-6").is_dir()
 
 
+def test_resuming_twice_from_a_step_keeps_what_was_set_aside(tiny_run, corpus, tmp_path):
+    """Each branch keeps its checkpoints, its lines of the log and its samples."""
+    run = with_settings(tiny_run, ["head.name=dense", "checkpoint_every=1", "validate_every=1"])
+    start(run, corpus, tmp_path, steps=3)
+    for suffix, setting in (("", "adamw_lr=1e-4"), ("-2", "adamw_lr=1e-5")):
+        losses, bits, samples = read_losses(tmp_path), read_bits(tmp_path), (tmp_path / "samples.txt").read_text()
+        resume(tmp_path, checkpoint_name="step-1", settings=(setting,), steps=3)
+        assert read_bits(tmp_path) != bits
+        aside = tmp_path / f"metrics.set-aside-step-3{suffix}.jsonl"
+        lines = [json.loads(line) for line in aside.read_text().splitlines()]
+        assert [(line["step"], line["loss"], line["nll"], line["val_nll"]) for line in lines] == losses[1:]
+        kept = (tmp_path / "samples.txt").read_text().partition("=== step 2 ===")[0]
+        assert kept + (tmp_path / f"samples.set-aside-step-3{suffix}.txt").read_text() == samples
+        path = tmp_path / "checkpoints" / f"set-aside-step-3{suffix}"
+        for name, value in load_file(path / "model.safetensors").items():
+            assert value.tobytes() == bits[f"model.{name}"]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {*(f"step-{n}" for n in (1, 2, 3)), *(f"set-aside-step-{n}" for n in ("2", "2-2", "3", "3-2"))}
+
+
 def test_a_finished_run_can_be_given_more_steps(tiny_run, corpus, tmp_path, capsys):
     run = with_settings(tiny_run, ["head.name=dense", "phases=20:2x16"])  # a layout of 20 steps, as v3's of 10,000
     start(run, corpus, tmp_path / "whole", steps=6)
@@ -135,7 +158,7 @@ def test_a_run_resumes_with_the_threads_that_there_are(tiny_run, corpus, tmp_pat
         resume(tmp_path, steps=2, threads=1000)  # asked for, so not a matter of course
     assert resume(tmp_path, steps=2).status == 0
     here = available_threads()
-    assert f"The run used 1000 threads, now {here}, all that this machine has" in capsys.readouterr().err
+    assert f"The run used 1000 threads, now {here}, all that this process may use" in capsys.readouterr().err
     assert run_from_json((tmp_path / "config.json").read_text()).threads == here
 
 
