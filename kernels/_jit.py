@@ -28,6 +28,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ import llvmlite.binding
 import numba
 from numba.core.codegen import get_host_cpu_features
 from platformdirs import user_cache_dir
+
+from flashlm_numba.kernels._entry import Region
 
 # fastmath=True would also assume that no NaN and no infinity occurs and delete the checks for them (np.isnan
 # returns False). These flags only let LLVM vectorise reductions and fuse multiply-adds.
@@ -123,23 +126,37 @@ def cache_is_cold() -> bool:
     return not (CACHE_FOLDER / COMPLETE).exists()
 
 
+_decorating = threading.Lock()  # two threads may import kernels at the same time
+
+
 def _njit(**flags: Any) -> Callable[[Callable], Any]:
     def decorate(function: Callable) -> Any:
         # Numba reads CACHE_DIR when it decorates a function; restoring it leaves the caches of other packages alone.
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(CACHE_FOLDER)
-        try:
-            # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp)
-            return numba.njit(error_model="numpy", nogil=True, **flags)(function)
-        finally:
-            numba.config.CACHE_DIR = before
+        with _decorating:
+            before = numba.config.CACHE_DIR
+            numba.config.CACHE_DIR = str(CACHE_FOLDER)
+            try:
+                # error_model="numpy", because the default's zero-division check prevents vectorising 1 / (1 + exp)
+                return numba.njit(error_model="numpy", nogil=True, **flags)(function)
+            finally:
+                numba.config.CACHE_DIR = before
 
     return decorate
 
 
-# A region over threads; arguments are outputs, scratch, saved values, inputs, scalars. Never raise or assert inside a
-# prange, because Numba then runs the loop serially. Never enter one for microseconds of work or in a forked child.
-kernel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
+_parallel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
+
+
+def kernel(function: Callable) -> Any:
+    """Compile a region over threads; arguments are outputs, scratch, saved values, inputs, scalars.
+
+    Never raise or assert inside a prange, because Numba then runs the loop serially. Never enter a region for
+    microseconds of work. Only Python can call it, since _entry.Region decides whether and when a thread may enter.
+    """
+    compiled = _parallel(function)
+    return compiled if numba.config.DISABLE_JIT else Region(compiled)
+
+
 # A serial entry point, called from Python.
 serial_kernel = _njit(cache=True, fastmath=FASTMATH)
 # A serial entry point whose floating-point operations must keep their order.
