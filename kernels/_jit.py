@@ -37,6 +37,7 @@ import numba
 from numba.core.codegen import get_host_cpu_features
 
 from flashlm_numba.kernels import _cache
+from flashlm_numba.kernels._entry import Region
 
 # fastmath=True would also assume that no NaN and no infinity occurs and delete the checks for them (np.isnan
 # returns False). These flags only let LLVM vectorise reductions and fuse multiply-adds.
@@ -163,9 +164,19 @@ def _njit(cache: bool = False, **flags: Any) -> Callable[[Callable], Any]:
     return decorate
 
 
-# A region over threads; arguments are outputs, scratch, saved values, inputs, scalars. Never raise or assert inside a
-# prange, because Numba then runs the loop serially. Never enter one for microseconds of work or in a forked child.
-kernel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
+_parallel = _njit(parallel=True, cache=True, fastmath=FASTMATH)
+
+
+def kernel(function: Callable) -> Any:
+    """Compile a region over threads; arguments are outputs, scratch, saved values, inputs, scalars.
+
+    Never raise or assert inside a prange, because Numba then runs the loop serially. Never enter a region for
+    microseconds of work. Only Python can call it, since _entry.Region decides whether and when a thread may enter.
+    """
+    compiled = _parallel(function)
+    return compiled if numba.config.DISABLE_JIT else Region(compiled)
+
+
 # A serial entry point, called from Python.
 serial_kernel = _njit(cache=True, fastmath=FASTMATH)
 # A serial entry point whose floating-point operations must keep their order.

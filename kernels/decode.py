@@ -10,7 +10,7 @@ S buckets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,6 +206,7 @@ class DecodeState:
     mixer_state: NamedTuple
     mixer_weights: NamedTuple
     position: int = 0  # tokens read
+    calls: list[object] = field(default_factory=list)  # the first is in flight
 
     def __post_init__(self) -> None:
         self.fields = (*self.state, *self.weights, *self.mixer_state, *self.mixer_weights)
@@ -293,13 +294,24 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
     row : the token's row of embedding (V, C);  weights : the weights given to new_state
     It uses one thread. The cost is the same at every position: 2*R*3*C*I flop plus that of the mixers. The result
     equals the last row of trunk_forward over the text except for float32 rounding. With int8 activations this rounding
-    can change a quantised value by one step. Raises ValueError if row is not in [0, V), or a shape or dtype is wrong.
+    can change a quantised value by one step. Raises ValueError if row is not in [0, V), or a shape or dtype is wrong,
+    and RuntimeError if another thread is using the state.
     """
     _check.array("decode_step", "embedding", embedding, (None, state.state.x.shape[1]))
     if not 0 <= row < len(embedding):
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
-    weights.mixer.decode_region(embedding, row, state.position, *state.fields)
-    state.position += 1
+    this_call = object()
+    try:
+        state.calls.append(this_call)
+        if state.calls[0] is not this_call:
+            raise RuntimeError(
+                "decode_step: another thread is using this state; start a state of its own for each text"
+            )
+        weights.mixer.decode_region(embedding, row, state.position, *state.fields)
+        state.position += 1
+    finally:  # also after an interrupt anywhere above
+        if this_call in state.calls:
+            state.calls.remove(this_call)
     return state.state.out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,6 +68,27 @@ def assert_as_accurate(got, ref32, ref64, slack: float = 4.0, name: str = "resul
     allowed = slack * (yardstick + np.finfo(np.float32).eps * scale) + 1e-30
     error = float(np.abs(got.astype(np.float64) - ref64).max())
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (values up to {scale:.3g})"
+
+
+def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of functions that start together, each in a thread of its own; raises what the first one raises."""
+    start, results, errors = threading.Barrier(len(calls)), [None] * len(calls), []
+
+    def run(index: int) -> None:
+        start.wait()
+        try:
+            results[index] = calls[index]()
+        except BaseException as error:  # handed to the caller
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
 
 
 def numeric_gradient(function: Callable[[], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:

@@ -217,8 +217,7 @@ def roofline(model: Model, trunk_rate: float, repeats: int) -> dict[str, dict[st
 
 def _kept_bytes(model: Model) -> int:
     """Bytes that the forward pass saves for the backward pass."""
-    buffers = model._buffers
-    assert buffers is not None
+    (buffers,) = model._buffers.free
     return sum(a.nbytes for a in (*buffers.activations, *buffers.mixer_activations))
 
 

@@ -15,13 +15,19 @@ import numpy as np
 
 from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.kernels import _check
+from flashlm_numba.system.calls import OneCall
 
 
 class Head(ABC):
     """The interface that the model, training, evaluation, generation and the commands use.
 
     In all methods h is (N, C) float32, targets are token ids (N,) int32, and weights (N,) float32 are each position's
-    share of a step's loss.
+    share of a step's loss. They are only read, and may be read-only.
+
+    Threads: `log_prob`, `sample`, `distribution` and `top` may be called from any number of threads at the same time.
+    `begin` and `forward_backward`, which change the head, raise RuntimeError while another forward_backward is in
+    flight. `use_int8` may be called at any time; calls in flight finish without it. Call `prepare`, and change
+    parameters, only when no call is in flight.
 
     parameters, gradients : the head's arrays by name, without the rows that it shares with the embedding
     row_of_token : (V,) int32, row of the embedding per token; None if row v belongs to token v
@@ -166,18 +172,30 @@ def check_options(
 
 
 def check_rows(where: str, weight: np.ndarray, dweight: np.ndarray | None) -> None:
-    """Raise ValueError unless weight is (V, C) float32 with V and C at least 1, and dweight has the same shape."""
+    """Raise ValueError unless weight is (V, C) float32 with V and C at least 1, and dweight is a writable one."""
     _check.array(where, "weight", weight, (None, None))
     if not weight.size:
         raise ValueError(f"{where}: weight must have at least one row and one column, got {weight.shape}")
     if dweight is not None:
         _check.array(where, "dweight", dweight, weight.shape)
+        if not dweight.flags.writeable:
+            raise ValueError(
+                f"{where}: dweight must be writable, because gradients are added to it; use dweight.copy()"
+            )
 
 
 def check_targets(where: str, targets: np.ndarray, vocab_size: int) -> None:
     """Raise ValueError unless targets are token ids (N,) int32 of the vocabulary."""
     _check.array(where, "targets", targets, (None,), np.int32)
     _check.indices(where, "targets", targets, vocab_size, "check the tokenizer's vocabulary size")
+
+
+def one_training_call(where: str) -> OneCall:
+    """Refuses forward_backward while another one is in flight."""
+    return OneCall(
+        f"{where}: another thread is in forward_backward, which adds to the head's gradients; call it from one thread "
+        "at a time, or give each thread a head of its own"
+    )
 
 
 def loss_options(settings: HeadConfig, constants: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head, check_options, check_rows, loss_options
+from flashlm_numba.heads.base import Head, check_options, check_rows, loss_options, one_training_call
 from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, dense_inference, draw
 from flashlm_numba.kernels import dense_head as kernels
 from flashlm_numba.kernels.embedding import zero
 from flashlm_numba.kernels.ternary_gemv import quantize_rows
+from flashlm_numba.system.arrays import for_reading
+from flashlm_numba.system.calls import Pool
+from flashlm_numba.system.threads import adopt_threads
 
 __all__ = ["DenseHead"]
 
@@ -46,18 +50,21 @@ class DenseHead(Head):
         soft_cap: float | None = None,
         log_prior: np.ndarray | None = None,
     ) -> None:
-        check_rows("DenseHead", weight, dweight)
+        self._weight, self._log_prior = for_reading(weight), for_reading(log_prior)  # for kernels, which only read
+        check_rows("DenseHead", self._weight, dweight)
         check_options("DenseHead", label_smoothing=label_smoothing, z_loss=z_loss, soft_cap=soft_cap)
         if log_prior is not None:
-            _check.array("DenseHead", "log_prior", log_prior, weight.shape[:1])
-        self.weight = weight
-        self.dweight = np.zeros(weight.shape, np.float32) if dweight is None else dweight
+            _check.array("DenseHead", "log_prior", self._log_prior, self._weight.shape[:1])
+            log_prior = np.asarray(log_prior)
+        self.weight = np.asarray(weight)
+        self.dweight = np.zeros(self.weight.shape, np.float32) if dweight is None else dweight
         self.settings: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "soft_cap": soft_cap}
         self.log_prior = log_prior
-        self.vocab_size = weight.shape[0]
+        self.vocab_size = self.weight.shape[0]
         self.parameters: dict[str, np.ndarray] = {}
         self.gradients: dict[str, np.ndarray] = {}
-        self._scratch: kernels.DenseScratch | None = None
+        self._scratch: Pool[kernels.DenseScratch] = Pool()
+        self._training = one_training_call(type(self).__name__)
         self._int8: tuple[np.ndarray, np.ndarray] | None = None  # quantised rows and their scales
 
     @classmethod
@@ -74,9 +81,13 @@ class DenseHead(Head):
         """See Head.from_settings; this head does not use the counts."""
         return DenseHead(weight, dweight, **loss_options(settings, constants))
 
-    def _buffers(self) -> kernels.DenseScratch:
-        self._scratch = kernels.scratch_for(self._scratch, *self.weight.shape)
-        return self._scratch
+    def _buffers(self) -> AbstractContextManager[kernels.DenseScratch]:
+        """Scratch for one call; the number of threads is determined first, because scratch depends on it."""
+        adopt_threads()
+        shape = self.weight.shape
+        return self._scratch.item(
+            lambda scratch: kernels.scratch_for(scratch, *shape) is scratch, lambda: kernels.DenseScratch(*shape)
+        )
 
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
@@ -84,38 +95,42 @@ class DenseHead(Head):
         """Returns loss (N,), nll (N,), dh (N, C), and adds the gradient of sum(weights * loss) to dweight.
 
         accumulate : False replaces the previous gradient
+        Raises RuntimeError if another thread is in forward_backward of this head.
         """
-        if not accumulate:
-            zero(self.dweight)
-        return kernels.dense_head_forward_backward(
-            h,
-            self.weight,
-            targets,
-            weights,
-            self.dweight,
-            log_prior=self.log_prior,
-            scratch=self._buffers(),
-            **self.settings,
-        )
+        with self._training.alone(), self._buffers() as scratch:
+            if not accumulate:
+                zero(self.dweight)
+            return kernels.dense_head_forward_backward(
+                for_reading(h),
+                self._weight,
+                for_reading(targets),
+                for_reading(weights),
+                self.dweight,
+                log_prior=self._log_prior,
+                scratch=scratch,
+                **self.settings,
+            )
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32."""
-        _, nll = kernels.dense_head_forward(
-            h,
-            self.weight,
-            targets,
-            log_prior=self.log_prior,
-            soft_cap=self.settings["soft_cap"],
-            scratch=self._buffers(),
-        )
+        with self._buffers() as scratch:
+            _, nll = kernels.dense_head_forward(
+                for_reading(h),
+                self._weight,
+                for_reading(targets),
+                log_prior=self._log_prior,
+                soft_cap=self.settings["soft_cap"],
+                scratch=scratch,
+            )
         return -nll
 
     def use_int8(self) -> None:
         """From now on, sample with rows quantised to int8; the largest logits are computed again in float32.
 
         This speeds up generation, because a token reads a quarter of the bytes. Call it again after changing weights.
+        Other threads may be sampling: their calls finish with the rows with which they began.
         """
-        self._int8 = quantize_rows(self.weight)
+        self._int8 = quantize_rows(self._weight)
 
     def _finish(self, logits: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
         """Apply the cap and the prior of these tokens to logits (n,)."""
@@ -123,11 +138,11 @@ class DenseHead(Head):
             logits = cap * np.tanh(logits / np.float32(cap))
         return logits if self.log_prior is None else logits + self.log_prior[ids]
 
-    def _logits(self, x: np.ndarray) -> np.ndarray:
+    def _logits(self, x: np.ndarray, int8: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
         """Logits (V,) float32 of one position x (1, C). With int8 rows only the RESCORED largest are exact."""
-        if self._int8 is None:
-            return self._finish(dense_inference.dense_logits(x, self.weight)[0], slice(None))
-        logits = self._finish(dense_inference.dense_logits_int8(x, *self._int8)[0], slice(None))
+        if int8 is None:
+            return self._finish(dense_inference.dense_logits(x, self._weight)[0], slice(None))
+        logits = self._finish(dense_inference.dense_logits_int8(x, *int8)[0], slice(None))
         ids, _ = draw.largest(logits, RESCORED)
         logits[ids] = self._finish(dense_inference.dense_logits(x, self.weight[ids])[0], ids)
         return logits
@@ -138,10 +153,11 @@ class DenseHead(Head):
         The largest comes first. The result is exact with int8 rows too: every token that rounding could have excluded
         is computed in float32.
         """
-        if self._int8 is None:
-            ids, values = draw.largest(self._logits(x[None]), count)
+        x, int8 = for_reading(x), self._int8
+        if int8 is None:
+            ids, values = draw.largest(self._logits(x[None], None), count)
             return ids.astype(np.int32), values
-        q, scales = self._int8
+        q, scales = int8
         logits = dense_inference.dense_logits_int8(x[None], q, scales)[0]
         reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # bound of the rounding error
         # the cap and the prior are increasing functions of a logit, so bounds remain bounds
@@ -156,6 +172,7 @@ class DenseHead(Head):
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities (N, V) float32."""
+        h = for_reading(h)
         _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
         logits = h @ self.weight.T
         if (cap := self.settings["soft_cap"]) is not None:
@@ -174,6 +191,7 @@ class DenseHead(Head):
         top_p: float | None = None,
     ) -> np.ndarray:
         """Sample one token id per row, (N,) int32, with one thread."""
+        h, temperature, int8 = for_reading(h), float(temperature), self._int8
         _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
         top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
         if temperature > 0 and top_k is None and top_p is not None:  # needs all probabilities in order
@@ -181,7 +199,7 @@ class DenseHead(Head):
         out = np.empty(len(h), np.int32)
         for n, x in enumerate(h):
             if temperature > 0 and top_k is None:
-                out[n] = draw.draw(self._logits(x[None]), rng.random(), temperature)
+                out[n] = draw.draw(self._logits(x[None], int8), rng.random(), temperature)
             elif temperature > 0:
                 ids, logits = self.top(x, top_k or 1)
                 out[n] = ids[draw.draw_sorted(logits, rng.random(), temperature, top_p)]

@@ -21,6 +21,8 @@ from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.dense import DenseHead
 from flashlm_numba.kernels import dense_head as kernels
 from flashlm_numba.kernels.embedding import embedding_backward, embedding_forward, zero
+from flashlm_numba.system.arrays import for_reading
+from flashlm_numba.system.threads import adopt_threads
 
 __all__ = ["SampledHead", "draw", "inclusion_probabilities"]
 
@@ -97,7 +99,7 @@ class SampledHead(DenseHead):
         self._by_frequency = np.argsort(-counts, kind="stable")
         self._sizes = counts[self._by_frequency].astype(np.float64) + 1
         self._uniform: float | None = 0.5
-        self._few: kernels.DenseScratch | None = None
+        self._few: kernels.DenseScratch | None = None  # scratch of forward_backward
 
     @classmethod
     def full_ratio(cls, settings: HeadConfig) -> float:
@@ -122,8 +124,12 @@ class SampledHead(DenseHead):
         return SampledHead(weight, dweight, counts=counts, candidates=settings.num_sampled, **options)
 
     def begin(self, rng: np.random.Generator, *, full: bool) -> None:
-        """Choose the sample of the next forward_backward. full : use the softmax over all tokens instead"""
-        self._uniform = None if full else float(rng.random())
+        """Choose the sample of the next forward_backward. full : use the softmax over all tokens instead
+
+        Raises RuntimeError while another thread is in forward_backward.
+        """
+        with self._training.alone():
+            self._uniform = None if full else float(rng.random())
 
     def _others(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distinct targets, ascending; the other tokens, most frequent first; and their inclusion probabilities."""
@@ -150,17 +156,27 @@ class SampledHead(DenseHead):
         h (N, C), weights (N,) float32; targets (N,) int32
         accumulate : False replaces the previous gradient
         loss and nll read low, because the sum over all tokens is larger.
+        Raises RuntimeError if another thread is in forward_backward of this head.
         """
         if self._uniform is None:
             return super().forward_backward(h, targets, weights, accumulate=accumulate)
+        h, targets, weights = for_reading(h), for_reading(targets), for_reading(weights)
         check_targets("SampledHead", targets, self.vocab_size)
+        adopt_threads()
+        with self._training.alone():
+            return self._sampled(h, targets, weights, accumulate, self._uniform)
+
+    def _sampled(
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, accumulate: bool, uniform: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """forward_backward over the candidates that `uniform` determines."""
         if not accumulate:
             zero(self.dweight)
-        ids, p = self.choose(targets, self._uniform)
+        ids, p = self.choose(targets, uniform)
         correction = -np.log(p).astype(np.float32)
         if self.log_prior is not None:
             correction += self.log_prior[ids]
-        rows = embedding_forward(self.weight, ids)
+        rows = embedding_forward(self._weight, ids)
         drows = np.zeros_like(rows)
         most = max(self.candidates, min(len(h), self.vocab_size) + self.candidates // 2)
         self._few = kernels.scratch_for(self._few, max(most, len(ids)), rows.shape[1])

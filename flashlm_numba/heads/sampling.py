@@ -10,6 +10,7 @@ def check_settings(
 ) -> tuple[int | None, float | None]:
     """Return top_k and top_p, each replaced by None if it excludes no token, so that the same seed samples the same.
 
+    They are Python's numbers, because kernels would be compiled anew for other types of number.
     Raises ValueError if a setting is out of range.
     """
     if not 0 <= temperature < np.inf:
@@ -18,7 +19,10 @@ def check_settings(
         raise ValueError(f"top_k must be a whole number of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    return None if top_k is not None and top_k >= vocab_size else top_k, None if top_p == 1 else top_p
+    return (
+        None if top_k is None or top_k >= vocab_size else int(top_k),
+        None if top_p is None or top_p == 1 else float(top_p),
+    )
 
 
 def sample_rows(

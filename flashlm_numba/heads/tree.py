@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head, check_options, check_rows, check_targets, loss_options
+from flashlm_numba.heads.base import (
+    Head,
+    check_options,
+    check_rows,
+    check_targets,
+    loss_options,
+    one_training_call,
+)
 from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.label_tree import Tree
 from flashlm_numba.heads.sampling import check_settings, sample_rows
@@ -16,6 +24,9 @@ from flashlm_numba.heads.tree_shapes import build_tree, check_shape
 from flashlm_numba.kernels import tree_head as kernels
 from flashlm_numba.kernels import tree_inference
 from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
+from flashlm_numba.system.arrays import for_reading
+from flashlm_numba.system.calls import Pool
+from flashlm_numba.system.threads import adopt_threads
 
 __all__ = ["TreeHead"]
 
@@ -98,7 +109,9 @@ class TreeHead(Head):
             rng = np.random.default_rng(seed)
             weight = rng.standard_normal((self.vocab_size, dim), np.float32) * np.float32(dim**-0.5)
             self.parameters["weight"] = weight
-        check_rows("TreeHead", weight, dweight)
+        kernel_weight = for_reading(weight)
+        check_rows("TreeHead", kernel_weight, dweight)
+        weight = np.asarray(weight)
         if weight.shape[0] != self.vocab_size or dim not in (None, weight.shape[1]):
             raise ValueError(
                 f"TreeHead: weight must have shape ({self.vocab_size}, {dim or 'any'}), got {weight.shape}"
@@ -110,16 +123,20 @@ class TreeHead(Head):
         self._take_nodes(init_nodes(tree, weight, counts) if nodes is None else nodes, rank, basis)
         self.row_of_token: np.ndarray = tree.row_of_token
         self.label_smoothing, self.z_loss, self.soft_cap = label_smoothing, z_loss, soft_cap
-        self.log_prior = log_prior
         self._prior: dict[str, Any] = {}
         if log_prior is not None:
+            log_prior = np.asarray(log_prior)
             if log_prior.shape != (self.vocab_size,):
                 raise ValueError(f"TreeHead: log_prior must have shape ({self.vocab_size},), got {log_prior.shape}")
             # -inf for an impossible token would make a node of such tokens 0 / 0
             by_row = np.maximum(log_prior[tree.token_of_row], NEVER).astype(np.float32)
             self._prior = {"log_prior": by_row, "node_log_prior": node_log_prior(tree, by_row)}
-        self._scratch = kernels.TreeScratch()
-        self._kernel_tree = kernels.make_tree(self.weight, self.nodes, tree.spans, soft_cap=soft_cap, **self._prior)
+        self.log_prior = log_prior
+        self._scratch: Pool[kernels.TreeScratch] = Pool()
+        self._training = one_training_call("TreeHead")
+        self._kernel_tree = kernels.make_tree(
+            kernel_weight, for_reading(self.nodes), for_reading(tree.spans), soft_cap=soft_cap, **self._prior
+        )
         self._sampler = tree_inference.TreeSampler(self._kernel_tree)
 
     @classmethod
@@ -182,6 +199,7 @@ class TreeHead(Head):
     def _take_nodes(self, nodes: np.ndarray, rank: int | None, basis: np.ndarray | None) -> None:
         """Set the node rows, full or factored, and their gradients."""
         count, dim = self.tree.n_nodes - 1, self.weight.shape[1]
+        nodes, basis = np.asarray(nodes), None if basis is None else np.asarray(basis)
         if rank is not None and basis is None:
             nodes, basis = factor_nodes(nodes, rank)
         if basis is not None and (basis.ndim != 2 or basis.shape != (nodes.shape[-1], dim)):
@@ -206,9 +224,16 @@ class TreeHead(Head):
         """Multiply the factors of the node rows, if there are any. Call this after every change of the parameters."""
         if self._basis is not None and self.nodes.size:
             # through a temporary array, since a thread that generates text must not see a partial product
-            self.nodes[...] = low_rank_rows(self.parameters["nodes.weight"], self._basis, np.empty_like(self.nodes))
+            coords, basis = for_reading(self.parameters["nodes.weight"]), for_reading(self._basis)
+            self.nodes[...] = low_rank_rows(coords, basis, np.empty_like(self.nodes))
+
+    def _buffers(self) -> AbstractContextManager[kernels.TreeScratch]:
+        """Scratch for one call; the number of threads is determined first, because scratch depends on it."""
+        adopt_threads()
+        return self._scratch.item(lambda _: True, kernels.TreeScratch)
 
     def _rows(self, targets: np.ndarray) -> np.ndarray:
+        targets = for_reading(targets)
         check_targets("TreeHead", targets, self.vocab_size)
         return self.row_of_token[targets]
 
@@ -221,42 +246,55 @@ class TreeHead(Head):
         accumulate : False replaces the previous gradients, which is cheaper than clearing them, since only the rows on
             the targets' paths have gradients
         nll is the plain -log p, whatever the options.
+        Raises RuntimeError if another thread is in forward_backward of this head.
         """
+        with self._training.alone():
+            return self._forward_backward(for_reading(h), self._rows(targets), for_reading(weights), accumulate)
+
+    def _forward_backward(
+        self, h: np.ndarray, rows: np.ndarray, weights: np.ndarray, accumulate: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         factored = self._basis is not None and self.nodes.size > 0
         if factored and accumulate:
             self.dnodes[...] = 0  # gradient of the full rows, of this batch only
-        result = kernels.tree_head_forward_backward(
-            h,
-            self._kernel_tree,
-            self._rows(targets),
-            weights,
-            self.dweight,
-            self.dnodes,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            accumulate=accumulate,
-            scratch=self._scratch,
-        )
+        with self._buffers() as scratch:
+            result = kernels.tree_head_forward_backward(
+                h,
+                self._kernel_tree,
+                rows,
+                weights,
+                self.dweight,
+                self.dnodes,
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+                accumulate=accumulate,
+                scratch=scratch,
+            )
         if factored:
             assert self._basis is not None
             low_rank_backward(
                 self.gradients["nodes.weight"],
                 self.gradients["nodes.basis"],
                 self.dnodes,
-                self.parameters["nodes.weight"],
-                self._basis,
+                for_reading(self.parameters["nodes.weight"]),
+                for_reading(self._basis),
                 accumulate=accumulate,
             )
         return result
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """log p(target), (N,) float32. Visits only the target's path."""
-        _, nll = kernels.tree_head_forward(h, self._kernel_tree, self._rows(targets), scratch=self._scratch)
+        rows = self._rows(targets)
+        with self._buffers() as scratch:
+            _, nll = kernels.tree_head_forward(for_reading(h), self._kernel_tree, rows, scratch=scratch)
         return -nll
 
     def log_distribution(self, h: np.ndarray) -> np.ndarray:
         """log p of all tokens, (N, V) float32, columns by token id. Visits all nodes."""
-        return tree_inference.tree_head_log_distribution(h, self._kernel_tree, self.tree.token_of_row)
+        adopt_threads()
+        return tree_inference.tree_head_log_distribution(
+            for_reading(h), self._kernel_tree, for_reading(self.tree.token_of_row)
+        )
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities of all tokens, (N, V) float32, columns by token id. Visits all nodes."""
@@ -267,7 +305,7 @@ class TreeHead(Head):
 
         The likeliest comes first. The result is exact; it uses best-first search over the nodes.
         """
-        rows, log_p = self._sampler.top(x[None], count)
+        rows, log_p = self._sampler.top(for_reading(x)[None], count)
         return self.tree.token_of_row[rows], log_p
 
     def sample(
@@ -284,6 +322,7 @@ class TreeHead(Head):
         temperature 0, use best-first search. All other settings use all V probabilities.
         """
         top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
+        h, temperature = for_reading(h), float(temperature)
         if not np.isfinite(h).all():
             raise ValueError("TreeHead: h must be finite to sample from it")
         if temperature == 1 and top_k is None and top_p is None:

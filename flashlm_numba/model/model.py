@@ -5,8 +5,10 @@ Letters: B batch, T time, N = B*T positions, V vocabulary, C channels.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -20,7 +22,10 @@ from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkConfig, TrunkWeights,
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.mixers import MIXERS
 from flashlm_numba.model.parameters import EMBEDDING, ENDS, parameter_shapes
+from flashlm_numba.system.arrays import for_reading
+from flashlm_numba.system.calls import Gate, OneCall, Pool
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.threads import adopt_threads
 
 
 class Model:
@@ -28,6 +33,12 @@ class Model:
 
     make_head : function that builds the head on the live embedding and its gradient, both (V, C) float32
     `parameters` and `gradients` are dicts with the same keys: those of parameter_shapes, then the head's.
+
+    Threads: `forward`, `prefill` and `decode_step` (with a state per thread) may be called from any number of threads
+    at the same time; each call has buffers of its own while it runs. `sync_weights` and `use_activations` wait for
+    forward passes in flight, and passes that start meanwhile wait for them. `loss_and_grad`, `backward` and `zero_grad`
+    change the gradients, and raise RuntimeError while another one of these calls is in flight. Change parameters only
+    when no call is in flight.
     """
 
     def __init__(
@@ -58,39 +69,53 @@ class Model:
             config.ngram_copy_reach,
         )
         self._weights = TrunkWeights(trunk, MIXERS[config.mixer].build(config))
-        self._buffers: TrunkBuffers | None = None
-        self._rows: np.ndarray | None = None
+        self._embedding = for_reading(self.parameters[EMBEDDING])
+        self._buffers: Pool[TrunkBuffers] = Pool()
+        # the thread, buffers and rows of the last call of forward, until another call uses buffers
+        self._last: tuple[int, TrunkBuffers, np.ndarray] | None = None
+        self._weights_in_use = Gate()
+        self._training = OneCall(
+            "Model: another thread is computing gradients of this model, which are added to one set of arrays; train "
+            "from one thread at a time"
+        )
         self.use_activations(config.activations)
 
     def use_activations(self, kind: str) -> None:
         """Select the arithmetic of the ternary products, "float" or "int8"; the default is that of the configuration.
 
         With "int8" both passes quantise the inputs of the products with one scale per row. This is faster and less
-        accurate. Raises ValueError for another kind.
+        accurate. A decoding state keeps the arithmetic with which it was started. Raises ValueError for another kind.
         """
         if kind not in ACTIVATIONS:
             raise ValueError(f"Model: activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
-        try:
-            self._weights.use_int8(kind == "int8")
-        except ValueError as error:  # the environment variable that selects a variant is wrong
-            raise UserError(f"{error}.") from None
-        self._buffers = None  # a backward pass must not follow a forward pass with other activations
-        self.sync_weights()
+        with self._weights_in_use.writing():
+            try:
+                self._weights.use_int8(kind == "int8")
+            except ValueError as error:  # the environment variable that selects a variant is wrong
+                raise UserError(f"{error}.") from None
+            self._last = None  # a backward pass must not follow a forward pass with other activations
+            self._buffers.clear()
+            self._sync_weights()
 
     def sync_weights(self) -> None:
         """Ternarise and pack the weights for the kernels. Call this after every change of the parameters."""
+        adopt_threads()
+        with self._weights_in_use.writing():
+            self._sync_weights()
+
+    def _sync_weights(self) -> None:
         p, w = self.parameters, self._weights
         share = self.config.ternary_threshold
         for b in range(self.config.n_blocks):
             block = self._block(b)
             w.norm1[b], w.norm2[b] = block["norm1.weight"], block["norm2.weight"]
-            ternarize(block["glu.gate.weight"], w.gate[b], threshold=share)
-            ternarize(block["glu.up.weight"], w.up[b], threshold=share)
-            w.down_values[b] = ternarize(block["glu.down.weight"], threshold=share)
+            ternarize(for_reading(block["glu.gate.weight"]), w.gate[b], threshold=share)
+            ternarize(for_reading(block["glu.up.weight"]), w.up[b], threshold=share)
+            w.down_values[b] = ternarize(for_reading(block["glu.down.weight"]), threshold=share)
             mixer = {n.removeprefix("mixer."): value for n, value in block.items() if n.startswith("mixer.")}
             w.mixer.set_weights(b, mixer)
             for name, matrices in w.mixer.matrices.items():
-                ternarize(mixer[name], matrices.values[b], threshold=share)
+                ternarize(for_reading(mixer[name]), matrices.values[b], threshold=share)
         w.final_norm[...] = p["final_norm.weight"]
         for o in range(len(self.config.ngram_copy_orders)):
             w.gain_in[o], w.gain_out[o] = (p[f"ngram_copy.{end}.{o}.weight"] for end in ENDS)
@@ -104,24 +129,46 @@ class Model:
 
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
-        for gradient in self.gradients.values():
-            zero(gradient)
+        with self._training.alone():
+            for gradient in self.gradients.values():
+                zero(gradient)
 
-    def forward(self, ids: np.ndarray) -> np.ndarray:
-        """Hidden states (B*T, C) float32 for token ids (B, T) int32. The result is a buffer, valid until the next call.
+    @contextlib.contextmanager
+    def _buffers_for(self, batch: int, time: int) -> Iterator[TrunkBuffers]:
+        """Buffers for one call; meanwhile no other thread changes the weights."""
 
-        A hidden state depends on no later token. Raises ValueError if an id is not in [0, V).
-        """
+        def make() -> TrunkBuffers:
+            self._last = None  # frees the old buffers before new ones are allocated
+            return TrunkBuffers(self._weights, batch, time)
+
+        adopt_threads()
+        with (
+            self._weights_in_use.reading(),
+            self._buffers.item(lambda buffers: buffers.fits(self._weights, batch, time), make) as buffers,
+        ):
+            self._last = None
+            yield buffers
+
+    def _rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the embedding (B*T,) int32 for ids (B, T). Raises ValueError if these are not ids."""
         _check.array("Model.forward", "ids", ids, (None, None), np.int32)
         _check.indices("Model.forward", "ids", ids, self.config.vocab_size, "the data use another vocabulary")
         rows = ids.reshape(-1)
         if self.head.row_of_token is not None:
             rows = self.head.row_of_token[rows]
-        self._rows = np.ascontiguousarray(rows, np.int32)
-        if self._buffers is None or not self._buffers.fits(self._weights, *ids.shape):
-            self._buffers = None  # frees the old buffers before new ones are allocated
-            self._buffers = TrunkBuffers(self._weights, *ids.shape)
-        return trunk_forward(self._buffers, self._weights, self.parameters[EMBEDDING], self._rows)
+        return np.ascontiguousarray(rows, np.int32)
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Hidden states (B*T, C) float32 for token ids (B, T) int32.
+
+        A hidden state depends on no later token. Raises ValueError if an id is not in [0, V).
+        """
+        ids = for_reading(ids)
+        rows = self._rows_of(ids)
+        with self._buffers_for(*ids.shape) as buffers:
+            h = trunk_forward(buffers, self._weights, self._embedding, rows).copy()
+            self._last = threading.get_ident(), buffers, rows
+        return h
 
     def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
         """Read a text, ids (T,) int32 with T >= 1, in one pass. Returns a decoding state and the last hidden state
@@ -130,46 +177,56 @@ class Model:
         Only the last receptive_field tokens matter, so only these are read. If parameters have changed, call
         sync_weights first. Raises ValueError if there is no token or if one is not in [0, V).
         """
+        ids = for_reading(ids)
         _check.array("Model.prefill", "ids", ids, (None,), np.int32)
         if not len(ids):
             raise ValueError("Model.prefill: ids must contain at least one token; a text begins with <|endoftext|>")
-        h = self.forward(ids[None, -self.config.receptive_field :])
-        assert self._buffers is not None
-        assert self._rows is not None
-        return decode.prefill(self._weights, self._buffers, self._rows), h[-1:].copy()
+        rows = self._rows_of(ids[None, -self.config.receptive_field :])
+        with self._buffers_for(1, len(rows)) as buffers:
+            h = trunk_forward(buffers, self._weights, self._embedding, rows)
+            return decode.prefill(self._weights, buffers, rows), h[-1:].copy()
 
     def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
         """Feed one token id to a state from prefill. Returns the hidden state (1, C) float32.
 
-        The result is valid until the next call. Raises ValueError if the token is not in [0, V).
+        The result is valid until the state's next call. Raises ValueError if the token is not in [0, V), and
+        RuntimeError if another thread is using the state.
         """
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
-        row = token if self.head.row_of_token is None else int(self.head.row_of_token[token])
-        return decode.decode_step(state, self._weights, self.parameters[EMBEDDING], row)
+        row = int(token if self.head.row_of_token is None else self.head.row_of_token[token])
+        return decode.decode_step(state, self._weights, self._embedding, row)
 
     def backward(self, dh: np.ndarray) -> None:
-        """Add the gradients of the last forward call, given dh (B*T, C) float32, to `gradients`, embedding included."""
-        if self._buffers is None or self._rows is None:
-            raise ValueError("Model.backward: call forward first")
-        _check.array("Model.backward", "dh", dh, self._buffers.activations.out.shape)
-        self._trunk_backward(dh)
-        self._embedding_backward(dh)
+        """Add the gradients of this thread's last forward call, given dh (B*T, C) float32, to `gradients`.
 
-    def _embedding_backward(self, dh: np.ndarray) -> None:
+        Those of the embedding are included. Raises ValueError if another call has used the buffers since.
+        """
+        with self._training.alone(), self._weights_in_use.reading():
+            caller, buffers, rows = self._last or (None, None, None)
+            if buffers is None or rows is None or caller != threading.get_ident():
+                raise ValueError(
+                    "Model.backward: call forward first, in the same thread and with no other call between; to train "
+                    "beside other threads, use loss_and_grad"
+                )
+            with self._buffers.again(buffers) as mine:
+                if not mine:
+                    raise ValueError("Model.backward: another call is using the buffers of forward; use loss_and_grad")
+                dh = for_reading(dh)
+                _check.array("Model.backward", "dh", dh, buffers.activations.out.shape)
+                self._trunk_backward(buffers, dh)
+                self._embedding_backward(buffers, rows, dh)
+
+    def _embedding_backward(self, buffers: TrunkBuffers, rows: np.ndarray, dh: np.ndarray) -> None:
         """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
-        assert self._buffers is not None
-        assert self._rows is not None
-        b, w, gradient = self._buffers, self._weights, self.gradients[EMBEDDING]
-        dx = b.gradients.dx
-        embedding_backward(gradient, dx, self._rows)
-        for o, copies in enumerate(b.activations.copies):
+        w, gradient, dx = self._weights, self.gradients[EMBEDDING], buffers.gradients.dx
+        embedding_backward(gradient, dx, rows)
+        for o, copies in enumerate(buffers.activations.copies):
             scatter_copies(gradient, dx, dh, copies, w.gain_in[o], w.gain_out[o])
 
-    def _trunk_backward(self, dh: np.ndarray) -> None:
-        assert self._buffers is not None
+    def _trunk_backward(self, buffers: TrunkBuffers, dh: np.ndarray) -> None:
         g = self.gradients
-        found = trunk_backward(self._buffers, self._weights, dh, self.parameters[EMBEDDING])
+        found = trunk_backward(buffers, self._weights, dh, self._embedding)
         for b in range(self.config.n_blocks):
             # straight-through estimator: ternarize passes the gradient unchanged
             own = {
@@ -198,31 +255,37 @@ class Model:
         accumulate : False replaces the gradients, for the first micro-batch of a step. It is cheaper than zero_grad,
             because the head, which has most of the gradients, clears only those that it does not write.
         Returns loss (n,) and nll (n,) float32, in nats, of the positions of non-zero weight, in order; and the seconds
-        spent in `embedding`, `trunk` and `head`.
+        spent in `embedding`, `trunk` and `head`. Raises RuntimeError if another thread is computing gradients.
         """
         start = time.perf_counter()
-        h = self.forward(ids)
+        ids, targets, weights = for_reading(ids), for_reading(targets), for_reading(weights)
+        rows = self._rows_of(ids)
         _check.array("Model.loss_and_grad", "targets", targets, ids.shape, np.int32)
         _check.array("Model.loss_and_grad", "weights", weights, (ids.size,))
-        after_forward = time.perf_counter()
-        flat = targets.reshape(-1)
-        if weights.all():
-            loss, nll, dh = self.head.forward_backward(h, flat, weights, accumulate=accumulate)
-        else:
-            kept = np.flatnonzero(weights)
-            loss, nll, dh_kept = self.head.forward_backward(
-                np.ascontiguousarray(h[kept]), np.ascontiguousarray(flat[kept]), weights[kept], accumulate=accumulate
-            )
-            dh = np.zeros_like(h)
-            dh[kept] = dh_kept
-        after_head = time.perf_counter()
-        if not accumulate:
-            for name, gradient in self.gradients.items():
-                if name != EMBEDDING and not name.startswith("head."):
-                    zero(gradient)
-        self._trunk_backward(dh)
-        after_trunk = time.perf_counter()
-        self._embedding_backward(dh)
+        with self._training.alone(), self._buffers_for(*ids.shape) as buffers:
+            h = trunk_forward(buffers, self._weights, self._embedding, rows)
+            after_forward = time.perf_counter()
+            flat = targets.reshape(-1)
+            if weights.all():
+                loss, nll, dh = self.head.forward_backward(h, flat, weights, accumulate=accumulate)
+            else:
+                kept = np.flatnonzero(weights)
+                loss, nll, dh_kept = self.head.forward_backward(
+                    np.ascontiguousarray(h[kept]),
+                    np.ascontiguousarray(flat[kept]),
+                    weights[kept],
+                    accumulate=accumulate,
+                )
+                dh = np.zeros_like(h)
+                dh[kept] = dh_kept
+            after_head = time.perf_counter()
+            if not accumulate:
+                for name, gradient in self.gradients.items():
+                    if name != EMBEDDING and not name.startswith("head."):
+                        zero(gradient)
+            self._trunk_backward(buffers, dh)
+            after_trunk = time.perf_counter()
+            self._embedding_backward(buffers, rows, dh)
         end = time.perf_counter()
         seconds = {
             "embedding": end - after_trunk,

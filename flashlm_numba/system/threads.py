@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 
 from flashlm_numba.system.cpu_quota import cpu_quota
 from flashlm_numba.system.errors import UserError
+
+_chosen: tuple[int, ...] = ()  # the number given to set_threads, in a tuple of its own per call
+_local = threading.local()  # adopted: the tuple that this Python thread has adopted
 
 
 def available_cores() -> int:
@@ -26,7 +30,8 @@ def available_threads() -> int:
 def set_threads(threads: int | None = None) -> int:
     """Use this many threads in Numba and in NumPy's BLAS (default: available_threads). Returns the number.
 
-    SciPy's BLAS gets one thread, because several Numba threads call it at the same time (kernels/_blas.py).
+    Numba counts for each Python thread; the others adopt the number with their next call of a head or a model. SciPy's
+    BLAS gets one thread, because several Numba threads call it at the same time (kernels/_blas.py).
     Raises ValueError if threads is below 1 or above the number that Numba started with, and UserError if Numba cannot
     load its threading layer.
     """
@@ -50,4 +55,19 @@ def set_threads(threads: int | None = None) -> int:
         ) from None
     ThreadpoolController().select(user_api="blas").limit(limits=threads)
     _blas.pin_to_one_thread()
+    global _chosen
+    _chosen = _local.adopted = (threads,)
     return threads
+
+
+def adopt_threads() -> None:
+    """Let this Python thread use as many threads as set_threads chose last, in whichever Python thread.
+
+    After that, numba.set_num_threads changes the number for this Python thread alone, until the next set_threads.
+    """
+    chosen = _chosen
+    if chosen is not getattr(_local, "adopted", ()):
+        import numba
+
+        numba.set_num_threads(*chosen)
+        _local.adopted = chosen

@@ -12,6 +12,7 @@ from flashlm_numba.kernels.adamw import adamw_rowwise_step, adamw_step
 from flashlm_numba.kernels.grad_norm import sum_of_squares
 from flashlm_numba.kernels.normuon import NorMuonRule, NorMuonWorkspace, normuon_step
 from flashlm_numba.model.config import OptimizerConfig
+from flashlm_numba.system.calls import OneCall
 from flashlm_numba.system.errors import UserError
 
 # --- groups ---
@@ -93,6 +94,10 @@ class Optimizer:
         self.params, self.grads = params, grads
         self.config = config or OptimizerConfig()
         self.groups = parameter_groups(params)
+        for name, value in params.items():
+            if not value.flags.writeable:
+                raise ValueError(f"Optimizer: {name} is read-only and cannot be trained; build the model from copies")
+        self._updating = OneCall("Optimizer: another thread is in step; train from one thread at a time")
         self.state: dict[str, dict[str, np.ndarray]] = {}  # per tensor, entries as in state_dict; absent: never updated
         self._workspaces: dict[tuple[str, ...], NorMuonWorkspace] = {}
 
@@ -119,11 +124,18 @@ class Optimizer:
         clip : maximum global norm of the gradients, as in torch.nn.utils.clip_grad_norm_; None: no clipping
         frozen : names of tensors whose values and moments this step does not change; they do not count in the norm
         Returns grad_norm (before clipping) and clip_scale (the factor applied to the gradients).
-        Raises UserError, before anything is changed, if a gradient is not finite.
+        Raises UserError, before anything is changed, if a gradient is not finite, and RuntimeError if another thread is
+        in step.
         """
         unknown = set(frozen) - self.params.keys()
         if unknown:
             raise ValueError(f"Optimizer.step: frozen names unknown parameters: {', '.join(sorted(unknown))}")
+        with self._updating.alone():
+            return self._update(lr_normuon, lr_adamw, clip, frozen)
+
+    def _update(
+        self, lr_normuon: float, lr_adamw: float, clip: float | None, frozen: Collection[str]
+    ) -> dict[str, float]:
         norm = self.grad_norm(frozen)
         if not math.isfinite(norm):
             bad = [n for n in self._active(self.params, frozen) if not math.isfinite(sum_of_squares(self.grads[n]))]

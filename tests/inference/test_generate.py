@@ -144,7 +144,7 @@ def test_decoding_refuses_what_is_no_token(model):
         model.prefill(np.empty(0, np.int32))
     model.forward(np.zeros((2, 4), np.int32))
     with pytest.raises(ValueError, match="one sequence"):
-        decode.prefill(model._weights, model._buffers, np.zeros(8, np.int32))
+        decode.prefill(model._weights, model._buffers.free[0], np.zeros(8, np.int32))
 
 
 def test_same_seed_same_ids_and_top_k_one_is_greedy(model):

@@ -183,7 +183,7 @@ def test_a_follower_is_looked_up_within_the_receptive_field():
 def test_buffers_of_another_shape_are_freed_before_new_ones_are_made(monkeypatch):
     net = small_model()
     net.forward(batch(1, 2, 8)[0])
-    old, alive = weakref.ref(net._buffers), []
+    old, alive = weakref.ref(net._buffers.free[0]), []
 
     class Watched(model_module.TrunkBuffers):
         def __init__(self, *args):

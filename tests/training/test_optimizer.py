@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 
 import numba
 import numpy as np
 import pytest
-from helpers import import_torch
+from helpers import at_once, import_torch
 from safetensors.numpy import load, save
 
 from flashlm_numba.kernels import reference_optim
@@ -17,6 +18,7 @@ from flashlm_numba.kernels.normuon import NorMuonRule
 from flashlm_numba.model import config
 from flashlm_numba.model.config import ModelConfig, OptimizerConfig
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.training import optimizer as optimizer_module
 from flashlm_numba.training.optimizer import (
     ADAMW_DECAY,
     ADAMW_PLAIN,
@@ -396,3 +398,35 @@ def test_load_state_dict_refuses_a_state_of_another_model():
         tiny(node_rows=6).load_state_dict(state)
     with pytest.raises(UserError, match="is float64"):
         optimizer.load_state_dict(state | {f"exp_avg.{E}": state[f"exp_avg.{E}"].astype(np.float64)})
+
+
+def test_a_step_beside_another_is_refused(monkeypatch):
+    params = {"linear.weight": np.ones((3, 2), np.float32)}
+    optimizer = Optimizer(params, {"linear.weight": np.ones((3, 2), np.float32)})
+    inside, go_on = threading.Event(), threading.Event()
+    original = optimizer_module.normuon_step
+
+    def slow(*args, **options):
+        inside.set()
+        assert go_on.wait(60)
+        return original(*args, **options)
+
+    monkeypatch.setattr(optimizer_module, "normuon_step", slow)
+
+    def second():
+        assert inside.wait(60)
+        try:
+            with pytest.raises(RuntimeError, match="another thread is in step"):
+                optimizer.step(0.1, 0.1, None)
+        finally:
+            go_on.set()
+
+    at_once([lambda: optimizer.step(0.1, 0.1, None), second])
+    optimizer.step(0.1, 0.1, None)
+
+
+def test_read_only_parameters_are_refused():
+    frozen = np.ones((3, 2), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match=r"linear\.weight is read-only"):
+        Optimizer({"linear.weight": frozen}, {"linear.weight": np.ones((3, 2), np.float32)})
