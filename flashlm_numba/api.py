@@ -51,6 +51,7 @@ def prepare(
     max_docs: int | None = None,
     lines: bool = False,
     column: str = "text",
+    skip_missing: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
@@ -76,6 +77,7 @@ def prepare(
         max_docs=max_docs,
         lines=lines,
         column=column,
+        skip_missing=skip_missing,
         workers=workers,
         progress=progress,
     )

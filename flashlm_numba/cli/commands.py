@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: no limit.")
 @options.lines
 @options.column
+@options.skip_missing
 @click.option("--workers", type=click.IntRange(min=1), help="Number of tokeniser threads. Default: all cores.")
 def prepare(
     source: str | None,
@@ -60,6 +61,7 @@ def prepare(
     max_docs: int | None,
     lines: bool,
     column: str,
+    skip_missing: bool,
     workers: int | None,
 ) -> None:
     """Tokenise documents with GPT-2's vocabulary and write the tokens to the folder --out.
@@ -88,6 +90,7 @@ def prepare(
             max_docs=max_docs,
             lines=lines,
             column=column,
+            skip_missing=skip_missing,
             workers=workers,
         )
     for name, part in manifest.splits.items():
@@ -253,6 +256,7 @@ def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str |
 @options.subset
 @options.lines
 @options.column
+@options.skip_missing
 @options.activations
 @options.ema
 @options.checkpoint
@@ -265,6 +269,7 @@ def evaluate(
     subset: str | None,
     lines: bool,
     column: str,
+    skip_missing: bool,
     activations: str | None,
     ema: bool,
     checkpoint: str | None,
@@ -291,6 +296,7 @@ def evaluate(
         subset=subset,
         column=column,
         lines=lines,
+        skip_missing=skip_missing,
     )
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))

@@ -60,7 +60,13 @@ lines = click.option(
     "--lines", is_flag=True, help="Treat each line of a .txt file as a document. Default: one document per file."
 )
 column = click.option(
-    "--column", default="text", show_default=True, help="Column that holds the text in parquet, JSON and hub rows."
+    "--column",
+    default="text",
+    show_default=True,
+    help="Column that holds the text in parquet, JSON and hub rows; a.b is field b of column a.",
+)
+skip_missing = click.option(
+    "--skip-missing", is_flag=True, help="Leave out local files without the column. Default: refuse them."
 )
 
 

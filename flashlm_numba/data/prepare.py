@@ -102,6 +102,7 @@ def prepare(
     max_docs: int | None = None,
     lines: bool = False,
     column: str = "text",
+    skip_missing: bool = False,
     workers: int | None = None,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
@@ -116,7 +117,7 @@ def prepare(
         "validation" puts all documents (those of that role, if the source has roles) into this split
     max_tokens, max_docs : stop after this many tokens (ends of text count; the last document is cut) or documents with
         text; documents from --validation, and those that their file's name holds out, do not count
-    lines, column, subset : see sources.resolve;  workers : tokeniser threads; default: all cores
+    lines, column, subset, skip_missing : see sources.resolve;  workers : tokeniser threads; default: all cores
     shard_tokens : ids per shard file;  wait : wait for another process that prepares out, instead of failing
     vocabulary : name in VOCABULARIES of the vocabulary to encode with
     The result depends only on the source and these settings, not on workers or interruptions. Memory does not grow with
@@ -133,8 +134,9 @@ def prepare(
         raise UserError(f"{out} holds a run; choose another folder for the tokens.")
     if validation is not None and split != "auto":
         raise UserError(f"validation documents and split {split} contradict each other; leave out one of the two.")
-    resolved = sources.resolve(source, subset=subset, column=column, lines=lines)
-    held_out = None if validation is None else sources.resolve(validation, column=column, lines=lines)
+    reading: dict[str, Any] = {"column": column, "lines": lines, "skip_missing": skip_missing}
+    resolved = sources.resolve(source, subset=subset, **reading)
+    held_out = None if validation is None else sources.resolve(validation, **reading)
     for documents in (resolved, held_out):
         inside = [path for path in documents.paths if path.parent == out.absolute()] if documents is not None else []
         if inside:

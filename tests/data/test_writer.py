@@ -96,7 +96,7 @@ def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp
         return load("parquet", data_files={"train": files}, cache_dir=str(tmp_path), **options)
 
     read = 0
-    rows = hub.texts_of
+    rows = hub.HubDataset._texts
 
     def counted(*args):
         nonlocal read
@@ -124,7 +124,7 @@ def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp
     with pytest.raises(UserError, match="Stopped"):
         quiet("some/dataset", tmp_path / "out", max_docs=85)
     monkeypatch.setattr(writer.ShardWriter, "append", append)
-    monkeypatch.setattr(hub, "texts_of", counted)
+    monkeypatch.setattr(hub.HubDataset, "_texts", counted)
     quiet("some/dataset", tmp_path / "out", max_docs=85)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert read == 4 + 26  # the first look at the source, then the third file up to the limit
