@@ -33,6 +33,7 @@ from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded
 from flashlm_numba.training import run as runs
 from flashlm_numba.training.plan import Length
 
@@ -81,7 +82,7 @@ def prepare(
         workers=workers,
         progress=progress,
     )
-    return Path(out)
+    return expanded(out)
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ def train(
     done = runs.start_run(
         run,
         Length(steps=steps, tokens=tokens, minutes=minutes),
-        data=None if data is None else str(data),
-        out=None if out is None else Path(out),
+        data=None if data is None else str(expanded(data)),
+        out=None if out is None else expanded(out),
         threads=threads,
         progress=progress,
     )
@@ -177,7 +178,7 @@ def load(
     progress : receives a note if the kernels must be compiled first, which takes a minute or two
     Raises UserError if there is no model at path, or if it is damaged.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.parent.name == "checkpoints" and checkpoint is None:
         path, checkpoint = path.parent.parent, path.name
     loaded = build.load_model(path, checkpoint, ema=ema, note=progress.note)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from flashlm_numba.cli import options
-from flashlm_numba.cli.options import HeadName, Number, PathOrSource, use_threads
+from flashlm_numba.cli.options import HeadName, Number, PathOrSource, echo, use_threads
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe
@@ -98,7 +98,7 @@ def prepare(
             f"{name:<12} {plural(part.documents, 'document'):>21} {part.text_tokens:>14,} tokens "
             f"{part.text_bytes:>14,} bytes"
         )
-    click.echo(f"in {out}")
+    echo(f"in {out}")
 
 
 @click.command()
@@ -306,7 +306,7 @@ def evaluate(
     click.echo(f"bits per byte  {result['bits_per_byte']:.4f}")
     if result["smoothed_loss"] is not None:
         click.echo(f"smoothed loss  {result['smoothed_loss']:.4f} nats per token (label smoothing 0.1)")
-    click.echo(
+    echo(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
         f"{plural(result['documents'], 'document')} of {result['data']}"
     )
@@ -433,7 +433,7 @@ def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
     from flashlm_numba.model.export import export_run
 
     size = export_run(run, file, checkpoint, ema=ema).stat().st_size
-    click.echo(f"{file}: {size / 1e6:,.1f} MB")
+    echo(f"{file}: {size / 1e6:,.1f} MB")
 
 
 @click.command()
@@ -457,7 +457,7 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
             for name, item in value.items():
                 click.echo(f"  {name:<28} {_show(item)}")
         else:
-            click.echo(f"{key:<30} {_show(value)}")
+            echo(f"{key:<30} {_show(value)}")
 
 
 @click.command()

@@ -22,7 +22,9 @@ import click
 
 from flashlm_numba import __version__
 from flashlm_numba.cli import commands
+from flashlm_numba.cli.options import echo
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import SHOWN
 
 _LAYERS = ("default", "tbb", "omp", "workqueue", "safe", "threadsafe", "forksafe")
 
@@ -30,11 +32,17 @@ _LAYERS = ("default", "tbb", "omp", "workqueue", "safe", "threadsafe", "forksafe
 class _Commands(click.Group):
     """A group that reports a UserError as one sentence on standard error, with exit status 1."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors=SHOWN)  # a name of a file that the terminal cannot show is escaped
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
@@ -47,7 +55,7 @@ class _Commands(click.Group):
             ctx.exit(1)
         except OSError as error:
             if error.filename is not None:  # a path that is too long, or belongs to another user
-                click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; check the path.", err=True)
+                echo(f"Error: {error.filename} cannot be used: {error.strerror}; check the path.", err=True)
                 ctx.exit(1)
             if error.errno != errno.ENOSPC:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import click
 
 from flashlm_numba.heads import HEADS
 from flashlm_numba.model.config import ACTIVATIONS
+from flashlm_numba.system.paths import printable
 
 
 class PathOrSource(click.Path):
-    """A path or the name of a source. An empty string, as from an unset shell variable, is an error."""
+    """A path or the name of a source. An empty string, as from an unset shell variable, is an error.
+
+    `~` is expanded here too, since a shell leaves it in --out=~/run.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("it is empty.", param, ctx)
-        return super().convert(value, param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class Number(click.FloatRange):
@@ -68,6 +73,11 @@ column = click.option(
 skip_missing = click.option(
     "--skip-missing", is_flag=True, help="Leave out local files without the column. Default: refuse them."
 )
+
+
+def echo(line: str, *, err: bool = False) -> None:
+    """Print a line that may contain names of files."""
+    click.echo(printable(line), err=err)
 
 
 def use_threads(threads: int | None) -> int:

@@ -74,8 +74,8 @@ class Manifest:
         return digest.hexdigest()
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The text of manifest.json, in ASCII, which holds names of any bytes."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @staticmethod
     def read(path: Path) -> Manifest:

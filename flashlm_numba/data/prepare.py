@@ -25,6 +25,7 @@ from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked
 from flashlm_numba.system import files
 from flashlm_numba.system.display import plural
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded, printable
 from flashlm_numba.system.threads import available_cores
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _Report:
 
     def say(self, text: str) -> None:
         if self._console is not None:
-            self._console.print(text)
+            self._console.print(printable(text))
 
     def start(self, tokens: int) -> None:
         self._started = self._said = time.monotonic()
@@ -129,7 +130,7 @@ def prepare(
             raise UserError(f"{option} must be at least 1, got {value}.")
     if split not in ("auto", "train", "validation"):
         raise ValueError(f"prepare: split must be auto, train or validation, got {split!r}")
-    out = Path(out)
+    out = expanded(out)
     if (out / "config.json").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run; choose another folder for the tokens.")
     if validation is not None and split != "auto":

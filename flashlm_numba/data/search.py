@@ -18,10 +18,17 @@ def files_below(folder: Path) -> list[tuple[Path, str]]:
 
 def files_matching(pattern: str) -> list[tuple[Path, str]]:
     """The files that match a glob, with their names relative to its part without wildcards. `**` is any folders."""
-    parts = Path(pattern).parts
-    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    folder = Path(*parts[:fixed])
-    return _each_once(folder, _matches(folder, parts[fixed:]))
+    folder, *parts = map(Path, Path(pattern).parts)
+    if glob.has_magic(str(folder)):
+        folder, parts = Path(), [folder, *parts]
+    while parts and _is_literal(folder, parts[0].name):
+        folder /= parts.pop(0)
+    return _each_once(folder, _matches(folder, [part.name for part in parts]))
+
+
+def _is_literal(folder: Path, part: str) -> bool:
+    """Whether a component of a glob has no wildcards, or is the name of a file or folder with such characters."""
+    return not glob.has_magic(part) or os.path.lexists(folder / part)
 
 
 def _each_once(folder: Path, found: Iterator[Path]) -> list[tuple[Path, str]]:
@@ -35,7 +42,7 @@ def _each_once(folder: Path, found: Iterator[Path]) -> list[tuple[Path, str]]:
     return [(names[name], name) for _, _, name in sorted(real.values(), key=lambda rank: rank[1])]
 
 
-def _matches(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+def _matches(folder: Path, parts: list[str]) -> Iterator[Path]:
     """Files below a folder that match the components of a glob."""
     if not parts:
         if not folder.is_dir():
@@ -48,7 +55,7 @@ def _matches(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
             return
         for inner in _folders(folder):
             yield from _matches(inner, rest)
-    elif not glob.has_magic(first):
+    elif _is_literal(folder, first):
         if os.path.lexists(folder / first):
             yield from _matches(folder / first, rest)
     elif folder.is_dir():

@@ -11,6 +11,7 @@ from scipy import linalg
 
 from flashlm_numba.data.hub import HUB_TIMEOUT
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded
 
 
 def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray, float]:
@@ -21,7 +22,7 @@ def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray
     is the sum of their squares divided by the sum of all squares.
     Raises UserError if the file is missing, damaged, or not GPT-2's.
     """
-    weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else Path(source))
+    weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else expanded(source))
     rows, width = weight.shape
     if not vocab_size <= rows < vocab_size + 128:  # a padded vocabulary, as 50,304, has unused rows at its end
         raise UserError(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from flashlm_numba.system.paths import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -50,7 +52,7 @@ def plural(count: int, noun: str) -> str:
 def say(line: str) -> None:
     """Print a line on standard error. The work continues if its reader is gone (a closed terminal, `| head`)."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def peak_rss_mb() -> float | None:
@@ -111,7 +113,7 @@ class Display(Progress):
         """Print a line."""
         if self._progress is not None:
             with contextlib.suppress(OSError):
-                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             say(text)
 
