@@ -6,11 +6,43 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROLES = ("train", "validation", "test")
 ALL = "all"  # role of documents that are not divided into splits
+
+
+@dataclass
+class Tally:
+    """Numbers of documents left out up to some point of the source."""
+
+    empty: int = 0
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file of a Hugging Face dataset begins. A continued run starts there, not at the first file."""
+
+    part: int = 0
+    documents: int = 0  # documents of the plan's stream before it
+    empty: int = 0  # documents without text before it
+    stage: int = 0  # index in Plan.stages()
+    taken: int = 0  # documents before it that count towards --max-docs
+    held_out: int = 0  # documents left out before it because they are held out
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with text, and its split."""
+
+    split: str
+    text: str
+    limited: bool  # whether it counts towards --max-tokens
+    tally: Tally  # the tally after this document
+    place: Place = Place()  # a place at or before this document
 
 
 class Source(ABC):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashlm_numba.data import sources
-from flashlm_numba.data.documents import ALL
+from flashlm_numba.data.documents import ALL, Document, Place, Tally
 from flashlm_numba.data.encoding import encoded
 from flashlm_numba.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, Manifest, SplitManifest
 from flashlm_numba.data.shards import open_tokens
-from flashlm_numba.data.splits import VALIDATION_SHARE, Document, Place, Plan, SplitChoice, Tally
+from flashlm_numba.data.splits import VALIDATION_SHARE, Plan, SplitChoice
 from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
 from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked, read_journal, write_journal
 from flashlm_numba.system import files
@@ -329,6 +329,11 @@ def _check_splits(plan: Plan, splits: dict[str, SplitManifest]) -> None:
     if not splits["validation"].documents and (plan.validation is not None or ALL in plan.source.roles):
         name = plan.source.name if plan.validation is None else plan.validation.name
         raise UserError(f"{name} has no validation document: use more text, or name some with --validation.")
+    if plan.splits_off and splits["validation"].tokens > splits["train"].tokens:
+        raise UserError(
+            f"The validation documents of {plan.source.name} would hold more than half of its tokens, because few "
+            "documents hold most of them: name validation documents with --validation."
+        )
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
+from flashlm_numba.data.documents import Place
 from flashlm_numba.data.manifest import JOURNAL, MANIFEST, SHARD_NAME, SPLITS, Shard, SplitManifest
-from flashlm_numba.data.splits import Place
 from flashlm_numba.system import files
 from flashlm_numba.system.errors import UserError
 
