@@ -180,7 +180,7 @@ def prepare(
 def _prepare(
     plan: Plan, out: Path, identity: dict[str, Any], shard_tokens: int, workers: int, report: _Report
 ) -> Manifest:
-    finished = _finished(out, identity)
+    finished = _finished(out, identity, report)
     if finished is not None:
         report.say(f"{out} is already prepared: {_summary(finished)}.")
         return finished
@@ -336,8 +336,11 @@ def _check_splits(plan: Plan, splits: dict[str, SplitManifest]) -> None:
         )
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished corpus, or None. Raises UserError if its source or settings differ."""
+def _finished(out: Path, identity: dict[str, Any], report: _Report) -> Manifest | None:
+    """The manifest of a finished corpus, or None. Deletes this corpus if shards are missing or have another size.
+
+    Raises UserError if its source or settings differ, or if the manifest does not tell.
+    """
     if not (out / MANIFEST).exists():
         return None
     manifest = Manifest.read(out / MANIFEST)
@@ -346,7 +349,12 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
             f"{out} holds a corpus from another source (or its files have changed) or with other settings: "
             "choose another --out, or delete that folder first."
         )
-    open_tokens(out)
+    try:
+        open_tokens(out)
+    except UserError:
+        report.say(f"Files of the corpus in {out} are missing or damaged: preparing it again.")
+        discard(out)
+        return None
     (out / JOURNAL).unlink(missing_ok=True)
     return manifest
 

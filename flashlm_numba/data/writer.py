@@ -187,7 +187,7 @@ def read_journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def discard(out: Path) -> None:
     """Delete the files that prepare() writes in out, and nothing else."""
     for entry in list(out.iterdir()):
-        counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.npy", entry.name)
+        counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.np[yz]", entry.name)
         if counts or SHARD_NAME.fullmatch(entry.name) or entry.name in (MANIFEST, JOURNAL):
             entry.unlink()
 
