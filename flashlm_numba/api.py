@@ -109,16 +109,19 @@ class Run:
         tokens: int | None = None,
         minutes: float | None = None,
         settings: Mapping[str, Any] | None = None,
+        data: StrPath | None = None,
         progress: Progress = SILENT,
     ) -> Run:
         """Resume training; by default up to the planned end.
 
         steps, tokens : total length of the run, counted from its first step;  minutes : additional minutes
         settings : changes to the few settings that a resumed run may change, such as {"adamw_lr": 5e-4}
+        data : folder of the tokens that the run was trained on, if they have moved
         Raises UserError for anything that the caller can correct.
         """
         length = Length(steps=steps, tokens=tokens, minutes=minutes)
-        done = runs.resume_run(self.folder, length, settings=_texts(settings), progress=progress)
+        moved = None if data is None else expanded(data)
+        done = runs.resume_run(self.folder, length, settings=_texts(settings), data=moved, progress=progress)
         return Run(done.folder, done.status)
 
 

@@ -138,6 +138,7 @@ def prepare(
 @click.option(
     "--resume", type=PathOrSource(path_type=Path), help="Resume this run with the data and settings it started with."
 )
+@options.own_data
 @options.checkpoint
 @click.option(
     "--seed",
@@ -169,6 +170,7 @@ def train(
     minutes: float | None,
     out: Path | None,
     resume: Path | None,
+    own_data: Path | None,
     checkpoint: str | None,
     seed: int | None,
     threads: int | None,
@@ -200,8 +202,10 @@ def train(
         if threads is not None:
             use_threads(threads)  # reports a wrong number as a usage error
         length = Length(steps, tokens, minutes)
-        done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads)
+        done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads, data=own_data)
         raise SystemExit(done.status)
+    if own_data is not None:
+        raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
     if checkpoint is not None:
         raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
     run = _run_settings(head, tree, recipe, embeddings, settings)
@@ -252,6 +256,7 @@ def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str |
 @click.command("eval")
 @options.run
 @click.argument("data", required=False, type=PathOrSource())
+@options.own_data
 @click.option("--smoothed", is_flag=True, help="Also report the loss with label smoothing 0.1 (slow).")
 @options.subset
 @options.lines
@@ -265,6 +270,7 @@ def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str |
 def evaluate(
     run: Path,
     data: str | None,
+    own_data: Path | None,
     smoothed: bool,
     subset: str | None,
     lines: bool,
@@ -283,6 +289,8 @@ def evaluate(
     Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file
     written by `export`.
     """
+    if data is not None and own_data is not None:
+        raise click.UsageError("DATA is the text to score, and --data the text of RUN; give only one of the two.")
     from flashlm_numba.inference.evaluate import evaluate_run
 
     use_threads(threads)
@@ -297,6 +305,7 @@ def evaluate(
         column=column,
         lines=lines,
         skip_missing=skip_missing,
+        own_data=own_data,
     )
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))

@@ -51,6 +51,13 @@ threads = click.option(
 )
 checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to load. Default: the newest.")
 ema = click.option("--ema", is_flag=True, help="Use the EMA of the weights, if the run has one (recipe v3).")
+own_data = click.option(
+    "--data",
+    "own_data",
+    metavar="DIR",
+    type=PathOrSource(path_type=Path),
+    help="Folder of the tokens that RUN was trained on, if they have moved. Default: where they were, seen from RUN.",
+)
 activations = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),

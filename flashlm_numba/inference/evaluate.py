@@ -203,6 +203,7 @@ def evaluate_run(
     column: str = "text",
     lines: bool = False,
     skip_missing: bool = False,
+    own_data: Path | None = None,
     note: Note = say,
 ) -> dict[str, Any]:
     """Score a run's model. Returns the object that `eval --json` prints.
@@ -212,6 +213,7 @@ def evaluate_run(
         the data that the run was trained on.
     activations : "float" or "int8", as in Model.use_activations; None: as the run was trained
     subset, column, lines, skip_missing : options of a source, as in `prepare`;  note : as in load_model
+    own_data : folder of the data that the run was trained on, if they have moved; instead of data
     Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
     from flashlm_numba.data.builtin import open_run_tokens
@@ -233,13 +235,8 @@ def evaluate_run(
     if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
         raise UserError("subset, lines, column and skip_missing apply to a source; leave them out for prepared data.")
     if data is None or is_prepared(data):
-        where = _own_data(run, loaded.run) if data is None else data
-        tokens = open_run_tokens(where) if data is None else open_tokens(where)
-        if data is None and tokens.hash != loaded.run.data_hash:
-            raise UserError(
-                f"The tokens in {where} are not the ones that {run} was trained on; prepare the same data there, or "
-                "name the data to score."
-            )
+        where = data or str(own_data or _own_data(run, loaded.run))
+        tokens = open_run_tokens(where, run, loaded.run.data_hash) if data is None else open_tokens(where)
         if tokens.vocabulary.hash != vocabulary.hash:
             raise UserError(
                 f"The tokens in {where} use the vocabulary {tokens.vocabulary.name}, but {run} was trained with "
@@ -299,7 +296,7 @@ def _own_data(run: Path, config: RunConfig) -> str:
 
 
 def _source_documents(
-    source: str, sizes: dict[str, int], vocabulary: Vocabulary, note: Note, **options: Any
+    source: str, sizes: dict[str, int], vocabulary: Vocabulary, note: Note = say, **options: Any
 ) -> Iterator[np.ndarray]:
     """Token ids (n,) int32 of each document of a source; adds documents and UTF-8 bytes to sizes.
 
