@@ -25,8 +25,8 @@ def open_run_tokens(folder: Path | str, run: Path, expected: str) -> TokenData:
     if not str(folder) or not Path(folder).is_dir():
         if Path(folder).name != _corpus_name():
             raise UserError(
-                f"The tokens that {run} was trained on are not in {folder or 'a known place'}: name their folder with --data DIR, or "
-                "prepare the same data there."
+                f"The tokens that {run} was trained on are not in {folder or 'a known place'}: name their folder with "
+                "--data DIR, or prepare the same data there."
             )
         folder = default_corpus()
     tokens = open_tokens(folder)
