@@ -33,6 +33,7 @@ from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded
 from flashlm_numba.training import run as runs
 from flashlm_numba.training.plan import Length
 
@@ -51,6 +52,7 @@ def prepare(
     max_docs: int | None = None,
     lines: bool = False,
     column: str = "text",
+    skip_missing: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
@@ -76,10 +78,11 @@ def prepare(
         max_docs=max_docs,
         lines=lines,
         column=column,
+        skip_missing=skip_missing,
         workers=workers,
         progress=progress,
     )
-    return Path(out)
+    return expanded(out)
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,19 @@ class Run:
         tokens: int | None = None,
         minutes: float | None = None,
         settings: Mapping[str, Any] | None = None,
+        data: StrPath | None = None,
         progress: Progress = SILENT,
     ) -> Run:
         """Resume training; by default up to the planned end.
 
         steps, tokens : total length of the run, counted from its first step;  minutes : additional minutes
         settings : changes to the few settings that a resumed run may change, such as {"adamw_lr": 5e-4}
+        data : folder of the tokens that the run was trained on, if they have moved
         Raises UserError for anything that the caller can correct.
         """
         length = Length(steps=steps, tokens=tokens, minutes=minutes)
-        done = runs.resume_run(self.folder, length, settings=_texts(settings), progress=progress)
+        moved = None if data is None else expanded(data)
+        done = runs.resume_run(self.folder, length, settings=_texts(settings), data=moved, progress=progress)
         return Run(done.folder, done.status)
 
 
@@ -152,8 +158,8 @@ def train(
     done = runs.start_run(
         run,
         Length(steps=steps, tokens=tokens, minutes=minutes),
-        data=None if data is None else str(data),
-        out=None if out is None else Path(out),
+        data=None if data is None else str(expanded(data)),
+        out=None if out is None else expanded(out),
         threads=threads,
         progress=progress,
     )
@@ -175,7 +181,7 @@ def load(
     progress : receives a note if the kernels must be compiled first, which takes a minute or two
     Raises UserError if there is no model at path, or if it is damaged.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.parent.name == "checkpoints" and checkpoint is None:
         path, checkpoint = path.parent.parent, path.name
     loaded = build.load_model(path, checkpoint, ema=ema, note=progress.note)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from flashlm_numba.cli import options
-from flashlm_numba.cli.options import HeadName, Number, PathOrSource, use_threads
+from flashlm_numba.cli.options import HeadName, Number, PathOrSource, echo, use_threads
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--max-docs", type=click.IntRange(min=1), help="Stop after this many documents. Default: no limit.")
 @options.lines
 @options.column
+@options.skip_missing
 @click.option("--workers", type=click.IntRange(min=1), help="Number of tokeniser threads. Default: all cores.")
 def prepare(
     source: str | None,
@@ -60,6 +61,7 @@ def prepare(
     max_docs: int | None,
     lines: bool,
     column: str,
+    skip_missing: bool,
     workers: int | None,
 ) -> None:
     """Tokenise documents with GPT-2's vocabulary and write the tokens to the folder --out.
@@ -88,6 +90,7 @@ def prepare(
             max_docs=max_docs,
             lines=lines,
             column=column,
+            skip_missing=skip_missing,
             workers=workers,
         )
     for name, part in manifest.splits.items():
@@ -95,7 +98,7 @@ def prepare(
             f"{name:<12} {plural(part.documents, 'document'):>21} {part.text_tokens:>14,} tokens "
             f"{part.text_bytes:>14,} bytes"
         )
-    click.echo(f"in {out}")
+    echo(f"in {out}")
 
 
 @click.command()
@@ -135,6 +138,7 @@ def prepare(
 @click.option(
     "--resume", type=PathOrSource(path_type=Path), help="Resume this run with the data and settings it started with."
 )
+@options.own_data
 @options.checkpoint
 @click.option(
     "--seed",
@@ -166,6 +170,7 @@ def train(
     minutes: float | None,
     out: Path | None,
     resume: Path | None,
+    own_data: Path | None,
     checkpoint: str | None,
     seed: int | None,
     threads: int | None,
@@ -197,8 +202,10 @@ def train(
         if threads is not None:
             use_threads(threads)  # reports a wrong number as a usage error
         length = Length(steps, tokens, minutes)
-        done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads)
+        done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads, data=own_data)
         raise SystemExit(done.status)
+    if own_data is not None:
+        raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
     if checkpoint is not None:
         raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
     run = _run_settings(head, tree, recipe, embeddings, settings)
@@ -249,10 +256,12 @@ def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str |
 @click.command("eval")
 @options.run
 @click.argument("data", required=False, type=PathOrSource())
+@options.own_data
 @click.option("--smoothed", is_flag=True, help="Also report the loss with label smoothing 0.1 (slow).")
 @options.subset
 @options.lines
 @options.column
+@options.skip_missing
 @options.activations
 @options.ema
 @options.checkpoint
@@ -261,10 +270,12 @@ def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str |
 def evaluate(
     run: Path,
     data: str | None,
+    own_data: Path | None,
     smoothed: bool,
     subset: str | None,
     lines: bool,
     column: str,
+    skip_missing: bool,
     activations: str | None,
     ema: bool,
     checkpoint: str | None,
@@ -278,6 +289,8 @@ def evaluate(
     Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file
     written by `export`.
     """
+    if data is not None and own_data is not None:
+        raise click.UsageError("DATA is the text to score, and --data the text of RUN; give only one of the two.")
     from flashlm_numba.inference.evaluate import evaluate_run
 
     use_threads(threads)
@@ -291,6 +304,8 @@ def evaluate(
         subset=subset,
         column=column,
         lines=lines,
+        skip_missing=skip_missing,
+        own_data=own_data,
     )
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
@@ -300,7 +315,7 @@ def evaluate(
     click.echo(f"bits per byte  {result['bits_per_byte']:.4f}")
     if result["smoothed_loss"] is not None:
         click.echo(f"smoothed loss  {result['smoothed_loss']:.4f} nats per token (label smoothing 0.1)")
-    click.echo(
+    echo(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
         f"{plural(result['documents'], 'document')} of {result['data']}"
     )
@@ -431,7 +446,7 @@ def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
     from flashlm_numba.model.export import export_run
 
     size = export_run(run, file, checkpoint, ema=ema).stat().st_size
-    click.echo(f"{file}: {size / 1e6:,.1f} MB")
+    echo(f"{file}: {size / 1e6:,.1f} MB")
 
 
 @click.command()
@@ -455,7 +470,7 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
             for name, item in value.items():
                 click.echo(f"  {name:<28} {_show(item)}")
         else:
-            click.echo(f"{key:<30} {_show(value)}")
+            echo(f"{key:<30} {_show(value)}")
 
 
 @click.command()

@@ -27,6 +27,7 @@ from flashlm_numba import __version__
 from flashlm_numba.cli import commands
 from flashlm_numba.system.display import TERMINAL, say
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import SHOWN
 from flashlm_numba.system.streams import discard_output, open_standard_streams
 
 # standard output on a full disk, a terminal that is gone, opened for reading, on a file that may not grow
@@ -40,6 +41,9 @@ class _Commands(click.Group):
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run a command, whatever became of the standard streams."""
         open_standard_streams()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors=SHOWN)  # a name of a file that the terminal cannot show is escaped
         with _sentences_for_warnings():
             return super().main(*arguments, **options)
 
@@ -50,7 +54,8 @@ class _Commands(click.Group):
             say(f"Error: {error}")
             ctx.exit(1)
         except KeyboardInterrupt:
-            say("\nStopped.")
+            say("")
+            say("Stopped.")
             ctx.exit(130)
         except BrokenPipeError:  # the reader of the pipe has exited, as in `generate | head`
             discard_output(sys.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import click
 
 from flashlm_numba.heads import HEADS
 from flashlm_numba.model.config import ACTIVATIONS
+from flashlm_numba.system.paths import printable
 
 
 class PathOrSource(click.Path):
-    """A path or the name of a source. An empty string, as from an unset shell variable, is an error."""
+    """A path or the name of a source. An empty string, as from an unset shell variable, is an error.
+
+    `~` is expanded here too, since a shell leaves it in --out=~/run.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("it is empty.", param, ctx)
-        return super().convert(value, param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class Number(click.FloatRange):
@@ -46,6 +51,13 @@ threads = click.option(
 )
 checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to load. Default: the newest.")
 ema = click.option("--ema", is_flag=True, help="Use the EMA of the weights, if the run has one (recipe v3).")
+own_data = click.option(
+    "--data",
+    "own_data",
+    metavar="DIR",
+    type=PathOrSource(path_type=Path),
+    help="Folder of the tokens that RUN was trained on, if they have moved. Default: where they were, seen from RUN.",
+)
 activations = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
@@ -60,8 +72,19 @@ lines = click.option(
     "--lines", is_flag=True, help="Treat each line of a .txt file as a document. Default: one document per file."
 )
 column = click.option(
-    "--column", default="text", show_default=True, help="Column that holds the text in parquet, JSON and hub rows."
+    "--column",
+    default="text",
+    show_default=True,
+    help="Column that holds the text in parquet, JSON and hub rows; a.b is field b of column a.",
 )
+skip_missing = click.option(
+    "--skip-missing", is_flag=True, help="Leave out local files without the column. Default: refuse them."
+)
+
+
+def echo(line: str, *, err: bool = False) -> None:
+    """Print a line that may contain names of files."""
+    click.echo(printable(line), err=err)
 
 
 def use_threads(threads: int | None) -> int:

@@ -15,15 +15,27 @@ from flashlm_numba.system.cache import from_cache, writable_cache
 from flashlm_numba.system.errors import UserError
 
 
-def open_run_tokens(folder: Path | str) -> TokenData:
-    """Open the tokens that a run was trained on. Raises UserError as open_tokens does.
+def open_run_tokens(folder: Path | str, run: Path, expected: str) -> TokenData:
+    """Open the tokens in folder that a run was trained on. Raises UserError if they are not those.
 
+    run : name of the run for messages;  expected : hash of the tokens
     If they were those of the built-in text and the folder is gone, for example with an emptied cache, this prepares
     the built-in text again.
     """
-    if not Path(folder).is_dir() and Path(folder).name == _corpus_name():
+    if not str(folder) or not Path(folder).is_dir():
+        if Path(folder).name != _corpus_name():
+            raise UserError(
+                f"The tokens that {run} was trained on are not in {folder or 'a known place'}: name their folder with "
+                "--data DIR, or prepare the same data there."
+            )
         folder = default_corpus()
-    return open_tokens(folder)
+    tokens = open_tokens(folder)
+    if tokens.hash != expected:
+        raise UserError(
+            f"The tokens in {folder} are not the ones that {run} was trained on: name their folder with --data DIR, "
+            "or prepare the same data there."
+        )
+    return tokens
 
 
 def default_corpus(progress: bool = True) -> Path:

@@ -5,14 +5,44 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashlm_numba.system.errors import UserError
-
 ROLES = ("train", "validation", "test")
 ALL = "all"  # role of documents that are not divided into splits
+
+
+@dataclass
+class Tally:
+    """Numbers of documents left out up to some point of the source."""
+
+    empty: int = 0
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file of a Hugging Face dataset begins. A continued run starts there, not at the first file."""
+
+    part: int = 0
+    documents: int = 0  # documents of the plan's stream before it
+    empty: int = 0  # documents without text before it
+    stage: int = 0  # index in Plan.stages()
+    taken: int = 0  # documents before it that count towards --max-docs
+    held_out: int = 0  # documents left out before it because they are held out
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with text, and its split."""
+
+    split: str
+    text: str
+    limited: bool  # whether it counts towards --max-tokens
+    tally: Tally  # the tally after this document
+    place: Place = Place()  # a place at or before this document
 
 
 class Source(ABC):
@@ -84,36 +114,41 @@ def quiet_datasets() -> Any:
     return datasets
 
 
-def texts_of(stream: Iterable[dict[str, Any]], column: str, name: str) -> Iterator[str]:
-    checked = False
-    for row in stream:
-        if not checked:
-            check_column(row, column, name)
-            checked = True
-        text = row.get(column)
-        if text is None:
-            text = ""
-        elif not isinstance(text, str):
-            raise UserError(
-                f"Column {column} of {name} contains {type(text).__name__}, not text: choose another --column."
-            )
-        yield text if text.isascii() else _without_surrogates(text)
+class NotText(Exception):
+    """A value of the column is not text."""
 
 
-def _without_surrogates(text: str) -> str:
+_KINDS = {bool: "true or false", int: "a number", float: "a number", bytes: "bytes", list: "a list", dict: "an object"}
+
+
+def pick(row: Mapping[str, Any], column: str, missing: Callable[[Iterable[str]], None] = lambda columns: None) -> str:
+    """The text in a column of a row; empty if it is null or missing. `a.b` is field b of column a, or a column a.b.
+
+    missing : called with the names of the row's columns if the column is not among them
+    Raises NotText if the value is not text.
+    """
+    value: Any = row
+    for name in [column] if column in row else column.split("."):
+        if value is None:
+            break
+        if not isinstance(value, Mapping) or name not in value:
+            missing(row)
+            return ""
+        value = value[name]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise NotText(f"the value is {_KINDS.get(type(value), type(value).__name__)}")
+    return value
+
+
+def without_surrogates(text: str) -> str:
     """Replace unpaired surrogates, which JSON allows and UTF-8 does not, by U+FFFD, as tiktoken does."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def check_column(columns: Iterable[str], column: str, name: str | Path) -> None:
-    names = list(columns)
-    if column not in names:
-        have = ", ".join(map(str, names)) or "none"
-        raise UserError(f"{name} has no column {column}: choose one with --column (it has {have}).")
 
 
 def reason(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashlm_numba.data.splits import Document
+from flashlm_numba.data.documents import Document
 from flashlm_numba.data.tokenizer import Vocabulary
 
 if TYPE_CHECKING:

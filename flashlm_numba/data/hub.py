@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashlm_numba.data.documents import ALL, ROLES, Source, quiet_datasets, reason, role_of, texts_of
+from flashlm_numba.data.documents import (
+    ALL,
+    ROLES,
+    NotText,
+    Source,
+    pick,
+    quiet_datasets,
+    reason,
+    role_of,
+    without_surrogates,
+)
 from flashlm_numba.system.cache import set_hub_home
 from flashlm_numba.system.errors import UserError
 
@@ -56,7 +66,7 @@ class HubDataset(Source):
                     if part > begun:
                         started(part)
                         begun, read = part, 0
-                    for text in itertools.islice(texts_of(stream, self.column, self.name), read, None):
+                    for text in itertools.islice(self._texts(stream), read, None):
                         read += 1
                         failures = 0
                         yield text
@@ -74,6 +84,24 @@ class HubDataset(Source):
                 failures += 1
                 note(f"Reading {self.name} failed ({reason(error)}); trying again in {seconds:g} s.")
                 time.sleep(seconds)
+
+    def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+        """The texts of rows. The first row shows the columns; in a later one a missing text counts as empty."""
+        first = True
+
+        def missing(columns: Iterable[str]) -> None:
+            if first:
+                have = ", ".join(map(str, columns)) or "none"
+                raise UserError(f"{self.name} has no column {self.column}: choose one with --column (it has {have}).")
+
+        for row in rows:
+            try:
+                yield without_surrogates(pick(row, self.column, missing))
+            except NotText as error:
+                raise UserError(
+                    f"In column {self.column} of {self.name}, {error}, not text: choose another --column."
+                ) from None
+            first = False
 
     def _parts(self, role: str) -> Iterator[tuple[int, Any]]:
         """Number and rows of every file of a role."""

@@ -19,6 +19,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 JOURNAL = "progress.json"  # exists while the corpus is unfinished; see data/writer.py
 SPLITS = ("train", "validation", "test")
+_AGAIN = "delete the folder and prepare the corpus again."
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.bin")
 
 
@@ -74,8 +75,8 @@ class Manifest:
         return digest.hexdigest()
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The text of manifest.json, in ASCII, which holds names of any bytes."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @staticmethod
     def read(path: Path) -> Manifest:
@@ -86,13 +87,13 @@ class Manifest:
             raise UserError(
                 f"{path.parent} holds no prepared corpus: make one with `flashlm-numba prepare`."
             ) from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"Cannot read {path} ({error}): prepare the corpus again.") from error
+        except OSError as error:
+            raise UserError(f"Cannot read {path} ({error.strerror or error}): make it readable, or {_AGAIN}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from error
         try:
             if raw["format"] != FORMAT:
-                raise UserError(
-                    f"{path} has format {raw['format']}, but this version reads {FORMAT}: prepare the corpus again."
-                )
+                raise UserError(f"{path} has format {raw['format']}, but this version reads {FORMAT}: {_AGAIN}")
             splits = {}
             for name, split in raw.pop("splits").items():
                 shards = tuple(Shard(**shard) for shard in split.pop("shards"))
@@ -102,7 +103,7 @@ class Manifest:
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}): prepare the corpus again.") from error
+            raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from error
         return manifest
 
     def _check(self) -> None:

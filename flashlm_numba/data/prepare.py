@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashlm_numba.data import sources
-from flashlm_numba.data.documents import ALL
+from flashlm_numba.data.documents import ALL, Document, Place, Tally
 from flashlm_numba.data.encoding import encoded
 from flashlm_numba.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, Manifest, SplitManifest
 from flashlm_numba.data.shards import open_tokens
-from flashlm_numba.data.splits import VALIDATION_SHARE, Document, Place, Plan, SplitChoice, Tally
+from flashlm_numba.data.splits import VALIDATION_SHARE, Plan, SplitChoice
 from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
 from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked, read_journal, write_journal
 from flashlm_numba.system import files
 from flashlm_numba.system.display import in_terminal, plural, say
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded, printable
 from flashlm_numba.system.threads import available_cores
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class _Report:
     def say(self, text: str) -> None:
         if self._live is not None and self._console is not None:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                self._console.print(text)
+                self._console.print(printable(text))
         elif self._on:
             say(text)
 
@@ -108,6 +109,7 @@ def prepare(
     max_docs: int | None = None,
     lines: bool = False,
     column: str = "text",
+    skip_missing: bool = False,
     workers: int | None = None,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
@@ -122,7 +124,7 @@ def prepare(
         "validation" puts all documents (those of that role, if the source has roles) into this split
     max_tokens, max_docs : stop after this many tokens (ends of text count; the last document is cut) or documents with
         text; documents from --validation, and those that their file's name holds out, do not count
-    lines, column, subset : see sources.resolve;  workers : tokeniser threads; default: all cores
+    lines, column, subset, skip_missing : see sources.resolve;  workers : tokeniser threads; default: all cores
     shard_tokens : ids per shard file;  wait : wait for another process that prepares out, instead of failing
     vocabulary : name in VOCABULARIES of the vocabulary to encode with
     The result depends only on the source and these settings, not on workers or interruptions. Memory does not grow with
@@ -134,13 +136,14 @@ def prepare(
             raise UserError(f"{option} must be at least 1, got {value}.")
     if split not in ("auto", "train", "validation"):
         raise ValueError(f"prepare: split must be auto, train or validation, got {split!r}")
-    out = Path(out)
+    out = expanded(out)
     if (out / "config.json").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run; choose another folder for the tokens.")
     if validation is not None and split != "auto":
         raise UserError(f"validation documents and split {split} contradict each other; leave out one of the two.")
-    resolved = sources.resolve(source, subset=subset, column=column, lines=lines)
-    held_out = None if validation is None else sources.resolve(validation, column=column, lines=lines)
+    reading: dict[str, Any] = {"column": column, "lines": lines, "skip_missing": skip_missing}
+    resolved = sources.resolve(source, subset=subset, **reading)
+    held_out = None if validation is None else sources.resolve(validation, **reading)
     for documents in (resolved, held_out):
         inside = [path for path in documents.paths if path.parent == out.absolute()] if documents is not None else []
         if inside:
@@ -183,7 +186,7 @@ def prepare(
 def _prepare(
     plan: Plan, out: Path, identity: dict[str, Any], shard_tokens: int, workers: int, report: _Report
 ) -> Manifest:
-    finished = _finished(out, identity)
+    finished = _finished(out, identity, report)
     if finished is not None:
         report.say(f"{out} is already prepared: {_summary(finished)}.")
         return finished
@@ -332,10 +335,18 @@ def _check_splits(plan: Plan, splits: dict[str, SplitManifest]) -> None:
     if not splits["validation"].documents and (plan.validation is not None or ALL in plan.source.roles):
         name = plan.source.name if plan.validation is None else plan.validation.name
         raise UserError(f"{name} has no validation document: use more text, or name some with --validation.")
+    if plan.splits_off and splits["validation"].tokens > splits["train"].tokens:
+        raise UserError(
+            f"The validation documents of {plan.source.name} would hold more than half of its tokens, because few "
+            "documents hold most of them: name validation documents with --validation."
+        )
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished corpus, or None. Raises UserError if its source or settings differ."""
+def _finished(out: Path, identity: dict[str, Any], report: _Report) -> Manifest | None:
+    """The manifest of a finished corpus, or None. Deletes this corpus if shards are missing or have another size.
+
+    Raises UserError if its source or settings differ, or if the manifest does not tell.
+    """
     if not (out / MANIFEST).exists():
         return None
     manifest = Manifest.read(out / MANIFEST)
@@ -344,7 +355,12 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
             f"{out} holds a corpus from another source (or its files have changed) or with other settings: "
             "choose another --out, or delete that folder first."
         )
-    open_tokens(out)
+    try:
+        open_tokens(out)
+    except UserError:
+        report.say(f"Files of the corpus in {out} are missing or damaged: preparing it again.")
+        discard(out)
+        return None
     (out / JOURNAL).unlink(missing_ok=True)
     return manifest
 

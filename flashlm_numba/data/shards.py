@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Split:
         self._eot = vocabulary.eot
         self._dtype = vocabulary.dtype
         self._shards = manifest.shards
+        self._hash = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
         self._maps: list[NDArray[np.unsignedinteger[Any]] | None] = [None] * len(manifest.shards)
         self._ends = np.cumsum([shard.tokens for shard in manifest.shards], dtype=np.int64)
 
@@ -127,21 +129,23 @@ class Split:
         """Count of each id, including the end of text, (vocab_size,) int64.
 
         The counts are computed once (about 2 s for a billion tokens) and stored next to the shards as
-        counts-<split>.npy.
+        counts-<split>.npz, with a hash of the shards, so that the counts of other tokens are never used.
         """
         if vocab_size < self._vocab_size:
             raise ValueError(f"Split.counts: vocab_size must be at least {self._vocab_size}, got {vocab_size}")
-        path = self._folder / f"counts-{self.name}.npy"
+        path = self._folder / f"counts-{self.name}.npz"
         counts = np.zeros(vocab_size, dtype=np.int64)
-        with contextlib.suppress(OSError, ValueError, EOFError):  # EOFError: the file is empty
-            kept = np.load(path, allow_pickle=False)
-            if kept.shape == (self._vocab_size,) and kept.dtype == np.int64 and kept.sum() == self.n_tokens:
+        # EOFError: the file is empty; KeyError, BadZipFile: it is something else
+        with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile), path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            kept = stored["counts"]
+            if kept.shape == (self._vocab_size,) and kept.dtype == np.int64 and str(stored["shards"]) == self._hash:
                 counts[: len(kept)] = kept
                 return counts
         for chunk in self.chunks():
             counts += np.bincount(chunk, minlength=vocab_size)
         with contextlib.suppress(OSError):  # the tokens of a read-only corpus are counted each time
-            files.write_atomically(path, lambda f: np.save(f, counts[: self._vocab_size], allow_pickle=False))
+            files.write_atomically(path, lambda f: np.savez(f, counts=counts[: self._vocab_size], shards=self._hash))
         return counts
 
 
@@ -187,7 +191,10 @@ class TokenData:
                     if bar is not None:
                         bar.advance(len(block) // width)
         except OSError as error:
-            raise UserError(f"Cannot read {path} ({error.strerror or error}): prepare the corpus again.") from error
+            raise UserError(
+                f"Cannot read {path} ({error.strerror or error}): make it readable, or delete the folder and prepare "
+                "the corpus again."
+            ) from error
         return digest.hexdigest()
 
 

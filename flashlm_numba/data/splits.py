@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from flashlm_numba.data.documents import ALL, Source
+from flashlm_numba.data.documents import ALL, Document, Place, Source, Tally
+from flashlm_numba.data.encoding import encoded
 from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.threads import available_cores
 
-VALIDATION_SHARE = 0.05  # share of validation documents, if the source has no validation split
-SMALL = 1_000  # up to this many documents the share is exact; in larger sources it is random
+VALIDATION_SHARE = 0.05  # share of the tokens that become validation, if the source has no validation split
+LEAST_SHARE, MOST_SHARE = 0.025, 0.1  # what counts as about this share
+SMALL = 1_000  # up to this many documents the share is computed; in larger sources it is random
+LONG = 50  # documents so many times as long as the first ones on average are never for validation in larger sources
+_RULE = "whole documents, by BLAKE2b of the text, copies on one side"
 
 SplitChoice = Literal["auto", "train", "validation"]
 
 
-@dataclass
-class Tally:
-    """Numbers of documents left out up to some point of the source."""
+@dataclass(frozen=True)
+class Sized:
+    """A document without its text."""
 
-    empty: int = 0
-    held_out: int = 0
+    digest: bytes
+    tokens: float  # with the end of text, as far as --max-tokens allows
+    characters: int
+    cut: bool  # whether --max-tokens cuts it
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file of a Hugging Face dataset begins. A continued run starts there, not at the first file."""
+class Stage:
+    """A role of a source whose documents all go into one split."""
 
-    part: int = 0
-    documents: int = 0  # documents of the plan's stream before it
-    empty: int = 0  # documents without text before it
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document with text, and its split."""
-
+    source: Source
+    role: str
     split: str
-    text: str
-    limited: bool  # whether it counts towards --max-tokens
-    tally: Tally  # the tally after this document
-    place: Place = Place()  # a place at or before this document
+    held_out: bool = False  # whether documents equal to one of these are left out of the other stages
+    limited: bool = False  # whether --max-docs and --max-tokens apply
+
+
+@dataclass
+class _Reached:
+    """How far Plan.documents() is."""
+
+    place: Place  # the last one to continue at
+    documents: int
+    taken: int  # documents that count towards --max-docs
 
 
 @dataclass
@@ -57,38 +66,69 @@ class Plan:
     vocabulary: Vocabulary
     rule: str = ""  # how the validation documents are chosen; set when the first document is read
     tally: Tally = field(default_factory=Tally)
-    start: Place = Place()  # documents() begins here
-    note: Callable[[str], None] = lambda sentence: None  # receives sentences about broken connections
+    start: Place = field(default_factory=Place)  # documents() begins here
+    note: Callable[[str], None] = lambda sentence: None  # receives sentences about files and broken connections
 
     def documents(self) -> Iterator[Document]:
         """The documents, held-out ones first, so that equal documents can be left out of training."""
-        held_out: set[bytes] = set()  # 8 bytes per document; nothing else here grows with the corpus
-        if self.split != "auto":
-            self.rule = f"all documents are {self.split}"
-            taken = 0
-            for part in (self.split,) if self.split in self.source.roles else self.source.roles:
-                for document in self._stage(self.source, part, self.split, limited=True, taken=taken):
-                    yield document
-                    taken += 1
-            return
-        if self.validation is not None:
-            self.rule = f"validation documents from {self.validation.name}"
-            for role in ("validation",) if "validation" in self.validation.roles else self.validation.roles:
-                yield from self._stage(self.validation, role, "validation", keep=held_out)
-            if "test" in self.source.roles:
-                yield from self._stage(self.source, "test", "test", keep=held_out)
-            role = ALL if ALL in self.source.roles else "train"
-        elif ALL in self.source.roles:
+        if self.splits_off:
             yield from self._split_off()
             return
+        held_out: set[bytes] = set()  # 8 bytes per document; nothing else here grows with the corpus
+        reached = _Reached(self.start, self.start.documents, self.start.taken)
+        for index, stage in enumerate(self.stages()):
+            if index >= self.start.stage:
+                yield from self._stage(index, stage, held_out, reached)
+            elif stage.held_out:  # finished; its documents are read again only to be left out of training
+                held_out.update(_digest(text) for text, _ in self._texts(stage.source, stage.role, None))
+
+    def _stage(self, index: int, stage: Stage, held_out: set[bytes], reached: _Reached) -> Iterator[Document]:
+        """The documents of a stage; adds to held_out, or leaves out what is in it."""
+
+        def started(part: int) -> None:
+            if not stage.held_out:
+                tally = self.tally
+                reached.place = Place(part, reached.documents, tally.empty, index, reached.taken, tally.held_out)
+
+        first_part = 0
+        if index == self.start.stage:
+            first_part = self.start.part
+            self.tally = Tally(self.start.empty, self.start.held_out)
+        limit = self.max_docs - reached.taken if stage.limited and self.max_docs is not None else None
+        for text, tally in self._texts(stage.source, stage.role, limit, first_part, started):
+            reached.taken += stage.limited
+            if stage.held_out:
+                held_out.add(_digest(text))
+            elif held_out and _digest(text) in held_out:
+                tally.held_out += 1
+                continue
+            yield Document(stage.split, text, stage.limited, Tally(tally.empty, tally.held_out), reached.place)
+            reached.documents += 1
+
+    @property
+    def splits_off(self) -> bool:
+        """Whether validation documents are chosen from the source, which names none."""
+        return self.split == "auto" and self.validation is None and ALL in self.source.roles
+
+    def stages(self) -> list[Stage]:
+        """What is read, in order, if no validation documents are split off. Sets the rule."""
+        source, held_out = self.source, []
+        if self.split != "auto":
+            self.rule = f"all documents are {self.split}"
+            roles = (self.split,) if self.split in source.roles else source.roles
+            return [Stage(source, role, self.split, limited=True) for role in roles]
+        if self.validation is not None:
+            self.rule = f"validation documents from {self.validation.name}"
+            roles = ("validation",) if "validation" in self.validation.roles else self.validation.roles
+            held_out = [Stage(self.validation, role, "validation", held_out=True) for role in roles]
         else:
             self.rule = "splits by the names of the source's files"
-            for role in ("validation", "test"):
-                if role in self.source.roles:
-                    yield from self._stage(self.source, role, role, keep=held_out)
-            role = "train"
-        if role in self.source.roles:
-            yield from self._stage(self.source, role, "train", leave_out=held_out, limited=True)
+            if "validation" in source.roles:
+                held_out = [Stage(source, "validation", "validation", held_out=True)]
+        if "test" in source.roles:
+            held_out.append(Stage(source, "test", "test", held_out=True))
+        train = [role for role in (ALL, "train") if role in source.roles]
+        return [*held_out, *(Stage(source, role, "train", limited=True) for role in train)]
 
     def _texts(
         self,
@@ -111,57 +151,61 @@ class Plan:
             if taken == limit:
                 return
 
-    def _stage(
-        self,
-        source: Source,
-        role: str,
-        split: str,
-        *,
-        keep: set[bytes] | None = None,
-        leave_out: set[bytes] | None = None,
-        limited: bool = False,
-        taken: int = 0,  # documents of max_docs that an earlier stage took
-    ) -> Iterator[Document]:
-        limit = self.max_docs - taken if limited and self.max_docs is not None else None
-        for text, tally in self._texts(source, role, limit):
-            if keep is not None:
-                keep.add(_digest(text))
-            if leave_out and _digest(text) in leave_out:
-                tally.held_out += 1
-                continue
-            yield Document(split, text, limited, Tally(tally.empty, tally.held_out))
+    def _first_documents(self) -> tuple[list[Sized], bool]:
+        """The sizes of up to SMALL + 1 documents, and whether these are all within the limits.
+
+        Of the last document only the tokens within --max-tokens count; without any it is left out.
+        """
+        limit = min(self.max_docs or SMALL + 1, SMALL + 1)
+        found = [Sized(_digest(text), 0, len(text), False) for text, _ in self._texts(self.source, ALL, limit)]
+        small = len(found) <= SMALL
+        if not small and self.max_tokens is None:
+            return found, False
+        left = math.inf if self.max_tokens is None else self.max_tokens
+        tally, self.tally = self.tally, Tally()
+        with contextlib.closing(self._sizes(len(found))) as sizes:
+            for index, (size, seen) in enumerate(sizes):
+                if left <= 1 and index:
+                    tally, small = seen, True
+                    del found[index:]
+                    break
+                found[index] = replace(found[index], tokens=min(size, left), cut=size > left)
+                left -= size
+        self.tally = tally
+        return found, small
+
+    def _sizes(self, count: int) -> Generator[tuple[int, Tally], None, None]:
+        """Tokens of the first documents, counted by several threads, and the tally before each."""
+        texts = self._texts(self.source, ALL, count)
+        stream = encoded(
+            self.vocabulary, (Document("", text, True, Tally(tally.empty)) for text, tally in texts), available_cores()
+        )
+        size = 1  # the end of text
+        with contextlib.closing(stream):
+            for piece, ids, _ in stream:
+                size += len(ids)
+                if piece.last:
+                    yield size, piece.document.tally
+                    size = 1
 
     def _split_off(self) -> Iterator[Document]:
-        """Choose 5 % of the documents for validation by a hash of the text, so that equal documents share a split.
-
-        Up to SMALL documents, exactly this share with the smallest hashes is chosen, at least one document. In larger
-        sources a bound on the hash decides. A source of one document is cut: its last 5 % are for validation.
-        """
-        digests: list[bytes] = []
-        tokens = 0
-        for text, _ in self._texts(self.source, ALL, min(self.max_docs or SMALL + 1, SMALL + 1)):
-            digests.append(_digest(text))
-            if self.max_tokens is not None:  # choose only among documents within the limit
-                tokens += len(self.vocabulary.encode(text)) + 1
-                if tokens >= self.max_tokens:
-                    break
-        text = ""  # avoids two copies of a long document in memory
-        if len(digests) == 1:
-            seen, self.tally = self.tally, Tally()
-            self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
-            for text, tally in self._texts(self.source, ALL, 1):
-                if self.max_tokens is not None and tokens > self.max_tokens:
-                    text = self.vocabulary.decode(self.vocabulary.encode(text)[: self.max_tokens]).rstrip("\ufffd")
-                cut = _cut(text)
-                yield Document("validation", text[cut:], True, Tally(tally.empty))
-                yield Document("train", text[:cut], True, Tally(tally.empty))
+        """Choose documents with 5 % of the tokens for validation, by a hash of the text; see docs/data.md."""
+        first, small = self._first_documents()
+        seen, self.tally = self.tally, Tally()
+        if len(first) == 2 and first[1].cut and first[1].tokens < LEAST_SHARE * (first[0].tokens + first[1].tokens):
+            del first[1]  # too little for either split
+        if len(first) == 1:
+            yield from self._cut_one(first[0])
             self.tally = seen
             return
-        self.rule = f"about {VALIDATION_SHARE:.0%} of the documents, by BLAKE2b of the text, copies on one side"
-        small = len(digests) <= SMALL
-        different = sorted(set(digests))
-        chosen = set(different[: max(1, round(VALIDATION_SHARE * len(different)))]) if small else set()
+        chosen: set[bytes] = set()
+        if first and small:
+            chosen, share = choose_validation(first)
+            self.rule = f"{share:.1%} of the tokens for validation: {_RULE}"
+        else:
+            self.rule = f"about {VALIDATION_SHARE:.0%} of the tokens for validation: {_RULE}"
         bound = int(VALIDATION_SHARE * 2**64).to_bytes(8, "big")
+        longest = LONG * sum(document.characters for document in first) / max(1, len(first))
         place = self.start
         number = place.documents
         self.tally = Tally(place.empty)
@@ -173,10 +217,48 @@ class Plan:
         limit = None if self.max_docs is None else self.max_docs - number
         for text, tally in self._texts(self.source, ALL, limit, place.part, started):
             digest = _digest(text)
-            is_validation = digest in chosen if small else digest < bound
+            is_validation = digest in chosen if small else digest < bound and len(text) <= longest
             name = "validation" if is_validation else "train"
             yield Document(name, text, True, Tally(tally.empty), place)
             number += 1
+
+    def _cut_one(self, document: Sized) -> Iterator[Document]:
+        """The only document of the source, cut into two."""
+        self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
+        for text, tally in self._texts(self.source, ALL, 1):
+            if document.cut:
+                text = self.vocabulary.decode(self.vocabulary.encode(text)[: self.max_tokens]).rstrip("\ufffd")
+            cut = _cut(text)
+            yield Document("validation", text[cut:], True, Tally(tally.empty))
+            yield Document("train", text[:cut], True, Tally(tally.empty))
+
+
+def choose_validation(documents: Sequence[Sized]) -> tuple[set[bytes], float]:
+    """Hashes of the validation documents among all documents of a small source, and their share of the tokens.
+
+    In the order of the hashes, 5 % of the documents are taken. If these do not hold about 5 % of the tokens, documents
+    are taken one by one until they do, and those that are too long for it are passed over. If all are, the shortest one
+    is taken. A document that --max-tokens cuts is taken only if there is no choice.
+    """
+    tokens: dict[bytes, float] = {}
+    for document in documents:
+        tokens[document.digest] = tokens.get(document.digest, 0) + document.tokens
+    total = sum(tokens.values())
+    order = sorted({document.digest for document in documents if not document.cut})
+    if len(order) < 2:
+        order = sorted(tokens)
+    chosen = order[: max(1, round(VALIDATION_SHARE * len(tokens)))]
+    taken = sum(tokens[digest] for digest in chosen)
+    if not LEAST_SHARE * total <= taken <= MOST_SHARE * total:
+        chosen, taken = [], 0
+        for digest in order:
+            if taken < VALIDATION_SHARE * total and taken + tokens[digest] <= MOST_SHARE * total:
+                chosen.append(digest)
+                taken += tokens[digest]
+    if not chosen:
+        chosen = [min(order, key=lambda digest: (tokens[digest], digest))]
+        taken = tokens[chosen[0]]
+    return set(chosen), taken / total
 
 
 def _digest(text: str) -> bytes:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
+from flashlm_numba.data.documents import Place
 from flashlm_numba.data.manifest import JOURNAL, MANIFEST, SHARD_NAME, SPLITS, Shard, SplitManifest
-from flashlm_numba.data.splits import Place
 from flashlm_numba.system import files, locks
 from flashlm_numba.system.errors import UserError
 
@@ -185,7 +185,7 @@ def read_journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def discard(out: Path) -> None:
     """Delete the files that prepare() writes in out, and nothing else."""
     for entry in list(out.iterdir()):
-        counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.npy", entry.name)
+        counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.np[yz]", entry.name)
         if counts or SHARD_NAME.fullmatch(entry.name) or entry.name in (MANIFEST, JOURNAL):
             entry.unlink()
 

@@ -202,6 +202,8 @@ def evaluate_run(
     subset: str | None = None,
     column: str = "text",
     lines: bool = False,
+    skip_missing: bool = False,
+    own_data: Path | None = None,
     note: Note = say,
 ) -> dict[str, Any]:
     """Score a run's model. Returns the object that `eval --json` prints.
@@ -210,7 +212,8 @@ def evaluate_run(
         files named as validation are scored, or all documents if there are none. None: the validation documents of
         the data that the run was trained on.
     activations : "float" or "int8", as in Model.use_activations; None: as the run was trained
-    subset, column, lines : options of a source, as in `prepare`;  note : as in load_model
+    subset, column, lines, skip_missing : options of a source, as in `prepare`;  note : as in load_model
+    own_data : folder of the data that the run was trained on, if they have moved; instead of data
     Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
     from flashlm_numba.data.builtin import open_run_tokens
@@ -229,16 +232,11 @@ def evaluate_run(
     vocabulary = vocabulary_of(loaded.run)
     sizes = {"documents": 0, "bytes": 0}
     total = None
-    if (subset is not None or lines or column != "text") and (data is None or is_prepared(data)):
-        raise UserError("subset, lines and column apply to a source, but these data are prepared; leave them out.")
+    if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
+        raise UserError("subset, lines, column and skip_missing apply to a source; leave them out for prepared data.")
     if data is None or is_prepared(data):
-        where = _own_data(run, loaded.run) if data is None else data
-        tokens = open_run_tokens(where) if data is None else open_tokens(where)
-        if data is None and tokens.hash != loaded.run.data_hash:
-            raise UserError(
-                f"The tokens in {where} are not the ones that {run} was trained on; prepare the same data there, or "
-                "name the data to score."
-            )
+        where = data or str(own_data or _own_data(run, loaded.run))
+        tokens = open_run_tokens(where, run, loaded.run.data_hash) if data is None else open_tokens(where)
         if tokens.vocabulary.hash != vocabulary.hash:
             raise UserError(
                 f"The tokens in {where} use the vocabulary {tokens.vocabulary.name}, but {run} was trained with "
@@ -251,8 +249,8 @@ def evaluate_run(
     else:
         if (Path(data) / "config.json").exists():
             raise UserError(f"{data} is a run, not a text; name the text to score.")
-        options = {"subset": subset, "column": column, "lines": lines}
-        documents, name = _source_documents(data, sizes, vocabulary, **options), data
+        options = {"subset": subset, "column": column, "lines": lines, "skip_missing": skip_missing}
+        documents, name = _source_documents(data, sizes, vocabulary, note, **options), data
     with Display() as display, display.tokens("scoring", total):
         found = score(
             loaded.model,
@@ -298,7 +296,7 @@ def _own_data(run: Path, config: RunConfig) -> str:
 
 
 def _source_documents(
-    source: str, sizes: dict[str, int], vocabulary: Vocabulary, **options: Any
+    source: str, sizes: dict[str, int], vocabulary: Vocabulary, note: Note = say, **options: Any
 ) -> Iterator[np.ndarray]:
     """Token ids (n,) int32 of each document of a source; adds documents and UTF-8 bytes to sizes.
 
@@ -309,7 +307,7 @@ def _source_documents(
     found = resolve(source, **options)
     vocabulary.load()
     roles = ("validation",) if "validation" in found.roles else found.roles
-    for text in itertools.chain.from_iterable(found.documents(role) for role in roles):
+    for text in itertools.chain.from_iterable(found.documents(role, note=note) for role in roles):
         if not text or text.isspace():  # as in `prepare`
             continue
         ids = np.array(vocabulary.encode(text), np.int32)

@@ -16,7 +16,7 @@ from flashlm_numba.data.manifest import MANIFEST, Manifest
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.data.tokenizer import VOCABULARIES, Vocabulary, vocabulary_named
 from flashlm_numba.heads import Head, head_class
-from flashlm_numba.model import checkpoint, packed
+from flashlm_numba.model import checkpoint, data_place, packed
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
@@ -38,10 +38,13 @@ class Loaded:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The settings in a run's folder. Raises UserError if they are missing or invalid."""
+    """The settings in a run's folder, with the folder where its tokens are now; see data_place.py.
+
+    Raises UserError if they are missing or invalid.
+    """
     path = folder / "config.json"
     try:
-        return run_from_json(path.read_text(encoding="utf-8"), path)
+        return data_place.located(run_from_json(path.read_text(encoding="utf-8"), path), folder)
     except FileNotFoundError:
         raise UserError(f"There is no run at {folder}; give a folder written by `flashlm-numba train`.") from None
     except NotADirectoryError:

@@ -165,7 +165,9 @@ class RunConfig:
     recipe: str = "default"  # the recipe that the settings started from
     seed: int = _in(42, 0, 2**63 - 1)  # seed of the initial weights, the batches and the sampled positions
     threads: int = _in(1, 1)  # number of threads; the same number gives the same bits
-    data: str = ""  # folder of the prepared tokens
+    data: str = ""  # folder of the prepared tokens; see data_place.py
+    # the same as an absolute path; runs of earlier versions do not have it
+    data_absolute: str = field(default="", metadata={"optional": True})
     data_hash: str = ""  # SHA-256 over the shards, so that a resumed run reads the same tokens
     model: ModelConfig = ModelConfig()
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -292,14 +292,19 @@ def _run_apart(folder: Path, out: Path, dim: int, seed: int, threads: int, repor
     count = str(threads)
     command = [*PYTHON, "-m", "flashlm_numba.model.embedding_init", str(folder), str(out)]
     command += ["--dim", str(dim), "--seed", str(seed), "--threads", count]
-    variables = environment(OPENBLAS_NUM_THREADS=count, OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
+    variables = environment(
+        OPENBLAS_NUM_THREADS=count,
+        OMP_NUM_THREADS=count,
+        MKL_NUM_THREADS=count,
+        PYTHONIOENCODING="utf-8:surrogateescape",  # sentences may hold names of files, which are any bytes
+    )
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
+        encoding="utf-8",
+        errors="surrogateescape",
         env=variables,
     ) as process:
         try:

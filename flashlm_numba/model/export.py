@@ -34,7 +34,7 @@ def export_run(
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # without the path on this machine
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
-    run = dataclasses.replace(loaded.run, data="", training=training)
+    run = dataclasses.replace(loaded.run, data="", data_absolute="", training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
     packed.write(out, tensors, ternary, run.to_json(), state)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from scipy import linalg
 
 from flashlm_numba.data.hub import HUB_TIMEOUT
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded
+
+PADDING = 1_024  # a padded vocabulary has fewer unused rows at its end; 50,304 to 51,200 rows are common
 
 
 def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray, float]:
@@ -21,9 +25,9 @@ def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray
     is the sum of their squares divided by the sum of all squares.
     Raises UserError if the file is missing, damaged, or not GPT-2's.
     """
-    weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else Path(source))
+    weight, name = _read_wte(_download(str(source)) if str(source).startswith("hf:") else expanded(source))
     rows, width = weight.shape
-    if not vocab_size <= rows < vocab_size + 128:  # a padded vocabulary, as 50,304, has unused rows at its end
+    if not vocab_size <= rows < vocab_size + PADDING:
         raise UserError(
             f"{name} in {source} has {rows:,} rows, but the vocabulary has {vocab_size:,} tokens; "
             "use a checkpoint with GPT-2's vocabulary."
@@ -47,7 +51,21 @@ def from_gpt2(source: str | Path, dim: int, vocab_size: int) -> tuple[np.ndarray
     return weight @ (vectors * signs).astype(np.float32), float(squares[:dim].sum()) / total
 
 
-_WTE_NAMES = ("wte.weight", "transformer.wte.weight")
+def _embedding_name(names: Iterable[str], path: Path) -> str:
+    """The name of the token embedding among a checkpoint's tensors.
+
+    Wrappers put words before it, such as _orig_mod. or module. A checkpoint that ties it to the output layer may hold
+    only the latter.
+    """
+    for ending in ("wte.weight", "lm_head.weight"):
+        found = [name for name in names if f".{name}".endswith(f".{ending}")]
+        if len(found) > 1:
+            raise UserError(
+                f"{path} has {len(found)} token embeddings ({', '.join(found[:3])}); use a checkpoint of one model."
+            )
+        if found:
+            return found[0]
+    raise UserError(f"{path} has no tensor wte.weight or lm_head.weight; use a GPT-2 checkpoint in safetensors format.")
 
 
 def _read_wte(path: Path) -> tuple[np.ndarray, str]:
@@ -58,11 +76,7 @@ def _read_wte(path: Path) -> tuple[np.ndarray, str]:
         raise UserError(f"There is no file {path}; --embeddings takes a GPT-2 .safetensors file, or hf:NAME.")
     try:
         with safe_open(path, framework="numpy") as file:
-            name = next((n for n in _WTE_NAMES if n in file.keys()), None)  # noqa: SIM118 (no mapping)
-            if name is None:
-                raise UserError(
-                    f"{path} has no tensor {' or '.join(_WTE_NAMES)}; use a GPT-2 checkpoint in safetensors format."
-                )
+            name = _embedding_name(list(file.keys()), path)
             view = file.get_slice(name)
             kind, shape = view.get_dtype(), view.get_shape()
             if len(shape) != 2 or kind not in ("F32", "F16", "BF16"):

@@ -131,9 +131,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
         raise UserError(f"{where or 'the file'} must be an object, got {type(values).__name__}.")
     names = [item.name for item in dataclasses.fields(cls)]
     prefix = f"{where}." if where else ""
-    for name in names:
-        if name not in values:
-            raise UserError(f"{prefix}{name} is missing.")
+    for item in dataclasses.fields(cls):
+        if item.name not in values and not item.metadata.get("optional"):
+            raise UserError(f"{prefix}{item.name} is missing.")
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
@@ -143,6 +143,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
     made = {}
     for item in dataclasses.fields(cls):
         name = f"{prefix}{item.name}"
+        if item.name not in values:
+            continue
         made[item.name] = _from_json(name, values[item.name], hints[item.name])
         _check(name, made[item.name], item)
     try:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from flashlm_numba.system.paths import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -53,7 +55,7 @@ def say(line: str) -> None:
     """Print a line on standard error. The work continues if it cannot be written (a closed terminal, `| head`)."""
     if sys.stderr is not None:  # else print would use standard output
         with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 def in_terminal() -> bool:
@@ -122,7 +124,7 @@ class Display(Progress):
         """Print a line."""
         if self._progress is not None:
             with contextlib.suppress(OSError):
-                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             say(text)
 

@@ -13,6 +13,7 @@ from flashlm_numba.model.config import ModelConfig, RunConfig
 from flashlm_numba.system.cache import writable_cache
 from flashlm_numba.system.display import Display, Progress
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.paths import expanded
 from flashlm_numba.system.process import run_apart
 
 
@@ -59,8 +60,10 @@ def check(run: RunConfig, data: TokenData) -> None:
         )
     start = run.training.embedding_init
     head_class(run.head.name).check(run.head, has_rows=start != "random")
-    if start not in ("corpus", "random") and not start.startswith("hf:") and not Path(start).is_file():
-        raise UserError(f"There is no file {start} to initialise the embedding; give a GPT-2 .safetensors file.")
+    if start not in ("corpus", "random") and not start.startswith("hf:") and not expanded(start).is_file():
+        raise UserError(
+            f"There is no file {expanded(start)} to initialise the embedding; give a GPT-2 .safetensors file."
+        )
 
 
 def with_vocabulary_of(data: TokenData, run: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ from flashlm_numba.data.builtin import open_run_tokens
 from flashlm_numba.data.shards import TokenData, is_prepared, open_tokens
 from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
-from flashlm_numba.model import build, checkpoint
+from flashlm_numba.model import build, checkpoint, data_place
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.system.display import TERMINAL, Progress
@@ -85,7 +85,7 @@ def start_run(
         _check_free(folder)  # another process may have started a run here since
         session = new_session(run, folder, tokens, progress)
         rehearse(session, length.minutes, began)
-        write_text(folder / "config.json", session.run.to_json())
+        write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
         _describe(session)
         return Finished(folder, _train_new(session))
 
@@ -148,18 +148,22 @@ def resume_run(
     checkpoint_name: str | None = None,
     settings: tuple[str, ...] = (),
     threads: int | None = None,
+    data: Path | None = None,
     progress: Progress | None = TERMINAL,
 ) -> Finished:
     """Resume a run from its newest checkpoint, or from the named one.
 
     length : default: the run's plan;  settings : key=value texts for settings in CHANGEABLE
     threads : default: the number that the run used, or all that this process may use if these are fewer
+    data : folder of the tokens that the run was trained on, if they have moved
     progress : receives notes and steps; None: shows nothing
     Raises UserError and ValueError as start_run does.
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
     run = build.read_config(folder)
+    if data is not None:
+        run = replace(run, data=str(data.resolve()))
     elsewhere = "make it writable, or copy the run to a writable folder and resume the copy"
     with writing_to(folder, elsewhere), checkpoint.lock(folder, "wait for it, or stop it"):
         path = None
@@ -179,7 +183,7 @@ def resume_run(
         if path is not None:
             session.optimizer.load_state_dict(checkpoint.load(path, "optimizer"))
         _drop_later(session, path)
-        write_text(folder / "config.json", session.run.to_json())
+        write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
         progress.note(f"Resuming from step {session.clock.step:,} of {session.run.plan.steps:,}.")
         return Finished(folder, train(session))
 
@@ -207,13 +211,8 @@ def _changed(run: RunConfig, settings: tuple[str, ...]) -> RunConfig:
 
 
 def _same_tokens(run: RunConfig, folder: Path, progress: Progress) -> TokenData:
-    """The tokens that a run was trained on, checked. Raises UserError if the folder now holds other tokens."""
-    tokens = open_run_tokens(run.data)
-    if tokens.hash != run.data_hash:
-        raise UserError(
-            f"The tokens in {run.data} are not the ones that {folder} was trained on; prepare the same data "
-            "there, or start a new run."
-        )
+    """The tokens that a run was trained on, checked. Raises UserError if they are not in the folder run.data."""
+    tokens = open_run_tokens(run.data, folder, run.data_hash)
     tokens.verify(progress=progress)
     inputs.check(run, tokens)
     return tokens

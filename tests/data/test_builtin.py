@@ -32,9 +32,10 @@ def test_default_corpus_is_the_whole_built_in_text_and_made_once(tmp_path, monke
 def test_a_run_finds_the_built_in_text_again_after_the_cache_was_emptied(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(builtin, "_corpus_name", lambda: "corpus-0")
     monkeypatch.setattr(builtin, "default_corpus", lambda: corpus)
-    assert open_run_tokens(tmp_path / "gone" / "corpus-0").hash == open_tokens(corpus).hash
-    with pytest.raises(UserError, match="There is no folder"):
-        open_run_tokens(tmp_path / "gone" / "tokens")
+    digest = open_tokens(corpus).hash
+    assert open_run_tokens(tmp_path / "gone" / "corpus-0", tmp_path, digest).hash == digest
+    with pytest.raises(UserError, match="name their folder with --data DIR"):
+        open_run_tokens(tmp_path / "gone" / "tokens", tmp_path, digest)
 
 
 def test_default_corpus_is_made_anew_where_it_is_damaged(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_open_tokens_refuses_what_is_missing_or_damaged(prepared, tmp_path):
     refused("vocab_size is 70000, but gpt2 has 50257 tokens", lambda m: m.update(vocab_size=70_000))
     refused("there is no vocabulary 'gpt5'", lambda m: m.update(tokenizer="gpt5"))
     path.write_text(good[:100])
-    with pytest.raises(UserError, match="Cannot read"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         open_tokens(prepared)
     path.write_text(good)
     first = prepared / "train-00000.bin"
@@ -135,11 +136,65 @@ def test_counts_are_kept_beside_the_shards_and_checked(prepared):
     ids = flat(prepared, "train")
     expected = np.bincount(ids, minlength=GPT2.size)
     np.testing.assert_array_equal(open_tokens(prepared).train.counts(GPT2.size), expected)
-    kept = prepared / "counts-train.npy"
-    np.testing.assert_array_equal(np.load(kept), expected)
-    np.save(kept, expected + 1)  # of another corpus
+    kept = prepared / "counts-train.npz"
+    with np.load(kept) as stored:
+        np.testing.assert_array_equal(stored["counts"], expected)
+        shards = stored["shards"]
     counts = open_tokens(prepared).train.counts(GPT2.size + 7)
     np.testing.assert_array_equal(counts, np.pad(expected, (0, 7)))
+    np.savez(kept, counts=expected[:-1], shards=shards)
+    np.testing.assert_array_equal(open_tokens(prepared).train.counts(GPT2.size), expected)
     for damaged in (b"damaged", b""):
         kept.write_bytes(damaged)
         np.testing.assert_array_equal(open_tokens(prepared).train.counts(GPT2.size), expected)
+
+
+def test_counts_of_another_corpus_of_the_same_size_are_not_used(tmp_path):
+    for name, seed in (("a", 1), ("b", 2), ("v", 3)):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_texts(80, seed=seed))
+    out = tmp_path / "out"
+    for name in ("a", "b"):  # --max-tokens makes both equally long
+        options = {"validation": str(tmp_path / "v.jsonl"), "max_tokens": 2_000}
+        quiet(str(tmp_path / f"{name}.jsonl"), out, **options)
+        train = open_tokens(out).train
+        assert train.n_tokens == 2_000
+        np.testing.assert_array_equal(train.counts(GPT2.size), np.bincount(flat(out, "train"), minlength=GPT2.size))
+        for path in (out / "manifest.json", *out.glob("*.bin")):
+            path.unlink()
+
+
+def damage_json(change):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "train-00000.bin").unlink(),
+        lambda folder: (folder / "train-00000.bin").write_bytes(b"\1\1"),
+        lambda folder: (folder / "train-00000.bin").write_bytes(bytes(600)),
+        lambda folder: (folder / "manifest.json").write_text('{"form'),
+        lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"),
+        damage_json(lambda manifest: manifest.update(format=99)),
+        damage_json(lambda manifest: manifest.pop("licence")),
+        damage_json(lambda manifest: manifest["splits"]["train"]["shards"].pop()),
+    ],
+)
+def test_the_remedy_in_a_message_works(prepared, damage):
+    """Preparing again, after deleting the folder where the message says so, makes the corpus usable."""
+    before = open_tokens(prepared).hash
+    damage(prepared)
+    with pytest.raises(UserError) as caught:
+        open_tokens(prepared).verify()
+    assert "prepare the corpus again" in str(caught.value)
+    if "delete the folder" in str(caught.value):
+        shutil.rmtree(prepared)
+    quiet(str(prepared.parent / "a.jsonl"), prepared, shard_tokens=300)
+    data = open_tokens(prepared)
+    data.verify()
+    assert data.hash == before

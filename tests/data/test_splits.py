@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from texts import make_texts, quiet, texts_of, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from texts import GPT2, make_texts, quiet, texts_of, write_jsonl
 
 from flashlm_numba.data import splits
 from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.data.splits import Sized, choose_validation
+from flashlm_numba.system.errors import UserError
 
 
 @pytest.mark.parametrize("small", [1_000, 50])
@@ -68,3 +72,72 @@ def test_single_document_is_cut_near_its_end(tmp_path):
     short = open_tokens(tmp_path / "short")
     assert 490 <= short.train.n_tokens + short.validation.n_tokens <= 500
     assert 15 <= short.validation.n_text_tokens <= 50
+
+
+def sized(tokens, cut=False):
+    return [Sized(bytes([n]), size, size, cut and n == len(tokens) - 1) for n, size in enumerate(tokens)]
+
+
+@given(st.lists(st.integers(2, 10**6), min_size=2, max_size=60), st.booleans())
+def test_training_keeps_at_least_half_of_the_tokens(tokens, cut):
+    cut = cut and len(tokens) > 2
+    chosen, share = choose_validation(sized(tokens, cut))
+    taken = sum(size for n, size in enumerate(tokens) if bytes([n]) in chosen)
+    assert chosen
+    assert taken <= sum(tokens) / 2 or cut
+    assert share == taken / sum(tokens)
+    assert not cut or bytes([len(tokens) - 1]) not in chosen
+
+
+def test_share_of_a_small_source_is_one_of_tokens():
+    assert choose_validation(sized([10] * 100)) == ({bytes([n]) for n in range(5)}, 0.05)
+    assert choose_validation(sized([90_794, 821]))[0] == {b"\1"}
+    assert choose_validation(sized([821, 90_794]))[0] == {b"\0"}
+    assert choose_validation(sized([500, 10, 10, 10, 10, 460]))[0] == {bytes([n]) for n in (1, 2, 3, 4)}
+    assert choose_validation(sized([300, 400, 300])) == ({b"\0"}, 0.3)
+    assert choose_validation(sized([1] * 5 + [9] * 95))[1] >= 0.05  # five short ones would be 0.6 %
+
+
+def test_novel_with_a_note_trains_on_the_novel(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "novel.txt").write_text("\n".join(make_texts(300)), encoding="utf-8")
+    (tmp_path / "in" / "note.txt").write_text("\n".join(make_texts(3)), encoding="utf-8")
+    manifest = quiet(str(tmp_path / "in"), tmp_path / "out")
+    assert manifest.splits["train"].tokens > 50 * manifest.splits["validation"].tokens
+    share = manifest.splits["validation"].tokens / sum(split.tokens for split in manifest.splits.values())
+    assert manifest.split_rule.startswith(f"{share:.1%} of the tokens for validation: whole documents")
+
+
+def test_long_documents_of_a_large_source_are_for_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "SMALL", 40)
+    texts = make_texts(300)
+    bound = int(0.05 * 2**64).to_bytes(8, "big")
+    long = next(text for n in range(999) if splits._digest(text := f"{n} " + "word " * 5_000) < bound)
+    quiet(write_jsonl(tmp_path / "a.jsonl", [*texts, long]), tmp_path / "out")
+    tokens = open_tokens(tmp_path / "out")
+    assert long in texts_of(tokens.train)
+    assert tokens.validation.n_documents > 2
+    # only a source made for it gets past that bound
+    quiet_texts = [f"{n}" for n in range(300)]
+    half = [text for n in range(9_999) if splits._digest(text := f"{n} b c d") < bound]
+    with pytest.raises(UserError, match="would hold more than half of its tokens"):
+        quiet(write_jsonl(tmp_path / "b.jsonl", [*quiet_texts, *half]), tmp_path / "b")
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_max_tokens_anywhere_leaves_both_splits_text(tmp_path, count):
+    texts = make_texts(count + 1, seed=count)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    end = 0
+    for number, text in enumerate(texts[:count], 1):
+        end += len(GPT2.encode(text)) + 1
+        for limit in (end - 1, end, end + 1, end + 2, end + 3, end + 9):
+            if limit < 20:
+                continue
+            out = tmp_path / f"{limit}"
+            manifest = quiet(source, out, max_tokens=limit)
+            train, validation = manifest.splits["train"], manifest.splits["validation"]
+            assert train.tokens >= validation.tokens
+            assert validation.tokens >= 0.02 * limit
+            if number > 2:
+                assert set(texts_of(open_tokens(out).validation)) <= set(texts)

@@ -82,21 +82,36 @@ def test_killed_prepare_continues_to_the_same_bytes(tmp_path, monkeypatch):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("roles", "options", "again"),
+    [
+        ({"all": "012"}, {}, 4 + 26),  # the first look at the source, then the third file up to the limit
+        ({"all": "012"}, {"validation": "v"}, 5 + 26),
+        ({"train": "012", "validation": "v"}, {}, 5 + 26),
+        ({"train": "012", "validation": "v", "test": "t"}, {}, 5 + 5 + 26),
+        ({"train": "012", "validation": "v"}, {"split": "train"}, 26),
+        ({"train": "01", "other": "2"}, {"split": "validation"}, 26),
+    ],
+)
+def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(
+    tmp_path, monkeypatch, roles, options, again
+):
     texts = make_texts(90)
     for i in range(3):  # three files, the first and the last document of each without text
         write_parquet(tmp_path / f"{i}.parquet", ["", *texts[30 * i : 30 * i + 30], ""])
-    source = hub.HubDataset("some/dataset", {"all": ("train",)}, revision="f00d")
+    write_parquet(tmp_path / "v.parquet", ["", "held out", texts[1], texts[70], "also"])
+    write_parquet(tmp_path / "t.parquet", ["test", texts[2], texts[71], "", "tests"])
+    source = hub.HubDataset("some/dataset", {role: (files,) for role, files in roles.items()}, revision="f00d")
+    validation = hub.HubDataset("v", {"all": ("v",)}, revision="f00d")
     datasets = documents.quiet_datasets()
     load = datasets.load_dataset
-    files = [str(tmp_path / f"{i}.parquet") for i in range(3)]
 
-    def load_dataset(name, subset, **options):
-        assert (name, subset, options.pop("revision")) == ("some/dataset", None, "f00d")
-        return load("parquet", data_files={"train": files}, cache_dir=str(tmp_path), **options)
+    def load_dataset(name, subset, *, split, revision, streaming):
+        files = [str(tmp_path / f"{i}.parquet") for i in split]
+        return load("parquet", data_files=files, split="train", cache_dir=str(tmp_path), streaming=streaming)
 
     read = 0
-    rows = hub.texts_of
+    rows = hub.HubDataset._texts
 
     def counted(*args):
         nonlocal read
@@ -105,29 +120,28 @@ def test_stopped_prepare_of_a_hub_dataset_does_not_read_finished_files_again(tmp
             yield text
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(preparing.sources, "resolve", lambda *args, **kwargs: source)
+    monkeypatch.setattr(preparing.sources, "resolve", lambda name, **kwargs: validation if name == "v" else source)
     monkeypatch.setattr(splits, "SMALL", 2)
     monkeypatch.setattr(preparing, "JOURNAL_SECONDS", 0.0)
-    manifest = quiet("some/dataset", tmp_path / "whole", max_docs=85)
-    assert (manifest.skipped_empty, sum(s.documents for s in manifest.splits.values())) == (5, 85)
+    quiet("some/dataset", tmp_path / "whole", max_docs=85, **options)
     append = writer.ShardWriter.append
     calls = 0
 
     def failing(self, ids):
         nonlocal calls
         calls += 1
-        if calls > 2 * 65:  # in the third file
+        if calls > 2 * 70:  # in the third file
             raise KeyboardInterrupt
         append(self, ids)
 
     monkeypatch.setattr(writer.ShardWriter, "append", failing)
     with pytest.raises(UserError, match="Stopped"):
-        quiet("some/dataset", tmp_path / "out", max_docs=85)
+        quiet("some/dataset", tmp_path / "out", max_docs=85, **options)
     monkeypatch.setattr(writer.ShardWriter, "append", append)
-    monkeypatch.setattr(hub, "texts_of", counted)
-    quiet("some/dataset", tmp_path / "out", max_docs=85)
+    monkeypatch.setattr(hub.HubDataset, "_texts", counted)
+    quiet("some/dataset", tmp_path / "out", max_docs=85, **options)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert read == 4 + 26  # the first look at the source, then the third file up to the limit
+    assert read == again
 
 
 def test_damaged_unfinished_shards_are_made_anew(tmp_path, monkeypatch):

@@ -59,6 +59,28 @@ def test_from_gpt2_reads_half_precision_and_both_names(tmp_path, kind):
     np.testing.assert_allclose(rows @ rows.T, weight[:100] @ weight[:100].T, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("transformer.wte.weight", 643),
+        ("transformer.wte.weight", 1_523),
+        ("_orig_mod.transformer.wte.weight", 547),
+        ("module._orig_mod.wte.weight", 500),
+        ("lm_head.weight", 500),
+        ("_orig_mod.lm_head.weight", 675),
+    ],
+)
+def test_from_gpt2_takes_padded_wrapped_and_tied_embeddings(tmp_path, name, rows):
+    weight = wte(500, 16)
+    padded = np.concatenate([weight, np.full((rows - 500, 16), np.nan, np.float32)])  # never looked at
+    save_file({name: padded, "h.0.lm_head.bias": wte(1, 1)}, tmp_path / "model.safetensors")
+    found, _ = from_gpt2(tmp_path / "model.safetensors", 16, vocab_size=500)
+    np.testing.assert_allclose(found @ found.T, weight @ weight.T, atol=1e-3)
+    if "wte" in name:  # an output layer of its own is not the embedding
+        save_file({name: padded, "lm_head.weight": wte(500, 16, seed=1)}, tmp_path / "model.safetensors")
+        np.testing.assert_array_equal(from_gpt2(tmp_path / "model.safetensors", 16, vocab_size=500)[0], found)
+
+
 def test_from_gpt2_refuses_what_is_no_gpt2_checkpoint(tmp_path):
     path = tmp_path / "model.safetensors"
 
@@ -73,8 +95,12 @@ def test_from_gpt2_refuses_what_is_no_gpt2_checkpoint(tmp_path):
     refused("has no tensor wte.weight")
     save_file({"wte.weight": wte(400, 16)}, path)
     refused("has 400 rows, but the vocabulary has 500 tokens")
-    save_file({"wte.weight": wte(700, 16)}, path)
-    refused("has 700 rows, but the vocabulary has 500 tokens")
+    save_file({"wte.weight": wte(1_524, 16)}, path)
+    refused("has 1,524 rows, but the vocabulary has 500 tokens")
+    save_file({"wte.weight": wte(500, 16), "ema.wte.weight": wte(500, 16)}, path)
+    refused(r"has 2 token embeddings \(.*\); use a checkpoint of one model")
+    save_file({"other_wte.weight": wte(500, 16)}, path)
+    refused("has no tensor wte.weight")
     save_file({"wte.weight": wte(500, 4)}, path)
     refused("has 4 columns, fewer than the model's 8")
     save_file({"wte.weight": np.zeros((500, 16), np.int8)}, path)

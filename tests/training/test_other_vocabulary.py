@@ -159,7 +159,7 @@ def test_a_run_takes_its_size_from_the_data_and_is_scored_and_continued(letters,
     assert "=== step 2 ===" in (trained / "samples.txt").read_text()
     own = evaluate_run(trained)
     assert own["documents"] == 5
-    assert own["tokens"] == open_run_tokens(run.data).validation.n_text_tokens
+    assert own["tokens"] == open_run_tokens(run.data, trained, run.data_hash).validation.n_text_tokens
     source = evaluate_run(trained, str(corpus_files / "validation.jsonl"))
     assert source["nll"] == pytest.approx(own["nll"], rel=1e-6)
     assert (source["bytes"], source["tokens"]) == (own["bytes"], own["tokens"])
