@@ -52,7 +52,7 @@ def target_features() -> set[str]:
 
 
 def _complete() -> str:
-    """Name of the file that marks a complete cache, for one processor and one folder of sources.
+    """First part of the names of the files that mark what is compiled, for one processor and one folder of sources.
 
     Numba's cache depends on the folder of the sources, so a second checkout does not find the code of the first.
     """
@@ -118,9 +118,14 @@ CACHE_FOLDER = cache_folder()
 CACHE_IS_TEMPORARY = CACHE_FOLDER.parent != cache_root()  # if so, the next process compiles everything again
 
 
-def cache_is_cold() -> bool:
-    """Whether flashlm_numba.training.precompile has not yet filled the cache, which takes a minute."""
-    return not (CACHE_FOLDER / COMPLETE).exists()
+def is_compiled(part: str) -> bool:
+    """Whether flashlm_numba.training.precompile has compiled this part of the kernels into the cache."""
+    return (CACHE_FOLDER / f"{COMPLETE}-{part}").exists()
+
+
+def mark_compiled(part: str) -> None:
+    """Note that all kernels of this part are in the cache, once nothing is written there any more."""
+    (CACHE_FOLDER / f"{COMPLETE}-{part}").touch()
 
 
 def _njit(**flags: Any) -> Callable[[Callable], Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashlm_numba.system.display import Note, say
+from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def evaluate_run(
     subset: str | None = None,
     column: str = "text",
     lines: bool = False,
-    note: Note = say,
+    progress: Progress = TERMINAL,
 ) -> dict[str, Any]:
     """Score a run's model. Returns the object that `eval --json` prints.
 
@@ -210,7 +210,7 @@ def evaluate_run(
         files named as validation are scored, or all documents if there are none. None: the validation documents of
         the data that the run was trained on.
     activations : "float" or "int8", as in Model.use_activations; None: as the run was trained
-    subset, column, lines : options of a source, as in `prepare`;  note : as in load_model
+    subset, column, lines : options of a source, as in `prepare`;  progress : as in load_model
     Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
     from flashlm_numba.data.builtin import open_run_tokens
@@ -218,7 +218,8 @@ def evaluate_run(
     from flashlm_numba.model.build import load_model, vocabulary_of
     from flashlm_numba.system.display import Display
 
-    loaded = load_model(run, checkpoint_name, ema=ema, note=note)
+    uses = ["score", *["whole"] * smoothed, *filter(None, [activations])]
+    loaded = load_model(run, checkpoint_name, ema=ema, uses=uses, progress=progress)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
     if not is_causal(loaded.model):

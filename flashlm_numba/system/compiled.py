@@ -1,25 +1,99 @@
-"""Check whether the kernels are compiled, and compile them in a separate process if they are not.
+"""Check which kernels are compiled, and compile the missing ones in separate processes.
 
 Freshly compiled code and the same code loaded from the cache have been seen to differ in the last bit. The cause is not
 established; perhaps Numba uses a helper already in memory in place of the copy inlined in its caller. A training
 process therefore never compiles kernels. It loads those that training/precompile.py has put into the cache.
+
+The kernels have parts, such as the trunk's forward pass or a head, and a command names the parts that it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from types import TracebackType
 
 import numba
 
 from flashlm_numba.kernels import _jit
-from flashlm_numba.system.process import run_apart
+from flashlm_numba.system.display import Progress
+from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.process import environment
+
+ALL = "all"  # instead of names of parts
+FOLLOW = "--end-with-parent"  # even if the parent is killed
 
 
-def ensure_compiled(note: Callable[[str], None]) -> None:
-    """Compile the kernels into the cache if it is empty (one to two minutes); note receives a sentence first."""
-    if numba.config.DISABLE_JIT or not _jit.cache_is_cold():
-        return
-    often = f"each time, since {_jit.cache_root()} cannot be written" if _jit.CACHE_IS_TEMPORARY else "once"
-    note(f"Compiling the kernels ({often}; one to two minutes) ...")
-    # this process's folder; it is temporary if the user's cache cannot be written
-    run_apart(["-m", "flashlm_numba.training.precompile"], NUMBA_CACHE_DIR=str(_jit.CACHE_FOLDER.parent))
+class Compilation:
+    """The compilation of some parts of the kernels, which starts at once if they are not compiled already.
+
+    parts : names of parts, those of training/precompile.py, or ALL
+    As a context manager it ends the processes on the way out if they have not been waited for.
+    """
+
+    def __init__(self, parts: Collection[str], progress: Progress) -> None:
+        self._progress = progress
+        self._process: subprocess.Popen[str] | None = None
+        missing = [] if numba.config.DISABLE_JIT else [part for part in parts if not _jit.is_compiled(part)]
+        if not missing:
+            return
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads yet could fill
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flashlm_numba.training.precompile", FOLLOW, *missing],
+            # this process's folder, which is temporary if the user's cache cannot be written
+            env=environment(NUMBA_CACHE_DIR=str(_jit.CACHE_FOLDER.parent)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def wait(self) -> None:
+        """Show a bar until everything is compiled. Raises UserError if a process fails."""
+        if self._process is None:
+            return
+        often = f"each time, since {_jit.cache_root()} cannot be written" if _jit.CACHE_IS_TEMPORARY else "once"
+        self._progress.note(f"Compiling the kernels ({often}) ...")
+        lines = (line.split() for line in self._process.stdout or ())
+        reports = ((int(line[1]), int(line[2])) for line in lines if line[:1] == ["compiled"])
+        before, total = next(reports, (0, 0))
+        with self._progress.functions("compiling", total) as bar:
+            for done, _ in reports:
+                bar.advance(done - before)
+                before = done
+        status = self._process.wait()
+        if status:
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise UserError(last or f"The compilation of the kernels ended with status {status}; start it again.")
+        self.close()
+
+    def close(self) -> None:
+        """End the processes if they still run."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        if process.poll() is None:
+            process.terminate()  # the processes that it has started end with their standard input
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        self._errors.close()
+
+    def __enter__(self) -> Compilation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def ensure_compiled(parts: Collection[str], progress: Progress) -> None:
+    """Compile those of these parts of the kernels that are not compiled, and show a bar meanwhile."""
+    with Compilation(parts, progress) as compilation:
+        compilation.wait()
