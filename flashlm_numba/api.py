@@ -178,13 +178,13 @@ def load(
 
     path : folder of a run, folder of one of its checkpoints, or file written by `export`
     activations : "float" or "int8", the arithmetic of the ternary layers; default: as the model was trained
-    progress : receives a note if the kernels must be compiled first, which takes a minute or two
+    progress : receives a note and a bar if kernels must be compiled first, which takes up to a minute
     Raises UserError if there is no model at path, or if it is damaged.
     """
     path = expanded(path)
     if path.parent.name == "checkpoints" and checkpoint is None:
         path, checkpoint = path.parent.parent, path.name
-    loaded = build.load_model(path, checkpoint, ema=ema, note=progress.note)
+    loaded = build.load_model(path, checkpoint, ema=ema, progress=progress)
     if activations is not None:
         loaded.model.use_activations(activations)
     return TrainedModel(loaded)

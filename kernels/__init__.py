@@ -30,6 +30,7 @@
     _jit            the decorators, their compiler flags, the cache of compiled code
     _cache          the files of compiled code: where they are, and whether they are whole
     _rows           clear, copy, scale and gather rows
+    _calls          calls of a kernel by its address
     _trunk_regions  a thread's share of the trunk, for any mixer
     _ternary_layer  a ternary layer inside the trunk's regions
     _ternary_dots   packed rows times int8, one variant per processor

@@ -53,7 +53,7 @@ def target_features() -> set[str]:
 
 
 def _complete() -> str:
-    """Name of the file that marks a complete cache, for one processor and one folder of sources.
+    """First part of the names of the files that mark what is compiled, for one processor and one folder of sources.
 
     Numba's cache depends on the folder of the sources, so a second checkout does not find the code of the first.
     """
@@ -63,6 +63,7 @@ def _complete() -> str:
 
 
 COMPLETE = _complete()
+WHOLE = "all"  # the part of the kernels that is all of them
 
 
 def source_hash(folder: Path | None = None) -> str:
@@ -93,7 +94,7 @@ def _usable(folder: Path) -> bool:
     """
     if _cache.is_writable(folder):
         return _cache.is_private(folder)
-    return _cache.is_private(folder, or_roots=True) and _lost(folder) == []
+    return _cache.is_private(folder, or_roots=True) and _lost(folder, WHOLE) == []
 
 
 def cache_folder() -> Path:
@@ -119,8 +120,8 @@ def cache_folder() -> Path:
     return temporary / folder.name
 
 
-def _lost(folder: Path) -> list[Path] | None:
-    return _cache.lost_files(folder / COMPLETE, _cache.source_folder(folder, __file__))
+def _lost(folder: Path, part: str) -> list[Path] | None:
+    return _cache.lost_files(folder / f"{COMPLETE}-{part}", _cache.source_folder(folder, __file__))
 
 
 CACHE_FOLDER = cache_folder()
@@ -128,24 +129,27 @@ CACHE_FOLDER = cache_folder()
 CACHE_IS_TEMPORARY = CACHE_FOLDER.parent not in (cache_root(), _cache.temporary_root())
 
 
-def lost_files() -> list[Path] | None:
-    """The compiled kernels that were in the cache and are missing or damaged; None if it was never filled."""
-    return _lost(CACHE_FOLDER)
+def lost_files(part: str) -> list[Path] | None:
+    """The compiled kernels that were in the cache with this part of them, and are missing or damaged.
+
+    None if flashlm_numba.training.precompile has never compiled this part.
+    """
+    return _lost(CACHE_FOLDER, part)
 
 
-def cache_is_cold() -> bool:
-    """Whether flashlm_numba.training.precompile has kernels to compile, which takes up to a minute."""
-    return lost_files() != []
+def is_compiled(part: str) -> bool:
+    """Whether all kernels of this part are in the cache, undamaged."""
+    return lost_files(part) == []
+
+
+def mark_compiled(part: str) -> None:
+    """Note that all kernels of this part are in the cache, once nothing is written there any more."""
+    _cache.write_mark(CACHE_FOLDER / f"{COMPLETE}-{part}", _cache.source_folder(CACHE_FOLDER, __file__))
 
 
 def remove_damaged() -> None:
     """Delete the damaged files of the cache, which are then compiled anew."""
     _cache.remove_damaged(_cache.source_folder(CACHE_FOLDER, __file__))
-
-
-def mark_complete() -> None:
-    """Mark the cache as complete with the files that it holds now."""
-    _cache.write_mark(CACHE_FOLDER / COMPLETE, _cache.source_folder(CACHE_FOLDER, __file__))
 
 
 _new_cache = _cache.cache_for(CACHE_FOLDER)

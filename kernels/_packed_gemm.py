@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._microkernels import (
     HAS_AVX512,
@@ -84,3 +85,14 @@ def _make_packed_gemm(wide: bool) -> Any:
 # contiguous; spare: at least SPARE_FLOATS of scratch, 1-D.
 packed_gemms = {wide: _make_packed_gemm(wide) for wide in (False, True)}
 packed_gemm = packed_gemms[HAS_AVX512]
+
+
+@serial_kernel
+def _packed_gemm(out, x, panels, spare, add):
+    packed_gemm(out, x, panels, spare, add)
+
+
+def packed_gemm_address() -> Any:
+    """The address of packed_gemm (_calls.py); compiles it, or loads it from the cache."""
+    x = np.empty((0, 0), np.float32)
+    return address(_packed_gemm, x, x, np.empty((0, 0, WIDTH), np.float32), x.reshape(-1), 0)

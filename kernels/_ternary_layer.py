@@ -9,13 +9,14 @@ Letters: L blocks, M rows of activations, R outputs, K inputs, P threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
+from flashlm_numba.kernels._calls import call
 from flashlm_numba.kernels._jit import helper
-from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, packed_gemm
+from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels
 from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, VNNI, check_variant
 from flashlm_numba.kernels.ternary_gemm import (
@@ -23,9 +24,8 @@ from flashlm_numba.kernels.ternary_gemm import (
     fill_columns,
     gemm_variant,
     spare_floats,
-    ternary_gemm_rows,
 )
-from flashlm_numba.kernels.ternary_wgrad import codes_words, ternary_wgrad_rows
+from flashlm_numba.kernels.ternary_wgrad import codes_words
 
 
 class Arithmetic(NamedTuple):
@@ -39,6 +39,9 @@ class Arithmetic(NamedTuple):
     wgrad_scales: np.ndarray  # (P, any) float32
     variant: int  # index in VARIANTS
     sgemm: int  # address of BLAS's sgemm
+    int8_product: Any = 0  # addresses (_calls.py), 0 if not in use: of ternary_gemm.KERNELS
+    float_product: Any = 0  # of packed_gemm
+    int8_gradient: Any = 0  # of ternary_wgrad
 
 
 class Layouts(NamedTuple):
@@ -56,7 +59,8 @@ def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
     panels, codes, plain : layouts of one matrix, from Layouts
     """
     if codes.shape[1] > 0:
-        ternary_gemm_rows(
+        call(
+            arithmetic.int8_product,
             out,
             x,
             plain,
@@ -66,11 +70,10 @@ def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
             arithmetic.sums[thread],
             arithmetic.spare[thread],
             add,
-            arithmetic.variant,
             arithmetic.sgemm,
         )
     else:
-        packed_gemm(out, x, panels, arithmetic.spare[thread], add)
+        call(arithmetic.float_product, out, x, panels, arithmetic.spare[thread], add)
 
 
 @helper
@@ -78,7 +81,8 @@ def ternary_weight_gradient(out, a, b, arithmetic, thread):
     """out (R, K) += a (M, R).T @ b (M, K). Quantises both to int8 if there is scratch for it."""
     codes = arithmetic.wgrad_codes[thread]
     if codes.shape[0] > 0:
-        ternary_wgrad_rows(
+        call(
+            arithmetic.int8_gradient,
             out,
             a,
             b,

@@ -5,8 +5,8 @@
     out = rmsnorm(x) + gain_out * E[copies]
 
 A layer is one pass through one block. There are R = passes * L layers, and layer r uses block r % L. FlashLM v3 has one
-block and two passes. The n-gram copy (ngram_copy.py) copies in O ways; v3 has none. The mixer is a parameter. A module
-such as conv_mixer.py makes the two regions with `make_forward` and `make_backward`; the trunk knows no mixer by name.
+block and two passes. The n-gram copy (ngram_copy.py) copies in O ways; v3 has none. The mixer is a parameter: its
+functions, from a module such as conv_mixer.py, are called by address (_calls.py). The trunk knows no mixer by name.
 
 There is one parallel region per direction. A thread processes complete sequences, which are independent, in tiles of
 about 256 rows, so that its matrix products are large and its scratch stays in cache. The products use register tiles
@@ -23,8 +23,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import prange
 
-from flashlm_numba.kernels._jit import helper
+from flashlm_numba.kernels._calls import call
+from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
 from flashlm_numba.kernels._ternary_layer import ternary_product, ternary_weight_gradient
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
@@ -33,13 +35,18 @@ from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompu
 
 
 class Shape(NamedTuple):
-    """The division of a batch into tiles."""
+    """The division of a batch into tiles, and the addresses of the functions that a thread calls (_calls.py)."""
 
     time: int  # T, rows of a sequence
     tile: int  # sequences of a tile
     threads: int  # P
     layers: int  # R
     blocks: int  # L
+    forward: Any = 0  # address of forward_thread
+    backward: Any = 0  # of backward_thread
+    mixer_forward: Any = 0  # of the mixer's functions: see trunk.Mixer
+    mixer_backward: Any = 0
+    mixer_clear: Any = 0
 
 
 class Unit(NamedTuple):
@@ -129,75 +136,73 @@ class Gradients(NamedTuple):
 # --- one thread's share, for any mixer ---
 
 
-def make_forward(mixer_forward: Any, name: str) -> Any:
-    """Make the helper that runs a thread's share of the forward pass with this mixer.
-
-    mixer_forward(out, x, unit, weights, activations, scratch, normed, arithmetic) : a helper that adds the mixer's
-        output for x (M, C), times its residual scale, to out (M, C). It may change x; normed (any, C) is scratch.
-    name : name of the mixer; compiled functions are identified by name, so each mixer needs a different one
-    """
-
-    def forward_thread(
-        thread,
-        batch,
-        activations,
-        scratch,
-        weights,
-        arithmetic,
-        shape,
-        mixer_weights,
-        mixer_activations,
-        mixer_scratch,
-    ):
-        sequences = batch.rows.shape[0] // shape.time
-        first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
-        normed, hidden = scratch.normed[thread], scratch.hidden[thread]
-        for start in range(first, last, shape.tile):
-            low, high = start * shape.time, min(start + shape.tile, last) * shape.time
-            size = high - low
-            _embed(activations.x[0, low:high], activations.copies, batch, weights, low, shape.time)
-            for layer in range(shape.layers):
-                block = layer % shape.blocks
-                x, post_mixer = activations.x[layer, low:high], activations.post_mixer[layer, low:high]
-                mixer_in = scratch.mixer_in[thread, :size]
-                rmsnorm_rows(mixer_in, activations.rstd_mixer[layer, low:high], x, weights.norm1[block])
-                copy_rows(post_mixer, x)
-                unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
-                mixer_forward(
-                    post_mixer, mixer_in, unit, mixer_weights, mixer_activations, mixer_scratch, normed, arithmetic
-                )
-                rmsnorm_rows(normed[:size], activations.rstd_ffn[layer, low:high], post_mixer, weights.norm2[block])
-                gate_up = activations.gate_up[layer, low:high]
-                ternary_product(
-                    gate_up,
-                    normed[:size],
-                    weights.gate_up_panels[block],
-                    weights.gate_up_codes[block],
-                    weights.gate_up_plain[block],
-                    0,
-                    arithmetic,
-                    thread,
-                )
-                glu_rows(hidden[:size], gate_up, weights.ffn_residual_scale)
-                after = activations.x[layer + 1, low:high]
-                copy_rows(after, post_mixer)
-                ternary_product(
-                    after,
-                    hidden[:size],
-                    weights.down_panels[block],
-                    weights.down_codes[block],
-                    weights.down_plain[block],
-                    1,
-                    arithmetic,
-                    thread,
-                )
-            out = activations.out[low:high]
-            rmsnorm_rows(out, activations.rstd_out[low:high], activations.x[shape.layers, low:high], weights.final_norm)
-            for o in range(weights.copy_order.shape[0]):
-                add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
-
-    forward_thread.__name__ = forward_thread.__qualname__ = f"_forward_thread_{name}"
-    return helper(forward_thread)
+@serial_kernel
+def forward_thread(
+    thread,
+    batch,
+    activations,
+    scratch,
+    weights,
+    arithmetic,
+    shape,
+    mixer_weights,
+    mixer_activations,
+    mixer_scratch,
+):
+    sequences = batch.rows.shape[0] // shape.time
+    first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
+    normed, hidden = scratch.normed[thread], scratch.hidden[thread]
+    for start in range(first, last, shape.tile):
+        low, high = start * shape.time, min(start + shape.tile, last) * shape.time
+        size = high - low
+        _embed(activations.x[0, low:high], activations.copies, batch, weights, low, shape.time)
+        for layer in range(shape.layers):
+            block = layer % shape.blocks
+            x, post_mixer = activations.x[layer, low:high], activations.post_mixer[layer, low:high]
+            mixer_in = scratch.mixer_in[thread, :size]
+            rmsnorm_rows(mixer_in, activations.rstd_mixer[layer, low:high], x, weights.norm1[block])
+            copy_rows(post_mixer, x)
+            unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
+            call(
+                shape.mixer_forward,
+                post_mixer,
+                mixer_in,
+                unit,
+                mixer_weights,
+                mixer_activations,
+                mixer_scratch,
+                normed,
+                arithmetic,
+            )
+            rmsnorm_rows(normed[:size], activations.rstd_ffn[layer, low:high], post_mixer, weights.norm2[block])
+            gate_up = activations.gate_up[layer, low:high]
+            ternary_product(
+                gate_up,
+                normed[:size],
+                weights.gate_up_panels[block],
+                weights.gate_up_codes[block],
+                weights.gate_up_plain[block],
+                0,
+                arithmetic,
+                thread,
+            )
+            glu_rows(hidden[:size], gate_up, weights.ffn_residual_scale)
+            after = activations.x[layer + 1, low:high]
+            copy_rows(after, post_mixer)
+            ternary_product(
+                after,
+                hidden[:size],
+                weights.down_panels[block],
+                weights.down_codes[block],
+                weights.down_plain[block],
+                1,
+                arithmetic,
+                thread,
+            )
+        out = activations.out[low:high]
+        rmsnorm_rows(out, activations.rstd_out[low:high], activations.x[shape.layers, low:high], weights.final_norm)
+        for o in range(weights.copy_order.shape[0]):
+            add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
 
 
 @helper
@@ -217,81 +222,66 @@ def _embed(x, copies, batch, weights, low, time):
         add_copies(x, batch.embedding, copies[o, low:high], weights.gain_in[o])
 
 
-def make_backward(mixer_backward: Any, mixer_clear: Any, name: str) -> Any:
-    """Make the helper that runs a thread's share of the backward pass with this mixer.
-
-    mixer_backward(dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic) : a helper that
-        writes dx (M, C), the gradient of the mixer's input x (M, C). dout (M, C) is the gradient of the sum to which
-        the mixer's output was added. It may change x and normed (any, C), and adds the gradients of its weights to
-        those of the thread.
-    mixer_clear(gradients, thread) : a helper that sets these to zero
-    """
-
-    def backward_thread(
-        thread,
-        batch,
-        gradients,
-        activations,
-        scratch,
-        weights,
-        arithmetic,
-        shape,
-        mixer_gradients,
-        mixer_weights,
-        mixer_activations,
-        mixer_scratch,
-    ):
-        sequences = batch.dout.shape[0] // shape.time
-        first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
-        _clear(gradients, thread)
-        mixer_clear(mixer_gradients, thread)
-        normed = scratch.normed[thread]
-        for start in range(first, last, shape.tile):
-            low, high = start * shape.time, min(start + shape.tile, last) * shape.time
-            size = high - low
-            dx, dout = gradients.dx[low:high], batch.dout[low:high]
-            for o in range(activations.copies.shape[0]):
-                add_copies_backward(
-                    gradients.gain_out[thread, o], dout, batch.embedding, activations.copies[o, low:high]
-                )
-            rmsnorm_backward_rows(
+@serial_kernel
+def backward_thread(
+    thread,
+    batch,
+    gradients,
+    activations,
+    scratch,
+    weights,
+    arithmetic,
+    shape,
+    mixer_gradients,
+    mixer_weights,
+    mixer_activations,
+    mixer_scratch,
+):
+    sequences = batch.dout.shape[0] // shape.time
+    first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
+    _clear(gradients, thread)
+    call(shape.mixer_clear, mixer_gradients, thread)
+    normed = scratch.normed[thread]
+    for start in range(first, last, shape.tile):
+        low, high = start * shape.time, min(start + shape.tile, last) * shape.time
+        size = high - low
+        dx, dout = gradients.dx[low:high], batch.dout[low:high]
+        for o in range(activations.copies.shape[0]):
+            add_copies_backward(gradients.gain_out[thread, o], dout, batch.embedding, activations.copies[o, low:high])
+        rmsnorm_backward_rows(
+            dx,
+            gradients.final_norm[thread, 0],
+            dout,
+            activations.x[shape.layers, low:high],
+            weights.final_norm,
+            activations.rstd_out[low:high],
+            False,
+        )
+        for back in range(shape.layers):
+            layer = shape.layers - 1 - back
+            block = layer % shape.blocks
+            _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, layer, block, low, high, thread)
+            # forward: post_mixer = x + mixer(rmsnorm(x))
+            x, rstd = activations.x[layer, low:high], activations.rstd_mixer[layer, low:high]
+            mixer_in, dmixer_in = scratch.mixer_in[thread, :size], scratch.dmixer_in[thread, :size]
+            rmsnorm_recompute(mixer_in, x, weights.norm1[block], rstd)
+            unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
+            call(
+                shape.mixer_backward,
+                dmixer_in,
                 dx,
-                gradients.final_norm[thread, 0],
-                dout,
-                activations.x[shape.layers, low:high],
-                weights.final_norm,
-                activations.rstd_out[low:high],
-                False,
+                mixer_in,
+                unit,
+                mixer_gradients,
+                mixer_weights,
+                mixer_activations,
+                mixer_scratch,
+                normed,
+                arithmetic,
             )
-            for back in range(shape.layers):
-                layer = shape.layers - 1 - back
-                block = layer % shape.blocks
-                _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, layer, block, low, high, thread)
-                # forward: post_mixer = x + mixer(rmsnorm(x))
-                x, rstd = activations.x[layer, low:high], activations.rstd_mixer[layer, low:high]
-                mixer_in, dmixer_in = scratch.mixer_in[thread, :size], scratch.dmixer_in[thread, :size]
-                rmsnorm_recompute(mixer_in, x, weights.norm1[block], rstd)
-                unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
-                mixer_backward(
-                    dmixer_in,
-                    dx,
-                    mixer_in,
-                    unit,
-                    mixer_gradients,
-                    mixer_weights,
-                    mixer_activations,
-                    mixer_scratch,
-                    normed,
-                    arithmetic,
-                )
-                rmsnorm_backward_rows(
-                    dx, gradients.norm1[thread, block], dmixer_in, x, weights.norm1[block], rstd, True
-                )
-            for o in range(activations.copies.shape[0]):
-                add_copies_backward(gradients.gain_in[thread, o], dx, batch.embedding, activations.copies[o, low:high])
-
-    backward_thread.__name__ = backward_thread.__qualname__ = f"_backward_thread_{name}"
-    return helper(backward_thread)
+            rmsnorm_backward_rows(dx, gradients.norm1[thread, block], dmixer_in, x, weights.norm1[block], rstd, True)
+        for o in range(activations.copies.shape[0]):
+            add_copies_backward(gradients.gain_in[thread, o], dx, batch.embedding, activations.copies[o, low:high])
 
 
 @helper
@@ -340,3 +330,68 @@ def _clear(gradients, thread):
     for block in range(gradients.gate_up.shape[1]):
         clear_rows(gradients.gate_up[thread, block])
         clear_rows(gradients.down[thread, block])
+
+
+# --- regions ---
+
+
+@kernel
+def trunk_forward_region(
+    batch,
+    activations,
+    scratch,
+    weights,
+    arithmetic,
+    shape,
+    mixer_weights,
+    mixer_activations,
+    mixer_scratch,
+):
+    """Parallel over sequences; a row has one writer."""
+    for index in prange(shape.threads):
+        call(
+            shape.forward,
+            np.int64(index),
+            batch,
+            activations,
+            scratch,
+            weights,
+            arithmetic,
+            shape,
+            mixer_weights,
+            mixer_activations,
+            mixer_scratch,
+        )
+
+
+@kernel
+def trunk_backward_region(
+    batch,
+    gradients,
+    activations,
+    scratch,
+    weights,
+    arithmetic,
+    shape,
+    mixer_gradients,
+    mixer_weights,
+    mixer_activations,
+    mixer_scratch,
+):
+    """Parallel over sequences; the gradients of the weights are per thread, and cleared here."""
+    for index in prange(shape.threads):
+        call(
+            shape.backward,
+            np.int64(index),
+            batch,
+            gradients,
+            activations,
+            scratch,
+            weights,
+            arithmetic,
+            shape,
+            mixer_gradients,
+            mixer_weights,
+            mixer_activations,
+            mixer_scratch,
+        )

@@ -17,13 +17,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
-from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
+from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, batched_product_32
 from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, scale_rows
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices, ternary_product, ternary_weight_gradient
-from flashlm_numba.kernels._trunk_regions import make_backward, make_forward
 from flashlm_numba.kernels.conv import (
     conv_sequence,
     conv_sequence_dinput,
@@ -105,9 +103,9 @@ def _convolve(d, start, unit, weights, activations, scratch, normed):
     gate_sequence(after, gate_value, before, width, first, last)
 
 
-@helper
+@serial_kernel
 def _forward(out, x, unit, weights, activations, scratch, normed, arithmetic):
-    """See _trunk_regions.make_forward."""
+    """See trunk.Mixer.forward."""
     layer, block, low = unit.layer, unit.block, unit.low
     size, count = unit.high - low, weights.dilations.shape[0]
     for start in range(low, unit.high, unit.time):
@@ -156,9 +154,9 @@ def _convolve_backward(dm, d, start, unit, gradients, weights, activations, scra
     )
 
 
-@helper
+@serial_kernel
 def _backward(dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic):
-    """See _trunk_regions.make_backward."""
+    """See trunk.Mixer.backward."""
     layer, block, low, thread = unit.layer, unit.block, unit.low, unit.thread
     size, count = unit.high - low, weights.dilations.shape[0]
     # forward: out += residual_scale * m Wo'
@@ -190,7 +188,7 @@ def _backward(dx, dout, x, unit, gradients, weights, activations, scratch, norme
             )
 
 
-@helper
+@serial_kernel
 def _clear(gradients, thread):
     clear_rows(gradients.leaky_gain[thread])
     conv = gradients.conv[thread]
@@ -198,70 +196,6 @@ def _clear(gradients, thread):
     for block in range(gradients.out.shape[1]):
         clear_rows(gradients.norms[thread, block])
         clear_rows(gradients.out[thread, block])
-
-
-_forward_thread = make_forward(_forward, "conv")
-_backward_thread = make_backward(_backward, _clear, "conv")
-
-
-@kernel
-def _trunk_forward(
-    batch,
-    activations,
-    scratch,
-    weights,
-    arithmetic,
-    shape,
-    mixer_weights,
-    mixer_activations,
-    mixer_scratch,
-):
-    """Parallel over sequences; a row has one writer."""
-    for index in prange(shape.threads):
-        _forward_thread(
-            np.int64(index),
-            batch,
-            activations,
-            scratch,
-            weights,
-            arithmetic,
-            shape,
-            mixer_weights,
-            mixer_activations,
-            mixer_scratch,
-        )
-
-
-@kernel
-def _trunk_backward(
-    batch,
-    gradients,
-    activations,
-    scratch,
-    weights,
-    arithmetic,
-    shape,
-    mixer_gradients,
-    mixer_weights,
-    mixer_activations,
-    mixer_scratch,
-):
-    """Parallel over sequences; the gradients of the weights are per thread, and cleared here."""
-    for index in prange(shape.threads):
-        _backward_thread(
-            np.int64(index),
-            batch,
-            gradients,
-            activations,
-            scratch,
-            weights,
-            arithmetic,
-            shape,
-            mixer_gradients,
-            mixer_weights,
-            mixer_activations,
-            mixer_scratch,
-        )
 
 
 # --- decoding ---
@@ -388,8 +322,7 @@ class ConvConfig(NamedTuple):
 class ConvMixer:
     """The conv mixers of L blocks: weights in the kernels' layouts, buffers, regions. See trunk.Mixer."""
 
-    forward_region = staticmethod(_trunk_forward)
-    backward_region = staticmethod(_trunk_backward)
+    forward, backward, clear = staticmethod(_forward), staticmethod(_backward), staticmethod(_clear)
     decode_region = staticmethod(_decode_step)
     prefill_region = staticmethod(_prefill)
 

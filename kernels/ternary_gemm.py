@@ -29,9 +29,10 @@ from numba.extending import intrinsic
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
+from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import AVX512, PLAIN, VARIANTS, VNNI, available, check_variant
+from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, available, check_variant
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
 
 COLUMNS = 64  # outputs of a block
@@ -230,40 +231,69 @@ def gemm_variant() -> str:
     return "plain"
 
 
-@helper
-def ternary_gemm_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
-    """out (M, R) = x (M, K) @ weight.T, or added to out (add = 1), x rounded to int8 row by row.
+# out (M, R) = x (M, K) @ weight.T, or added to out (add = 1), x rounded to int8 row by row: one kernel per variant, so
+# that only the one in use is compiled. weight (R, K) float32 and codes (G, R', 4) hold the same. Rows of out are
+# contiguous. Scratch: q int8, scales and sums (M or more,), spare (6 * 64,) and, for BLAS, at least (M * K,).
 
-    weight (R, K) float32 and codes (G, R', 4) hold the same; variant: index in VARIANTS. Rows of out are contiguous.
-    Scratch: q (any,) int8, scales and sums (M or more,), spare (6, 64) and, for BLAS, at least (M * K,) in all.
-    """
-    rows, columns = x.shape
-    width = 4 * codes.shape[0]
+
+@helper
+def _rounded(q, scales, x, codes):
+    """The rounded rows of x in the scratch q: (M, 4 G) int8."""
+    rows, width = x.shape[0], 4 * codes.shape[0]
     here = q[: rows * width].reshape(rows, width)
     quantize(here, scales, x)
-    if variant == PLAIN:
-        rounded = spare.reshape(-1)[: rows * columns].reshape(rows, columns)
-        for m in range(rows):
-            for k in range(columns):
-                rounded[m, k] = np.float32(here[m, k]) * scales[m]
-        gemm_nt(blas, out, rounded, weight, np.float32(add))
-        return
-    for m in range(rows):
+    return here
+
+
+@helper
+def _add_up(sums, q):
+    for m in range(q.shape[0]):
         total = np.int32(0)
-        for k in range(width):
-            total += np.int32(here[m, k])
+        for k in range(q.shape[1]):
+            total += np.int32(q[m, k])
         sums[m] = total
-    if variant == VNNI:
-        products_vnni(out, codes, here, sums, scales, add, spare)
-    elif variant == AVX512:
-        products_avx512(out, codes, here, sums, scales, add, spare)
-    else:
-        products_avx2(out, codes, here, sums, scales, add, spare)
 
 
 @serial_kernel
-def _ternary_gemm(out, x, weight, codes, q, scales, sums, spare, add, variant, blas):
-    ternary_gemm_rows(out, x, weight, codes, q, scales, sums, spare, add, variant, blas)
+def _rows_plain(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    rows, columns = x.shape
+    rounded = spare[: rows * columns].reshape(rows, columns)
+    for m in range(rows):
+        for k in range(columns):
+            rounded[m, k] = np.float32(here[m, k]) * scales[m]
+    gemm_nt(blas, out, rounded, weight, np.float32(add))
+
+
+@serial_kernel
+def _rows_avx2(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_avx2(out, codes, here, sums, scales, add, spare)
+
+
+@serial_kernel
+def _rows_avx512(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_avx512(out, codes, here, sums, scales, add, spare)
+
+
+@serial_kernel
+def _rows_vnni(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_vnni(out, codes, here, sums, scales, add, spare)
+
+
+KERNELS = {"plain": _rows_plain, "avx2": _rows_avx2, "avx512": _rows_avx512, "vnni": _rows_vnni}
+
+
+def ternary_gemm_address(variant: int) -> Any:
+    """The address of a variant's kernel (_calls.py); compiles it, or loads it from the cache."""
+    x, codes, floats = np.empty((0, 0), np.float32), np.empty((0, COLUMNS, 4), np.uint8), np.empty(0, np.float32)
+    scratch = np.empty(0, np.int8), floats, np.empty(0, np.int32), floats
+    return address(KERNELS[VARIANTS[variant]], x, x, x, codes, *scratch, 0, 0)
 
 
 @serial_kernel
@@ -331,7 +361,7 @@ def ternary_gemm(
     if out is None:
         out = np.zeros((len(x), rows), np.float32)
     _check.array("ternary_gemm", "out", out, (len(x), rows))
-    _ternary_gemm(
+    KERNELS[VARIANTS[index]](
         out,
         x,
         weight,
@@ -339,9 +369,8 @@ def ternary_gemm(
         np.empty(len(x) * 4 * len(codes), np.int8),
         np.empty(len(x), np.float32),
         np.empty(len(x), np.int32),
-        np.empty((1, spare_floats(index, *x.shape)), np.float32),
+        np.empty(spare_floats(index, *x.shape), np.float32),
         int(add),
-        index,
         sgemm_address(),
     )
     return out

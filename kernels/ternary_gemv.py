@@ -63,6 +63,17 @@ def _quantize_rows(q, scales, x):
 
 
 @helper
+def _subtract_sums(out, q, first, last):
+    """The codes are too large by one."""
+    for j in range(q.shape[0]):
+        total = np.int32(0)
+        for k in range(q.shape[1]):
+            total += np.int32(q[j, k])
+        for r in range(last - first):
+            out[j, first + r] -= total
+
+
+@helper
 def ternary_products(out, packed, q, first, last, variant):
     """Columns first..last of out (N, R) int32 = q (N, 4 W) @ W.T, by this variant (its index in VARIANTS)."""
     if variant == VNNI:
@@ -73,17 +84,37 @@ def ternary_products(out, packed, q, first, last, variant):
         products_avx2(out, packed, q, first, last)
     else:
         plain(out, packed, q, first, last)
-    for j in range(q.shape[0]):
-        total = np.int32(0)
-        for k in range(q.shape[1]):
-            total += np.int32(q[j, k])
-        for r in range(last - first):
-            out[j, first + r] -= total
+    _subtract_sums(out, q, first, last)
+
+
+# the products of one thread: one kernel per variant, so that only the one in use is compiled
 
 
 @serial_kernel
-def _ternary_gemv_serial(out, packed, q, variant):
-    ternary_products(out, packed, q, 0, packed.shape[0], variant)
+def _serial_plain(out, packed, q):
+    plain(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
+@serial_kernel
+def _serial_avx2(out, packed, q):
+    products_avx2(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
+@serial_kernel
+def _serial_avx512(out, packed, q):
+    products_avx512(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
+@serial_kernel
+def _serial_vnni(out, packed, q):
+    products_vnni(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
+SERIAL = {"plain": _serial_plain, "avx2": _serial_avx2, "avx512": _serial_avx512, "vnni": _serial_vnni}
 
 
 @kernel
@@ -115,7 +146,7 @@ def _ternary_matvec(out, packed, x):
 def _multiply(out: np.ndarray, packed: np.ndarray, q: np.ndarray, variant: str) -> None:
     index, threads = VARIANTS.index(variant), numba.get_num_threads()
     if threads == 1 or packed.shape[0] * q.size < PARALLEL:
-        _ternary_gemv_serial(out, packed, q, index)
+        SERIAL[variant](out, packed, q)
     else:
         _ternary_gemv(out, packed, q, index, threads)
 
@@ -129,8 +160,8 @@ def _agrees_with_plain(variant: str) -> bool:
     q = rng.integers(-128, 128, (5, 4 * packed.shape[1])).astype(np.int8)
     q[0], q[1] = -128, 127
     found, expected = (np.empty((5, 7), np.int32) for _ in range(2))
-    _ternary_gemv_serial(found, packed, q, VARIANTS.index(variant))
-    _ternary_gemv_serial(expected, packed, q, 0)
+    SERIAL[variant](found, packed, q)
+    SERIAL["plain"](expected, packed, q)
     return np.array_equal(found, expected)
 
 

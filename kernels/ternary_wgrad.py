@@ -15,11 +15,14 @@ Letters: M rows, R and K columns, K' = K rounded up to blocks of 64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
+from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, SMALLEST, _bits_from_float, _float_from_bits, largest_magnitude
 from flashlm_numba.kernels._rows import aligned_zeros
@@ -133,6 +136,12 @@ def _ternary_wgrad(out, a, b, codes, shares, q, scales, sums, spare, variant, bl
     ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
 
 
+def ternary_wgrad_address() -> Any:
+    """The address of ternary_wgrad_rows (_calls.py); compiles it, or loads it from the cache."""
+    x, floats, ints = np.empty((0, 0), np.float32), np.empty(0, np.float32), np.empty(0, np.int32)
+    return address(_ternary_wgrad, x, x, x, ints, floats, np.empty(0, np.int8), floats, ints, floats, 0, 0)
+
+
 def ternary_wgrad(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -> np.ndarray:
     """Approximate a.T @ b, (R, K) float32, for a (M, R) and b (M, K) float32, both quantised to int8 if that is fast.
 
@@ -156,7 +165,7 @@ def ternary_wgrad(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -
         aligned_zeros((outputs * (rows + 3),), np.int8),
         np.zeros(outputs, np.float32),
         np.zeros(outputs, np.int32),
-        np.zeros((6, COLUMNS), np.float32),
+        np.zeros(6 * COLUMNS, np.float32),
         index,
         sgemm_address(),
     )

@@ -23,7 +23,8 @@ from numba import prange
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_tn, sgemm_address
-from flashlm_numba.kernels._jit import helper, kernel
+from flashlm_numba.kernels._calls import address, call
+from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
 from flashlm_numba.kernels.tree_node import (
     TOKEN_END,
@@ -213,7 +214,7 @@ def _scatter(begin, end, outputs, scratch, batch, options):
                 outputs.dh[to, c] = scratch.dhs[i, c]
 
 
-@helper
+@serial_kernel
 def _do_half(half, thread, threads, outputs, scratch, plan, batch, tree, options, blas):
     """A thread's part of half a round. half counts on: 0 and 1 are the halves of round 0, 2 and 3 those of round 1."""
     this_round, last_round = half // 2, plan.round_first.shape[0] - 2
@@ -231,13 +232,13 @@ def _do_half(half, thread, threads, outputs, scratch, plan, batch, tree, options
 
 
 @kernel
-def _tree_head(outputs, scratch, plan, batch, tree, options, blas, threads):
+def _tree_head(do_half, outputs, scratch, plan, batch, tree, options, blas, threads):
     """Every output of a call. Each round is two regions, of one body so that it is compiled once."""
     halves = 2 * (plan.round_first.shape[0] - 1)
     for half in range(halves):
         for index in prange(threads):
             # a prange index is unsigned; mixed with signed, a float
-            _do_half(half, np.int64(index), threads, outputs, scratch, plan, batch, tree, options, blas)
+            call(do_half, half, np.int64(index), threads, outputs, scratch, plan, batch, tree, options, blas)
 
 
 # --- public functions ---
@@ -301,7 +302,8 @@ def _run(
         softcap_slopes=scratch.take("softcap_slopes", threads, tree.widest),
         roots=scratch.take("roots", threads, _joined_rows(tree), dim),
     )
-    _tree_head(outputs, buffers, plan, batch, tree, options, sgemm_address(), threads)
+    arguments = outputs, buffers, plan, batch, tree, options, sgemm_address()
+    _tree_head(address(_do_half, 0, 0, 0, *arguments), *arguments, threads)
 
 
 def tree_head_forward(

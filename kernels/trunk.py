@@ -8,18 +8,37 @@ Source: FlashLM v3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numba
 import numpy as np
 
+from flashlm_numba.kernels._calls import address
+from flashlm_numba.kernels._packed_gemm import packed_gemm_address
 from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_layer import Arithmetic, TernaryMatrices, arithmetic_variant, new_arithmetic
-from flashlm_numba.kernels._trunk_regions import Activations, Batch, BatchGradient, Gradients, Scratch, Shape, Weights
+from flashlm_numba.kernels._trunk_regions import (
+    Activations,
+    Batch,
+    BatchGradient,
+    Gradients,
+    Scratch,
+    Shape,
+    Unit,
+    Weights,
+    backward_thread,
+    forward_thread,
+    trunk_backward_region,
+    trunk_forward_region,
+)
 from flashlm_numba.kernels.ngram_copy import copy_kinds
+from flashlm_numba.kernels.ternary_gemm import ternary_gemm_address
+from flashlm_numba.kernels.ternary_wgrad import ternary_wgrad_address
 
 TILE_ROWS = 256
 REGISTER = 16  # floats of the widest
+_NO_ROWS, _UNIT = np.empty((1, 0), np.float32), Unit(*[0] * len(Unit._fields))  # for their types
 
 
 class Mixer(Protocol):
@@ -55,17 +74,24 @@ class Mixer(Protocol):
         ...
 
     @property
-    def forward_region(self) -> Any:
-        """The kernel (batch, activations, scratch, weights, arithmetic, shape, and the mixer's weights, activations,
-        scratch) made with make_forward.
+    def forward(self) -> Any:
+        """The serial kernel (out, x, unit, weights, activations, scratch, normed, arithmetic) that adds the mixer's
+        output for x (M, C), times its residual scale, to out (M, C). It may change x; normed (any, C) is scratch.
         """
         ...
 
     @property
-    def backward_region(self) -> Any:
-        """The kernel (batch, gradients, activations, scratch, weights, arithmetic, shape, and the mixer's gradients,
-        weights, activations, scratch) made with make_backward.
+    def backward(self) -> Any:
+        """The serial kernel (dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic) that
+        writes dx (M, C), the gradient of the mixer's input x (M, C). dout (M, C) is the gradient of the sum to which
+        the mixer's output was added. It may change x and normed (any, C), and adds the gradients of its weights to
+        those of the thread.
         """
+        ...
+
+    @property
+    def clear(self) -> Any:
+        """The serial kernel (gradients, thread) that sets the gradients of a thread to zero."""
         ...
 
     def decode_weights(self, *forms: np.ndarray) -> NamedTuple:
@@ -183,7 +209,6 @@ class TrunkBuffers:
         tile = max(1, TILE_ROWS // max(time, 1))
         tile_rows = tile * time
         self.batch, self.time = batch, time
-        self.shape = Shape(time, tile, threads, layers, blocks)
         copies = len(weights.copy_order)
 
         def zeros(*shape: int) -> np.ndarray:
@@ -222,7 +247,55 @@ class TrunkBuffers:
         self.mixer_gradients = weights.mixer.new_gradients(threads)
         shapes = [matrices.shape for matrices in weights.matrices]
         self.arithmetic: Arithmetic = new_arithmetic(weights.int8, weights.variant, shapes, tile_rows, threads)
+        self._shape = Shape(time, tile, threads, layers, blocks)
+        self._called: dict[bool, tuple[Arithmetic, Shape]] = {}
         self._made_for = self._key(weights, batch, time)
+
+    def forward_functions(self, weights: TrunkWeights) -> dict[str, Callable[[], Any]]:
+        """What the forward pass calls by its address (_calls.py), by the name of the field that holds the address.
+
+        Each function compiles one of them, or loads it from the cache, and returns the address. "region" calls all.
+        """
+        own, mixers = weights.read(transposed=False)
+        mixer = mixers, self.mixer_activations, self.mixer_scratch
+        rest = self.activations, self.scratch, own, self.arithmetic, self._shape, *mixer
+        x, batch = _NO_ROWS, Batch(_NO_ROWS[0].astype(np.int32), _NO_ROWS)
+        return {
+            **self._products(weights),
+            "mixer_forward": lambda: address(weights.mixer.forward, x, x, _UNIT, *mixer, x, self.arithmetic),
+            "forward": lambda: address(forward_thread, 0, batch, *rest),
+            "region": lambda: address(trunk_forward_region, batch, *rest),
+        }
+
+    def _products(self, weights: TrunkWeights) -> dict[str, Callable[[], Any]]:
+        if weights.int8:
+            return {"int8_product": lambda: ternary_gemm_address(weights.variant)}
+        return {"float_product": packed_gemm_address}
+
+    def backward_functions(self, weights: TrunkWeights) -> dict[str, Callable[[], Any]]:
+        """The same of the backward pass."""
+        own, mixers = weights.read(transposed=True)
+        mixer = self.mixer_gradients, mixers, self.mixer_activations, self.mixer_scratch
+        rest = self.gradients, self.activations, self.scratch, own, self.arithmetic, self._shape, *mixer
+        x, batch = _NO_ROWS, BatchGradient(_NO_ROWS, _NO_ROWS)
+        return {
+            **self._products(weights),
+            **({"int8_gradient": ternary_wgrad_address} if weights.int8 else {}),
+            "mixer_backward": lambda: address(weights.mixer.backward, x, x, x, _UNIT, *mixer, x, self.arithmetic),
+            "mixer_clear": lambda: address(weights.mixer.clear, self.mixer_gradients, 0),
+            "backward": lambda: address(backward_thread, 0, batch, *rest),
+            "region": lambda: address(trunk_backward_region, batch, *rest),
+        }
+
+    def called(self, weights: TrunkWeights, *, backward: bool) -> tuple[Arithmetic, Shape]:
+        """The arithmetic and the shape for a region, with the addresses of what it calls."""
+        if backward not in self._called:
+            functions = self.backward_functions(weights) if backward else self.forward_functions(weights)
+            found = {name: function() for name, function in functions.items() if name != "region"}
+            pair = (self.arithmetic, self._shape)
+            own = [{name: at for name, at in found.items() if name in fields._fields} for fields in pair]
+            self._called[backward] = self.arithmetic._replace(**own[0]), self._shape._replace(**own[1])
+        return self._called[backward]
 
     @staticmethod
     def _key(weights: TrunkWeights, batch: int, time: int) -> tuple[int, int, int, bool, int]:
@@ -241,13 +314,14 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
     trunk_backward. Cost 2*R*N*3*C*I flop plus that of the mixers. Source: FlashLM v3.
     """
     own, mixers = weights.read(transposed=False)
-    weights.mixer.forward_region(
+    arithmetic, shape = buffers.called(weights, backward=False)
+    trunk_forward_region(
         Batch(rows, embedding),
         buffers.activations,
         buffers.scratch,
         own,
-        buffers.arithmetic,
-        buffers.shape,
+        arithmetic,
+        shape,
         mixers,
         buffers.mixer_activations,
         buffers.mixer_scratch,
@@ -279,15 +353,16 @@ def trunk_backward(
     (ngram_copy.scatter_copies).
     """
     own, mixers = weights.read(transposed=True)
+    arithmetic, shape = buffers.called(weights, backward=True)
     g = buffers.gradients
-    weights.mixer.backward_region(
+    trunk_backward_region(
         BatchGradient(dout, embedding),
         g,
         buffers.activations,
         buffers.scratch,
         own,
-        buffers.arithmetic,
-        buffers.shape,
+        arithmetic,
+        shape,
         buffers.mixer_gradients,
         mixers,
         buffers.mixer_activations,

@@ -9,13 +9,14 @@ from helpers import TINY, command
 
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.model.recipes import from_recipe
-from flashlm_numba.system.compiled import ensure_compiled
+from flashlm_numba.system.compiled import ALL, ensure_compiled
+from flashlm_numba.system.display import TERMINAL
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled():
     """As in a training process, the kernels come from the cache: see flashlm_numba/training/precompile.py."""
-    ensure_compiled(print)
+    ensure_compiled([ALL], TERMINAL)
 
 
 @pytest.fixture

@@ -380,11 +380,13 @@ def generate(
 
     RUN may also be a file written by `export`. Sampling applies temperature, then top-k, then top-p.
     """
+    from flashlm_numba.heads.sampling import kinds_of_sampling
     from flashlm_numba.inference.generate import generate_text
     from flashlm_numba.model.build import load_model, vocabulary_of
 
     use_threads(threads)
-    loaded = load_model(run, checkpoint, ema=ema)
+    uses = ["generate", *kinds_of_sampling(temperature, top_k, top_p), *filter(None, [activations])]
+    loaded = load_model(run, checkpoint, ema=ema, uses=uses)
     model = loaded.model
     if activations is not None:
         model.use_activations(activations)

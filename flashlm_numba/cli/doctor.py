@@ -113,9 +113,9 @@ def examine(threads: int) -> dict[str, Any]:
     from flashlm_numba.kernels import _jit
     from flashlm_numba.kernels.ternary_gemv import best_variant
     from flashlm_numba.system.cache import writable_cache
-    from flashlm_numba.system.compiled import ensure_compiled
+    from flashlm_numba.system.compiled import ALL, ensure_compiled
 
-    ensure_compiled(TERMINAL.note)
+    ensure_compiled([ALL], TERMINAL)
     errors, problems = run_checks()
     features = {feature.removeprefix("+") for feature in _jit.target_features() if feature.startswith("+")}
     blas = blas_libraries()

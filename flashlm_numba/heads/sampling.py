@@ -25,6 +25,24 @@ def check_settings(
     )
 
 
+# kinds of sampling, which use different kernels: by the probabilities as they are, among the likeliest tokens, or by
+# changed probabilities of all tokens
+KINDS = ("plain", "likeliest", "whole")
+_MANY = 1_000  # a top_k above the size of the vocabulary excludes no token
+
+
+def kinds_of_sampling(temperature: float, top_k: int | None, top_p: float | None) -> list[str]:
+    """The KINDS that Head.sample may use with these settings.
+
+    >>> kinds_of_sampling(0.8, None, None), kinds_of_sampling(0.8, 40, 0.9), kinds_of_sampling(1, None, 1)
+    (['whole'], ['likeliest'], ['plain'])
+    """
+    if temperature == 0 or (top_k is not None and top_k < _MANY):
+        return ["likeliest"]
+    rest = ["plain" if temperature == 1 and top_p in (None, 1) else "whole"]
+    return rest if top_k is None else ["likeliest", *rest]
+
+
 def sample_rows(
     probabilities: np.ndarray,
     rng: np.random.Generator,

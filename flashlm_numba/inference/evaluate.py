@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashlm_numba.system.display import Note, say
+from flashlm_numba.system.display import TERMINAL, Note, Progress
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def evaluate_run(
     lines: bool = False,
     skip_missing: bool = False,
     own_data: Path | None = None,
-    note: Note = say,
+    progress: Progress = TERMINAL,
 ) -> dict[str, Any]:
     """Score a run's model. Returns the object that `eval --json` prints.
 
@@ -212,7 +212,7 @@ def evaluate_run(
         files named as validation are scored, or all documents if there are none. None: the validation documents of
         the data that the run was trained on.
     activations : "float" or "int8", as in Model.use_activations; None: as the run was trained
-    subset, column, lines, skip_missing : options of a source, as in `prepare`;  note : as in load_model
+    subset, column, lines, skip_missing : options of a source, as in `prepare`;  progress : as in load_model
     own_data : folder of the data that the run was trained on, if they have moved; instead of data
     Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
@@ -221,7 +221,8 @@ def evaluate_run(
     from flashlm_numba.model.build import load_model, vocabulary_of
     from flashlm_numba.system.display import Display
 
-    loaded = load_model(run, checkpoint_name, ema=ema, note=note)
+    uses = ["score", *["whole"] * smoothed, *filter(None, [activations])]
+    loaded = load_model(run, checkpoint_name, ema=ema, uses=uses, progress=progress)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
     if not is_causal(loaded.model):
@@ -250,7 +251,7 @@ def evaluate_run(
         if (Path(data) / "config.json").exists():
             raise UserError(f"{data} is a run, not a text; name the text to score.")
         options = {"subset": subset, "column": column, "lines": lines, "skip_missing": skip_missing}
-        documents, name = _source_documents(data, sizes, vocabulary, note, **options), data
+        documents, name = _source_documents(data, sizes, vocabulary, progress.note, **options), data
     with Display() as display, display.tokens("scoring", total):
         found = score(
             loaded.model,
@@ -296,7 +297,7 @@ def _own_data(run: Path, config: RunConfig) -> str:
 
 
 def _source_documents(
-    source: str, sizes: dict[str, int], vocabulary: Vocabulary, note: Note = say, **options: Any
+    source: str, sizes: dict[str, int], vocabulary: Vocabulary, note: Note, **options: Any
 ) -> Iterator[np.ndarray]:
     """Token ids (n,) int32 of each document of a source; adds documents and UTF-8 bytes to sizes.
 

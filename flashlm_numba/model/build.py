@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,32 @@ from flashlm_numba.data.manifest import MANIFEST, Manifest
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.data.tokenizer import VOCABULARIES, Vocabulary, vocabulary_named
 from flashlm_numba.heads import Head, head_class
+from flashlm_numba.heads.sampling import KINDS
 from flashlm_numba.model import checkpoint, data_place, packed
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.settings import run_from_json
 from flashlm_numba.system.compiled import ensure_compiled
-from flashlm_numba.system.display import Note, say
+from flashlm_numba.system.display import TERMINAL, Note, Progress
 from flashlm_numba.system.errors import UserError
 
 _HEAD = "head."  # prefix of the head's parameters in the model's parameter names
+
+# parts of the kernels (training/kernel_tasks.py) that a use of a model calls
+_PARTS = {
+    "read": ("{activations}",),
+    "score": ("{activations}", "forward", "{head}"),
+    "generate": ("{activations}", "forward", "decoding"),
+    "train": (
+        *("{activations}", "forward", "{head}", "backward", "{activations}-backward", "optimizer"),
+        *("decoding", "{head}-whole"),  # the samples
+    ),
+    "float": ("float",),
+    "int8": ("int8",),
+    **{kind: (f"{{head}}-{kind}",) for kind in KINDS},
+}
+ANY_USE = ("score", "generate", "float", "int8", *KINDS)  # of a model that is not trained further
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,16 @@ class Loaded:
     run: RunConfig
     model: Model
     state: dict[str, Any]  # state.json: step, tokens, seconds, ...
+
+
+def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
+    """The parts of the kernels for these uses of a run's model.
+
+    uses : some of "read", "score", "train", and "generate" with KINDS of sampling; "whole" also for the probabilities
+        of all tokens; "float" or "int8" for other activations than those of the training
+    """
+    names = {"head": run.head.name, "activations": run.model.activations}
+    return list(dict.fromkeys(part.format(**names) for use in uses for part in _PARTS[use]))
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -53,15 +79,23 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{path} cannot be read ({error}); restore it, or start a new run.") from None
 
 
-def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say) -> Loaded:
+def load_model(
+    folder: Path,
+    checkpoint_name: str | None = None,
+    *,
+    ema: bool = False,
+    uses: Collection[str] = ANY_USE,
+    progress: Progress = TERMINAL,
+) -> Loaded:
     """Load the model of a run's newest or named checkpoint. With ema=True, use the EMA of its weights.
 
     folder : folder of a run, or file written by export_run
-    note : receives a sentence if the kernels must be compiled first, which takes a minute or two
+    uses : what the model is for, as in kernel_parts; the kernels for it are compiled if they are not already
+    progress : receives a note and a bar if kernels must be compiled
     Raises UserError if the checkpoint or the file is damaged, or if ema is True and the run has no EMA.
     """
     if folder.is_file():
-        return _load_exported(folder, checkpoint_name, ema, note)
+        return _load_exported(folder, checkpoint_name, ema, uses, progress)
     run = read_config(folder)
     path = checkpoint.find(folder, checkpoint_name)
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
@@ -70,16 +104,18 @@ def load_model(folder: Path, checkpoint_name: str | None = None, *, ema: bool = 
         if "ema.safetensors" not in state["files"]:
             raise UserError(f"{folder} has no EMA of its weights; leave out --ema.")
         tensors |= checkpoint.load(path, "ema")
-    ensure_compiled(note)
+    ensure_compiled(kernel_parts(run, uses), progress)
     return Loaded(run, model_from(run, tensors), state)
 
 
-def _load_exported(path: Path, checkpoint_name: str | None, ema: bool, note: Note) -> Loaded:
+def _load_exported(
+    path: Path, checkpoint_name: str | None, ema: bool, uses: Collection[str], progress: Progress
+) -> Loaded:
     if checkpoint_name is not None or ema:
         raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
     config, tensors, state = packed.read(path)
     run = run_from_json(config, path)
-    ensure_compiled(note)
+    ensure_compiled(kernel_parts(run, uses), progress)
     try:
         return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path))
     except UserError as error:

@@ -13,13 +13,13 @@ from flashlm_numba.model import checkpoint
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.parameters import ternary_names
-from flashlm_numba.system.display import Note, peak_rss_mb, say
+from flashlm_numba.system.display import TERMINAL, Progress, peak_rss_mb
 from flashlm_numba.system.errors import UserError
 
 
-def describe_run(folder: Path, checkpoint_name: str | None = None, *, note: Note = say) -> dict[str, Any]:
+def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: Progress = TERMINAL) -> dict[str, Any]:
     """The description that `info` shows: parameters per group, sizes, shape of the tree, training progress."""
-    loaded = load_model(folder, checkpoint_name, note=note)
+    loaded = load_model(folder, checkpoint_name, uses=["read"], progress=progress)
     run, parameters = loaded.run, loaded.model.parameters
     groups: dict[str, int] = {}
     for name, value in parameters.items():

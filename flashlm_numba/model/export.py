@@ -9,12 +9,12 @@ from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import load_model, tensors_of
 from flashlm_numba.model.parameters import ternary_names
-from flashlm_numba.system.display import Note, say
+from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 
 
 def export_run(
-    folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False, note: Note = say
+    folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False, progress: Progress = TERMINAL
 ) -> Path:
     """Write a run's model to one file with packed ternary weights. eval, generate and info read it like a run.
 
@@ -25,7 +25,7 @@ def export_run(
         raise UserError(f"{folder} is a file, already exported; give the folder of a run.")
     if out.exists():
         raise UserError(f"{out} already exists; choose another file, or remove it.")
-    loaded = load_model(folder, checkpoint_name, ema=ema, note=note)
+    loaded = load_model(folder, checkpoint_name, ema=ema, uses=["read"], progress=progress)
     tensors = tensors_of(loaded.model)
     threshold = loaded.run.model.ternary_threshold
     ternary = ternary_names(loaded.run.model)

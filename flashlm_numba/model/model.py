@@ -28,6 +28,20 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import adopt_threads
 
 
+def trunk_weights(config: ModelConfig) -> TrunkWeights:
+    """The trunk's weights in the kernels' layouts, all zero."""
+    trunk = TrunkConfig(
+        config.dim,
+        config.ffn_dim,
+        config.n_blocks,
+        config.n_passes,
+        config.ffn_residual_scale,
+        config.ngram_copy_orders,
+        config.ngram_copy_reach,
+    )
+    return TrunkWeights(trunk, MIXERS[config.mixer].build(config))
+
+
 class Model:
     """Parameters, gradients, forward and backward pass.
 
@@ -59,16 +73,7 @@ class Model:
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
-        trunk = TrunkConfig(
-            config.dim,
-            config.ffn_dim,
-            config.n_blocks,
-            config.n_passes,
-            config.ffn_residual_scale,
-            config.ngram_copy_orders,
-            config.ngram_copy_reach,
-        )
-        self._weights = TrunkWeights(trunk, MIXERS[config.mixer].build(config))
+        self._weights = trunk_weights(config)
         self._embedding = for_reading(self.parameters[EMBEDDING])
         self._buffers: Pool[TrunkBuffers] = Pool()
         # the thread, buffers and rows of the last call of forward, until another call uses buffers

@@ -95,8 +95,13 @@ class Progress:
         """A context in which `total` tokens (None: unknown) are processed; label names the operation."""
         yield self
 
+    @contextlib.contextmanager
+    def functions(self, label: str, total: int) -> Iterator[Progress]:
+        """A context in which `total` functions are compiled; label names the operation."""
+        yield self
+
     def advance(self, count: int) -> None:
-        """`count` more tokens are done."""
+        """`count` more tokens or functions are done."""
 
     def stopping(self) -> None:
         """A signal asks to stop after this step. The signal handler calls this method, so it must not use print."""
@@ -167,13 +172,22 @@ class Display(Progress):
         finally:
             self._stop()
 
-    def advance(self, count: int) -> None:
-        """Add `count` tokens to those done."""
-        self._done += count
-        self._update(f"{self._done:,} tokens", force=False)
+    @contextlib.contextmanager
+    def functions(self, label: str, total: int) -> Iterator[Display]:
+        """Show a bar over the compilation of `total` functions; `advance` moves it."""
+        self._start(label, total, 0, "functions")
+        try:
+            yield self
+        finally:
+            self._stop()
 
-    def _start(self, label: str, total: int, done: int) -> None:
-        self._total, self._done, self._label = total, done, label
+    def advance(self, count: int) -> None:
+        """Add `count` tokens or functions to those done."""
+        self._done += count
+        self._update("functions" if self._noun == "functions" else f"{self._done:,} {self._noun}", force=False)
+
+    def _start(self, label: str, total: int, done: int, noun: str = "tokens") -> None:
+        self._total, self._done, self._label, self._noun = total, done, label, noun
         self._last = time.monotonic()
         if in_terminal():
             from rich.console import Console

@@ -19,6 +19,7 @@ from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model import build, checkpoint, data_place
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.settings import with_settings
+from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import free_name, write_atomically, write_text, writing_to
@@ -75,19 +76,21 @@ def start_run(
     name = f"{run.head.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = out if out is not None else Path("runs") / name
     _check_free(folder)
-    run, tokens = _with_data(run, data, set_threads(threads), progress)
-    # report an impossible length before creating the folder and computing the embedding
-    length = length.or_own(run)
-    if length.in_steps:
-        run = plan_for(run, steps=length.steps, tokens=length.tokens)
-    another = "choose another --out"
-    with writing_to(folder, another), checkpoint.lock(folder, f"wait for it, stop it, or {another}"):
-        _check_free(folder)  # another process may have started a run here since
-        session = new_session(run, folder, tokens, progress)
-        rehearse(session, length.minutes, began)
-        write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
-        _describe(session)
-        return Finished(folder, _train_new(session))
+    using = set_threads(threads)
+    with _compiling(run, progress) as compilation:  # while the text is prepared
+        run, tokens = _with_data(run, data, using, progress)
+        # report an impossible length before creating the folder and computing the embedding
+        length = length.or_own(run)
+        if length.in_steps:
+            run = plan_for(run, steps=length.steps, tokens=length.tokens)
+        another = "choose another --out"
+        with writing_to(folder, another), checkpoint.lock(folder, f"wait for it, stop it, or {another}"):
+            _check_free(folder)  # another process may have started a run here since
+            session = new_session(run, folder, tokens, progress, compilation)
+            rehearse(session, length.minutes, began)
+            write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
+            _describe(session)
+            return Finished(folder, _train_new(session))
 
 
 def _check_free(folder: Path) -> None:
@@ -171,12 +174,13 @@ def resume_run(
             path = checkpoint.find(folder, checkpoint_name)
         run = replace(run, threads=_threads_again(run.threads, threads, progress))
         run = _changed(run, settings)
-        tokens = _same_tokens(run, folder, progress)
-        if path is None:
-            progress.note(f"{folder} has no checkpoint yet; training starts again from the first step.")
-            session = new_session(run, folder, tokens, progress)
-        else:
-            session = restored_session(run, folder, tokens, path, progress)
+        with _compiling(run, progress) as compilation:
+            tokens = _same_tokens(run, folder, progress)
+            if path is None:
+                progress.note(f"{folder} has no checkpoint yet; training starts again from the first step.")
+                session = new_session(run, folder, tokens, progress, compilation)
+            else:
+                session = restored_session(run, folder, tokens, path, progress, compilation)
         if not _lengthen(session, length):
             return Finished(folder, 0)
         rehearse(session, length.minutes, began)
@@ -280,6 +284,11 @@ def _divided(metrics: Path, at: int) -> tuple[list[str], list[str]]:
 
 
 # --- both ---
+
+
+def _compiling(run: RunConfig, progress: Progress) -> Compilation:
+    """The compilation of the kernels that training this run needs, which starts now."""
+    return Compilation(build.kernel_parts(run, ["train"]), progress)
 
 
 def rehearse(session: Session, minutes: float | None, began: float) -> None:

@@ -12,7 +12,7 @@ from flashlm_numba.data.shards import TokenData
 from flashlm_numba.inference.evaluate import validation_subset
 from flashlm_numba.model import build, checkpoint
 from flashlm_numba.model.config import RunConfig
-from flashlm_numba.system.compiled import ensure_compiled
+from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.training.optimizer import Optimizer
@@ -47,21 +47,23 @@ class Session:
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
 
 
-def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress) -> Session:
+def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress, compilation: Compilation) -> Session:
     """A run before its first step. Its clock counts the time that building the model took."""
-    model, seconds = build.new_model(run, data, progress.note, lambda: ensure_compiled(progress.note))
+    model, seconds = build.new_model(run, data, progress.note, compilation.wait)
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     session = _session(run, folder, data, model, ema, progress)
     session.clock.seconds = seconds
     return session
 
 
-def restored_session(run: RunConfig, folder: Path, data: TokenData, path: Path, progress: Progress) -> Session:
+def restored_session(
+    run: RunConfig, folder: Path, data: TokenData, path: Path, progress: Progress, compilation: Compilation
+) -> Session:
     """A run in the state of the checkpoint `path`, except for the optimiser's state.
 
     Raises UserError if the checkpoint does not fit these settings.
     """
-    ensure_compiled(progress.note)
+    compilation.wait()
     progress.note(f"Reading {path}.")
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     counts = data.train.counts(run.model.vocab_size)

@@ -168,7 +168,7 @@ def test_a_folder_is_scored_whole_unless_it_has_validation_files(tmp_path):
     for number, name in enumerate(("train", "test", "validation"), 1):
         (tmp_path / f"{name}.txt").write_text(f"Of {name} there is this.\n")
         sizes = {"documents": 0, "bytes": 0}
-        documents = list(_source_documents(str(tmp_path), sizes, vocabulary_named("gpt2")))
+        documents = list(_source_documents(str(tmp_path), sizes, vocabulary_named("gpt2"), lambda line: None))
         assert len(documents) == sizes["documents"] == (1 if name == "validation" else number)
 
 

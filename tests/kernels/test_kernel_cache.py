@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 import tempfile
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 
 from flashlm_numba.kernels import _cache, _jit
 from flashlm_numba.system import compiled
+from flashlm_numba.system.display import Progress
 
 compiles = pytest.mark.skipif(numba.config.DISABLE_JIT, reason="nothing is compiled")
 
@@ -140,31 +142,41 @@ def test_a_mark_names_the_files_and_finds_those_that_are_lost(tmp_path):
         assert _cache.lost_files(mark, folder) is None
 
 
+class Notes(Progress):
+    """Progress that keeps the sentences."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, line):
+        self.notes.append(line)
+
+
 @compiles
 @pytest.mark.parametrize("damage", ["removed", "halved", "mark emptied"])
 def test_ensure_compiled_looks_at_the_files_that_the_mark_names(tmp_path, monkeypatch, damage):
-    mark, folder = tmp_path / _jit.COMPLETE, _cache.source_folder(tmp_path, _jit.__file__)
+    mark, folder = tmp_path / f"{_jit.COMPLETE}-float", _cache.source_folder(tmp_path, _jit.__file__)
     folder.mkdir()
     for name in ("a.nbi", "a.1.nbc"):
         (folder / name).write_bytes(_cache.sealed(name.encode()))
-    notes, ran = [], []
+    progress = Notes()
     monkeypatch.setattr(_jit, "CACHE_FOLDER", tmp_path)
-    monkeypatch.setattr(compiled, "run_apart", lambda arguments, **variables: ran.append(arguments))
-    _jit.mark_complete()
-    compiled.ensure_compiled(notes.append)
-    assert (notes, ran) == ([], [])
-    assert not _jit.cache_is_cold()
+    monkeypatch.setattr(compiled, "PYTHON", (sys.executable, "-c", "print('compiled 0 0')"))
+    _jit.mark_compiled("float")
+    compiled.ensure_compiled(["float"], progress)
+    assert progress.notes == []
+    assert _jit.is_compiled("float")
+    assert not _jit.is_compiled("int8")
     if damage == "removed":
         (folder / "a.1.nbc").unlink()
     elif damage == "halved":
         (folder / "a.1.nbc").write_bytes((folder / "a.1.nbc").read_bytes()[:20])
     else:
         mark.write_bytes(b"")
-    compiled.ensure_compiled(notes.append)
-    assert len(ran) == 1
-    assert "Compiling the kernels" in notes[-1]
+    compiled.ensure_compiled(["float"], progress)
+    assert "Compiling the kernels" in progress.notes[-1]
     if damage != "mark emptied":
-        assert notes[0] == f"Compiled kernels in {tmp_path} are missing or damaged (1 of the files)."
+        assert progress.notes[0] == f"Compiled kernels in {tmp_path} are missing or damaged (1 file)."
         assert not (folder / "a.1.nbc").exists()  # compiled anew without a warning of its own
 
 

@@ -55,13 +55,13 @@ def test_rows_that_are_not_finite_stay_so_and_alone(variant):
 
 @pytest.mark.skipif(len(VARIANTS) == 1, reason="this processor has the plain loops only")
 def test_a_variant_that_computes_wrongly_is_not_used(monkeypatch):
-    real = ternary_gemm._ternary_gemm
+    real = ternary_gemm.KERNELS[VARIANTS[-1]]
 
     def broken(out, *arguments):
         real(out, *arguments)
         out[-1, -1] += 1
 
-    monkeypatch.setattr(ternary_gemm, "_ternary_gemm", broken)
+    monkeypatch.setitem(ternary_gemm.KERNELS, VARIANTS[-1], broken)
     ternary_gemm.gemm_variant.cache_clear()
     with pytest.warns(UserWarning, match="computes wrongly on this machine; not used"):
         assert ternary_gemm.gemm_variant() == "plain"

@@ -1,0 +1,204 @@
+"""TASKS: everything that the kernels' compilation consists of, in pieces that processes share out among themselves.
+
+A task calls kernels on small arrays, which compiles them. The compiled code is the same for any size. Tasks compile
+different kernels. (Two processes that compile the same kernel do no harm: each writes complete files.)
+This module imports no numerical package at the top, because the process that shares the tasks out needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashlm_numba.heads.sampling import KINDS
+from flashlm_numba.heads.table import HEADS, head_class
+from flashlm_numba.model.config import NORMUON_VARIANTS, ModelConfig, OptimizerConfig
+
+if TYPE_CHECKING:
+    from flashlm_numba.heads.base import Head
+    from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
+
+# an embedding too large for the serial optimiser kernel
+CONFIG = ModelConfig(vocab_size=5_000, dim=16, ffn_dim=8, groups=1, ngram_copy_orders=(1,))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of the compilation."""
+
+    part: str  # of the kernels: what a command names in system/compiled.py
+    run: Callable[[], object]
+    seconds: float = 10.0  # on one core of 2.5 GHz; decides the order only
+    functions: int = 20  # compiled on the way, helpers too; decides only how far the bar moves
+
+
+def _trunk() -> tuple[TrunkWeights, TrunkBuffers]:
+    from flashlm_numba.kernels.trunk import TrunkBuffers
+    from flashlm_numba.model.model import trunk_weights
+
+    weights = trunk_weights(CONFIG)
+    return weights, TrunkBuffers(weights, 1, 32)
+
+
+def _forward(name: str) -> None:
+    weights, buffers = _trunk()
+    buffers.forward_functions(weights)[name]()
+
+
+def _backward(name: str) -> None:
+    weights, buffers = _trunk()
+    buffers.backward_functions(weights)[name]()
+
+
+def _pack_weights(activations: str) -> None:
+    """With "int8" also the product, since the program checks it before the first use."""
+    from flashlm_numba.heads.dense import DenseHead
+    from flashlm_numba.kernels.ternary import pack_ternary
+    from flashlm_numba.model.model import Model
+    from flashlm_numba.model.parameters import initial_parameters
+
+    Model(replace(CONFIG, activations=activations), initial_parameters(CONFIG, 0), DenseHead)
+    if activations == "int8":
+        pack_ternary(np.zeros((4, 8), np.float32))
+
+
+def _float_product() -> None:
+    from flashlm_numba.kernels._packed_gemm import packed_gemm_address
+
+    packed_gemm_address()
+
+
+def _gradient(activations: str) -> None:
+    """In float it is BLAS's, called by the backward pass."""
+    from flashlm_numba.kernels.ternary_wgrad import ternary_wgrad_address
+
+    if activations == "int8":
+        ternary_wgrad_address()
+
+
+def _decode() -> None:
+    from flashlm_numba.kernels import decode
+
+    weights, _ = _trunk()
+    decode.decode_step(decode.new_state(weights), weights, np.zeros((5, CONFIG.dim), np.float32), 0)
+
+
+def _prefill() -> None:
+    from flashlm_numba.kernels import decode
+
+    weights, buffers = _trunk()
+    decode.prefill(weights, buffers, np.zeros(32, np.int32))
+
+
+def _embedding_gradient() -> None:
+    from flashlm_numba.kernels.embedding import embedding_backward, zero
+    from flashlm_numba.kernels.ngram_copy import scatter_copies
+
+    weights, buffers = _trunk()
+    dx, gradient = buffers.gradients.dx, np.zeros((5, CONFIG.dim), np.float32)
+    zero(gradient)
+    embedding_backward(gradient, dx, np.zeros(32, np.int32))
+    scatter_copies(gradient, dx, dx, buffers.activations.copies[0], weights.gain_in[0], weights.gain_out[0])
+
+
+def _optimizers(normuon: bool) -> None:
+    """The update of the matrices, or that of everything else with the running average of the weights."""
+    from flashlm_numba.kernels.ema import ema_update
+    from flashlm_numba.model.parameters import initial_parameters
+    from flashlm_numba.training.optimizer import NORMUON, Optimizer, parameter_groups
+
+    parameters = initial_parameters(CONFIG, 0)
+    matrices = parameter_groups(parameters)[NORMUON]
+    own = {name: value for name, value in parameters.items() if (name in matrices) == normuon}
+    gradients = {name: np.zeros(value.shape, np.float32) for name, value in own.items()}
+    for options in (
+        [OptimizerConfig(normuon=variant) for variant in NORMUON_VARIANTS]
+        if normuon
+        else [
+            OptimizerConfig(),
+            OptimizerConfig(sparse_adamw=True),
+            OptimizerConfig(sparse_adamw=True, rowwise_exp_avg_sq=True),
+        ]
+    ):
+        Optimizer(own, gradients, options).step(0.0, 0.0, 1.0)
+    if not normuon:
+        for value in own.values():
+            ema_update(value.copy(), value, 0.999)
+
+
+def _head(name: str) -> Head:
+    from flashlm_numba.heads.config import HeadConfig
+    from flashlm_numba.model.parameters import EMBEDDING, initial_parameters
+
+    head, settings = head_class(name), HeadConfig(name=name, num_sampled=100, tree_rank=2, log_prior=True)
+    counts = np.arange(CONFIG.vocab_size)
+    weight = initial_parameters(CONFIG, 0)[EMBEDDING]
+    constants = head.constants_from_data(settings, counts, None)
+    return head.from_settings(
+        settings, weight, np.zeros_like(weight), constants=constants, parameters={}, counts=counts
+    )
+
+
+def _hidden() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((64, CONFIG.dim), np.float32)
+
+
+def _loss(name: str) -> None:
+    head, h, targets = _head(name), _hidden(), np.arange(64, dtype=np.int32)
+    head.begin(np.random.default_rng(0), full=False)
+    head.forward_backward(h, targets, np.full(64, 1 / 64, np.float32), accumulate=False)
+    head.log_prob(h, targets)
+
+
+def _sampling(name: str, kind: str) -> None:
+    head, h, rng = _head(name), _hidden()[:1], np.random.default_rng(0)
+    for options in SAMPLING[kind]:
+        head.sample(h, rng, **options)
+    if kind == "whole":
+        head.distribution(h)
+    if head.has_int8:
+        head.use_int8()
+        for options in SAMPLING[kind]:
+            head.sample(h, rng, **options)
+
+
+SAMPLING: dict[str, list[dict[str, Any]]] = {
+    "plain": [{}],
+    "likeliest": [{"temperature": 0.8, "top_k": 4}, {"temperature": 0.0}],
+    "whole": [{"temperature": 0.8}, {"top_p": 0.9}],
+}
+
+
+# by name; seconds and functions as measured
+TASKS: dict[str, Task] = {
+    "float weights": Task("float", partial(_pack_weights, "float"), 1, 3),
+    "float product": Task("float", _float_product, 4, 21),
+    "float gradient": Task("float-backward", partial(_gradient, "float"), 0, 1),
+    "int8 weights": Task("int8", partial(_pack_weights, "int8"), 5, 24),
+    "int8 gradient": Task("int8-backward", partial(_gradient, "int8"), 3, 14),
+    "forward: mixer": Task("forward", partial(_forward, "mixer_forward"), 6, 23),
+    "forward": Task("forward", partial(_forward, "forward"), 4, 12),
+    "forward: region": Task("forward", partial(_forward, "region"), 3, 1),
+    "decoding": Task("decoding", _decode, 17, 50),
+    "decoding: first state": Task("decoding", _prefill, 3, 7),
+    "backward: mixer": Task("backward", partial(_backward, "mixer_backward"), 8, 25),
+    "backward": Task("backward", partial(_backward, "backward"), 4, 9),
+    "backward: region": Task("backward", partial(_backward, "region"), 4, 1),
+    "backward: clearing": Task("backward", partial(_backward, "mixer_clear"), 0, 1),
+    "embedding's gradient": Task("backward", _embedding_gradient, 2, 3),
+    "NorMuon": Task("optimizer", partial(_optimizers, normuon=True), 7, 21),
+    "AdamW": Task("optimizer", partial(_optimizers, normuon=False), 5, 16),
+}
+# of sampled: after the dense head, whose kernels it uses
+_LOSS = {"tree": (24, 63), "dense": (10, 40), "sampled": (1, 40)}
+_DRAWS = {("tree", "plain"): (3, 12), ("tree", "likeliest"): (4, 22), ("tree", "whole"): (7, 20)}
+for _name in HEADS:
+    TASKS[f"{_name} head"] = Task(_name, partial(_loss, _name), *_LOSS.get(_name, ()))
+    for _kind in KINDS:
+        TASKS[f"{_name} head: {_kind} sampling"] = Task(
+            f"{_name}-{_kind}", partial(_sampling, _name, _kind), *_DRAWS.get((_name, _kind), (2, 10))
+        )

@@ -1,0 +1,51 @@
+"""Calls of a compiled function by its address, so that Numba compiles and optimises it once.
+
+Numba optimises a helper anew in every function that calls it, and the body of a prange loop three times more: alone,
+in its wrapper and in the kernel. For the trunk that was half of all compilation. A function with much code is
+therefore a serial kernel of its own. Its callers get the address as an argument, since an address must never become a
+constant of cached code. Such a call costs about as much as one of C with all arrays' fields as arguments: use it for
+a tile, not for a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from numba import types
+from numba.extending import intrinsic
+
+
+def address(function: Any, *examples: Any) -> Any:
+    """The address of a serial kernel for arguments of the types of these examples, for `call`.
+
+    If Numba is switched off, this is the function itself.
+    """
+    if numba.config.DISABLE_JIT:
+        return function
+    signature = tuple(numba.typeof(example) for example in examples)
+    function.compile(signature)  # loads it from the cache, or does nothing the second time
+    compiled = function.overloads[signature]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+
+
+if numba.config.DISABLE_JIT:
+
+    def call(function, *arguments):
+        function(*arguments)
+
+else:
+
+    @intrinsic
+    def call(typingctx, function, *arguments):
+        """Call the function at an address from `address`. Unchecked: the types must be those of its examples."""
+        kinds = tuple(types.unliteral(kind) for kind in arguments)
+
+        def codegen(context, builder, signature, values):
+            number, packed = values
+            given = [builder.extract_value(packed, i) for i in range(len(kinds))]
+            pointer = context.call_conv.get_function_type(types.none, kinds).as_pointer()
+            context.call_conv.call_function(builder, builder.inttoptr(number, pointer), types.none, kinds, given)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.StarArgTuple.from_types(kinds)), codegen
