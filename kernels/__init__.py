@@ -4,6 +4,7 @@
     rmsnorm, glu    normalisation and gated linear unit of the trunk
     leaky_average   leaky average of the tokens so far
     ngram_copy      tokens that followed earlier occurrences of the last n tokens
+    ngram_index     the index in which decoding finds them
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
     ternary_gemv    packed matrix times vectors of int8 or float32
@@ -29,6 +30,7 @@
 
     _jit            the decorators, their compiler flags, the cache of compiled code
     _cache          the files of compiled code: where they are, and whether they are whole
+    _entry          what Python does before it enters a region over threads
     _rows           clear, copy, scale and gather rows
     _calls          calls of a kernel by its address
     _trunk_regions  a thread's share of the trunk, for any mixer
@@ -58,6 +60,7 @@ __all__ = [
     "leaky_average",
     "low_rank",
     "ngram_copy",
+    "ngram_index",
     "normuon",
     "reference",
     "reference_optim",

@@ -13,6 +13,7 @@ apply to them (observed with Numba 0.68; the numbers are those of its issue trac
   test finds such neighbours.
 - No cached kernel may close over another dispatcher, because its cache key would change with every process. For a
   choice, such as the trunk's mixer, a factory makes a helper, and a short kernel at module level calls it.
+- Allocate nothing, and assign arrays element by element: x[i] = y[j] ends with "NRT required but not enabled".
 - A jitclass cannot be cached (#1681).
 - A call from Python with 16 fields costs about 3 microseconds: negligible per step, but measurable per decoded token.
 

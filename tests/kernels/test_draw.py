@@ -138,7 +138,7 @@ def test_with_int8_rows_tokens_are_drawn_nearly_by_their_probabilities():
     x = rng.standard_normal((1, 64), np.float32)
     p = head.distribution(x)[0]
     head.use_int8()
-    logits = head._logits(x)
+    logits = head._logits(x, head._int8)
     found = softmax(logits)
     assert 0 < np.abs(found / p - 1).max() < 0.05  # those scored as int8 are a little off
     best = np.argsort(-p)[:40]

@@ -195,6 +195,6 @@ def test_a_process_that_is_killed_is_told_of(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nkill -9 $$\n")
     script.chmod(0o755)
-    monkeypatch.setattr(embeddings.sys, "executable", str(script))
+    monkeypatch.setattr(embeddings, "PYTHON", (str(script),))
     with pytest.raises(UserError, match="Signal 9 ended the computation of the initial embedding; if memory ran out"):
         embeddings._run_apart(tmp_path, tmp_path / "out.npz", 8, 0, 1, None)
