@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._calls import address
-from flashlm_numba.kernels._jit import helper, serial_kernel
+from flashlm_numba.kernels._jit import helper, serial_kernel, view
 from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, available, check_variant
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
@@ -236,7 +236,7 @@ def gemm_variant() -> str:
 # contiguous. Scratch: q int8, scales and sums (M or more,), spare (6 * 64,) and, for BLAS, at least (M * K,).
 
 
-@helper
+@view
 def _rounded(q, scales, x, codes):
     """The rounded rows of x in the scratch q: (M, 4 G) int8."""
     rows, width = x.shape[0], 4 * codes.shape[0]
