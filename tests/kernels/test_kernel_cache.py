@@ -238,7 +238,7 @@ def test_a_complete_cache_is_used_where_it_cannot_be_written(tmp_path, monkeypat
     writable = _cache.is_writable
     monkeypatch.setattr(_cache, "is_writable", lambda path: path != folder and writable(path))
     assert _jit.cache_folder() != folder  # not complete
-    _cache.write_mark(folder / _jit.COMPLETE, sources)
+    _cache.write_mark(folder / f"{_jit.COMPLETE}-{_jit.WHOLE}", sources)
     assert _jit.cache_folder() == folder
     (sources / "a.nbi").write_bytes(b"")
     assert _jit.cache_folder() != folder

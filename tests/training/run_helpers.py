@@ -7,6 +7,7 @@ from safetensors.numpy import load_file
 
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model import checkpoint
+from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import Progress
 from flashlm_numba.training.plan import Length, plan_for
 from flashlm_numba.training.run import resume_run, start_run
@@ -65,4 +66,4 @@ def make_session(run, corpus, folder):
     """A session before its first step."""
     data = open_tokens(corpus)
     run = replace(plan_for(run, steps=9), data=str(corpus), data_hash=data.hash)
-    return new_session(run, folder, data, Progress())
+    return new_session(run, folder, data, Progress(), Compilation([], Progress()))
