@@ -196,9 +196,12 @@ def cache_for(folder: Path) -> Callable[[Any], Any]:
 
         def _save_data(self, name: str, data: Any) -> None:
             self._write(self._data_path(name), data)
+            caching._cache_log("[cache] data saved to %r", self._data_path(name))  # with NUMBA_DEBUG_CACHE
 
         def _load_data(self, name: str) -> Any:
-            return self._read(self._data_path(name))
+            found = self._read(self._data_path(name))
+            caching._cache_log("[cache] data loaded from %r", self._data_path(name))
+            return found
 
         def _write(self, path: str, value: Any) -> None:
             _write_sealed(Path(path), dumps(value))
