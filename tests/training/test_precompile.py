@@ -111,7 +111,8 @@ def test_the_processes_end_when_the_first_fails(pretend):
 # --- real processes, in an empty cache ---
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored, as in nohup
 from flashlm_numba.kernels import _jit
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import Progress
