@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
@@ -23,10 +24,26 @@ def address(function: Any, *examples: Any) -> Any:
     """
     if numba.config.DISABLE_JIT:
         return function
-    signature = tuple(numba.typeof(example) for example in examples)
-    function.compile(signature)  # loads it from the cache, or does nothing the second time
-    compiled = function.overloads[signature]
-    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    key = function, tuple(_kind(example) for example in examples)
+    if key not in _addresses:
+        signature = tuple(numba.typeof(example) for example in examples)
+        function.compile(signature)  # loads it from the cache
+        compiled = function.overloads[signature]
+        _addresses[key] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return _addresses[key]
+
+
+_addresses: dict[Any, int] = {}  # of the functions, which live as long as the process
+
+
+def _kind(example: Any) -> Any:
+    """What determines Numba's type of an example, which takes Numba ten times as long to find."""
+    if isinstance(example, np.ndarray):
+        flags = example.flags
+        return example.dtype, example.ndim, flags.c_contiguous, flags.f_contiguous, flags.writeable, flags.aligned
+    if isinstance(example, tuple):
+        return type(example), *map(_kind, example)
+    return type(example)
 
 
 if numba.config.DISABLE_JIT:
