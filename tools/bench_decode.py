@@ -5,8 +5,8 @@
     python tools/bench_decode.py --run runs/tree10   with a trained model
     python tools/bench_decode.py --json out.json     write what was measured
 
-A model of v3's shape with the initial embedding (or of a run with the tree head) continues a text as long as its
-receptive field. Top-k visits fewer nodes of the tree the more confident the model is, so a trained model is faster.
+A model of v3's shape with the initial embedding (or of a run with the tree head) continues a held-out text as long as
+its receptive field. Top-k visits fewer nodes of the tree the more confident the model is, so a trained model is faster.
 First the program compares the decoder's hidden states with a forward pass over the text, token by token. An error above
 float32 rounding ends the program with status 1. Then it times the candidates alternately and prints medians with the
 20 % and 80 % quantiles. The decoder uses one thread; candidates that recompute the window use all threads. Finally it
@@ -40,7 +40,7 @@ from flashlm_numba.model.model import Model
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
-from tools.bench import bandwidth, machine, output, timing
+from tools.bench import allocators, bandwidth, machine, output, timing
 
 CHECKED = 64  # tokens that are decoded and compared with the whole forward pass
 FEW = 4  # tokens of a call that reads the window again for each
@@ -59,6 +59,15 @@ def make_model(data: TokenData, head: str) -> Model:
         if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):
             value[:] = 0.1
     return model
+
+
+def held_out(data: TokenData, length: int) -> np.ndarray:
+    """The first tokens (length,) of the validation text, repeated if it is shorter.
+
+    A trained model knows the training text by heart. The surer it is, the fewer nodes top-k visits.
+    """
+    text = data.validation.windows(np.array([0]), min(length, data.validation.n_tokens))[0]
+    return np.resize(text, length).astype(np.int32)
 
 
 def decoding_errors(model: Model, text: np.ndarray) -> np.ndarray:
@@ -160,7 +169,7 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
         raise click.ClickException(str(error)) from None
     dense = make_model(corpus, "dense")
     field, few = tree.config.receptive_field, max(1, tokens // 4)
-    text = corpus.train.windows(np.array([0]), field + CHECKED)[0].astype(np.int32)
+    text = held_out(corpus, field + CHECKED)
     tree.use_activations("float")
     tree_int8 = Model(tree.config, dict(tree.parameters), lambda weight, dweight: tree.head)
     tree_int8.use_activations("int8")
@@ -218,4 +227,5 @@ def main(repeats: int, tokens: int, data: Path | None, trained: Path | None, jso
 
 
 if __name__ == "__main__":
+    allocators.restart()
     main()

@@ -2,7 +2,7 @@
 
 \b
     python tools/bench_head.py                      every candidate at 4,096 positions, then whole training steps
-    python tools/bench_head.py --quick              the same in short form, under a minute once compiled
+    python tools/bench_head.py --quick              fewer positions, repeats and candidates; a minute once compiled
     python tools/bench_head.py --head dense --head tree:huffman --no-steps        only these
     python tools/bench_head.py --json out.json      write what was measured
     python tools/bench_head.py --plot out.png       draw each part's share of a training step (needs matplotlib)
@@ -15,14 +15,23 @@ against float64. A wrong result ends the program with status 1 (tools/bench/). T
 and prints medians with the 20 % and 80 % quantiles. GFLOP/s count matrix products only. The GEMM rate is the best
 median over 2048 cubed and the dense head's three products at N = 4,096 (quick: at the batch's N). GB/s count h, the
 rows read, dh and all gradients once each, so they are a lower bound. Scratch is the size of the head's arrays after a
-call. If torch is installed, the PyTorch baselines (tools/baseline/) are measured too. Use a quiet machine.
+call.
+
+Each kind of training step runs in processes of its own, which take turns. If torch is installed, the PyTorch baselines
+(tools/baseline/) are measured too, eager and compiled. All processes keep the memory that they free, since PyTorch
+otherwise spends up to half of a dense step in page faults (tools/bench/allocators.py); the candidates @untuned show
+that. Ratios are of equal losses and to PyTorch's fastest candidate. Use a quiet machine.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,20 +43,21 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flashlm_numba.data.builtin import default_corpus
-from flashlm_numba.data.shards import TokenData, open_tokens
-from flashlm_numba.model.config import Phase
+from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model.settings import parse_phase
 from flashlm_numba.system.display import peak_rss_mb
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
-from tools.bench import charts, head_check, head_problem, head_report, machine, output, timing
+from tools.bench import allocators, charts, head_check, head_problem, head_report, machine, output, timing
 from tools.bench.head_candidates import CANDIDATES, QUICK
 from tools.bench.head_problem import Candidate, Problem, UnavailableError
 from tools.bench.our_heads import forget_references
-from tools.bench.steps import measure_steps
+from tools.bench.processes import RunFailed, run_process
+from tools.bench.steps import QUICK_STEPS, STEPS, measure_steps
 
 BY_ROWS = 2048  # a second batch size, at which the dense heads are measured too
 DENSE = ("dense", "torch:eager")
+UNTUNED = ("torch:eager", "torch:adaptive", "torch:adaptive-div4")  # also with the system's allocator
 SCALED = ("dense", "tree:adaptive", "torch:eager", "torch:tree")
 VOCABULARIES = (1_000, 4_000, 16_000, 50_257, 256_000)  # at SCALED_ROWS positions
 SCALED_ROWS = 1024
@@ -91,6 +101,8 @@ def measure_heads(
             "gbytes_per_s": candidate.nbytes * 1e-9 / seconds[name]["median"],
             "peak_scratch_mb": candidate.scratch_mb(),
             "max_grad_error": errors[name],
+            "loss": {},  # plain
+            "allocator": allocators.current(),
         }
     return report, missing
 
@@ -163,7 +175,13 @@ def main(table_path: Path | None, **options: Any) -> None:
     """See the module's docstring."""
     if table_path is not None:
         result = json.loads(table_path.read_text(encoding="utf-8"))
-        click.echo(head_report.summary_table(result) + "\n\n" + head_report.heads_table(result))
+        tables = (
+            head_report.summary_table,
+            head_report.ratios_table,
+            head_report.savings_table,
+            head_report.heads_table,
+        )
+        click.echo("\n\n".join(filter(None, (table(result) for table in tables))))
         return
     run(Options(**options))
 
@@ -205,12 +223,12 @@ def run(options: Options) -> None:
     quick, vocab, dim = options.quick, options.vocab, options.dim
     rows, repeats = options.rows or (1024 if quick else 4096), options.repeats or (2 if quick else 7)
     try:
-        phase = parse_phase(options.batch)
+        parse_phase(options.batch)
         threads = set_threads(options.threads)
         tokens = open_tokens(options.data or default_corpus())
     except (UserError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    if importlib.util.find_spec("torch") is not None:
+    if has_torch():
         import torch
 
         torch.set_num_threads(threads)
@@ -222,6 +240,8 @@ def run(options: Options) -> None:
     click.echo(f"  GEMM {gemm:.0f} GFLOP/s (NumPy's BLAS, float32, best of four shapes)")
     try:
         heads = report_heads(options.heads or (QUICK if quick else tuple(CANDIDATES)), problem, repeats, gemm)
+        if not quick and allocators.current() != "default":
+            heads |= untuned_heads(options, heads, rows, threads, repeats)
         curves = None
         if options.scaling:
             click.echo("Cost against the vocabulary and the batch:")
@@ -229,7 +249,7 @@ def run(options: Options) -> None:
     except timing.WrongResultError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
-    step_rates, shares = report_steps(tokens, threads, repeats, phase, options.batch) if options.steps else ({}, {})
+    steps = report_steps(options, tokens.folder, threads, repeats) if options.steps else {}
     result = {
         "machine": stamp["machine"],
         "rows": rows,
@@ -237,14 +257,16 @@ def run(options: Options) -> None:
         "dim": dim,
         "gemm_gflops": gemm,
         "heads": heads,
-        "shares": shares,
+        "shares": {name: step["shares"] for name, step in steps.items()},
         "batch": options.batch,
-        "steps": {name: {"tokens_per_s": rate} for name, rate in step_rates.items()},
+        "steps": steps,
         **({"scaling": curves} if curves else {}),
         "peak_rss_mb": peak_rss_mb(),
         "commit": stamp["commit"],
         "date": stamp["date"],
     }
+    for table in (head_report.ratios_table(result), head_report.savings_table(result)):
+        click.echo(f"\n{table}\n" if table else "", nl=False)
     click.echo(f"Peak memory of this process: {result['peak_rss_mb'] or float('nan'):,.0f} MB")
     if options.json_path is not None:
         output.write_json(options.json_path, result)
@@ -269,16 +291,58 @@ def report_heads(names: Sequence[str], problem: Problem, repeats: int, gemm_gflo
     return report
 
 
-def report_steps(
-    tokens: TokenData, threads: int, repeats: int, phase: Phase, batch: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure complete training steps and print one line per candidate. Returns rates and shares by candidate."""
-    rates, shares = measure_steps(tokens, threads, repeats, phase)
-    click.echo(f"Whole training steps, v3's shape, {batch} tokens, both optimisers:")
-    for name, rate in rates.items():
-        say_rate(name, rate, "tokens/s", ", ".join(f"{part} {share:.0%}" for part, share in shares[name].items()))
-    return rates, shares
+def untuned_heads(
+    options: Options, heads: Mapping[str, Any], rows: int, threads: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """PyTorch's heads among `heads` with the system's allocator as it comes, measured by another process."""
+    names = [name for name in UNTUNED if heads.get(name)]
+    if not names:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "heads.json"
+        words = [str(Path(__file__).resolve()), "--no-steps", "--json", str(out), "--rows", str(rows)]
+        words += ["--vocab", str(options.vocab), "--dim", str(options.dim), "--threads", str(threads)]
+        words += ["--repeats", str(repeats), *itertools.chain.from_iterable(("--head", name) for name in names)]
+        words += [] if options.data is None else ["--data", str(options.data.resolve())]
+        say_progress("PyTorch's heads with the system's allocator")
+        run_process(words, allocators.environment_of("default"))
+        found = json.loads(out.read_text(encoding="utf-8"))["heads"]
+    found = {f"{name}@untuned": entry for name, entry in found.items()}
+    for name, entry in found.items():
+        say_head(name, entry, {})
+    return found
+
+
+def report_steps(options: Options, data: Path, threads: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Measure complete training steps, each kind in processes of its own, and print one line per kind."""
+    names = [name for name, step in STEPS.items() if not step.peer or has_torch()]
+    if options.quick:
+        names = [name for name in names if name in QUICK_STEPS]
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        names = [name for name in names if not STEPS[name].options.get("compiled")]
+    try:
+        steps = measure_steps(
+            names, data, threads, repeats, options.batch, say_progress, turns=1 if options.quick else 3
+        )
+    except RunFailed as error:
+        raise click.ClickException(f"A training step could not be measured: {error.message}") from None
+    click.echo(f"Whole training steps, v3's shape, {options.batch} tokens, both optimisers:")
+    for name, step in steps.items():
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in step["shares"].items())
+        say_rate(name, step["tokens_per_s"], "tokens/s", f"{parts}; {step['peak_rss_mb']:,} MB")
+    return steps
+
+
+def say_progress(text: str) -> None:
+    """Show what is measured now, on a terminal or in a log."""
+    click.echo(f"  measuring {text} ...", err=True)
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
 if __name__ == "__main__":
+    allocators.restart()
     main()

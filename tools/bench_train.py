@@ -24,6 +24,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,9 +34,9 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_cores
-from tools.bench import output
+from tools.bench import allocators, output
 from tools.bench.processes import RunFailed
-from tools.bench.rows import add_row, read_rows, table
+from tools.bench.rows import add_row, read_rows, table, uneven
 from tools.bench.train_candidates import BASELINES, OURS
 from tools.bench.train_jobs import Job, expand
 from tools.bench.train_runs import measured
@@ -65,7 +66,7 @@ def main(
     table_path: Path | None,
 ) -> None:
     if table_path is not None:
-        click.echo(table(read_rows(table_path)))
+        say_table(read_rows(table_path))
         return
     if len(data_and_results) < 3 or (tokens is None) == (minutes is None):
         raise click.UsageError("Give DATA, RESULTS.json, one name or more, and either --tokens or --minutes.")
@@ -105,6 +106,13 @@ def main(
     if failures:
         failed = ", ".join(" ".join([job.name, *job.settings]) for job in failures)
         raise click.ClickException(f"{len(failures)} of {len(jobs)} runs failed, see above: {failed}.")
+
+
+def say_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows as Markdown, and which of them cannot be compared."""
+    click.echo(table(rows))
+    for sentence in uneven(rows):
+        click.echo(f"\n{sentence}")
 
 
 def check_names(names: Sequence[str], with_tokens: bool) -> None:
@@ -152,4 +160,5 @@ def text_tokens(data: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    allocators.restart()
     main()

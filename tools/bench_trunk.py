@@ -36,7 +36,17 @@ from flashlm_numba.model.parameters import initial_parameters, parameter_shapes
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
 from flashlm_numba.training.optimizer import Optimizer
-from tools.bench import bandwidth, charts, head_candidates, head_check, head_problem, machine, output, timing
+from tools.bench import (
+    allocators,
+    bandwidth,
+    charts,
+    head_candidates,
+    head_check,
+    head_problem,
+    machine,
+    output,
+    timing,
+)
 
 Call = Callable[[], dict[str, np.ndarray]]
 
@@ -284,4 +294,5 @@ def main(repeats: int, threads: int | None, json_path: Path | None, plot_path: P
 
 
 if __name__ == "__main__":
+    allocators.restart()
     main()

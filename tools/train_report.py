@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file, the checkout is not on the path
 
 from flashlm_numba.system.display import plural
 from tools.bench import charts, output
-from tools.bench.rows import read_rows
+from tools.bench.rows import read_rows, uneven
 from tools.bench.train_runs import PROMPT
 
 Row = Mapping[str, Any]
@@ -98,9 +98,10 @@ def machines(rows: Sequence[Row]) -> str:
     return "\n".join(f"- {machine}: {plural(len(names), 'run')}" for machine, names in found.items())
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """Lines with the notes that explain the numbers of a run; a row's "note" is written by hand."""
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines that explain the numbers: a row's "note", written by hand, and runs that cannot be compared."""
     lines = [f"- {label(row)}: {row['note']}" for row in rows if "note" in row]
+    lines += [f"- {sentence}" for sentence in uneven(rows)]
     return ["", *lines] if lines else []
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,11 @@ def in_terminal() -> bool:
 
 def peak_rss_mb() -> float | None:
     """Peak resident memory of this process so far, in MB (1e6 bytes); None on Windows."""
+    try:  # Linux: getrusage counts what the process was before it became this program, a copy of its parent
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024e-6
+    except (OSError, ValueError, IndexError):
+        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -262,24 +262,3 @@ def test_train_command_reads_our_shards_and_validates(corpus):
     # a mark is due at the end of the first step that passes it; one that the end comes before is left out
     assert [(m["step"], "mark" in m) for m in lines] == [(1, True), (2, True), (3, False)]
     assert all(m["val_tokens"] > 30 for m in lines)
-
-
-def test_benchmark_commands_print_rates():
-    lines = run("head", "--rows", 8, "--vocab", 2_000, "--dim", 16, "--repeats", 1, "--threads", 1)
-    assert {line["head"] for line in lines[1:]} == {"torch:eager", "torch:adaptive", "torch:adaptive-div4"}
-    assert all(line["positions_per_s"]["median"] > 0 for line in lines[1:])
-    (step,) = run(
-        "step",
-        "--batch",
-        "1x8x2",
-        "--head",
-        "adaptive",
-        "--positions",
-        1,
-        "--repeats",
-        1,
-        "--threads",
-        1,
-    )[1:]
-    assert sum(step["shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert run("trunk", "--batch", "1x8", "--repeats", 1, "--threads", 1)[1]["tokens_per_s"]["median"] > 0

@@ -1,6 +1,9 @@
 """tools/bench_head.py checks before it times, and turns what it measured into tables and charts."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,17 @@ from helpers import import_torch
 
 from flashlm_numba.kernels import reference
 from tools import bench_head
-from tools.bench import charts, head_candidates, head_check, head_problem, head_report, machine, our_heads
+from tools.bench import (
+    allocators,
+    charts,
+    head_candidates,
+    head_check,
+    head_problem,
+    head_report,
+    machine,
+    our_heads,
+    steps,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = sorted((ROOT / "results").glob("*-bench-head.json"))[-1]
@@ -145,6 +158,85 @@ def test_the_documentation_has_the_table_of_the_results():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert any(table in page.read_text(encoding="utf-8") for page in pages)
     assert "| `tree:default` |" in heads
+
+
+def result_of(steps):
+    """What bench_head writes, of steps only: name -> (tokens/s, loss)."""
+    shares = {"embedding": 0.0, "trunk": 0.5, "head": 0.25, "optimizer": 0.25}
+    entries = {
+        name: {"tokens_per_s": {"median": rate}, "loss": loss, "shares": shares} for name, (rate, loss) in steps.items()
+    }
+    return {"heads": {}, "steps": entries, "batch": "4x250"}
+
+
+def test_ratios_are_to_the_fastest_candidate_of_pytorch():
+    result = result_of(
+        {"tree": (900.0, {}), "torch": (20.0, {}), "torch:compile": (30.0, {}), "torch@untuned": (9.0, {})}
+    )
+    assert [(ours, peer, ratio) for _, ours, peer, ratio in head_report.ratios(result)] == [
+        ("tree", "torch:compile", 30.0),
+        ("tree", "torch@untuned", 100.0),
+    ]
+    assert "| training step | `tree` | `torch:compile` | 30.00 |" in head_report.ratios_table(result)
+
+
+def test_a_ratio_of_unequal_losses_is_refused():
+    result = result_of({"dense": (900.0, {}), "torch": (20.0, {"label_smoothing": 0.1})})
+    with pytest.raises(ValueError, match="dense and torch have different losses"):
+        head_report.ratios(result)
+
+
+def test_every_ratio_is_of_candidates_with_the_same_loss():
+    for kind, ours, peers in head_report.RATIOS:
+        if kind == "steps":
+            assert steps.STEPS[ours].loss == steps.STEPS[peers[0]].loss
+            assert len({str(steps.STEPS[peer].loss) for peer in peers}) == 1
+
+
+def test_the_savings_of_a_step_are_split_into_its_parts():
+    result = result_of({"tree": (2000.0, {}), "torch:adaptive": (500.0, {}), "torch:adaptive-div4": (1000.0, {})})
+    table = head_report.savings_table(result)
+    assert "| head | 250.0 | 125.0 | 125.0 |" in table
+    assert "| trunk and embedding | 500.0 | 250.0 | 250.0 |" in table
+
+
+def test_steps_are_measured_in_processes_of_their_own(corpus):
+    said = []
+    found = steps.measure_steps(["tree"], corpus, 1, 1, "2x16", said.append, turns=2)["tree"]
+    assert said == ["tree, turn 1 of 2", "tree, turn 2 of 2"]
+    assert found["tokens_per_s"]["median"] > 0
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=0.1)
+    assert (found["loss"], found["allocator"], found["activations"]) == ({}, "keep", "int8")
+
+
+def test_pytorchs_steps_take_the_same_loss(corpus):
+    import_torch()
+    names = ["torch@v3-loss", "torch:adaptive-div4@untuned"]
+    found = steps.measure_steps(names, corpus, 1, 1, "1x8", lambda line: None, turns=1)
+    assert [found[name]["loss"] for name in names] == [steps.V3_LOSS, {}]
+    assert [found[name]["allocator"] for name in names] == ["keep", "default"]
+
+
+def test_a_program_starts_again_with_its_allocator():
+    code = (
+        "from tools.bench import allocators; allocators.restart(); import os; print(allocators.current(), os.environ)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=without_allocator(), capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("keep ")
+    assert f"'MALLOC_TRIM_THRESHOLD_': '{allocators.NEVER}'" in run.stdout
+    default = {**without_allocator(), allocators.CHOICE: "default"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=default, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("default ")
+    assert "MALLOC" not in run.stdout
+
+
+def without_allocator():
+    """The environment without a choice of allocator."""
+    return {n: v for n, v in os.environ.items() if n != allocators.CHOICE and not n.startswith("MALLOC_")}
 
 
 def test_scaling_and_shares_are_drawn(tmp_path):

@@ -103,19 +103,3 @@ def adaptive_loss(
         return loss.detach(), *torch.autograd.grad(loss, [x, *parameters], materialize_grads=True)
 
     return run
-
-
-def head_candidates(
-    h: np.ndarray, weight: np.ndarray, targets: np.ndarray, ranks: np.ndarray, *, compiled: bool = False
-) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Benchmarks of a head: name -> call that gives the mean loss and its gradients, that of h first.
-
-    h (N, C), weight (V, C), targets (N,), ranks (V,).
-    """
-    vocab_size, dim = weight.shape
-    candidates = {"torch:eager": dense_head(h, weight, targets)}
-    if compiled:
-        candidates["torch:compile"] = dense_head(h, weight, targets, compiled=True)
-    for name, div_value in (("torch:adaptive", 1.0), ("torch:adaptive-div4", 4.0)):
-        candidates[name] = adaptive_loss(h, adaptive_head(dim, vocab_size, div_value), ranks[targets])
-    return candidates

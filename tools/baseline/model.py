@@ -210,6 +210,12 @@ class BaselineModel(nn.Module):
             return loss, loss.detach()
         return dense_loss(h, self.embedding.weight, targets, want_nll=want_nll, **options)
 
+    def compile_calls(self) -> None:
+        """Compile the trunk, and a dense head. The adaptive head stays eager: its shapes depend on the targets."""
+        self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
+        if self.adaptive is None:
+            self.losses = torch.compile(self.losses)  # type: ignore[method-assign]
+
     def loss_and_grad(
         self, ids: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray | None = None, **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:

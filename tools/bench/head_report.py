@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashlm_numba.model.settings import parse_phase
 from tools.bench.charts import new_figure
 
 # of the summary: label, candidate among the heads, candidate among the steps
 SUMMARY = (
-    ("PyTorch {torch}, dense head", "torch:eager", "torch"),
+    ("PyTorch {torch}, dense head, as installed", "torch:eager@untuned", "torch@untuned"),
+    ("PyTorch, dense head, freed memory kept", "torch:eager", "torch"),
+    ("the same through `torch.compile`", "torch:compile", "torch:compile"),
     ("**ours, dense head**", "dense", "dense"),
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 1", "torch:adaptive", "torch:adaptive"),
     ("PyTorch, AdaptiveLogSoftmaxWithLoss, `div_value` 4", "torch:adaptive-div4", "torch:adaptive-div4"),
+    ("the same, its trunk through `torch.compile`", None, "torch:adaptive-div4:compile"),
     ("PyTorch, our tree by hand", "torch:tree", None),
     ("ours, tree head, float32 activations", None, "tree@float"),
     ("**ours, tree head (default)**", "tree:default", "tree"),
 )
+# of the ratios: "heads" or "steps", ours, PyTorch's candidates for the same work
+DENSE_PEERS = ("torch", "torch:compile")
+ADAPTIVE_PEERS = ("torch:adaptive", "torch:adaptive-div4", "torch:adaptive-div4:compile")
+RATIOS = (
+    ("heads", "dense", ("torch:eager", "torch:compile")),
+    ("heads", "dense", ("torch:eager@untuned",)),
+    ("heads", "tree:default", ("torch:tree", "torch:tree-1thread")),
+    ("steps", "dense", DENSE_PEERS),
+    ("steps", "dense@v3-loss", ("torch@v3-loss",)),
+    ("steps", "dense@0.25", ("torch@0.25",)),
+    ("steps", "tree", DENSE_PEERS),
+    ("steps", "tree", ("torch@untuned",)),
+    ("steps", "tree", ADAPTIVE_PEERS),
+    ("steps", "tree@float", ADAPTIVE_PEERS),
+)
 BARS = {
     "torch": "PyTorch, dense",
+    "torch:compile": "PyTorch, dense, compiled",
     "dense": "ours, dense",
     "torch@0.25": "PyTorch, dense, 25 % of positions",
     "dense@0.25": "ours, dense, 25 % of positions",
-    "torch:adaptive": "PyTorch, adaptive softmax",
+    "torch:adaptive-div4": "PyTorch, adaptive softmax, div_value 4",
     "tree@float": "ours, tree, float32 activations",
     "tree": "ours, tree (default)",
 }
@@ -61,6 +81,68 @@ def summary_table(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| {name} | {_cell(alone, ',.0f')} | {_cell(rate, ',.0f')} | {_cell(share, '.0%').replace('%', ' %')} |"
         )
+    return "\n".join(lines)
+
+
+def _rate(entry: Mapping[str, Any]) -> float:
+    """The median of an entry of either kind, positions or tokens per second."""
+    return (entry.get("positions_per_s") or entry["tokens_per_s"])["median"]
+
+
+def fastest(entries: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The fastest of the named entries that were measured, or None."""
+    return max((name for name in names if entries.get(name)), key=lambda name: _rate(entries[name]), default=None)
+
+
+def ratios(result: Mapping[str, Any]) -> list[tuple[str, str, str, float]]:
+    """("heads" or "steps", ours, PyTorch's fastest for the same work, ours divided by it) for all that were measured.
+
+    Raises ValueError if the two have different losses, since such a ratio would not be of equal work.
+    """
+    found = []
+    for kind, ours, peers in RATIOS:
+        entries = result[kind]
+        peer = fastest(entries, peers)
+        if peer is None or not entries.get(ours):
+            continue
+        if entries[ours]["loss"] != entries[peer]["loss"]:
+            raise ValueError(f"{ours} and {peer} have different losses")
+        found.append((kind, ours, peer, _rate(entries[ours]) / _rate(entries[peer])))
+    return found
+
+
+def ratios_table(result: Mapping[str, Any]) -> str:
+    """Our rates divided by those of PyTorch's fastest candidate with the same loss, in Markdown; "" without PyTorch."""
+    found = ratios(result)
+    if not found:
+        return ""
+    labels = {"heads": "head alone", "steps": "training step"}
+    lines = [f"| {labels[kind]} | `{ours}` | `{peer}` | {ratio:.2f} |" for kind, ours, peer, ratio in found]
+    return "\n".join(["| | ours | PyTorch's | ours is faster by |", "| --- | --- | --- | ---: |", *lines])
+
+
+def savings_table(result: Mapping[str, Any]) -> str:
+    """Where the tree's step saves time against PyTorch's fastest adaptive step, in Markdown; "" if not measured."""
+    steps = result["steps"]
+    peer = fastest(steps, ADAPTIVE_PEERS)
+    if peer is None or not steps.get("tree"):
+        return ""
+    tokens = parse_phase(result["batch"]).tokens
+
+    def milliseconds(name: str, part: str) -> float:
+        return 1e3 * tokens / _rate(steps[name]) * steps[name]["shares"].get(part, 0.0)
+
+    columns = [f"`{peer}`, ms", *(f"`{name}`, ms" for name in ("tree@float", "tree") if steps.get(name)), "saved, ms"]
+    lines = ["| part of a step | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for label, parts in (
+        ("head", ["head"]),
+        ("trunk and embedding", ["trunk", "embedding"]),
+        ("optimizer", ["optimizer"]),
+    ):
+        times = [
+            sum(milliseconds(name, part) for part in parts) for name in (peer, "tree@float", "tree") if name in steps
+        ]
+        lines.append(f"| {label} | " + " | ".join(f"{ms:.1f}" for ms in [*times, times[0] - times[-1]]) + " |")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from flashlm_numba.cli.doctor import blas_libraries, cpu_name, package_versions
 from flashlm_numba.system.threads import available_cores
+from tools.bench import allocators
 from tools.bench.timing import measure, rate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,8 @@ PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "torch")
 def environment(threads: int | None = None) -> dict[str, Any]:
     """The machine and the libraries as a dict for JSON; `threads` is the number given to the benchmark.
 
-    `blas` lists every BLAS library loaded so far, with the core type that it optimises for.
+    `allocator` is that of this process (allocators.py). `blas` lists every BLAS library loaded so far, with the core
+    type that it optimises for.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
@@ -33,6 +35,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "threads": threads,
         "platform": platform.platform(),
         "load_1min": load,
+        "allocator": allocators.current(),
         "blas": blas_libraries(),
         "versions": package_versions(PACKAGES),
     }

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -18,9 +19,10 @@ class RunFailed(click.ClickException):
     """A run ended with an error, for example a diverged loss, that does not affect other runs."""
 
 
-def run_process(arguments: list[str]) -> tuple[str, float]:
+def run_process(arguments: list[str], environment: Mapping[str, str] | None = None) -> tuple[str, float]:
     """Run this Python interpreter with arguments. Returns its standard output and peak memory in MB.
 
+    environment : its variables; by default those of this process
     Standard error is shown. Raises RunFailed if the process ends with status 1 or 2. SIGINT, SIGTERM and SIGHUP are
     passed on, and the process may still save its work; then this raises ClickException.
     """
@@ -32,7 +34,7 @@ def run_process(arguments: list[str]) -> tuple[str, float]:
 
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         # a group of its own: Ctrl-C in a terminal reaches it through this process only, once
-        process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT, process_group=0)
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out, cwd=ROOT, env=environment, process_group=0)
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, pass_on) for number in numbers}
         try:

@@ -13,6 +13,8 @@ import click
 
 from tools.bench import output
 
+UNEVEN = 1.05  # the ratio of two speeds above which runs of equal minutes are not compared
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a results file; none if it does not exist. Raises BadParameter if it holds something else."""
@@ -38,6 +40,26 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
         output.write_json(path, {"rows": [*read_rows(path), row]})
     finally:
         os.close(folder)
+
+
+def uneven(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A sentence for each candidate whose runs of equal minutes saw unequal numbers of tokens, by more than UNEVEN.
+
+    A difference of settings cannot be told from a difference of training between such rows.
+
+    >>> uneven([{"name": "tree", "minutes_asked": 7, "tokens": tokens, "seconds": 420.0} for tokens in (10, 20)])
+    ['tree: the runs of 7 minutes trained at unequal speeds, up to a factor of 2.00; compare them at equal tokens.']
+    """
+    rates: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        if "minutes_asked" in row:
+            rates.setdefault((row["name"], row["minutes_asked"]), []).append(row["tokens"] / row["seconds"])
+    return [
+        f"{name}: the runs of {minutes:g} minutes trained at unequal speeds, up to a factor of "
+        f"{max(found) / min(found):.2f}; compare them at equal tokens."
+        for (name, minutes), found in rates.items()
+        if max(found) > UNEVEN * min(found)
+    ]
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +42,14 @@ def test_gemm_rate_and_environment_describe_the_machine(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["gemm"] == result
     with pytest.raises(ValueError, match="not JSON compliant"):
         output.write_json(tmp_path / "out.json", {"x": math.nan})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the kernel's count is taken as it is")
+def test_peak_memory_is_not_that_of_the_process_that_started_it():
+    code = (
+        "import subprocess, sys; block = b'x' * 500_000_000\n"
+        "code = 'from flashlm_numba.system.display import peak_rss_mb; print(peak_rss_mb())'\n"
+        "print(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert 5 < float(run.stdout) < 300

@@ -29,3 +29,13 @@ def test_a_row_that_cannot_be_written_leaves_the_others(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         rows.add_row(path, {"name": "dense", "nll": float("nan")})
     assert [row["name"] for row in rows.read_rows(path)] == ["tree"]
+
+
+def test_runs_of_equal_minutes_at_unequal_speeds_are_named():
+    def row(name, minutes, rate):
+        return {"name": name, "minutes_asked": minutes, "tokens": rate * 100, "seconds": 100.0}
+
+    fair = [row("tree", 7, 1000), row("tree", 7, 1040), row("tree", 10, 2000), row("dense", 7, 100)]
+    assert rows.uneven([*fair, {"name": "tree", "tokens_asked": 5, "tokens": 5, "seconds": 1.0}]) == []
+    (sentence,) = rows.uneven([*fair, row("dense", 7, 125)])
+    assert sentence.startswith("dense: the runs of 7 minutes trained at unequal speeds, up to a factor of 1.25")
