@@ -78,7 +78,7 @@ column = click.option(
     help="Column that holds the text in parquet, JSON and hub rows; a.b is field b of column a.",
 )
 skip_missing = click.option(
-    "--skip-missing", is_flag=True, help="Leave out local files without the column. Default: refuse them."
+    "--skip-missing", is_flag=True, help="Leave out files without the column. Default: refuse them."
 )
 
 

@@ -6,12 +6,15 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashlm_numba.system.errors import UserError
+
 ROLES = ("train", "validation", "test")
 ALL = "all"  # role of documents that are not divided into splits
+LISTED = 20  # names of columns in a message
 
 
 @dataclass
@@ -140,6 +143,43 @@ def pick(row: Mapping[str, Any], column: str, missing: Callable[[Iterable[str]],
     if not isinstance(value, str):
         raise NotText(f"the value is {_KINDS.get(type(value), type(value).__name__)}")
     return value
+
+
+@dataclass
+class Missing:
+    """The rows of a file that lack the column."""
+
+    rows: int = 0
+    columns: list[str] = field(default_factory=list)  # of the first such row
+
+    def add(self, columns: Iterable[str]) -> None:
+        """Count a row with these columns."""
+        self.rows += 1
+        self.columns = self.columns or [str(name) for name in columns]
+
+    def report(self, file: str, column: str, rows: int, *, skip_missing: bool, note: Callable[[str], None]) -> None:
+        """Note that some of a file's rows lack the column. If all do, raise UserError, unless skip_missing is True.
+
+        rows : number of rows read, at least self.rows
+        """
+        if not self.rows:
+            return
+        have = _listed(self.columns)
+        if self.rows < rows:
+            note(f"{file}: {self.rows:,} of {rows:,} rows lack the column {column} (the first of them has {have}).")
+        elif skip_missing:
+            note(f"{file} has no column {column} and is left out (it has {have}).")
+        else:
+            raise UserError(
+                f"{file} has no column {column}: choose one with --column (it has {have}), or leave such files out "
+                "with --skip-missing."
+            )
+
+
+def _listed(names: list[str]) -> str:
+    """Names of columns for a sentence: all of them, or the first ones if there are many."""
+    more = len(names) - LISTED
+    return (", ".join(names[:LISTED]) or "none") + (f" and {more:,} more" if more > 0 else "")
 
 
 def without_surrogates(text: str) -> str:

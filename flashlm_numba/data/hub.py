@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flashlm_numba.data.documents import (
     ALL,
     ROLES,
+    Missing,
     NotText,
     Source,
     pick,
@@ -23,6 +24,7 @@ from flashlm_numba.system.cache import set_hub_home
 from flashlm_numba.system.errors import UserError
 
 HUB_TIMEOUT = 10.0  # seconds for the request that tests whether the hub can be reached
+SEEN = 1000  # rows: a file of which none of the first has the column is taken for one without it
 RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waits before reopening a broken stream, in addition to those of `datasets`
 
 
@@ -36,7 +38,9 @@ class HubDataset(Source):
     subset: str | None = None
     column: str = "text"
     licence: str | None = None
+    skip_missing: bool = False  # whether files without the column are left out, not refused
     kind = "hub"
+    _noted: set[str] = field(default_factory=set, compare=False, repr=False)  # a file may be read several times
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class HubDataset(Source):
                     if part > begun:
                         started(part)
                         begun, read = part, 0
-                    for text in itertools.islice(self._texts(stream), read, None):
+                    for text in itertools.islice(self._texts(stream, part, note), read, None):
                         read += 1
                         failures = 0
                         yield text
@@ -85,23 +89,28 @@ class HubDataset(Source):
                 note(f"Reading {self.name} failed ({reason(error)}); trying again in {seconds:g} s.")
                 time.sleep(seconds)
 
-    def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-        """The texts of rows. The first row shows the columns; in a later one a missing text counts as empty."""
-        first = True
+    def _texts(self, rows: Iterable[dict[str, Any]], part: int, note: Callable[[str], None]) -> Iterator[str]:
+        """The texts of a file's rows. Rows without the column count as empty, as those of local files."""
 
-        def missing(columns: Iterable[str]) -> None:
-            if first:
-                have = ", ".join(map(str, columns)) or "none"
-                raise UserError(f"{self.name} has no column {self.column}: choose one with --column (it has {have}).")
+        def note_once(sentence: str) -> None:
+            if sentence not in self._noted:
+                self._noted.add(sentence)
+                note(sentence)
 
-        for row in rows:
+        def report() -> None:
+            missing.report(name, self.column, number, skip_missing=self.skip_missing, note=note_once)
+
+        name, missing, number = f"{self.name}, file {part + 1}", Missing(), 0
+        for number, row in enumerate(rows, 1):
             try:
-                yield without_surrogates(pick(row, self.column, missing))
+                yield without_surrogates(pick(row, self.column, missing.add))
             except NotText as error:
                 raise UserError(
                     f"In column {self.column} of {self.name}, {error}, not text: choose another --column."
                 ) from None
-            first = False
+            if number == missing.rows == SEEN and not self.skip_missing:
+                report()  # refuses the file, which may be large, without downloading the rest
+        report()
 
     def _parts(self, role: str) -> Iterator[tuple[int, Any]]:
         """Number and rows of every file of a role."""
@@ -116,7 +125,7 @@ class HubDataset(Source):
                 part += 1
 
 
-def resolve_dataset(name: str, subset: str | None, column: str) -> HubDataset:
+def resolve_dataset(name: str, subset: str | None, column: str, *, skip_missing: bool = False) -> HubDataset:
     """Find a dataset on Hugging Face at its current revision, without reading its documents.
 
     Raises UserError if the dataset or the subset does not exist, or if the hub cannot be reached.
@@ -156,5 +165,6 @@ def resolve_dataset(name: str, subset: str | None, column: str) -> HubDataset:
         revision=info.sha,
         subset=subset,
         column=column,
+        skip_missing=skip_missing,
         licence=", ".join(licence) if isinstance(licence, list) else licence,
     )

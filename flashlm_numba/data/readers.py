@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flashlm_numba.data.documents import NotText, pick, reason, without_surrogates
-from flashlm_numba.data.streams import MAX_DOCUMENT, LineTooLong, Position, lines, text_blocks, with_newlines
+from flashlm_numba.data.documents import Missing, NotText, pick, reason, without_surrogates
+from flashlm_numba.data.streams import (
+    MAX_DOCUMENT,
+    LineTooLong,
+    NulCharacter,
+    Position,
+    lines,
+    text_blocks,
+    with_newlines,
+)
 from flashlm_numba.system.errors import UserError
 
 ROWS = 256  # rows of a Parquet file in memory at once
@@ -26,19 +33,6 @@ _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 
 class NotAnObject(Exception):
     """A line of JSON holds something else than an object."""
-
-
-@dataclass
-class Missing:
-    """The rows of a file that lack the column."""
-
-    rows: int = 0
-    columns: list[str] = field(default_factory=list)  # of the first such row
-
-    def add(self, columns: Iterable[str]) -> None:
-        """Count a row with these columns."""
-        self.rows += 1
-        self.columns = self.columns or [str(name) for name in columns]
 
 
 def read_texts(
@@ -70,20 +64,7 @@ def read_texts(
         yield from texts
     except Exception as error:  # each library has its own kinds of errors, and a damaged file raises any of them
         raise UserError(_sentence(error, path, column, position)) from error
-    if missing.rows:
-        have = ", ".join(missing.columns) or "none"
-        if missing.rows < position.number:
-            note(
-                f"{path}: {missing.rows:,} of {position.number:,} rows lack the column {column} "
-                f"(the first of them has {have})."
-            )
-        elif skip_missing:
-            note(f"{path} has no column {column} and is left out (it has {have}).")
-        else:
-            raise UserError(
-                f"{path} has no column {column}: choose one with --column (it has {have}), or leave such files out "
-                "with --skip-missing."
-            )
+    missing.report(str(path), column, position.number, skip_missing=skip_missing, note=note)
 
 
 def _whole_text(path: Path, position: Position) -> Iterator[str]:
@@ -171,10 +152,15 @@ def _sentence(error: Exception, path: Path, column: str, position: Position) -> 
             return f"{at} is not a JSON object: correct or delete that line."
         case LineTooLong():
             return f"{following} is longer than {MAX_DOCUMENT >> 20} million characters: divide that line."
+        case NulCharacter():
+            return (
+                f"{following} has a NUL character, so the file is damaged, binary, or UTF-16 without a mark: "
+                "copy it again, or save it as UTF-8."
+            )
         case UnicodeDecodeError():
             where = following if position.unit == "line" else at
             name = error.encoding.upper().removesuffix("-LE").removesuffix("-BE")
-            return f"{where} is not {name}: save the file again with that encoding."
+            return f"{where} is not {name}: save the file again as UTF-8."
         case json.JSONDecodeError():
             return f"{at} is not valid JSON ({error.msg}, character {error.pos + 1:,}): correct or delete that line."
         case EOFError():

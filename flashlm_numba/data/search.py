@@ -67,7 +67,7 @@ def _matches(folder: Path, parts: list[str]) -> Iterator[Path]:
 def _walk(folder: Path) -> Iterator[Path]:
     for inner in _folders(folder):
         for entry in _entries(inner):
-            if not entry.name.startswith(".") and not entry.is_dir():
+            if not entry.name.startswith(".") and not _is_folder(entry):
                 yield inner / entry.name
 
 
@@ -86,8 +86,16 @@ def _folders(folder: Path) -> Iterator[Path]:
         seen.add(real)
         yield path
         for entry in _entries(path):
-            if not entry.name.startswith(".") and entry.is_dir():
+            if not entry.name.startswith(".") and _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(path / entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry leads to a folder. A link to itself, or to where this user may not look, is taken for a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

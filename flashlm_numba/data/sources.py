@@ -121,7 +121,7 @@ def resolve(
     source : None for the built-in text; a file, a folder or a glob; else the name of a Hugging Face dataset
     subset : configuration of a Hugging Face dataset;  column : column of the text in parquet, JSON and hub rows
     lines : treat each line of a .txt file as a document, instead of the file as one document
-    skip_missing : leave out local files in which no row has the column, instead of refusing them
+    skip_missing : leave out files in which no row has the column, instead of refusing them
     Raises UserError if there is nothing usable.
     """
     if source is None or (source == BUILT_IN and not Path(source).exists()):
@@ -138,7 +138,7 @@ def resolve(
     elif glob.has_magic(source):
         files = _by_role(search.files_matching(str(path)), lines)
     elif _HUB_NAME.fullmatch(source) and not _kind(source):
-        return hub.resolve_dataset(source, subset, column)
+        return hub.resolve_dataset(source, subset, column, skip_missing=skip_missing)
     else:
         raise UserError(f"There is no file or folder {source}: check the path.")
     if not any(files.values()):

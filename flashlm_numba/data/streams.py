@@ -32,6 +32,10 @@ class LineTooLong(Exception):
     """A line is longer than MAX_DOCUMENT."""
 
 
+class NulCharacter(Exception):
+    """A text holds U+0000: it is damaged (a crash fills a file with zeros), binary, or UTF-16 without a mark."""
+
+
 class Position:
     """How far a file has been read: the number of lines or rows, for messages."""
 
@@ -84,7 +88,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def text_blocks(path: Path) -> Iterator[str]:
-    """The text of a file. Before a UnicodeDecodeError comes the text before the wrong bytes."""
+    """The text of a file. Before a UnicodeDecodeError or NulCharacter comes the text before the wrong bytes."""
     stream = blocks(path)
     head = b""
     while len(head) < 4 and (block := next(stream, b"")):
@@ -98,6 +102,9 @@ def text_blocks(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             yield bytes(error.object[: error.start]).decode(encoding)
             raise
+        if (nul := text.find("\0")) >= 0:
+            yield text[:nul]
+            raise NulCharacter
         if text:
             yield text
         if final:

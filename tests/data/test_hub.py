@@ -70,6 +70,36 @@ def test_the_readmes_hub_command_prepares_what_it_asks_for(hub, tmp_path):
     assert open_tokens(tmp_path / "fineweb").train.n_documents > 100
 
 
+def test_hub_rows_without_the_column_are_treated_as_those_of_local_files(hub, monkeypatch):
+    def rows(first):
+        return [{"id": n} if n in first else {"id": n, "text": str(n)} for n in range(5)]
+
+    def parts(self, role):
+        yield from enumerate(files)
+
+    monkeypatch.setattr(hub_module.HubDataset, "_parts", parts)
+    files, notes = [rows({0}), rows({2, 3})], []
+    source = resolve("some/dataset")
+    assert list(source.documents("all", note=notes.append)) == ["", "1", "2", "3", "4", "0", "1", "", "", "4"]
+    assert notes == [
+        f"some/dataset, file {n}: {rows} of 5 rows lack the column text (the first of them has id)."
+        for n, rows in ((1, 1), (2, 2))
+    ]
+    list(source.documents("all", note=notes.append))  # read again, as for a split
+    assert len(notes) == 2
+    files = [rows(()), rows(range(5))]
+    with pytest.raises(UserError, match=r"some/dataset, file 2 has no column text: .*it has id\).* --skip-missing"):
+        list(resolve("some/dataset").documents("all"))
+    found = list(resolve("some/dataset", skip_missing=True).documents("all", note=notes.append))
+    assert found == ["0", "1", "2", "3", "4", *[""] * 5]
+    assert notes[-1] == "some/dataset, file 2 has no column text and is left out (it has id)."
+    read = []
+    files = [({"id": read.append(n)} for n in range(10**6))]
+    with pytest.raises(UserError, match="has no column text"):
+        list(resolve("some/dataset").documents("all"))
+    assert len(read) <= 2 * hub_module.SEEN
+
+
 def test_hub_dataset_keeps_its_splits(hub):
     hub.splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
     source = resolve("some/dataset")

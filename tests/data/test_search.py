@@ -48,6 +48,19 @@ def test_loops_end_and_each_real_file_is_found_once(tmp_path):
     assert names(files_matching(str(tmp_path / "y*"))) == ["y.txt"]
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    make(tmp_path, "a.txt")
+    for name in ("self", "notes"):
+        (tmp_path / name).symlink_to(name)
+    (tmp_path / "there").symlink_to("back")
+    (tmp_path / "back").symlink_to("there")
+    assert len(list(resolve(str(tmp_path)).documents("all"))) == 1
+    assert len(list(resolve(str(tmp_path / "**")).documents("all"))) == 1
+    (tmp_path / "b.txt").symlink_to("b.txt")
+    with pytest.raises(UserError, match=r"b\.txt is a link to a file that does not exist"):
+        resolve(str(tmp_path))
+
+
 def test_hidden_files_are_found_only_by_name(tmp_path):
     make(tmp_path, ".h/a.txt", ".b.txt", "c.txt", "[x]/d.txt")
     assert names(files_below(tmp_path)) == ["[x]/d.txt", "c.txt"]
