@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from flashlm_numba.data.splits import VALIDATION_SHARE, Plan, SplitChoice
 from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
 from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked, read_journal, write_journal
 from flashlm_numba.system import files
+from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import in_terminal, plural, say
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.paths import expanded, printable
@@ -131,9 +133,9 @@ def prepare(
     the corpus: it is about 350 MB plus up to 14 times the longest document.
     Raises UserError for a bad source, an out that holds something else, a full disk, or Ctrl-C. Finished work is kept.
     """
-    for option, value in (("max_tokens", max_tokens), ("max_docs", max_docs), ("shard_tokens", shard_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} must be at least 1, got {value}.")
+    max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens)
+    max_docs = None if max_docs is None else whole("max_docs", max_docs)
+    workers = available_cores() if workers is None else whole("workers", workers)
     if split not in ("auto", "train", "validation"):
         raise ValueError(f"prepare: split must be auto, train or validation, got {split!r}")
     out = expanded(out)
@@ -169,7 +171,7 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, wait):
-            return _prepare(plan, out, identity, shard_tokens, workers or available_cores(), report)
+            return _prepare(plan, out, identity, shard_tokens, workers, report)
     except KeyboardInterrupt:
         raise UserError(f"Stopped; {out} holds the finished work: run the same command again to continue.") from None
     except OSError as error:
@@ -177,8 +179,10 @@ def prepare(
             raise UserError(
                 f"The disk of {out} is full: free some space and run the same command again to continue."
             ) from error
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"Cannot prepare {out}: {error.strerror or error}{where}.") from error
+        if os.path.lexists(out) and not out.is_dir():
+            raise UserError(f"Cannot prepare {out}: it is not a folder; choose another folder.") from error
+        where = f" ({error.filename})" if error.filename and error.filename != str(out) else ""
+        raise UserError(f"Cannot prepare {out}: {error.strerror or error}{where}; choose another folder.") from error
     finally:
         report.stop()
 

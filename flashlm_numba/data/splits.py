@@ -229,6 +229,14 @@ class Plan:
             if document.cut:
                 text = self.vocabulary.decode(self.vocabulary.encode(text)[: self.max_tokens]).rstrip("\ufffd")
             cut = _cut(text)
+            if cut is None:
+                raise UserError(
+                    "The first document within --max-tokens is too short to cut off a validation part: raise "
+                    "--max-tokens, or name validation documents with --validation."
+                    if document.cut
+                    else "The source is one document, too short to cut off a validation part: use more text, "
+                    "or name validation documents with --validation."
+                )
             yield Document("validation", text[cut:], True, Tally(tally.empty))
             yield Document("train", text[:cut], True, Tally(tally.empty))
 
@@ -265,16 +273,16 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _cut(text: str) -> int:
-    """Where to cut off the last 5 % of a text: at a line break, else before a word, else anywhere."""
+def _cut(text: str) -> int | None:
+    """Where to cut off the last 5 % of a text: at a line break, else before a word, else anywhere.
+
+    None if one of the parts would hold no text.
+    """
     target = round(len(text) * (1 - VALIDATION_SHARE))
     nearest = int(len(text) * (1 - 2 * VALIDATION_SHARE))
     cut = text.rfind("\n", nearest, target) + 1 or text.rfind(" ", nearest, target)
     if cut <= 0:
         cut = target
     if text[:cut].isspace() or text[cut:].isspace() or not 0 < cut < len(text):
-        raise UserError(
-            "The source is one document, too short to cut off a validation part: use more text, "
-            "or name validation documents with --validation."
-        )
+        return None
     return cut

@@ -9,9 +9,18 @@ import codecs
 import os
 from pathlib import Path
 
+from flashlm_numba.system.errors import UserError
+
 
 def expanded(path: Path | str) -> Path:
-    """The path with a leading `~` or `~name` replaced by the home folder of this user, or of one who exists."""
+    """The path with a leading `~` or `~name` replaced by the home folder of this user, or of one who exists.
+
+    Raises UserError for an empty text, which Path would take for the working folder, and for a NUL character.
+    """
+    if path == "":
+        raise UserError("The path is empty: name a file or a folder.")
+    if "\0" in str(path):
+        raise UserError(f"{printable(str(path))} contains a NUL character, which no name of a file can have.")
     return Path(os.path.expanduser(path))
 
 

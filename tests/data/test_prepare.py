@@ -90,6 +90,8 @@ def test_max_tokens_and_max_docs_limit_the_corpus(tmp_path):
     manifest = quiet(source, tmp_path / "v", max_tokens=500, validation=validation)
     assert manifest.splits["validation"].documents == 50
     assert 499 <= manifest.splits["train"].tokens <= 500
+    with pytest.raises(UserError, match=r"first document within --max-tokens is too short .*: raise --max-tokens"):
+        quiet(source, tmp_path / "one", max_tokens=1)
     with pytest.raises(UserError, match="max_docs must be at least 1"):
         quiet(source, tmp_path / "zero", max_docs=0)
 
@@ -115,5 +117,9 @@ def test_folder_is_reused_for_the_same_corpus_and_refused_for_another(tmp_path, 
         quiet(source, out)
     with locked(out / "prepare.lock"), pytest.raises(UserError, match="Another process is preparing"):
         quiet(source, out)
-    with pytest.raises(UserError, match=r"Cannot prepare .*a\.jsonl"):
+    with pytest.raises(UserError, match=r"Cannot prepare .*a\.jsonl.below-a-file: Not a directory; choose another"):
         quiet(source, tmp_path / "a.jsonl" / "below-a-file")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("a.jsonl", "link"):
+        with pytest.raises(UserError, match=rf"Cannot prepare .*{name}: it is not a folder; choose another folder"):
+            quiet(source, tmp_path / name)
