@@ -12,6 +12,7 @@ long report to the `progress` argument. An error that the caller can correct rai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
@@ -26,11 +27,13 @@ from flashlm_numba.data.builtin import default_corpus
 from flashlm_numba.data.prepare import prepare as prepare_tokens
 from flashlm_numba.data.splits import SplitChoice
 from flashlm_numba.heads import Head
+from flashlm_numba.heads.sampling import check_settings
 from flashlm_numba.inference.evaluate import token_nll
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.model import build
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import from_recipe
+from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.paths import expanded
@@ -64,10 +67,11 @@ def prepare(
     The other arguments are the options of `flashlm-numba prepare`.
     Raises UserError if the source cannot be read or `out` holds something else.
     """
-    if source is None and out is None:
-        return default_corpus(progress=progress)
     if out is None:
-        raise UserError("Give out, the folder for the tokens.")
+        changed = (validation, subset, max_tokens, max_docs) != (None,) * 4 or lines or split != "auto"
+        if source is not None or changed:
+            raise UserError("Give out, the folder for the tokens.")
+        return default_corpus(progress=progress)
     prepare_tokens(
         None if source is None else str(source),
         out,
@@ -92,11 +96,26 @@ class Run:
     folder: Path
     status: int = 0  # 0, or 128 plus the number of the signal that stopped training; 130 after an interrupt
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", expanded(self.folder))
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: one object per logged step."""
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        """The lines of metrics.jsonl: one object per logged step. A line that is being written is left out.
+
+        Raises UserError if there is no such file.
+        """
+        try:
+            text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} has no log that can be read ({error.strerror}): train a run there."
+            ) from None
+        found = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):  # torn by a crash
+                found.append(json.loads(line))
+        return found
 
     def load(self, checkpoint: str | None = None, *, ema: bool = False) -> TrainedModel:
         """Load the model of the newest or the named checkpoint. With ema=True, use the EMA of its weights."""
@@ -146,7 +165,7 @@ def train(
     out : folder of the run; default: a new folder in runs/
     progress : a Progress object that receives notes and steps; TERMINAL shows the progress bar of the command line
     An interrupt finishes the step, saves a checkpoint and returns a run with status 130.
-    Raises UserError for anything that the caller can correct.
+    Raises UserError for anything that the caller can correct, and ValueError for more threads than there are.
 
     >>> train("no such folder", steps=1)
     Traceback (most recent call last):
@@ -154,13 +173,13 @@ def train(
     """
     changes = [f"head.name={head}"] if head else []
     run = from_recipe(recipe, [*changes, *_texts(settings)])
-    run = run if seed is None else replace(run, seed=seed)
+    run = run if seed is None else replace(run, seed=whole("seed", seed, 0))
     done = runs.start_run(
         run,
         Length(steps=steps, tokens=tokens, minutes=minutes),
         data=None if data is None else str(expanded(data)),
         out=None if out is None else expanded(out),
-        threads=threads,
+        threads=None if threads is None else whole("threads", threads),
         progress=progress,
     )
     return Run(done.folder, done.status)
@@ -177,13 +196,14 @@ def load(
     """Load a trained model.
 
     path : folder of a run, folder of one of its checkpoints, or file written by `export`
+    checkpoint : its name, such as "step-500";  ema : use the EMA of the weights
     activations : "float" or "int8", the arithmetic of the ternary layers; default: as the model was trained
     progress : receives a note and a bar if kernels must be compiled first, which takes up to a minute
     Raises UserError if there is no model at path, or if it is damaged.
     """
     path = expanded(path)
-    if path.parent.name == "checkpoints" and checkpoint is None:
-        path, checkpoint = path.parent.parent, path.name
+    if path.absolute().parent.name == "checkpoints" and checkpoint is None:
+        path, checkpoint = path.absolute().parent.parent, path.name
     loaded = build.load_model(path, checkpoint, ema=ema, progress=progress)
     if activations is not None:
         loaded.model.use_activations(activations)
@@ -275,14 +295,17 @@ class TrainedModel:
 
         A space at the end of the prompt becomes the beginning of the next token, as in the training text.
         Sampling applies temperature, then top-k, then top-p. The same seed gives the same text.
-        Raises ValueError if an argument is out of range.
+        Raises UserError or ValueError at once, also with stream=True, if an argument is out of range.
         """
+        whole("max_tokens", max_tokens, 0)
+        seed = secrets.randbits(32) if seed is None else whole("seed", seed, 0)
+        check_settings(temperature, top_k, top_p, self.head.vocab_size)
         pieces = generate_text(
             self.model,
             self.vocabulary,
             prompt,
             max_tokens=max_tokens,
-            seed=secrets.randbits(32) if seed is None else seed,
+            seed=seed,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -105,11 +106,64 @@ def test_the_hook_sees_what_happens(corpus, settings, tmp_path):
         (lambda: fl.train(steps=1, recipe="best"), "There is no recipe 'best'"),
         (lambda: fl.train(steps=1, settings={"dimm": 3}), "There is no setting 'dimm'"),
         (lambda: fl.prepare("nowhere.txt"), "Give out, the folder for the tokens."),
+        (lambda: fl.prepare(max_docs=2), "Give out, the folder for the tokens."),
+        (lambda: fl.prepare(lines=True), "Give out, the folder for the tokens."),
+        (lambda: fl.prepare("a.txt", "out", max_tokens=1.5), "max_tokens must be a whole number, got 1.5"),
+        (lambda: fl.prepare("a.txt", "out", workers=-1), "workers must be at least 1, got -1"),
+        (lambda: fl.prepare("a.txt", ""), "The path is empty: name a file or a folder"),
+        (lambda: fl.prepare("a\0b", "out"), "contains a NUL character"),
+        (lambda: fl.load("a\0b"), "contains a NUL character"),
+        (lambda: fl.load(""), "The path is empty"),
+        (lambda: fl.train(steps=1, out="a\0b"), "contains a NUL character"),
+        (lambda: fl.train(steps=1, seed=-1), "seed must be at least 0, got -1"),
+        (lambda: fl.train(steps=1, seed=2**70), "seed must be at least 0 and at most"),
+        (lambda: fl.train(steps=1, seed=1.5), "seed must be a whole number, got 1.5"),
+        (lambda: fl.train(steps=1, threads=1.5), "threads must be a whole number, got 1.5"),
+        (lambda: fl.train(minutes=-1), "minutes must be a number above 0"),
+        (lambda: fl.Run("nowhere").metrics, "nowhere has no log that can be read"),
     ],
 )
 def test_mistakes_are_a_sentence(call, sentence):
     with pytest.raises(fl.UserError, match=sentence):
         call()
+
+
+def test_a_length_that_is_none_leaves_the_run_as_it_was(run, tmp_path):
+    """config.json was written with minutes that no command reads."""
+    shutil.copytree(run, tmp_path / "run")
+    mine = fl.Run(tmp_path / "run")
+    before = (mine.folder / "config.json").read_bytes()
+    for length in ({"minutes": -1}, {"minutes": float("nan")}, {"steps": 10.5}):
+        with pytest.raises(fl.UserError):
+            mine.resume(**length)
+    assert (mine.folder / "config.json").read_bytes() == before
+    mine.load()
+
+
+def test_numpys_integers_are_numbers(corpus, settings, tmp_path):
+    one = np.int64(1)
+    run = fl.train(corpus, steps=one, seed=one, threads=one, out=tmp_path / "run", settings=settings)
+    assert run.load().config.seed == 1
+
+
+def test_a_line_of_the_log_that_is_torn_is_left_out(run, tmp_path):
+    whole = (run / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole + b'{"step": 9, "lo')
+    assert fl.Run(str(tmp_path)).metrics == fl.Run(run).metrics
+
+
+def test_wrong_arguments_of_generate_are_refused_at_once(run):
+    model = fl.load(run)
+    wrong = ({"max_tokens": -1}, {"max_tokens": 1.5}, {"seed": -1}, {"seed": "a"}, {"top_k": 0}, {"temperature": -1})
+    for options in wrong:
+        for stream in (False, True):
+            with pytest.raises((fl.UserError, ValueError), match=f"{next(iter(options))} must be"):
+                model.generate("the", **options, stream=stream)
+
+
+def test_a_checkpoint_within_its_folder(run, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    assert fl.load("step-2").trained["step"] == fl.load(run, 2).trained["step"] == 2
 
 
 def test_an_empty_text_has_no_score(run):

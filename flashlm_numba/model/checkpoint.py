@@ -151,7 +151,7 @@ def find(run: Path, name: str | None = None) -> Path:
     if name is None:
         step = steps[-1]
     else:
-        number = name.removeprefix("step-")
+        number = str(name).removeprefix("step-")
         if not number.isdecimal() or int(number) not in steps:
             have = ", ".join(f"step-{step}" for step in steps)
             raise UserError(f"{run} has no checkpoint '{name}'; it has {have}.")

@@ -57,6 +57,11 @@ def run_from_json(text: str, path: Path | str = "config.json") -> RunConfig:
         raise UserError(f"{path}: {error}") from None
 
 
+def check_run(run: RunConfig) -> None:
+    """Raise UserError unless run_from_json() accepts the settings, so that no run is stored that cannot be read."""
+    _build(RunConfig, dataclasses.asdict(run), "")
+
+
 def parse_phase(text: str) -> Phase:
     """Parse a phase such as "1000:4x64x4:frozen". The last step, the micro-batches and ":frozen" are optional.
 

@@ -10,20 +10,35 @@ from dataclasses import dataclass, replace
 from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model.config import Phase, Plan, RunConfig
+from flashlm_numba.system.arguments import positive, whole
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.training.session import BATCH, WINDOW, Session
 from flashlm_numba.training.step import train_step
 
 DEFAULT_MINUTES = 20.0  # length of a run if none is given
+MOST_MINUTES = 1e6  # two years
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: at most one of the three; with none, the default length of the run."""
+    """How long to train: at most one of the three; with none, the default length of the run.
+
+    Raises UserError if several are given, or if one is no number of its kind above 0.
+    """
 
     steps: int | None = None  # optimiser steps, counted from the first step of the run
     tokens: int | None = None  # minimum number of tokens, counted from the first step of the run
     minutes: float | None = None  # minutes on the training clock; for a resumed run, additional minutes
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.steps, self.tokens, self.minutes)) > 1:
+            raise UserError("Give only one of steps, tokens and minutes.")
+        if self.steps is not None:
+            object.__setattr__(self, "steps", whole("steps", self.steps))
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", whole("tokens", self.tokens))
+        if self.minutes is not None:
+            object.__setattr__(self, "minutes", positive("minutes", self.minutes, MOST_MINUTES))
 
     @property
     def in_steps(self) -> bool:

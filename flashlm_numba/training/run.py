@@ -18,7 +18,7 @@ from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model import build, checkpoint, data_place
 from flashlm_numba.model.config import RunConfig
-from flashlm_numba.model.settings import with_settings
+from flashlm_numba.model.settings import check_run, with_settings
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
@@ -73,6 +73,7 @@ def start_run(
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
+    check_run(run)
     name = f"{run.head.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = out if out is not None else Path("runs") / name
     _check_free(folder)

@@ -88,6 +88,34 @@ def test_plan_refuses_more_than_the_phases_hold():
         plan_for(v3, tokens=v3.tokens_until(10_000) + 1)
     with pytest.raises(UserError, match="at least one step"):
         plan_for(v3, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"steps": "3"}, "steps must be a whole number, got '3'"),
+        ({"tokens": -1}, "tokens must be at least 1"),
+        ({"minutes": 0}, "minutes must be a number above 0 and at most 1,000,000, got 0"),
+        ({"minutes": -1}, "minutes must be a number above 0"),
+        ({"minutes": float("nan")}, "minutes must be a number above 0"),
+        ({"minutes": float("inf")}, "minutes must be a number above 0"),
+        ({"minutes": "5"}, "minutes must be a number above 0"),
+        ({"steps": 1, "tokens": 5}, "Give only one of steps, tokens and minutes"),
+    ],
+)
+def test_a_length_that_is_none_is_refused(length, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Length(**length)
+
+
+def test_a_length_may_be_numpys():
+    assert type(Length(steps=np.int64(3)).steps) is int
+    assert type(Length(minutes=np.float32(3)).minutes) is float
+
+
+def test_a_long_plan_has_one_phase():
     assert plan_for(from_recipe("default"), steps=10**6).plan.schedule_steps == 10**6
 
 
