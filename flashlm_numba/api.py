@@ -13,7 +13,6 @@ long report to the `progress` argument. An error that the caller can correct rai
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import secrets
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import parse_json
 from flashlm_numba.system.paths import expanded
 from flashlm_numba.training import run as runs
 from flashlm_numba.training.plan import Length
@@ -114,7 +114,7 @@ class Run:
         found = []
         for line in text.splitlines():
             with contextlib.suppress(ValueError):  # torn by a crash
-                found.append(json.loads(line))
+                found.append(parse_json(line))
         return found
 
     def load(self, checkpoint: str | None = None, *, ema: bool = False) -> TrainedModel:

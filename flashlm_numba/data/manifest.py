@@ -14,6 +14,7 @@ from typing import Any
 
 from flashlm_numba.data.tokenizer import VOCABULARIES, Vocabulary, vocabulary_named
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import parse_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ class Manifest:
     def read(path: Path) -> Manifest:
         """Read and check a manifest.json. Raises UserError if it is missing or invalid."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(
                 f"{path.parent} holds no prepared corpus: make one with `flashlm-numba prepare`."

@@ -21,6 +21,7 @@ from flashlm_numba.data.documents import Place
 from flashlm_numba.data.manifest import JOURNAL, MANIFEST, SHARD_NAME, SPLITS, Shard, SplitManifest
 from flashlm_numba.system import files, locks
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -164,7 +165,7 @@ def read_journal(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     path = out / JOURNAL
     if path.exists():
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = parse_json(path.read_text(encoding="utf-8"))
             same, nothing_done = state["identity"] == identity, state["documents"] == 0
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: delete the folder {out} and prepare it again.") from error

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import free_name, remove_folder, replace, sync_file, sync_folder, write_text
+from flashlm_numba.system.files import free_name, parse_json, remove_folder, replace, sync_file, sync_folder, write_text
 from flashlm_numba.system.locks import LockedError, locked
 
 KEEP = 3  # number of recent checkpoints that a run keeps
@@ -119,7 +119,7 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
 def damage(checkpoint: Path) -> str | None:
     """A short description of the damage to a checkpoint, or None if it is intact."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
         recorded = state.pop("sha256")
         if _hash(state) != recorded or checkpoint.name != f"step-{state['step']}":
             return "state.json does not match its recorded SHA-256"
@@ -181,7 +181,7 @@ def any_in(run: Path) -> bool:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The values of a checkpoint's state.json."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
 def check_state(state: Any, where: Path, model_hash: str | None = None) -> dict[str, Any]:

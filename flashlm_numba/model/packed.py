@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import replace, sync_file, sync_folder
+from flashlm_numba.system.files import parse_json, replace, sync_file, sync_folder
 
 FORMAT = "flashlm-numba packed 1"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
@@ -126,7 +126,7 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     if _digest(tensors, config, state_text) != metadata.get("sha256"):
         raise UserError(damaged.format("its tensors do not match its SHA-256"))
     try:
-        state = json.loads(state_text)
+        state = parse_json(state_text)
         shapes = state.pop("shapes")
         for name in shapes:
             tensors[name] = unpack_base3(tensors.pop(name + SUFFIX), shapes[name][1])

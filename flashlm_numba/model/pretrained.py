@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from scipy import linalg
 
 from flashlm_numba.data.hub import HUB_TIMEOUT
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import parse_json
 from flashlm_numba.system.paths import expanded
 
 PADDING = 1_024  # a padded vocabulary has fewer unused rows at its end; 50,304 to 51,200 rows are common
@@ -95,7 +95,7 @@ def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A bfloat16 tensor as float32; its bits are the upper half of the float32. safetensors has checked the file."""
     with path.open("rb") as file:
         header_length = int.from_bytes(file.read(8), "little")
-        start, _ = json.loads(file.read(header_length))[name]["data_offsets"]
+        start, _ = parse_json(file.read(header_length))[name]["data_offsets"]
     raw: Any = np.memmap(path, "<u2", "r", offset=8 + header_length + start, shape=shape)
     return (raw.astype(np.uint32) << 16).view(np.float32)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
@@ -19,6 +18,7 @@ from typing import Any
 
 from flashlm_numba.model.config import SECTIONS, Phase, RunConfig
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.files import parse_json
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -48,8 +48,8 @@ def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
 def run_from_json(text: str, path: Path | str = "config.json") -> RunConfig:
     """Read the text of config.json. Raises UserError unless every key is present with the right type and range."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or start a new run.") from None
     try:
         return _build(RunConfig, values, "")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -132,6 +133,14 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     with target.open("rb+") as file:
         sync_file(file)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for any other text, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def free_name(folder: Path, name: str, suffix: str = "") -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flashlm_numba.system.errors import warn_once
+from flashlm_numba.system.files import parse_json
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 WAIT_SECONDS = 0.2  # between attempts
@@ -102,7 +103,7 @@ def _remove_left_over(mark: Path) -> bool:
     """Remove the mark of a process that no longer exists. Returns False if the process exists or is unknown."""
     try:
         text = mark.read_text(encoding="utf-8")
-        holder = json.loads(text)
+        holder = parse_json(text)
         if holder["host"] != socket.gethostname() or mark in _ours or holder == _process(int(holder["pid"])):
             return False
     except FileNotFoundError:

@@ -6,7 +6,6 @@ Nothing here prints or ends the process. Notes go to a Progress; an error that t
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from flashlm_numba.model.settings import check_run, with_settings
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import free_name, write_atomically, write_text, writing_to
+from flashlm_numba.system.files import free_name, parse_json, write_atomically, write_text, writing_to
 from flashlm_numba.system.threads import available_threads, set_threads
 from flashlm_numba.training import inputs
 from flashlm_numba.training.loop import train
@@ -278,7 +277,7 @@ def _divided(metrics: Path, at: int) -> tuple[list[str], list[str]]:
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     for line in lines:
         try:
-            (kept if json.loads(line)["step"] <= at else cut).append(line + "\n")
+            (kept if parse_json(line)["step"] <= at else cut).append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
     return kept, cut

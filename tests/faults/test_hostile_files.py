@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from programs import INJECTED
 from safetensors.numpy import load_file, save_file
 
+from flashlm_numba.api import Run
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.heads.label_tree import Tree
@@ -171,6 +172,29 @@ def test_changed_settings_and_state(fresh, change, name):
             pass
     load(folder)
     shutil.rmtree(folder)
+
+
+DEEP = ["[" * 99_999, '{"a":' * 9_999 + "1" + "}" * 9_999, "9" * 9_999, "\0"]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=["list", "object", "integer", "nul"])
+def test_json_that_the_parser_cannot_follow(fresh, corpus, corpus_files, tmp_path, text):
+    """Python's parser has errors of its own for deep nesting and for long integers."""
+    INJECTED["files made up or damaged"] += 1
+    folder = fresh()
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write(text + "\n")
+    assert [line["step"] for line in Run(folder).metrics if isinstance(line, dict)] == [1, 2, 3]
+    for name in ("checkpoints/step-3/state.json", "config.json"):
+        (folder / name).write_text(text)
+        assert load(folder) is None
+    shutil.copytree(corpus, tmp_path / "tokens")
+    (tmp_path / "tokens" / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged .*: delete the folder"):
+        open_tokens(tmp_path / "tokens")
+    (tmp_path / "tokens" / "manifest.json").rename(tmp_path / "tokens" / "progress.json")
+    with pytest.raises(UserError, match=r"progress\.json is damaged: delete the folder"):
+        prepare(str(corpus_files), tmp_path / "tokens", progress=False)
 
 
 @pytest.fixture(scope="module")
