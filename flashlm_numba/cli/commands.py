@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from flashlm_numba.cli import options
-from flashlm_numba.cli.options import HeadName, Number, PathOrSource, echo, use_threads
+from flashlm_numba.cli.options import HeadName, Number, PathOrSource, Text, echo, use_threads
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe
@@ -326,6 +326,7 @@ def evaluate(
 @options.run
 @click.option(
     "--prompt",
+    type=Text(),
     default="",
     help="Text to continue. A space at its end becomes the beginning of the next word. Default: empty, a new document.",
 )

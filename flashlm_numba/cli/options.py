@@ -26,6 +26,22 @@ class PathOrSource(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
+class Text(click.ParamType):
+    """A text in UTF-8. In the locale C, Python decodes a command line as ASCII and keeps other bytes as surrogates."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            try:
+                return os.fsencode(value).decode()
+            except UnicodeError:
+                self.fail("it is not UTF-8.", param, ctx)
+        return value
+
+
 class Number(click.FloatRange):
     """A finite number in a range. NaN and infinity, which float() accepts, are errors."""
 

@@ -77,6 +77,21 @@ def test_a_run_in_a_folder_of_any_name(corpus, tmp_path):
     assert os.path.exists(out + b"/checkpoints/step-4")
 
 
+def test_a_prompt_is_utf8_in_every_locale(request):
+    prompt = "Zurück – 中文".encode()
+    words = ["generate", os.fsencode(request.getfixturevalue("run")), "--max-tokens", "6", "--seed", "1", "--prompt"]
+    found = set()
+    for terminal in (UTF8, ASCII | {"PYTHONIOENCODING": "utf-8"}):
+        status, standard, err = run(*words, prompt, **terminal)
+        assert status == 0, err
+        assert standard.startswith(prompt)
+        found.add(standard)
+    assert len(found) == 1
+    status, standard, err = run(*words, b"caf\xe9", **UTF8)
+    assert (status, standard) == (2, b"")
+    assert b"Invalid value for '--prompt': it is not UTF-8." in err
+
+
 def test_tilde_is_the_same_in_every_option(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
