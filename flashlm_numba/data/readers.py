@@ -14,6 +14,7 @@ from typing import Any
 from flashlm_numba.data.documents import Missing, NotText, pick, reason, without_surrogates
 from flashlm_numba.data.streams import (
     MAX_DOCUMENT,
+    MAX_WINDOW,
     LineTooLong,
     NulCharacter,
     Position,
@@ -29,6 +30,13 @@ DEPTH = 50  # containers of a JSON row nested deeper than this are skipped, if t
 # Integers of other columns may have any length, which int() refuses; float() takes them all.
 _decoder = json.JSONDecoder(parse_int=float)
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
+
+
+# what zstd says of a frame that is not damaged, and what helps
+_REMEDIES = {
+    "Dictionary mismatch": "compress it again without a dictionary",
+    "requires too much memory": f"compress it again with a window of at most {MAX_WINDOW >> 30} GB",
+}
 
 
 class NotAnObject(Exception):
@@ -169,4 +177,7 @@ def _sentence(error: Exception, path: Path, column: str, position: Position) -> 
             return f"{path} needs more memory than there is, {after}, or is damaged: copy it again, or divide it."
         case OSError(errno=number) if number is not None:
             return f"Cannot read {path} {after}: {error.strerror or reason(error)}."
+    for words, remedy in _REMEDIES.items():
+        if words in str(error):
+            return f"{path} cannot be decompressed ({reason(error)}): {remedy}."
     return f"{path} is damaged {after} ({reason(error)}): copy or download it again."

@@ -107,11 +107,20 @@ def test_compressed_stream_with_wrong_bytes_is_refused(tmp_path):
         ("c.jsonl.gz", bad),
         ("c.jsonl.gz", gzip.compress(ROWS) + b"rubbish"),
         ("c.jsonl.zst", zstandard.ZstdCompressor(write_checksum=True).compress(ROWS)[:-2] + b"xx"),
-        ("c.jsonl.zst", zstd_frame(ROWS, window=0xB0)),  # 4 GB
         ("c.jsonl.zst", zstandard.compress(ROWS) + bytes(8)),
     ):
         with pytest.raises(UserError, match=rf"{name} is damaged (after line [\d,]+|at its beginning) \(.*\): copy"):
             read(written(tmp_path / name, content))
+
+
+def test_zstd_that_is_whole_but_needs_more_says_what(tmp_path):
+    dictionary = zstandard.train_dictionary(500, [b"abc def %d" % n * 9 for n in range(500)])
+    for content, remedy in (
+        (zstandard.ZstdCompressor(dict_data=dictionary).compress(ROWS), "compress it again without a dictionary"),
+        (zstd_frame(ROWS, window=0xB0), "compress it again with a window of at most 2 GB"),  # 4 GB
+    ):
+        with pytest.raises(UserError, match=rf"c\.jsonl\.zst cannot be decompressed \(.*\): {remedy}"):
+            read(written(tmp_path / "c.jsonl.zst", content))
 
 
 def test_much_from_few_bytes_takes_bounded_memory(tmp_path):
