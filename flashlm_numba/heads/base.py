@@ -172,7 +172,7 @@ def check_options(
 
 
 def check_rows(where: str, weight: np.ndarray, dweight: np.ndarray | None) -> None:
-    """Raise ValueError unless weight is (V, C) float32 with V and C at least 1, and dweight is a writable one."""
+    """Raise ValueError unless weight is (V, C) float32 with V and C at least 1, and dweight another, writable one."""
     _check.array(where, "weight", weight, (None, None))
     if not weight.size:
         raise ValueError(f"{where}: weight must have at least one row and one column, got {weight.shape}")
@@ -182,6 +182,8 @@ def check_rows(where: str, weight: np.ndarray, dweight: np.ndarray | None) -> No
             raise ValueError(
                 f"{where}: dweight must be writable, because gradients are added to it; use dweight.copy()"
             )
+        if np.may_share_memory(weight, dweight):
+            raise ValueError(f"{where}: dweight must not be weight, because gradients are added to it; leave it out")
 
 
 def check_targets(where: str, targets: np.ndarray, vocab_size: int) -> None:

@@ -7,6 +7,7 @@ from helpers import assert_as_accurate, numeric_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashlm_numba.heads import DenseHead
 from flashlm_numba.kernels import dense_head, reference
 
 options = st.fixed_dictionaries(
@@ -105,6 +106,13 @@ def test_dense_head_chunks_and_threads_agree(monkeypatch):
 def test_dense_head_scratch_is_bounded():
     scratch = dense_head.DenseScratch(50_257, 256)
     assert scratch.nbytes <= 128e6
+
+
+def test_dense_head_rejects_its_weight_as_its_gradient():
+    weight = np.zeros((5, 2), np.float32)
+    for dweight in (weight, weight[:]):
+        with pytest.raises(ValueError, match="DenseHead: dweight must not be weight"):
+            DenseHead(weight, dweight)
 
 
 def test_dense_head_rejects_target_out_of_range():
