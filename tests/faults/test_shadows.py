@@ -48,6 +48,21 @@ def test_training_imports_nothing_from_the_working_folder(corpus, tmp_path, star
     assert "computing the initial embedding" in done.stderr
 
 
+@pytest.mark.parametrize("start", ["-P -m", "the command"])
+def test_starts_before_which_python_imports_nothing_from_there(tmp_path, start):
+    """`python -m` imports some of these before the program begins; docs/tutorial.md names these two starts instead."""
+    INJECTED["folders with modules"] += 1
+    folder, script = tmp_path / "folder", tmp_path / "bin" / "flashlm-numba"
+    for path in (folder, script.parent):
+        path.mkdir()
+    fill(folder, ("types.py", "runpy.py", "warnings.py", "functools.py", "collections", "contextlib.py"))
+    script.write_text("from flashlm_numba.cli.main import main\nmain()\n")  # as pip makes it
+    words = ["-P", "-m", "flashlm_numba"] if start == "-P -m" else [script]
+    command = [sys.executable, *words, "--version"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("flashlm-numba, version"), done.stderr
+
+
 def kernels():
     from flashlm_numba.kernels import _jit
 
