@@ -1,4 +1,4 @@
-"""`python -m flashlm_numba` runs the command `flashlm-numba`."""
+"""The start of the command `flashlm-numba`, also by `python -m flashlm_numba`."""
 
 import os
 import sys
@@ -20,8 +20,15 @@ def _forget_working_folder() -> None:
             del sys.modules["flashlm_numba"]  # it was a mere folder of that name
 
 
+def run() -> None:
+    """Run the command line. Ctrl-C while its modules are imported ends the process without a traceback."""
+    try:
+        from flashlm_numba.cli.main import main
+    except KeyboardInterrupt:
+        sys.exit(130)
+    main(prog_name="flashlm-numba")
+
+
 if __name__ == "__main__":
     _forget_working_folder()
-    from flashlm_numba.cli.main import main
-
-    main(prog_name="flashlm-numba")
+    run()

@@ -47,6 +47,14 @@ class _Commands(click.Group):
         with _sentences_for_warnings():
             return super().main(*arguments, **options)
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse the options before the command's name. Ctrl-C ends as it does later; click's own status would be 1."""
+        try:
+            return super().make_context(*arguments, **options)
+        except KeyboardInterrupt:
+            say("Stopped.")
+            raise click.exceptions.Exit(130) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

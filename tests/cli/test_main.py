@@ -154,3 +154,29 @@ def test_a_threading_layer_that_cannot_be_loaded_is_named(run, monkeypatch):
         assert done.exit_code == 1
         assert "threads: No threading layer could be loaded; unset NUMBA_THREADING_LAYER, or install" in done.stderr
         assert "HINT" not in done.stderr
+
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback():
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from flashlm_numba.__main__ import run\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_ctrl_c_while_options_are_parsed_ends_as_it_does_later(monkeypatch):
+    from flashlm_numba.cli.main import main
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "parse_args", interrupted)
+    done = _run("info", "nothing")
+    assert done.exit_code == 130
+    assert done.stderr == "Stopped.\n"

@@ -56,7 +56,7 @@ def test_starts_before_which_python_imports_nothing_from_there(tmp_path, start):
     for path in (folder, script.parent):
         path.mkdir()
     fill(folder, ("types.py", "runpy.py", "warnings.py", "functools.py", "collections", "contextlib.py"))
-    script.write_text("from flashlm_numba.cli.main import main\nmain()\n")  # as pip makes it
+    script.write_text("from flashlm_numba.__main__ import run\nrun()\n")  # as pip makes it
     words = ["-P", "-m", "flashlm_numba"] if start == "-P -m" else [script]
     command = [sys.executable, *words, "--version"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
