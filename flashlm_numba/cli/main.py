@@ -26,7 +26,7 @@ import click
 from flashlm_numba import __version__
 from flashlm_numba.cli import commands
 from flashlm_numba.system.display import TERMINAL, say
-from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.errors import Stopped, UserError
 from flashlm_numba.system.paths import SHOWN
 from flashlm_numba.system.streams import discard_output, open_standard_streams
 
@@ -58,6 +58,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped as error:
+            say(str(error))
+            ctx.exit(130)
         except UserError as error:
             say(f"Error: {error}")
             ctx.exit(1)

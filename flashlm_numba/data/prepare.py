@@ -27,7 +27,7 @@ from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked
 from flashlm_numba.system import files
 from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import in_terminal, plural, say
-from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.errors import Stopped, UserError
 from flashlm_numba.system.paths import expanded, printable
 from flashlm_numba.system.threads import available_cores
 
@@ -173,7 +173,7 @@ def prepare(
         with locked(out, wait):
             return _prepare(plan, out, identity, shard_tokens, workers, report)
     except KeyboardInterrupt:
-        raise UserError(f"Stopped; {out} holds the finished work: run the same command again to continue.") from None
+        raise Stopped(f"Stopped; {out} holds the finished work: run the same command again to continue.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(

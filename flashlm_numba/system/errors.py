@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class Stopped(UserError):
+    """The user interrupted the work, and what is done is kept. The command line exits with status 130."""
+
+
 class PlaceWarning(UserWarning):
     """A file system lacks something, and the work continues without it. The command line prints the sentence."""
 

@@ -180,3 +180,16 @@ def test_ctrl_c_while_options_are_parsed_ends_as_it_does_later(monkeypatch):
     done = _run("info", "nothing")
     assert done.exit_code == 130
     assert done.stderr == "Stopped.\n"
+
+
+def test_ctrl_c_in_prepare_has_the_status_of_an_interrupt(corpus_files, tmp_path, monkeypatch):
+    from flashlm_numba.data import prepare
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "_write", interrupted)
+    done = _run("prepare", corpus_files, "--out", tmp_path / "out")
+    assert done.exit_code == 130
+    assert done.stderr.endswith("holds the finished work: run the same command again to continue.\n")
+    assert "Error" not in done.stderr
