@@ -218,13 +218,18 @@ def load(checkpoint: Path, name: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"{checkpoint / name}.safetensors cannot be read as tensors ({error}); {_remedy(checkpoint)}."
         ) from None
-    for key, value in tensors.items():
-        if value.dtype.kind == "f" and key != "log_prior" and not np.isfinite(value).all():
-            raise UserError(
-                f"{key} in {checkpoint / name}.safetensors contains values that are not finite, so this checkpoint "
-                f"cannot be used; {_remedy(checkpoint)}."
-            )
+    if (key := not_finite(tensors)) is not None:
+        raise UserError(
+            f"{key} in {checkpoint / name}.safetensors contains values that are not finite, so this checkpoint "
+            f"cannot be used; {_remedy(checkpoint)}."
+        )
     return tensors
+
+
+def not_finite(tensors: dict[str, np.ndarray]) -> str | None:
+    """The name of a tensor that contains NaN or infinity, or None. A fixed log prior may be -inf."""
+    floats = ((name, value) for name, value in tensors.items() if value.dtype.kind == "f" and name != "log_prior")
+    return next((name for name, value in floats if not np.isfinite(value).all()), None)
 
 
 def _marked(checkpoint: Path) -> bool:

@@ -185,11 +185,20 @@ class _Checkpoints:
         return any(self.seen_seconds < 60 * mark <= now for mark in self.session.run.training.checkpoint_minutes)
 
     def _save(self, keep: bool) -> None:
-        """Write a checkpoint, whose time counts as training. keep : later checkpoints do not replace it"""
+        """Write a checkpoint, whose time counts as training. keep : later checkpoints do not replace it
+
+        Raises UserError instead if it could not be read again, because a finite gradient led to weights that are not
+        finite: the checkpoints of before must not make room for it.
+        """
         clock = self.session.clock
         start = time.perf_counter()
         sync_file(self.log)  # the log is never behind a checkpoint
-        checkpoint.save(self.session.folder, clock.step, *_contents(self.session, keep))
+        files, state = _contents(self.session, keep)
+        with _divergence(self.session, clock.step):
+            for tensors in files.values():
+                if (name := checkpoint.not_finite(tensors)) is not None:
+                    raise UserError(f"{name} is no longer finite, so training has diverged; this step is not saved.")
+        checkpoint.save(self.session.folder, clock.step, files, state)
         clock.seconds += time.perf_counter() - start
         self.saved_seconds, self.saved_step = clock.seconds, clock.step
 

@@ -153,6 +153,19 @@ def test_a_closed_terminal_saves_unless_hang_ups_are_ignored(tiny_run, corpus, t
     again()
 
 
+def test_weights_that_are_not_finite_are_not_saved(tiny_run, corpus, tmp_path):
+    """A ternary layer hides them: infinity beyond an infinite threshold is 0, so that the loss stays finite."""
+    settings = ["head.name=dense", "checkpoint_every=1"]
+    start(with_settings(tiny_run, settings), corpus, tmp_path / "run", steps=2)
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(
+        UserError, match=r"at step 3: .*weight is no longer finite, .*good checkpoint is step-2; resume"
+    ):
+        resume(tmp_path / "run", steps=9, settings=("normuon_lr=1e300",))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert resume(tmp_path / "run", steps=9, settings=("normuon_lr=1e-3",)).status == 0
+
+
 def test_divergence_stops_and_saves_nothing_bad(tiny_run, corpus, tmp_path):
     run = with_settings(tiny_run, ["head.name=dense", "adamw_lr=1e30", "clip=1e9", "checkpoint_every=1"])
     with pytest.raises(UserError, match=r"Stopped at step \d: .*(weight|logits|bias).* not finite") as caught:
