@@ -5,9 +5,9 @@
 The caller subtracts the sum of q[j], which gives the product with the weights. Shifts and masks turn a 64-byte block of
 codes into four registers of codes, each for 64 inputs. x86 multiplies unsigned by signed bytes in two ways:
 
-    avx2, avx512   vpmaddubsw adds pairs of products in int16, and vpmaddwd adds pairs of those in int32. Four results
-                   of vpmaddubsw are added in int16: at most 4 * 2 * 2 * 128 = 2,048 of 32,767, without overflow.
-    vnni           vpdpbusd adds four products to an int32 in one instruction.
+    avx2, avx512   vpmaddubsw adds pairs of products in int16, and vpmaddwd adds pairs of those in int32. The results of
+                   vpmaddubsw are added in int16 for PAIRED_BLOCKS: at most 16 * 4 * 2 * 2 * 127 = 32,512 of 32,767.
+    avxvnni, vnni  vpdpbusd adds four products to an int32 in one instruction: on laptops without AVX-512, and with it.
 
 To add a processor (Arm's sdot, AMX), write a function with the signature of `plain`, add its name to VARIANTS and to
 available, and add a branch to ternary_gemv.ternary_products. For many rows, do the same in ternary_gemm.py.
@@ -29,6 +29,8 @@ from flashlm_numba.kernels._jit import helper, target_features
 
 BLOCK_BYTES = 64
 BLOCK = 4 * BLOCK_BYTES  # weights
+ROWS_AHEAD = 8  # whose codes are asked for while a tile of one row of inputs is multiplied
+PAIRED_BLOCKS = 4  # blocks whose products, the larger at most 4 * 2 * 2 * 127 in a pair, an int16 can add up
 
 
 @functools.cache  # asking the compiler takes a fifth of a millisecond
@@ -38,6 +40,9 @@ def available() -> list[str]:
     found = ["plain"]
     if "+avx2" in has:
         found.append("avx2")
+        # AVX512-VNNI has the same 256-bit instruction, in another encoding
+        if "+avxvnni" in has or {"+avx512vnni", "+avx512vl"} <= has:
+            found.append("avxvnni")
     if {"+avx2", "+avx512bw"} <= has:
         found.append("avx512")
         if "+avx512vnni" in has:
@@ -53,8 +58,9 @@ def check_variant(name: str) -> str:
 
 
 # a kernel takes the index of its variant: compiled once, it holds those that the processor has
-VARIANTS = ("plain", "avx2", "avx512", "vnni")
-PLAIN, AVX2, AVX512, VNNI = range(len(VARIANTS))
+VARIANTS = ("plain", "avx2", "avxvnni", "avx512", "vnni")
+PLAIN, AVX2, AVXVNNI, AVX512, VNNI = range(len(VARIANTS))
+FOURFOLD = {"avxvnni": 256, "vnni": 512}  # variants that add four products at once, and the bits of their registers
 
 
 if numba.config.DISABLE_JIT:
@@ -89,12 +95,13 @@ else:
 
 def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
     """An intrinsic: the products of so many rows of codes with so many of inputs; addresses, strides in bytes."""
-    width = 32 if variant == "avx2" else 64
+    width = 32 if variant in ("avx2", "avxvnni") else 64
     lanes = width // 4
     int16, int32, int64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
     bytes_, shorts, ints = (
         ir.VectorType(kind, width // size) for kind, size in ((ir.IntType(8), 1), (int16, 2), (int32, 4))
     )
+    count = weight_rows * input_rows
 
     @intrinsic
     def dots(typingctx, packed, packed_stride, q, q_stride, blocks, out, out_stride):
@@ -109,75 +116,170 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
             def constant(value):
                 return ir.Constant(int64, value)
 
+            def splat(value):
+                return ir.Constant(shorts, [value] * (2 * lanes))
+
             def load(address):
                 value = builder.load(builder.inttoptr(address, bytes_.as_pointer()))
                 value.align = 1
                 return value
 
-            if variant == "avx2":
-                pairs = function(ir.FunctionType(shorts, [bytes_, bytes_]), "llvm.x86.avx2.pmadd.ub.sw")
-                fours = function(ir.FunctionType(ints, [shorts, shorts]), "llvm.x86.avx2.pmadd.wd")
-            elif variant == "avx512":
-                pairs = function(ir.FunctionType(shorts, [bytes_, bytes_]), "llvm.x86.avx512.pmaddubs.w.512")
-                fours = function(ir.FunctionType(ints, [shorts, shorts]), "llvm.x86.avx512.pmaddw.d.512")
-            else:
-                add_fours = function(ir.FunctionType(ints, [ints, ints, ints]), "llvm.x86.avx512.vpdpbusd.512")
-            ones, three = ir.Constant(shorts, [1] * (2 * lanes)), ir.Constant(bytes_, [3] * width)
-
-            def add_products(total, codes, inputs):
-                if variant == "vnni":
-                    for code, x in zip(codes, inputs, strict=True):
-                        total = builder.call(add_fours, [total, builder.bitcast(code, ints), builder.bitcast(x, ints)])
-                    return total
-                found = None
-                for code, x in zip(codes, inputs, strict=True):
-                    product = builder.call(pairs, [code, x])
-                    found = product if found is None else builder.add(found, product)
-                return builder.add(total, builder.call(fours, [found, ones]))
-
             rows = [builder.add(packed, builder.mul(packed_stride, constant(r))) for r in range(weight_rows)]
             xs = [builder.add(q, builder.mul(q_stride, constant(j))) for j in range(input_rows)]
-            entry = builder.block
-            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-            builder.branch(loop)
 
-            builder.position_at_end(loop)
-            block = builder.phi(int64)
-            block.add_incoming(constant(0), entry)
-            totals = [builder.phi(ints) for _ in range(weight_rows * input_rows)]
-            for phi in totals:
-                phi.add_incoming(ir.Constant(ints, [0] * lanes), entry)
-            new = list(totals)
-            for half in range(0, BLOCK_BYTES, width):
-                codes_at = builder.add(builder.mul(block, constant(BLOCK_BYTES)), constant(half))
-                x_at = builder.add(builder.mul(block, constant(BLOCK)), constant(half))
-                for r in range(weight_rows):
-                    whole = builder.bitcast(load(builder.add(rows[r], codes_at)), shorts)
-                    codes = []
-                    for part in range(4):
-                        shifted = builder.lshr(whole, ir.Constant(shorts, [2 * part] * (2 * lanes))) if part else whole
-                        codes.append(builder.and_(builder.bitcast(shifted, bytes_), three))
-                    for j in range(input_rows):
-                        at = builder.add(xs[j], x_at)
-                        inputs = [load(builder.add(at, constant(BLOCK_BYTES * part))) for part in range(4)]
-                        place = j * weight_rows + r
-                        new[place] = add_products(new[place], codes, inputs)
-            following = builder.add(block, constant(1))
-            block.add_incoming(following, loop)
-            for phi, value in zip(totals, new, strict=True):
-                phi.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, blocks), loop, done)
+            # rows are short, and the processor's own prefetching stops at the end of a page
+            ahead = [builder.add(row, builder.mul(packed_stride, constant(ROWS_AHEAD))) for row in rows]
 
-            builder.position_at_end(done)
-            reduce = function(ir.FunctionType(int32, [ints]), f"llvm.vector.reduce.add.v{lanes}i32")
-            for j in range(input_rows):
-                for r in range(weight_rows):
+            def prefetch(address):
+                kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), int32, int32, int32])
+                flags = [ir.Constant(int32, flag) for flag in (0, 3, 1)]  # to read, keep in every cache, data
+                builder.call(
+                    function(kind, "llvm.prefetch.p0i8"),
+                    [builder.inttoptr(address, ir.IntType(8).as_pointer()), *flags],
+                )
+
+            def over_blocks(first, last, initial, unpack, add_products):
+                """A loop over blocks: sums = add_products(sums, codes, inputs) for each row of codes with each of
+                inputs, `initial` holding the sums of one after those of another. Ends behind it.
+                """
+                before, loop = builder.block, builder.append_basic_block("loop")
+                builder.branch(loop)
+                builder.position_at_end(loop)
+                block = builder.phi(int64)
+                block.add_incoming(first, before)
+                found = [builder.phi(value.type) for value in initial]
+                new, each = list(found), len(initial) // count
+                if input_rows == 1:
+                    line = builder.mul(block, constant(BLOCK_BYTES))
+                    for row in ahead:
+                        prefetch(builder.add(row, line))
+                for half in range(0, BLOCK_BYTES, width):
+                    codes_at = builder.add(builder.mul(block, constant(BLOCK_BYTES)), constant(half))
+                    x_at = builder.add(builder.mul(block, constant(BLOCK)), constant(half))
+                    for r in range(weight_rows):
+                        codes = unpack(builder.bitcast(load(builder.add(rows[r], codes_at)), shorts))
+                        for j in range(input_rows):
+                            at = builder.add(xs[j], x_at)
+                            inputs = [load(builder.add(at, constant(BLOCK_BYTES * part))) for part in range(4)]
+                            place = each * (j * weight_rows + r)
+                            new[place : place + each] = add_products(new[place : place + each], codes, inputs)
+                following = builder.add(block, constant(1))
+                block.add_incoming(following, loop)
+                for phi, value, new_value in zip(found, initial, new, strict=True):
+                    phi.add_incoming(value, before)
+                    phi.add_incoming(new_value, loop)
+                after = builder.append_basic_block("after")
+                builder.cbranch(builder.icmp_signed("<", following, last), loop, after)
+                builder.position_at_end(after)
+                return new
+
+            if variant in FOURFOLD:
+                name = f"llvm.x86.avx512.vpdpbusd.{FOURFOLD[variant]}"
+                add_fours = function(ir.FunctionType(ints, [ints, ints, ints]), name)
+
+                def unpack(whole):
+                    parts = [whole, *(builder.lshr(whole, splat(shift)) for shift in (2, 4, 6))]
+                    return [builder.and_(part, splat(0x0303)) for part in parts]
+
+                def add_products(sums, codes, inputs):
+                    (total,) = sums
+                    for code, x in zip(codes, inputs, strict=True):
+                        total = builder.call(add_fours, [total, builder.bitcast(code, ints), builder.bitcast(x, ints)])
+                    return [total]
+
+                zero = ir.Constant(ints, [0] * lanes)
+                totals = over_blocks(constant(0), blocks, [zero] * count, unpack, add_products)
+            else:
+                totals = pair_sums(builder, over_blocks, function, blocks)
+
+            for first in range(0, count, 4):
+                sums = added_up(builder, totals[first : first + 4])
+                if variant not in FOURFOLD:
+                    sums = builder.ashr(sums, ir.Constant(sums.type, [2] * sums.type.count))
+                for lane in range(min(4, count - first)):
+                    j, r = divmod(first + lane, weight_rows)
                     address = builder.add(builder.add(out, builder.mul(out_stride, constant(j))), constant(4 * r))
-                    value = builder.call(reduce, [new[j * weight_rows + r]])
+                    value = builder.extract_element(sums, ir.Constant(int32, lane))
                     builder.store(value, builder.inttoptr(address, int32.as_pointer())).align = 4
             return context.get_dummy_value()
 
         return signature, codegen
+
+    def added_up(builder, vectors):
+        """The sums of the lanes of up to four registers, in one register of four: three additions for four sums, and
+        one for each halving of the width, where separate reductions take as long as the products of 256 weights.
+        """
+        vectors = vectors + [ir.Constant(ints, [0] * lanes)] * (4 - len(vectors))
+
+        def pick(a, b, chosen):
+            lane_of = [4 * q + i % 4 + lanes * (i // 4) for q in range(lanes // 4) for i in chosen]
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(int32, lanes), lane_of))
+
+        def fold(a, b):  # in every four lanes, halves of a's sum, then of b's
+            return builder.add(pick(a, b, (0, 1, 4, 5)), pick(a, b, (2, 3, 6, 7)))
+
+        ab, cd = fold(*vectors[:2]), fold(*vectors[2:])
+        found, width = builder.add(pick(ab, cd, (0, 2, 4, 6)), pick(ab, cd, (1, 3, 5, 7))), lanes
+        while width > 4:
+            width //= 2
+            low, high = (
+                builder.shuffle_vector(
+                    found, found, ir.Constant(ir.VectorType(int32, width), list(range(at, at + width)))
+                )
+                for at in (0, width)
+            )
+            found = builder.add(low, high)
+        return found
+
+    def pair_sums(builder, over_blocks, function, blocks):
+        """Four times the sums, by vpmaddubsw in int16 for PAIRED_BLOCKS, then by vpmaddwd in int32.
+
+        One shift instead of three: two of the four codes of a byte stay two bits up, so their products are fourfold.
+        """
+        names = {
+            32: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+            64: ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
+        }[width]
+        pairs = function(ir.FunctionType(shorts, [bytes_, bytes_]), names[0])
+        fours = function(ir.FunctionType(ints, [shorts, shorts]), names[1])
+
+        def splat(value):
+            return ir.Constant(shorts, [value] * (2 * lanes))
+
+        def unpack(whole):
+            high = builder.lshr(whole, splat(4))
+            masked = [builder.and_(part, splat(mask)) for part in (whole, high) for mask in (0x0303, 0x0C0C)]
+            return [builder.bitcast(code, bytes_) for code in masked]
+
+        def add_products(sums, codes, inputs):
+            once, fourfold = sums
+            for part in (0, 2):
+                once = builder.add(once, builder.call(pairs, [codes[part], inputs[part]]))
+                fourfold = builder.add(fourfold, builder.call(pairs, [codes[part + 1], inputs[part + 1]]))
+            return [once, fourfold]
+
+        entry, chunk = builder.block, builder.append_basic_block("chunk")
+        builder.branch(chunk)
+        builder.position_at_end(chunk)
+        first = builder.phi(int64)
+        totals = [builder.phi(ints) for _ in range(count)]
+        limit = builder.add(first, ir.Constant(int64, PAIRED_BLOCKS))
+        last = builder.select(builder.icmp_signed("<", limit, blocks), limit, blocks)
+        found = over_blocks(first, last, [splat(0)] * (2 * count), unpack, add_products)
+        new = []
+        for place, total in enumerate(totals):
+            once, fourfold = found[2 * place : 2 * place + 2]
+            both = builder.add(builder.call(fours, [once, splat(4)]), builder.call(fours, [fourfold, splat(1)]))
+            new.append(builder.add(total, both))
+        first.add_incoming(ir.Constant(int64, 0), entry)
+        first.add_incoming(last, builder.block)
+        for phi, value in zip(totals, new, strict=True):
+            phi.add_incoming(ir.Constant(ints, [0] * lanes), entry)
+            phi.add_incoming(value, builder.block)
+        done = builder.append_basic_block("done")
+        builder.cbranch(builder.icmp_signed("<", last, blocks), chunk, done)
+        builder.position_at_end(done)
+        return new
 
     def call(packed, packed_stride, q, q_stride, blocks, out, out_stride):
         dots(packed, packed_stride, q, q_stride, blocks, out, out_stride)
@@ -188,10 +290,11 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
 
 
 def _make_variant(variant: str) -> Any:
-    """The function for a processor, by tiles of four rows of codes with one of inputs, and of two with four."""
+    """The function for a processor, by tiles of four rows of codes with one of inputs, and of one or two with four."""
     if variant == "plain" or variant not in available():
         return plain
-    four_one, two_four, one_one = (_make_dots(variant, *shape) for shape in ((4, 1), (2, 4), (1, 1)))
+    low = 1 if variant in ("avx2", "avxvnni") else 2  # half as many registers, and two sums in each pair
+    high_one, low_wide, one_one = (_make_dots(variant, *shape) for shape in ((4, 1), (low, 4), (1, 1)))
 
     def products(out, packed, q, first, last):
         blocks, stride, q_stride, out_stride = packed.shape[1] // 64, packed.shape[1], q.shape[1], 4 * out.shape[1]
@@ -201,19 +304,19 @@ def _make_variant(variant: str) -> Any:
         while blocks > 0 and r + 4 <= last:
             j = 0
             while j + 4 <= count:
-                for pair in range(r, r + 4, 2):
-                    two_four(
-                        p + pair * stride,
+                for row in range(r, r + 4, low):
+                    low_wide(
+                        p + row * stride,
                         stride,
                         x + j * q_stride,
                         q_stride,
                         blocks,
-                        o + j * out_stride + 4 * pair,
+                        o + j * out_stride + 4 * row,
                         out_stride,
                     )
                 j += 4
             while j < count:
-                four_one(
+                high_one(
                     p + r * stride, stride, x + j * q_stride, q_stride, blocks, o + j * out_stride + 4 * r, out_stride
                 )
                 j += 1
@@ -234,4 +337,4 @@ def _make_variant(variant: str) -> Any:
 
 
 # the fallback of a variant that the processor lacks is never called: the callers choose from available()
-products_avx2, products_avx512, products_vnni = (_make_variant(name) for name in VARIANTS[1:])
+products_avx2, products_avxvnni, products_avx512, products_vnni = (_make_variant(name) for name in VARIANTS[1:])

@@ -7,8 +7,9 @@ One instruction computes four integer products where float32 needs four instruct
 Its product with four inputs, repeated, adds to 16 sums. A tile of sums stays in registers without horizontal additions.
 The sums start at minus the sum of the row's q, because the codes are too large by one.
 
-    vnni           vpdpbusd: four products of unsigned and signed bytes, added to an int32
-    avx512, avx2   vpmaddubsw, pairs in int16 (at most 2 * 2 * 128 = 512), then vpmaddwd, pairs of those in int32
+    vnni, avxvnni  vpdpbusd: four products of unsigned and signed bytes, added to an int32
+    avx512, avx2   vpmaddubsw, pairs in int16, each at most 2 * 2 * 127 = 508. 64 of them add up to 32,512 of 32,767, so
+                   vpmaddwd adds pairs of the sums in int32 only after 64 groups of four inputs.
     others         BLAS on the quantised inputs in float32, which differs only by float32 rounding
 
 Letters: M rows of activations, K inputs, R outputs, R' = R rounded up to blocks of 64.
@@ -32,12 +33,13 @@ from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel, view
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, available, check_variant
+from flashlm_numba.kernels._ternary_dots import FOURFOLD, PLAIN, VARIANTS, available, check_variant
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
 
 COLUMNS = 64  # outputs of a block
 # lanes, registers of outputs, rows of activations of a tile: as many sums as the registers hold
-TILES = {"avx2": (8, 2, 4), "avx512": (16, 4, 5), "vnni": (16, 4, 6)}
+TILES = {"avx2": (8, 2, 5), "avxvnni": (8, 2, 6), "avx512": (16, 4, 5), "vnni": (16, 4, 6)}
+PAIRED_GROUPS = 64  # groups whose products, each at most 2 * 2 * 127 in a pair, an int16 can add up
 
 
 def _make_tile(variant: str, rows: int) -> Any:
@@ -70,46 +72,69 @@ def _make_tile(variant: str, rows: int) -> Any:
                 first = builder.insert_element(nothing, value, ir.Constant(int32, 0))
                 return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(int32, lanes), [0] * lanes))
 
-            if variant == "vnni":
-                add_fours = function("llvm.x86.avx512.vpdpbusd.512", ints, ints, ints, ints)
+            if variant in FOURFOLD:
+                add_fours = function(f"llvm.x86.avx512.vpdpbusd.{FOURFOLD[variant]}", ints, ints, ints, ints)
             elif variant == "avx512":
                 pairs = function("llvm.x86.avx512.pmaddubs.w.512", shorts, bytes_, bytes_)
                 fours = function("llvm.x86.avx512.pmaddw.d.512", ints, shorts, shorts)
             else:
                 pairs = function("llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
                 fours = function("llvm.x86.avx2.pmadd.wd", ints, shorts, shorts)
-            ones = ir.Constant(shorts, [1] * (2 * lanes))
-
-            def add_products(total, code, x):
-                if variant == "vnni":
-                    return builder.call(add_fours, [total, code, x])
-                found = builder.call(pairs, [builder.bitcast(code, bytes_), builder.bitcast(x, bytes_)])
-                return builder.add(total, builder.call(fours, [found, ones]))
-
             q_rows = [builder.add(q, builder.mul(q_stride, constant(j))) for j in range(rows)]
             start = [repeat(builder.neg(load(builder.add(sums, constant(4 * j)), int32)), ints) for j in range(rows)]
-            entry = builder.block
-            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-            written, added, end = (builder.append_basic_block(name) for name in ("write", "add", "end"))
-            builder.branch(loop)
 
-            builder.position_at_end(loop)
-            group = builder.phi(int64)
-            group.add_incoming(constant(0), entry)
-            totals = [builder.phi(ints) for _ in range(rows * registers)]
-            for place, phi in enumerate(totals):
-                phi.add_incoming(start[place // registers], entry)
-            at = builder.add(codes, builder.mul(group, codes_stride))
-            here = [load(builder.add(at, constant(4 * lanes * r)), ints) for r in range(registers)]
-            new = []
-            for j in range(rows):
-                x = repeat(load(builder.add(q_rows[j], builder.mul(group, constant(4))), int32), ints)
-                new += [add_products(totals[j * registers + r], here[r], x) for r in range(registers)]
-            following = builder.add(group, constant(1))
-            group.add_incoming(following, loop)
-            for phi, value in zip(totals, new, strict=True):
-                phi.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
+            def accumulate(first, last, initial, add_products):
+                """A loop over groups, for every register of sums: sum = add_products(sum, code, x). Ends after it."""
+                before, loop = builder.block, builder.append_basic_block("loop")
+                builder.branch(loop)
+                builder.position_at_end(loop)
+                group = builder.phi(int64)
+                group.add_incoming(first, before)
+                found = [builder.phi(value.type) for value in initial]
+                at = builder.add(codes, builder.mul(group, codes_stride))
+                here = [load(builder.add(at, constant(4 * lanes * r)), ints) for r in range(registers)]
+                new = []
+                for j in range(rows):
+                    x = repeat(load(builder.add(q_rows[j], builder.mul(group, constant(4))), int32), ints)
+                    new += [add_products(found[j * registers + r], here[r], x) for r in range(registers)]
+                following = builder.add(group, constant(1))
+                group.add_incoming(following, loop)
+                for phi, value, new_value in zip(found, initial, new, strict=True):
+                    phi.add_incoming(value, before)
+                    phi.add_incoming(new_value, loop)
+                after = builder.append_basic_block("after")
+                builder.cbranch(builder.icmp_signed("<", following, last), loop, after)
+                builder.position_at_end(after)
+                return new
+
+            totals = [value for value in start for _ in range(registers)]
+            done, written, added, end = (builder.append_basic_block(name) for name in ("done", "write", "add", "end"))
+            if variant in FOURFOLD:
+                new = accumulate(constant(0), groups, totals, lambda *operands: builder.call(add_fours, operands))
+                builder.branch(done)
+            else:
+                ones = ir.Constant(shorts, [1] * (2 * lanes))
+
+                def add_pairs(total, code, x):
+                    found = builder.call(pairs, [builder.bitcast(code, bytes_), builder.bitcast(x, bytes_)])
+                    return builder.add(total, found)
+
+                entry, chunk = builder.block, builder.append_basic_block("chunk")
+                builder.branch(chunk)
+                builder.position_at_end(chunk)
+                first = builder.phi(int64)
+                wide = [builder.phi(ints) for _ in totals]
+                limit = builder.add(first, constant(PAIRED_GROUPS))
+                last = builder.select(builder.icmp_signed("<", limit, groups), limit, groups)
+                zero = ir.Constant(shorts, [0] * (2 * lanes))
+                narrow = accumulate(first, last, [zero] * len(totals), add_pairs)
+                new = [builder.add(w, builder.call(fours, [n, ones])) for w, n in zip(wide, narrow, strict=True)]
+                first.add_incoming(constant(0), entry)
+                first.add_incoming(last, builder.block)
+                for phi, value, new_value in zip(wide, totals, new, strict=True):
+                    phi.add_incoming(value, entry)
+                    phi.add_incoming(new_value, builder.block)
+                builder.cbranch(builder.icmp_signed("<", last, groups), chunk, done)
 
             builder.position_at_end(done)
             scaled, places = [], []
@@ -209,9 +234,9 @@ def _make_products(variant: str) -> Any:
 
 
 if numba.config.DISABLE_JIT:
-    products_avx2 = products_avx512 = products_vnni = _products_plain
+    products_avx2 = products_avxvnni = products_avx512 = products_vnni = _products_plain
 else:
-    products_avx2, products_avx512, products_vnni = (_make_products(name) for name in VARIANTS[1:])
+    products_avx2, products_avxvnni, products_avx512, products_vnni = (_make_products(name) for name in VARIANTS[1:])
 
 
 @functools.cache
@@ -273,6 +298,13 @@ def _rows_avx2(out, x, weight, codes, q, scales, sums, spare, add, blas):
 
 
 @serial_kernel
+def _rows_avxvnni(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_avxvnni(out, codes, here, sums, scales, add, spare)
+
+
+@serial_kernel
 def _rows_avx512(out, x, weight, codes, q, scales, sums, spare, add, blas):
     here = _rounded(q, scales, x, codes)
     _add_up(sums, here)
@@ -286,7 +318,13 @@ def _rows_vnni(out, x, weight, codes, q, scales, sums, spare, add, blas):
     products_vnni(out, codes, here, sums, scales, add, spare)
 
 
-KERNELS = {"plain": _rows_plain, "avx2": _rows_avx2, "avx512": _rows_avx512, "vnni": _rows_vnni}
+KERNELS = {
+    "plain": _rows_plain,
+    "avx2": _rows_avx2,
+    "avxvnni": _rows_avxvnni,
+    "avx512": _rows_avx512,
+    "vnni": _rows_vnni,
+}
 
 
 def ternary_gemm_address(variant: int) -> Any:

@@ -24,12 +24,14 @@ from flashlm_numba.kernels._math import ROUNDING, SMALLEST, largest_magnitude
 from flashlm_numba.kernels._ternary_dots import (
     AVX2,
     AVX512,
+    AVXVNNI,
     BLOCK,
     VARIANTS,
     VNNI,
     plain,
     products_avx2,
     products_avx512,
+    products_avxvnni,
     products_vnni,
 )
 from flashlm_numba.kernels.ternary import packed_width
@@ -80,6 +82,8 @@ def ternary_products(out, packed, q, first, last, variant):
         products_vnni(out, packed, q, first, last)
     elif variant == AVX512:
         products_avx512(out, packed, q, first, last)
+    elif variant == AVXVNNI:
+        products_avxvnni(out, packed, q, first, last)
     elif variant == AVX2:
         products_avx2(out, packed, q, first, last)
     else:
@@ -103,6 +107,12 @@ def _serial_avx2(out, packed, q):
 
 
 @serial_kernel
+def _serial_avxvnni(out, packed, q):
+    products_avxvnni(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
+@serial_kernel
 def _serial_avx512(out, packed, q):
     products_avx512(out, packed, q, 0, packed.shape[0])
     _subtract_sums(out, q, 0, packed.shape[0])
@@ -114,7 +124,13 @@ def _serial_vnni(out, packed, q):
     _subtract_sums(out, q, 0, packed.shape[0])
 
 
-SERIAL = {"plain": _serial_plain, "avx2": _serial_avx2, "avx512": _serial_avx512, "vnni": _serial_vnni}
+SERIAL = {
+    "plain": _serial_plain,
+    "avx2": _serial_avx2,
+    "avxvnni": _serial_avxvnni,
+    "avx512": _serial_avx512,
+    "vnni": _serial_vnni,
+}
 
 
 @kernel

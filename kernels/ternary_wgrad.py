@@ -26,8 +26,8 @@ from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, SMALLEST, _bits_from_float, _float_from_bits, largest_magnitude
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import VARIANTS, VNNI, available, check_variant
-from flashlm_numba.kernels.ternary_gemm import COLUMNS, products_vnni
+from flashlm_numba.kernels._ternary_dots import AVXVNNI, VARIANTS, VNNI, available, check_variant
+from flashlm_numba.kernels.ternary_gemm import COLUMNS, products_avxvnni, products_vnni
 
 _FINITE = np.float32(3.4028235e38)
 MOST_ROWS = 2**31 // (127 * 255)  # whose products, each of at most that, an int32 can add up
@@ -106,13 +106,13 @@ else:
 
     @helper
     def ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
-        """out (R, K) += a (M, R).T @ b (M, K), rounded where the variant (its index in VARIANTS) is vnni.
+        """out (R, K) += a (M, R).T @ b (M, K), rounded where the variant (its index in VARIANTS) has vpdpbusd.
 
         More than MOST_ROWS rows are exact too.
         Scratch: codes int32 (M / 4 * K' or more,), shares (M + 3,), q int8 (R * (M + 3),), scales and sums (R,).
         """
         rows, columns, outputs = a.shape[0], b.shape[1], out.shape[0]
-        if variant == VNNI and 0 < rows <= MOST_ROWS:
+        if variant in (VNNI, AVXVNNI) and 0 < rows <= MOST_ROWS:
             groups = (rows + 3) // 4
             width = (columns + COLUMNS - 1) // COLUMNS * COLUMNS
             words = codes[: groups * width].reshape(groups, width)
@@ -121,7 +121,10 @@ else:
                 here.view(np.int32).reshape(outputs, groups), scales, sums, a, shares
             ):
                 bytes_ = here.reshape(outputs, 4 * groups)
-                products_vnni(out, words, bytes_, sums, scales, 1, spare)
+                if variant == VNNI:
+                    products_vnni(out, words, bytes_, sums, scales, 1, spare)
+                else:
+                    products_avxvnni(out, words, bytes_, sums, scales, 1, spare)
                 return
         gemm_tn(blas, out, a, b, np.float32(1))
 

@@ -20,6 +20,13 @@ from flashlm_numba.system.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "tiktoken", "datasets", "safetensors", "torch")
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")  # the features that the kernels use
+# by variant of the ternary products (kernels/_ternary_dots.py): the processors whose variant is the next better
+FASTER = {
+    "plain": "avx2, on x86 processors since 2013",
+    "avx2": "avxvnni, on processors with AVX-VNNI: most laptops since 2021",
+    "avxvnni": "vnni, on processors with AVX512-VNNI",
+    "avx512": "vnni, on processors with AVX512-VNNI",
+}
 GENERIC = ("Prescott", "Core2", "Nehalem", "Generic", "armv8")  # OpenBLAS's names for processors without wide registers
 READ_BYTES = 1 << 28  # larger than most last-level caches
 ROOM = 2 << 30  # bytes of free disk space that a run and the caches may need
@@ -139,6 +146,7 @@ def examine(threads: int) -> dict[str, Any]:
         "threading_layer": _threading_layer(),
         "features": [feature for feature in FEATURES if feature in features],
         "ternary_products": variant,
+        "faster_products": FASTER.get(variant, ""),
         "blas": blas,
         "gemm_gflops": round(gemm_gflops(), 1),
         "read_gbytes_per_s": round(read_gbytes_per_s(threads), 1),
@@ -215,7 +223,8 @@ def report(found: dict[str, Any]) -> str:
             for pool in found["blas"]
         ),
         f"products        {found['gemm_gflops']:,.0f} GFLOP/s in float32",
-        f"                ternary products with the {found['ternary_products']} kernel",
+        f"                ternary products with the {found['ternary_products']} kernel"
+        + (f" (faster: {found['faster_products']})" if found["faster_products"] else ""),
         f"memory          {found['read_gbytes_per_s']:,.0f} GB/s"
         + (f", {memory['total']:,} MB, {memory['free']:,} MB free" if memory else ""),
         *(f"cache           {name}: {place}" for name, place in found["caches"].items()),

@@ -88,7 +88,7 @@ def test_weight_gradient_errs_by_its_rounding_only(seed, rows, outputs, columns)
     b = (rng.standard_normal((rows, columns)) * np.exp(2 * rng.standard_normal((rows, 1)))).astype(np.float32)
     want = a.astype(np.float64).T @ b.astype(np.float64)
     found = ternary_wgrad(a, b)
-    twin = reference.ternary_wgrad_int8(a, b) if VARIANTS[-1] == "vnni" else want
+    twin = reference.ternary_wgrad_int8(a, b) if VARIANTS[-1] in _ternary_dots.FOURFOLD else want
     # the twin divides where the kernel multiplies by the inverse: a number halfway may be rounded to the other side
     np.testing.assert_allclose(found, twin, rtol=0, atol=2e-2 * np.abs(twin).max(initial=0) + 1e-30)
     # half a unit of each operand's rounding
@@ -109,7 +109,7 @@ def test_weight_gradient_of_more_rows_than_an_int32_can_add_up():
 def test_weight_gradient_is_exact_without_bytes_and_shows_what_is_not_finite(variant):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((9, 5), np.float32), rng.standard_normal((9, 70), np.float32)
-    if variant != "vnni":
+    if variant not in _ternary_dots.FOURFOLD:
         np.testing.assert_allclose(ternary_wgrad(a, b, variant=variant), a.T @ b, rtol=1e-4, atol=1e-5)
     b[3, 2] = np.nan
     assert np.isnan(ternary_wgrad(a, b, variant=variant)[:, 2]).all()
