@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -43,13 +44,35 @@ def test_only_the_kernels_use_numba_decorators():
         assert "njit" not in path.read_text(encoding="utf-8"), path.name
 
 
-@pytest.mark.skipif("CI" not in __import__("os").environ, reason="builds a wheel; CI does")
-def test_the_wheel_holds_no_top_level_kernels(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+@pytest.mark.skipif("CI" not in __import__("os").environ, reason="builds wheels; CI does")
+@pytest.mark.parametrize("link", ["link", "text file"])
+def test_the_wheel_holds_the_kernels_whatever_became_of_the_link(tmp_path, link):
+    """A checkout on Windows and a zip download have a text file where the link to the kernels was."""
+    source = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    if link == "text file":
+        (source / "flashlm_numba" / "kernels").unlink()
+        (source / "flashlm_numba" / "kernels").write_text("../kernels", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"flashlm_numba"}
     assert "flashlm_numba/kernels/trunk.py" in names
+    assert "flashlm_numba/kernels" not in names
     assert "flashlm_numba/py.typed" in names
+
+
+def test_the_oldest_dependencies_of_ci_are_those_that_are_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    allowed = dict(
+        re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups() for text in project["dependencies"] if ">=" in text
+    )
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").split()
+    oldest = dict(line.split("==") for line in lines)
+
+    def number(version):
+        return [int(part) for part in version.split(".")] + [0] * (3 - version.count(".") - 1)
+
+    assert {name: number(v) for name, v in oldest.items()} == {name: number(v) for name, v in allowed.items()}
