@@ -25,13 +25,14 @@ import numpy as np
 from flashlm_numba.data.builtin import default_corpus
 from flashlm_numba.data.prepare import prepare as prepare_tokens
 from flashlm_numba.data.splits import SplitChoice
+from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
 from flashlm_numba.heads import Head
 from flashlm_numba.heads.sampling import check_settings
 from flashlm_numba.inference.evaluate import token_nll
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.model import build
 from flashlm_numba.model.config import RunConfig
-from flashlm_numba.model.recipes import from_recipe
+from flashlm_numba.model.recipes import from_recipe, names_head
 from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
@@ -57,18 +58,21 @@ def prepare(
     column: str = "text",
     skip_missing: bool = False,
     workers: int | None = None,
+    vocab: StrPath | int = DEFAULT_VOCABULARY,
     progress: bool = False,
 ) -> Path:
     """Tokenise documents for training. Returns `out`, the folder that holds the tokens.
 
     source : a .parquet, .jsonl or .txt file, a folder or a glob of such files, or the name of a Hugging Face dataset;
-        None for the built-in text, which needs no `out`
+        None for the built-in text, which needs no `out` with GPT-2's vocabulary
+    vocab : "gpt2"; "bytes"; a number of tokens, to train a vocabulary on the text; or the path of a tokenizer.json
     progress : show a progress bar on standard error
     The other arguments are the options of `flashlm-numba prepare`.
     Raises UserError if the source cannot be read or `out` holds something else.
     """
     if out is None:
         changed = (validation, subset, max_tokens, max_docs) != (None,) * 4 or lines or split != "auto"
+        changed = changed or vocab != DEFAULT_VOCABULARY
         if source is not None or changed:
             raise UserError("Give out, the folder for the tokens.")
         return default_corpus(progress=progress)
@@ -84,6 +88,7 @@ def prepare(
         column=column,
         skip_missing=skip_missing,
         workers=workers,
+        vocab=vocab,
         progress=progress,
     )
     return expanded(out)
@@ -171,8 +176,8 @@ def train(
     Traceback (most recent call last):
     flashlm_numba.system.errors.UserError: There is no folder no such folder; make one with `flashlm-numba prepare ...
     """
-    changes = [f"head.name={head}"] if head else []
-    run = from_recipe(recipe, [*changes, *_texts(settings)])
+    changes = [*([f"head.name={head}"] if head else []), *_texts(settings)]
+    run = from_recipe(recipe, changes)
     run = run if seed is None else replace(run, seed=whole("seed", seed, 0))
     done = runs.start_run(
         run,
@@ -180,6 +185,7 @@ def train(
         data=None if data is None else str(expanded(data)),
         out=None if out is None else expanded(out),
         threads=None if threads is None else whole("threads", threads),
+        any_head=not names_head(changes, run.head.name),
         progress=progress,
     )
     return Run(done.folder, done.status)
@@ -236,7 +242,7 @@ class TrainedModel:
         self.config: RunConfig = loaded.run
         self.trained: dict[str, Any] = {name: loaded.state[name] for name in ("step", "tokens", "seconds")}
         self.model = loaded.model
-        self.vocabulary = build.vocabulary_of(loaded.run)
+        self.vocabulary = loaded.vocabulary
         self.vocabulary.load()
 
     @property

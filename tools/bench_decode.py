@@ -40,6 +40,7 @@ from flashlm_numba.model.model import Model
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import set_threads
+from flashlm_numba.training.inputs import with_vocabulary_of
 from tools.bench import allocators, bandwidth, machine, output, timing
 
 CHECKED = 64  # tokens that are decoded and compared with the whole forward pass
@@ -53,7 +54,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 def make_model(data: TokenData, head: str) -> Model:
     """A model with the recipe default's shape and this head before its first step, except that no gain is zero."""
     settings = [f"head.name={head}", "log_prior=true", "activations=float"]
-    run = from_recipe("default", settings)
+    run = with_vocabulary_of(data, from_recipe("default", settings), any_head=False)
     model = assemble.new_model(run, data, lambda line: None)[0]
     for name, value in model.parameters.items():
         if name.startswith(("blocks.0.mixer.leaky.", "ngram_copy.")):

@@ -20,7 +20,7 @@ from flashlm_numba.cli import options
 from flashlm_numba.cli.options import HeadName, Number, PathOrSource, Text, echo, use_threads
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.model.config import RunConfig
-from flashlm_numba.model.recipes import RECIPES, from_recipe
+from flashlm_numba.model.recipes import RECIPES, from_recipe, names_head
 from flashlm_numba.system.display import peak_rss_mb, plural
 
 if TYPE_CHECKING:
@@ -51,6 +51,15 @@ if TYPE_CHECKING:
 @options.column
 @options.skip_missing
 @click.option("--workers", type=click.IntRange(min=1), help="Number of tokeniser threads. Default: all cores.")
+@click.option(
+    "--vocab",
+    type=PathOrSource(),
+    metavar="gpt2|bytes|N|FILE",
+    default="gpt2",
+    show_default=True,
+    help="Vocabulary. gpt2: GPT-2's 50,257 tokens. bytes: the 256 bytes. N: train a byte-level BPE of N tokens, 257 to "
+    "65,536, on the training documents. FILE: a byte-level tokenizer.json in Hugging Face's format.",
+)
 def prepare(
     source: str | None,
     out: Path | None,
@@ -63,8 +72,9 @@ def prepare(
     column: str,
     skip_missing: bool,
     workers: int | None,
+    vocab: str,
 ) -> None:
-    """Tokenise documents with GPT-2's vocabulary and write the tokens to the folder --out.
+    """Tokenise documents and write the tokens and their vocabulary to the folder --out.
 
     SOURCE is a .parquet, .jsonl (.gz, .zst) or .txt file, a folder or a quoted glob of such files, or the name of a
     Hugging Face dataset. Without SOURCE, the command prepares the built-in text, which `train` uses by default.
@@ -73,9 +83,11 @@ def prepare(
     from flashlm_numba.data.builtin import default_corpus
     from flashlm_numba.data.prepare import prepare as prepare_tokens
     from flashlm_numba.data.shards import open_tokens
+    from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
 
     if out is None:
-        if (source, validation, subset, max_tokens, max_docs) != (None,) * 5 or lines or split != "auto":
+        given = (source, validation, subset, max_tokens, max_docs) != (None,) * 5
+        if given or lines or split != "auto" or vocab != DEFAULT_VOCABULARY:
             raise click.UsageError("Give --out DIR, the folder for the tokens.")
         out = default_corpus()
         manifest = open_tokens(out).manifest
@@ -92,12 +104,14 @@ def prepare(
             column=column,
             skip_missing=skip_missing,
             workers=workers,
+            vocab=vocab,
         )
     for name, part in manifest.splits.items():
         click.echo(
             f"{name:<12} {plural(part.documents, 'document'):>21} {part.text_tokens:>14,} tokens "
             f"{part.text_bytes:>14,} bytes"
         )
+    echo(f"{manifest.vocab_size:,} tokens in the vocabulary {manifest.tokenizer}")
     echo(f"in {out}")
 
 
@@ -108,7 +122,7 @@ def prepare(
     type=HeadName(HEADS),
     help="Output layer. dense: a softmax over all tokens. tree: a hierarchical softmax, much faster. sampled: a "
     "softmax over sampled tokens, in training only; its training loss reads low, because it estimates the other "
-    "tokens. Default: tree for recipe default, dense for recipe v3.",
+    "tokens. Default: tree for recipe default, dense for recipe v3 and for vocabularies below 2,048 tokens.",
 )
 @click.option(
     "--tree",
@@ -208,14 +222,14 @@ def train(
         raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
     if checkpoint is not None:
         raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
-    run = _run_settings(head, tree, recipe, embeddings, settings)
+    run, any_head = _run_settings(head, tree, recipe, embeddings, settings)
     if seed is not None:
         run = replace(run, seed=seed)
     from flashlm_numba.training.plan import Length
     from flashlm_numba.training.run import start_run
 
     length = Length(steps, tokens, minutes)
-    done = start_run(run, length, data=data, out=out, threads=use_threads(threads))
+    done = start_run(run, length, data=data, out=out, threads=use_threads(threads), any_head=any_head)
     raise SystemExit(done.status)
 
 
@@ -228,8 +242,11 @@ def _check_resume(fixed: dict[str, Any]) -> None:
 
 def _run_settings(
     head: str | None, tree: str | None, recipe: str | None, embeddings: str | None, settings: tuple[str, ...]
-) -> RunConfig:
-    """Settings of a new run: the recipe's, changed first by the options and then by --set."""
+) -> tuple[RunConfig, bool]:
+    """Settings of a new run: the recipe's, changed first by the options and then by --set.
+
+    Also whether none of these chooses a head.
+    """
     if tree is not None and head not in (None, "tree"):
         raise click.UsageError("--tree applies only to the tree head; leave it out, or give --head tree.")
     changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
@@ -237,7 +254,7 @@ def _run_settings(
     changes += [f"training.embedding_init={embeddings}"] if embeddings else []
     run = from_recipe(recipe or "default", [*changes, *settings])
     _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embedding_init": embeddings})
-    return run
+    return run, not names_head([*changes, *settings], run.head.name)
 
 
 def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str | None]) -> None:
@@ -291,6 +308,7 @@ def evaluate(
     """
     if data is not None and own_data is not None:
         raise click.UsageError("DATA is the text to score, and --data the text of RUN; give only one of the two.")
+    from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
     from flashlm_numba.inference.evaluate import evaluate_run
 
     use_threads(threads)
@@ -310,9 +328,15 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
         return
-    click.echo(f"NLL            {result['nll']:.4f} nats per token")
-    click.echo(f"perplexity     {math.inf if result['perplexity'] is None else result['perplexity']:.2f}")
-    click.echo(f"bits per byte  {result['bits_per_byte']:.4f}")
+    scores = [
+        f"NLL            {result['nll']:.4f} nats per token",
+        f"perplexity     {math.inf if result['perplexity'] is None else result['perplexity']:.2f}",
+        f"bits per byte  {result['bits_per_byte']:.4f}",
+    ]
+    if result["vocabulary"] != DEFAULT_VOCABULARY:  # nats per token of different vocabularies do not compare
+        scores.insert(0, scores.pop())
+    for line in scores:
+        click.echo(line)
     if result["smoothed_loss"] is not None:
         click.echo(f"smoothed loss  {result['smoothed_loss']:.4f} nats per token (label smoothing 0.1)")
     echo(
@@ -383,7 +407,7 @@ def generate(
     """
     from flashlm_numba.heads.sampling import kinds_of_sampling
     from flashlm_numba.inference.generate import generate_text
-    from flashlm_numba.model.build import load_model, vocabulary_of
+    from flashlm_numba.model.build import load_model
 
     use_threads(threads)
     uses = ["generate", *kinds_of_sampling(temperature, top_k, top_p), *filter(None, [activations])]
@@ -397,7 +421,7 @@ def generate(
         _use_int8_head(model, run)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
-    vocabulary = vocabulary_of(loaded.run)
+    vocabulary = loaded.vocabulary
     vocabulary.load()  # reports a damaged vocabulary before the prompt is printed
     click.echo(prompt, nl=False)
     drawn: list[float] = []  # time at which each token was sampled, seconds

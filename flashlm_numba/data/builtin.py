@@ -9,7 +9,7 @@ from flashlm_numba.data import sources
 from flashlm_numba.data.manifest import FORMAT
 from flashlm_numba.data.prepare import discard_if_damaged, prepare
 from flashlm_numba.data.shards import TokenData, open_tokens
-from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
+from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY, vocabulary_named
 from flashlm_numba.data.writer import SHARD_TOKENS
 from flashlm_numba.system.cache import from_cache, writable_cache
 from flashlm_numba.system.errors import UserError

@@ -74,6 +74,10 @@ class Source(ABC):
         """JSON values that must be unchanged to continue an unfinished corpus."""
         return {"name": self.name, "kind": self.kind, "licence": self.licence}
 
+    def parts(self, role: str) -> int:
+        """Number of parts of a role, as in documents()."""
+        return 1
+
     @abstractmethod
     def documents(
         self,

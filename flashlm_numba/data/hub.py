@@ -53,6 +53,16 @@ class HubDataset(Source):
         read = {"column": self.column, "lines": False}
         return super().fingerprint() | read | {"subset": self.subset, "revision": self.revision, "splits": splits}
 
+    def parts(self, role: str) -> int:
+        """Number of files of a role; see Source.documents."""
+        try:
+            return sum(1 for _ in self._parts(role))
+        except Exception as error:  # a broken connection raises many kinds of errors
+            raise UserError(
+                f"Cannot open {self.name} on Hugging Face ({reason(error)}): check the connection and run the same "
+                "command again."
+            ) from error
+
     def documents(
         self,
         role: str,

@@ -1,103 +1,50 @@
 """Make token shards from documents: the `prepare` command.
 
-data/shards.py reads the files and describes them; data/writer.py writes them. The manifest is written last. While
-`progress.json` exists, the corpus is unfinished, and the same command continues it.
+data/shards.py reads the files and describes them; data/writer.py writes them. A vocabulary that must be trained comes
+first, and tokenizer.json before the shards. The manifest is written last. While `progress.json` exists, the corpus is
+unfinished, and the same command continues it with the vocabulary in the folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from flashlm_numba.data import sources
+from flashlm_numba.data import bpe, sources
+from flashlm_numba.data.byte_level import ByteLevelVocabulary
 from flashlm_numba.data.documents import ALL, Document, Place, Tally
 from flashlm_numba.data.encoding import encoded
 from flashlm_numba.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, Manifest, SplitManifest
+from flashlm_numba.data.report import Report
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.data.splits import VALIDATION_SHARE, Plan, SplitChoice
-from flashlm_numba.data.tokenizer import DEFAULT_VOCABULARY, vocabulary_named
+from flashlm_numba.data.tokenizer import TOKENIZER, Vocabulary
+from flashlm_numba.data.vocabularies import (
+    DEFAULT_VOCABULARY,
+    Request,
+    check_free,
+    read_vocabulary,
+    requested,
+    vocabulary_named,
+    write_vocabulary,
+)
 from flashlm_numba.data.writer import SHARD_TOKENS, ShardWriter, discard, locked, read_journal, write_journal
 from flashlm_numba.system import files
 from flashlm_numba.system.arguments import whole
-from flashlm_numba.system.display import in_terminal, plural, say
+from flashlm_numba.system.display import plural
 from flashlm_numba.system.errors import Stopped, UserError
-from flashlm_numba.system.paths import expanded, printable
+from flashlm_numba.system.paths import expanded
 from flashlm_numba.system.threads import available_cores
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
+READ_BYTES = 8 * bpe.SAMPLE_BYTES  # of a source elsewhere, to train a vocabulary
 JOURNAL_SECONDS = 5.0  # seconds of work lost at most when the process is killed
-
-
-class _Report:
-    """Progress on standard error: a live line in a terminal, else an occasional line; nothing if `on` is False."""
-
-    SILENCE = 30.0  # seconds between lines without a terminal
-
-    def __init__(self, on: bool, max_tokens: int | None) -> None:
-        self._on = on
-        self._console: Console | None = None  # in a terminal
-        self._live: Any = None
-        self._started = self._said = time.monotonic()
-        self._tokens_before = 0
-        self._max_tokens = max_tokens
-        if on and in_terminal():
-            from rich.console import Console
-
-            self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
-    def say(self, text: str) -> None:
-        if self._live is not None and self._console is not None:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                self._console.print(printable(text))
-        elif self._on:
-            say(text)
-
-    def start(self, tokens: int) -> None:
-        self._started = self._said = time.monotonic()
-        self._tokens_before = tokens
-        if self._console is None:
-            return
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        self._live = Progress(
-            SpinnerColumn(),
-            *([BarColumn()] if self._max_tokens else []),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-        )
-        self._task = self._live.add_task("", total=self._max_tokens, status="reading")
-        self._live.start()
-
-    def status(self, documents: int, tokens: int) -> str:
-        rate = (tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
-        return f"{plural(documents, 'document')}, {tokens:,} tokens, {rate:,.0f} tokens/s"
-
-    def update(self, documents: int, tokens: int) -> None:
-        silence = 0.1 if self._live is not None else self.SILENCE
-        if time.monotonic() - self._said < silence:
-            return
-        self._said = time.monotonic()
-        if self._live is not None:
-            self._live.update(self._task, completed=tokens, status=self.status(documents, tokens))
-        else:
-            self.say(self.status(documents, tokens))
-
-    def stop(self) -> None:
-        if self._live is not None:
-            with contextlib.suppress(OSError):
-                self._live.stop()
-            self._live = None
 
 
 def prepare(
@@ -116,7 +63,7 @@ def prepare(
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
     wait: bool = False,
-    vocabulary: str = DEFAULT_VOCABULARY,
+    vocab: str | int | Path = DEFAULT_VOCABULARY,
 ) -> Manifest:
     """Tokenise the documents of a source into shards in the folder out. Continues an interrupted call.
 
@@ -128,8 +75,9 @@ def prepare(
         text; documents from --validation, and those that their file's name holds out, do not count
     lines, column, subset, skip_missing : see sources.resolve;  workers : tokeniser threads; default: all cores
     shard_tokens : ids per shard file;  wait : wait for another process that prepares out, instead of failing
-    vocabulary : name in VOCABULARIES of the vocabulary to encode with
-    The result depends only on the source and these settings, not on workers or interruptions. Memory does not grow with
+    vocab : the vocabulary: a name in VOCABULARIES, a number of tokens to train one, or a tokenizer.json
+    The result depends only on the source and these settings, not on workers or interruptions, and a trained vocabulary
+    also on the version of the library `tokenizers`. Memory does not grow with
     the corpus: it is about 350 MB plus up to 14 times the longest document.
     Raises UserError for a bad source, an out that holds something else, a full disk, or Ctrl-C. Finished work is kept.
     """
@@ -138,6 +86,7 @@ def prepare(
     workers = available_cores() if workers is None else whole("workers", workers)
     if split not in ("auto", "train", "validation"):
         raise ValueError(f"prepare: split must be auto, train or validation, got {split!r}")
+    request = requested(vocab)
     out = expanded(out)
     if (out / "config.json").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run; choose another folder for the tokens.")
@@ -150,12 +99,13 @@ def prepare(
         inside = [path for path in documents.paths if path.parent == out.absolute()] if documents is not None else []
         if inside:
             raise UserError(f"{out} contains the documents ({inside[0].name}); choose another folder.")
-    tokens = vocabulary_named(vocabulary)
-    tokens.load()
-    plan = Plan(resolved, held_out, split, max_docs, max_tokens, tokens)
+    if request.path is not None and request.path.absolute().parent == out.absolute():
+        raise UserError(f"{out} contains the vocabulary {request.path.name}; choose another folder.")
+    measure = request.vocabulary or vocabulary_named("bytes")
+    measure.load()
+    plan = Plan(resolved, held_out, split, max_docs, max_tokens, measure)
     identity = {
         "format": FORMAT,
-        "tokenizer_hash": tokens.hash,
         "source": resolved.fingerprint(),
         "validation_source": None if held_out is None else held_out.fingerprint(),
         "settings": {
@@ -164,14 +114,17 @@ def prepare(
             "max_docs": max_docs,
             "shard_tokens": shard_tokens,
             "validation_share": VALIDATION_SHARE,
+            "vocabulary": request.name,
         },
     }
-    report = _Report(progress, max_tokens)
+    if request.vocabulary is not None:
+        identity["tokenizer_hash"] = request.vocabulary.hash
+    report = Report(progress)
     plan.note = report.say
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, wait):
-            return _prepare(plan, out, identity, shard_tokens, workers, report)
+            return _prepare(plan, request, out, identity, shard_tokens, workers, report)
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {out} holds the finished work: run the same command again to continue.") from None
     except OSError as error:
@@ -188,7 +141,13 @@ def prepare(
 
 
 def _prepare(
-    plan: Plan, out: Path, identity: dict[str, Any], shard_tokens: int, workers: int, report: _Report
+    plan: Plan,
+    request: Request,
+    out: Path,
+    identity: dict[str, Any],
+    shard_tokens: int,
+    workers: int,
+    report: Report,
 ) -> Manifest:
     finished = _finished(out, identity, report)
     if finished is not None:
@@ -198,23 +157,24 @@ def _prepare(
     names = [name for name in SPLITS if name != "test" or (plan.split == "auto" and "test" in plan.source.roles)]
     state = read_journal(out, identity)
     writers: dict[str, ShardWriter] = {}
-
-    def writer(name: str, state: dict[str, Any] | None) -> ShardWriter:
-        return ShardWriter(out, name, shard_tokens, plan.vocabulary.dtype, state)
-
     try:
-        try:
-            plan.start = Place(**state["place"]) if state else Place()
-            for name in names:
-                writers[name] = writer(name, state["splits"][name] if state else None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            report.say(f"The unfinished corpus in {out} is damaged ({error}): starting over.")
-            for opened in writers.values():
-                opened.close()
-            discard(out)
-            state, plan.start = None, Place()
-            writers = {name: writer(name, None) for name in names}
-        done = _write(plan, out, identity, state, writers, workers, report)
+        if state is not None:
+            try:
+                plan.start = Place(**state["place"])
+                vocabulary = read_vocabulary(out, state["tokenizer_hash"])
+                for name in names:
+                    writers[name] = ShardWriter(out, name, shard_tokens, vocabulary.dtype, state["splits"][name])
+            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+                report.say(f"The unfinished corpus in {out} is damaged ({error}): starting over.")
+                for opened in writers.values():
+                    opened.close()
+                discard(out)
+                state, plan.start = None, Place()
+        if state is None:
+            vocabulary = request.vocabulary or _trained(plan, request, report)
+            check_free(out, vocabulary)
+            writers = {name: ShardWriter(out, name, shard_tokens, vocabulary.dtype, None) for name in names}
+        done = _write(plan, vocabulary, out, identity, state, writers, workers, report)
         splits = {name: opened.finish() for name, opened in writers.items()}
     finally:
         for opened in writers.values():
@@ -225,9 +185,9 @@ def _prepare(
         discard(out)  # this corpus cannot be continued
         raise
     manifest = Manifest(
-        tokenizer=plan.vocabulary.name,
-        tokenizer_hash=plan.vocabulary.hash,
-        vocab_size=plan.vocabulary.size,
+        tokenizer=vocabulary.name,
+        tokenizer_hash=vocabulary.hash,
+        vocab_size=vocabulary.size,
         licence=plan.source.licence,
         source=identity["source"],
         validation_source=identity["validation_source"],
@@ -250,14 +210,32 @@ def _prepare(
     return manifest
 
 
+def _trained(plan: Plan, request: Request, report: Report) -> Vocabulary:
+    """Train the requested vocabulary on the training documents of a plan. Nothing is written."""
+    assert request.size is not None
+    report.say(f"Training a vocabulary of {request.size:,} tokens on the training documents of {plan.source.name}.")
+    report.start()
+    sample, read = bpe.Sample(), 0
+    for text in replace(plan, tally=Tally(), start=Place()).training_texts(READ_BYTES):
+        sample.add(text)
+        read += len(text)
+        report.show(f"reading: {read:,} characters, {sample.size:,} bytes in the sample")
+    if not sample.size:
+        raise UserError(f"{plan.source.name} has no training document to train a vocabulary on.")
+    text = bpe.train(sample.texts(), request.size, report.show)
+    report.stop()
+    return ByteLevelVocabulary(text)
+
+
 def _write(
     plan: Plan,
+    vocabulary: Vocabulary,
     out: Path,
     identity: dict[str, Any],
     state: dict[str, Any] | None,
     writers: dict[str, ShardWriter],
     workers: int,
-    report: _Report,
+    report: Report,
 ) -> Tally:
     """Encode and write all documents that the journal does not list as done. Returns the tally of those left out."""
     max_tokens = plan.max_tokens
@@ -270,10 +248,10 @@ def _write(
         report.say(f"Continuing {out} after {plural(documents, 'document')}.")
     else:
         report.say(f"Preparing {plan.source.name} in {out}.")
-    report.start(tokens)
+    report.start(tokens, plan.max_tokens)
 
     def store() -> None:
-        write_journal(out, identity, writers, documents=done, limited_tokens=used, place=place)
+        write_journal(out, identity, writers, vocabulary=vocabulary, documents=done, limited_tokens=used, place=place)
 
     def remaining() -> Iterator[Document]:
         nonlocal tally, place
@@ -284,11 +262,13 @@ def _write(
                 tally, place = document.tally, document.place
 
     done_before = done
-    store()  # marks the folder as an unfinished corpus before the first shard appears
+    store()  # marks the folder as an unfinished corpus before anything else appears
+    if not (out / TOKENIZER).exists():
+        write_vocabulary(out, vocabulary)
     stored = time.monotonic()
-    end_of_document = np.array([plan.vocabulary.eot], dtype=plan.vocabulary.dtype)
+    end_of_document = np.array([vocabulary.eot], dtype=vocabulary.dtype)
     begun = False  # whether a part of the current document has been written
-    stream = encoded(plan.vocabulary, remaining(), workers)
+    stream = encoded(vocabulary, remaining(), workers)
     try:
         for piece, ids, size in stream:
             writer = writers[piece.document.split]
@@ -297,7 +277,7 @@ def _write(
             cut = len(ids) > left
             if cut:
                 ids = ids[: max(left, 0)]
-                size = len(plan.vocabulary.decode_bytes(ids))
+                size = len(vocabulary.decode_bytes(ids))
                 if not len(ids) and not begun:
                     return tally
             writer.append(ids)
@@ -346,7 +326,7 @@ def _check_splits(plan: Plan, splits: dict[str, SplitManifest]) -> None:
         )
 
 
-def _finished(out: Path, identity: dict[str, Any], report: _Report) -> Manifest | None:
+def _finished(out: Path, identity: dict[str, Any], report: Report) -> Manifest | None:
     """The manifest of a finished corpus, or None. Deletes this corpus if shards are missing or have another size.
 
     Raises UserError if its source or settings differ, or if the manifest does not tell.

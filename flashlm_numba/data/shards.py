@@ -1,9 +1,9 @@
 """Read token shards for training and evaluation: memory-mapped files, described by a checked manifest.
 
 A prepared corpus is a folder. `train-00000.bin`, `validation-00000.bin`, and so on are flat arrays of little-endian
-token ids of Vocabulary.dtype, in which the vocabulary's end of text closes every document. `manifest.json` describes
-them and is written last. While `progress.json` exists, the corpus is unfinished. data/prepare.py writes all of these
-files.
+token ids of Vocabulary.dtype, in which the vocabulary's end of text closes every document. `tokenizer.json` is the
+vocabulary. `manifest.json` describes them and is written last. While `progress.json` exists, the corpus is unfinished.
+data/prepare.py writes all of these files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from flashlm_numba.data.manifest import JOURNAL, MANIFEST, Manifest, Shard, SplitManifest
 from flashlm_numba.data.tokenizer import Vocabulary
+from flashlm_numba.data.vocabularies import read_vocabulary
 from flashlm_numba.system import files
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
@@ -152,11 +153,11 @@ class Split:
 class TokenData:
     """A prepared corpus: folder, manifest, hash, vocabulary, and the splits train, validation and test (or None)."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
         self.folder = folder
         self.manifest = manifest
         self.hash = manifest.hash
-        self.vocabulary = manifest.vocabulary
+        self.vocabulary = vocabulary
         self.splits = {name: Split(folder, name, split, self.vocabulary) for name, split in manifest.splits.items()}
         self.train = self.splits["train"]
         self.validation = self.splits["validation"]
@@ -204,7 +205,7 @@ def is_prepared(folder: Path | str) -> bool:
 
 
 def open_tokens(folder: Path | str) -> TokenData:
-    """Open a prepared corpus after cheap checks: the manifest is valid, and every shard exists with the right size.
+    """Open a prepared corpus after cheap checks: manifest and vocabulary are valid, and every shard has the right size.
 
     Raises UserError if a check fails. TokenData.verify() also reads every byte and compares the SHA-256.
     """
@@ -216,7 +217,13 @@ def open_tokens(folder: Path | str) -> TokenData:
     if not (folder / MANIFEST).exists() and (folder / JOURNAL).exists():
         raise UserError(f"{folder} is not finished: run the same `flashlm-numba prepare` command again to continue it.")
     manifest = Manifest.read(folder / MANIFEST)
-    width = np.dtype(manifest.vocabulary.dtype).itemsize
+    vocabulary = read_vocabulary(folder, manifest.tokenizer_hash)
+    if manifest.vocab_size != vocabulary.size:
+        raise UserError(
+            f"{folder / MANIFEST} says {manifest.vocab_size} tokens, but its vocabulary has {vocabulary.size}: "
+            "delete the folder and prepare the corpus again."
+        )
+    width = np.dtype(vocabulary.dtype).itemsize
     for split in manifest.splits.values():
         for shard in split.shards:
             try:
@@ -228,7 +235,7 @@ def open_tokens(folder: Path | str) -> TokenData:
                     f"{folder / shard.name} has {size} bytes, but the manifest says {width * shard.tokens}: "
                     "delete the folder and prepare the corpus again."
                 )
-    return TokenData(folder, manifest)
+    return TokenData(folder, manifest, vocabulary)
 
 
 def sample_batch(

@@ -15,10 +15,11 @@ from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_cores
 
-VALIDATION_SHARE = 0.05  # share of the tokens that become validation, if the source has no validation split
+VALIDATION_SHARE = 0.05  # share of the text that becomes validation, if the source has no validation split
 LEAST_SHARE, MOST_SHARE = 0.025, 0.1  # what counts as about this share
 SMALL = 1_000  # up to this many documents the share is computed; in larger sources it is random
 LONG = 50  # documents so many times as long as the first ones on average are never for validation in larger sources
+PARTS = 32  # parts of a source elsewhere that a vocabulary's sample is read from
 _RULE = "whole documents, by BLAKE2b of the text, copies on one side"
 
 SplitChoice = Literal["auto", "train", "validation"]
@@ -29,9 +30,9 @@ class Sized:
     """A document without its text."""
 
     digest: bytes
-    tokens: float  # with the end of text, as far as --max-tokens allows
+    size: float  # bytes; under --max-tokens, tokens with the end of text, as far as the limit allows
     characters: int
-    cut: bool  # whether --max-tokens cuts it
+    cut: bool = False  # whether --max-tokens cuts it
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,18 @@ class _Reached:
 
 @dataclass
 class Plan:
-    """The assignment of documents to splits, as a deterministic stream that is the same in every run."""
+    """The assignment of documents to splits, as a deterministic stream that is the same in every run.
+
+    measure : vocabulary that counts the tokens of --max-tokens for choosing validation documents. Without a limit, the
+        splits are the same for every vocabulary.
+    """
 
     source: Source
     validation: Source | None
     split: SplitChoice
     max_docs: int | None
     max_tokens: int | None
-    vocabulary: Vocabulary
+    measure: Vocabulary
     rule: str = ""  # how the validation documents are chosen; set when the first document is read
     tally: Tally = field(default_factory=Tally)
     start: Place = field(default_factory=Place)  # documents() begins here
@@ -157,11 +162,12 @@ class Plan:
         Of the last document only the tokens within --max-tokens count; without any it is left out.
         """
         limit = min(self.max_docs or SMALL + 1, SMALL + 1)
-        found = [Sized(_digest(text), 0, len(text), False) for text, _ in self._texts(self.source, ALL, limit)]
+        texts = (text for text, _ in self._texts(self.source, ALL, limit))
+        found = [Sized(_digest(text), len(text.encode("utf-8", "replace")), len(text)) for text in texts]
         small = len(found) <= SMALL
-        if not small and self.max_tokens is None:
-            return found, False
-        left = math.inf if self.max_tokens is None else self.max_tokens
+        if self.max_tokens is None:
+            return found, small
+        left = self.max_tokens
         tally, self.tally = self.tally, Tally()
         with contextlib.closing(self._sizes(len(found))) as sizes:
             for index, (size, seen) in enumerate(sizes):
@@ -169,7 +175,7 @@ class Plan:
                     tally, small = seen, True
                     del found[index:]
                     break
-                found[index] = replace(found[index], tokens=min(size, left), cut=size > left)
+                found[index] = replace(found[index], size=min(size, left), cut=size > left)
                 left -= size
         self.tally = tally
         return found, small
@@ -178,7 +184,7 @@ class Plan:
         """Tokens of the first documents, counted by several threads, and the tally before each."""
         texts = self._texts(self.source, ALL, count)
         stream = encoded(
-            self.vocabulary, (Document("", text, True, Tally(tally.empty)) for text, tally in texts), available_cores()
+            self.measure, (Document("", text, True, Tally(tally.empty)) for text, tally in texts), available_cores()
         )
         size = 1  # the end of text
         with contextlib.closing(stream):
@@ -189,23 +195,16 @@ class Plan:
                     size = 1
 
     def _split_off(self) -> Iterator[Document]:
-        """Choose documents with 5 % of the tokens for validation, by a hash of the text; see docs/data.md."""
+        """Choose documents with 5 % of the text for validation, by a hash of the text; see docs/data.md."""
         first, small = self._first_documents()
         seen, self.tally = self.tally, Tally()
-        if len(first) == 2 and first[1].cut and first[1].tokens < LEAST_SHARE * (first[0].tokens + first[1].tokens):
+        if len(first) == 2 and first[1].cut and first[1].size < LEAST_SHARE * (first[0].size + first[1].size):
             del first[1]  # too little for either split
         if len(first) == 1:
             yield from self._cut_one(first[0])
             self.tally = seen
             return
-        chosen: set[bytes] = set()
-        if first and small:
-            chosen, share = choose_validation(first)
-            self.rule = f"{share:.1%} of the tokens for validation: {_RULE}"
-        else:
-            self.rule = f"about {VALIDATION_SHARE:.0%} of the tokens for validation: {_RULE}"
-        bound = int(VALIDATION_SHARE * 2**64).to_bytes(8, "big")
-        longest = LONG * sum(document.characters for document in first) / max(1, len(first))
+        is_validation = self._chooser(first, small)
         place = self.start
         number = place.documents
         self.tally = Tally(place.empty)
@@ -216,18 +215,92 @@ class Plan:
 
         limit = None if self.max_docs is None else self.max_docs - number
         for text, tally in self._texts(self.source, ALL, limit, place.part, started):
-            digest = _digest(text)
-            is_validation = digest in chosen if small else digest < bound and len(text) <= longest
-            name = "validation" if is_validation else "train"
+            name = "validation" if is_validation(text) else "train"
             yield Document(name, text, True, Tally(tally.empty), place)
             number += 1
+
+    def _chooser(self, first: list[Sized], small: bool) -> Callable[[str], bool]:
+        """Whether a document is for validation, by its text. Sets the rule."""
+        if first and small:
+            chosen, share = choose_validation(first)
+            self.rule = f"{share:.1%} of the text for validation: {_RULE}"
+            return lambda text: _digest(text) in chosen
+        self.rule = f"about {VALIDATION_SHARE:.0%} of the text for validation: {_RULE}"
+        bound = int(VALIDATION_SHARE * 2**64).to_bytes(8, "big")
+        longest = LONG * sum(document.characters for document in first) / max(1, len(first))
+        return lambda text: _digest(text) < bound and len(text) <= longest
+
+    # --- a sample of the training documents
+
+    def training_texts(self, most: int) -> Iterator[str]:
+        """Texts of training documents, to train a vocabulary on: all of a local source.
+
+        most : bytes that are read of a source elsewhere, spread over its parts, or from the beginning under a limit
+        Under --max-tokens these are the first documents with as many bytes, since a token has at least one.
+        """
+        remote = not self.source.paths
+        if remote and self.max_docs is None and self.max_tokens is None:
+            roles = [ALL]
+            if not self.splits_off:
+                roles = [stage.role for stage in self.stages() if stage.split == "train" and not stage.held_out]
+            places = [(role, part) for role in roles for part in range(self.source.parts(role))]
+            if len(places) > 1:
+                count = min(PARTS, len(places))
+                chosen = [places[i * len(places) // count] for i in range(count)]
+                yield from self._beginnings(chosen, most / count)
+                return
+        left = math.inf if self.max_tokens is None else self.max_tokens
+        read = 0
+        for document in self.documents():
+            content = document.text.encode("utf-8", "replace")
+            if document.limited:
+                content = content[: int(min(left, len(content)))]
+                left -= len(content) + 1
+            if document.split == "train":
+                yield content.decode("utf-8", "ignore")
+            read += len(content)
+            if left <= 0 or (remote and read >= most):
+                return
+
+    def _beginnings(self, places: list[tuple[str, int]], most: float) -> Iterator[str]:
+        """Texts of training documents from the beginnings of parts (role, number), about `most` bytes of each."""
+        if self.splits_off:
+            is_held_out = self._chooser(*self._first_documents())
+        else:
+            stages = [stage for stage in self.stages() if stage.held_out]
+            digests = {_digest(text) for stage in stages for text, _ in self._texts(stage.source, stage.role, None)}
+
+            def is_held_out(text: str) -> bool:
+                return _digest(text) in digests
+
+        for role, part in places:
+            read = 0
+            for text in self._part(role, part):
+                if not is_held_out(text):
+                    yield text
+                read += len(text.encode("utf-8", "replace"))
+                if read >= most:
+                    break
+
+    def _part(self, role: str, part: int) -> Iterator[str]:
+        """The documents with text of one part of the source."""
+        reached = part
+
+        def started(number: int) -> None:
+            nonlocal reached
+            reached = number
+
+        for text, _ in self._texts(self.source, role, None, part, started):
+            if reached > part:
+                return
+            yield text
 
     def _cut_one(self, document: Sized) -> Iterator[Document]:
         """The only document of the source, cut into two."""
         self.rule = f"the last {VALIDATION_SHARE:.0%} of the one document"
         for text, tally in self._texts(self.source, ALL, 1):
             if document.cut:
-                text = self.vocabulary.decode(self.vocabulary.encode(text)[: self.max_tokens]).rstrip("\ufffd")
+                text = self.measure.decode(self.measure.encode(text)[: self.max_tokens]).rstrip("\ufffd")
             cut = _cut(text)
             if cut is None:
                 raise UserError(
@@ -242,30 +315,30 @@ class Plan:
 
 
 def choose_validation(documents: Sequence[Sized]) -> tuple[set[bytes], float]:
-    """Hashes of the validation documents among all documents of a small source, and their share of the tokens.
+    """Hashes of the validation documents among all documents of a small source, and their share of the text.
 
-    In the order of the hashes, 5 % of the documents are taken. If these do not hold about 5 % of the tokens, documents
+    In the order of the hashes, 5 % of the documents are taken. If these do not hold about 5 % of the text, documents
     are taken one by one until they do, and those that are too long for it are passed over. If all are, the shortest one
     is taken. A document that --max-tokens cuts is taken only if there is no choice.
     """
-    tokens: dict[bytes, float] = {}
+    sizes: dict[bytes, float] = {}
     for document in documents:
-        tokens[document.digest] = tokens.get(document.digest, 0) + document.tokens
-    total = sum(tokens.values())
+        sizes[document.digest] = sizes.get(document.digest, 0) + document.size
+    total = sum(sizes.values())
     order = sorted({document.digest for document in documents if not document.cut})
     if len(order) < 2:
-        order = sorted(tokens)
-    chosen = order[: max(1, round(VALIDATION_SHARE * len(tokens)))]
-    taken = sum(tokens[digest] for digest in chosen)
+        order = sorted(sizes)
+    chosen = order[: max(1, round(VALIDATION_SHARE * len(sizes)))]
+    taken = sum(sizes[digest] for digest in chosen)
     if not LEAST_SHARE * total <= taken <= MOST_SHARE * total:
         chosen, taken = [], 0
         for digest in order:
-            if taken < VALIDATION_SHARE * total and taken + tokens[digest] <= MOST_SHARE * total:
+            if taken < VALIDATION_SHARE * total and taken + sizes[digest] <= MOST_SHARE * total:
                 chosen.append(digest)
-                taken += tokens[digest]
+                taken += sizes[digest]
     if not chosen:
-        chosen = [min(order, key=lambda digest: (tokens[digest], digest))]
-        taken = tokens[chosen[0]]
+        chosen = [min(order, key=lambda digest: (sizes[digest], digest))]
+        taken = sizes[chosen[0]]
     return set(chosen), taken / total
 
 

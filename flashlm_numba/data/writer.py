@@ -19,6 +19,7 @@ import numpy as np
 
 from flashlm_numba.data.documents import Place
 from flashlm_numba.data.manifest import JOURNAL, MANIFEST, SHARD_NAME, SPLITS, Shard, SplitManifest
+from flashlm_numba.data.tokenizer import TOKENIZER, Vocabulary
 from flashlm_numba.system import files, locks
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import parse_json
@@ -138,6 +139,7 @@ def write_journal(
     identity: dict[str, Any],
     writers: dict[str, ShardWriter],
     *,
+    vocabulary: Vocabulary,
     documents: int,
     limited_tokens: int,
     place: Place,
@@ -145,6 +147,7 @@ def write_journal(
     """Sync the shards to disk, then replace the journal.
 
     identity : identity of source and settings, which a later run compares
+    vocabulary : the vocabulary of the shards, which a later run finds in the folder
     documents : finished documents of the plan's stream;  limited_tokens : tokens used of --max-tokens
     place : where a continued run starts reading
     """
@@ -152,6 +155,7 @@ def write_journal(
         writer.sync()
     entry = {
         "identity": identity,
+        "tokenizer_hash": vocabulary.hash,
         "documents": documents,
         "limited_tokens": limited_tokens,
         "place": asdict(place),
@@ -187,7 +191,7 @@ def discard(out: Path) -> None:
     """Delete the files that prepare() writes in out, and nothing else."""
     for entry in list(out.iterdir()):
         counts = re.fullmatch(rf"counts-({'|'.join(SPLITS)})\.np[yz]", entry.name)
-        if counts or SHARD_NAME.fullmatch(entry.name) or entry.name in (MANIFEST, JOURNAL):
+        if counts or SHARD_NAME.fullmatch(entry.name) or entry.name in (MANIFEST, JOURNAL, TOKENIZER):
             entry.unlink()
 
 

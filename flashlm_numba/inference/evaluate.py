@@ -218,7 +218,7 @@ def evaluate_run(
     """
     from flashlm_numba.data.builtin import open_run_tokens
     from flashlm_numba.data.shards import is_prepared, open_tokens
-    from flashlm_numba.model.build import load_model, vocabulary_of
+    from flashlm_numba.model.build import load_model
     from flashlm_numba.system.display import Display
 
     uses = ["score", *["whole"] * smoothed, *filter(None, [activations])]
@@ -230,7 +230,7 @@ def evaluate_run(
             f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
             "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
         )
-    vocabulary = vocabulary_of(loaded.run)
+    vocabulary = loaded.vocabulary
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
@@ -277,6 +277,7 @@ def evaluate_run(
         "checkpoint_step": loaded.state["step"],
         "ema": ema or bool(loaded.state.get("ema")),
         "activations": activations,
+        "vocabulary": vocabulary.name,
         "causal": True,  # a model that is not causal gets no score
     }
 

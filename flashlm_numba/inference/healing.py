@@ -1,8 +1,9 @@
 """Token healing: continue a prompt that ends in whitespace as the training text would.
 
-GPT-2's tokens hold the space before a word, so in a text "Hello world" no token is a single space. A prompt "Hello "
-would end in one, which the model has hardly seen before a word. Here the last whitespace character leaves the prompt,
-and the first generated tokens must begin with its bytes. The prompt and the generated text still join without a gap.
+The tokens of GPT-2 and of trained vocabularies hold the space before a word, so in a text "Hello world" no token is a
+single space. A prompt "Hello " would end in one, which the model has hardly seen before a word. Here the last
+whitespace character leaves the prompt, and the first generated tokens must begin with its bytes. The prompt and the
+generated text still join without a gap.
 """
 
 from __future__ import annotations

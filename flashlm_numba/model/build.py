@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba.data.manifest import MANIFEST, Manifest
 from flashlm_numba.data.shards import TokenData
-from flashlm_numba.data.tokenizer import VOCABULARIES, Vocabulary, vocabulary_named
+from flashlm_numba.data.tokenizer import Vocabulary
+from flashlm_numba.data.vocabularies import read_vocabulary, vocabulary_of
 from flashlm_numba.heads import Head, head_class
 from flashlm_numba.heads.sampling import KINDS
 from flashlm_numba.model import checkpoint, data_place, packed
@@ -51,6 +50,7 @@ class Loaded:
     run: RunConfig
     model: Model
     state: dict[str, Any]  # state.json: step, tokens, seconds, ...
+    vocabulary: Vocabulary
 
 
 def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
@@ -97,6 +97,7 @@ def load_model(
     if folder.is_file():
         return _load_exported(folder, checkpoint_name, ema, uses, progress)
     run = read_config(folder)
+    vocabulary = checked_vocabulary(read_vocabulary(folder, run.tokenizer_hash), run, folder)
     path = checkpoint.find(folder, checkpoint_name)
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     tensors = checkpoint.load(path, "model")
@@ -105,7 +106,16 @@ def load_model(
             raise UserError(f"{folder} has no EMA of its weights; leave out --ema.")
         tensors |= checkpoint.load(path, "ema")
     ensure_compiled(kernel_parts(run, uses), progress)
-    return Loaded(run, model_from(run, tensors), state)
+    return Loaded(run, model_from(run, tensors), state, vocabulary)
+
+
+def checked_vocabulary(vocabulary: Vocabulary, run: RunConfig, where: Path) -> Vocabulary:
+    """Return the vocabulary if it has the model's number of tokens; raise UserError otherwise."""
+    if vocabulary.size == run.model.vocab_size:
+        return vocabulary
+    raise UserError(
+        f"The vocabulary of {where} has {vocabulary.size:,} tokens, but its model {run.model.vocab_size:,}; restore it."
+    )
 
 
 def _load_exported(
@@ -113,34 +123,14 @@ def _load_exported(
 ) -> Loaded:
     if checkpoint_name is not None or ema:
         raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
-    config, tensors, state = packed.read(path)
+    config, tensors, state, tokenizer = packed.read(path)
     run = run_from_json(config, path)
+    vocabulary = checked_vocabulary(vocabulary_of(tokenizer, run.tokenizer_hash, path), run, path)
     ensure_compiled(kernel_parts(run, uses), progress)
     try:
-        return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path))
+        return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path), vocabulary)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from None
-
-
-def vocabulary_of(run: RunConfig) -> Vocabulary:
-    """The vocabulary of a run's model, as named in the manifest of its training text.
-
-    The settings do not name the vocabulary. Without the training text, as for an exported model, this is the first of
-    VOCABULARIES with the model's number of tokens. Raises UserError if there is none.
-    """
-    if run.data:
-        with contextlib.suppress(UserError):
-            manifest = Manifest.read(Path(run.data) / MANIFEST)
-            if manifest.hash == run.data_hash:
-                return manifest.vocabulary
-    for name in VOCABULARIES:
-        vocabulary = vocabulary_named(name)
-        if vocabulary.size == run.model.vocab_size:
-            return vocabulary
-    raise UserError(
-        f"No known vocabulary has the model's {run.model.vocab_size:,} tokens, and the training text, which names the "
-        "vocabulary, is gone; restore the text at its old place."
-    )
 
 
 def new_model(

@@ -169,6 +169,7 @@ class RunConfig:
     # the same as an absolute path; runs of earlier versions do not have it
     data_absolute: str = field(default="", metadata={"optional": True})
     data_hash: str = ""  # SHA-256 over the shards, so that a resumed run reads the same tokens
+    tokenizer_hash: str = ""  # SHA-256 of tokenizer.json, the vocabulary that the ids belong to
     model: ModelConfig = ModelConfig()
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -36,6 +36,8 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
         "recipe": run.recipe,
         "head": run.head.name,
         "activations": run.model.activations,
+        "vocabulary": loaded.vocabulary.name,
+        "vocab_size": loaded.vocabulary.size,
         "parameters": sum(value.size for value in parameters.values()),
         "parameters_by_group": groups,
         "ternary_parameters": ternary,

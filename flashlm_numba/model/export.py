@@ -36,5 +36,5 @@ def export_run(
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
     run = dataclasses.replace(loaded.run, data="", data_absolute="", training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
-    packed.write(out, tensors, ternary, run.to_json(), state)
+    packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json())
     return out

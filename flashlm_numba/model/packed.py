@@ -1,10 +1,10 @@
 """A model in one file, with five ternary weights per byte and everything else as in a checkpoint.
 
-The file is a safetensors file. Its metadata contain the run's settings, its training progress, and a SHA-256 over all
-tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8. Byte j of a row is the sum over i < 5 of 3**i
-times the code of weight 5 j + i. The codes 0, 1, 2 stand for -1, 0, +1, and weights beyond K have the code 0. This
-takes 1.6 bits per weight, where a ternary weight carries 1.58 bits. Packing loses nothing, because training evaluates
-the ternary values too.
+The file is a safetensors file. Its metadata contain the run's settings, its training progress, its tokenizer.json, and
+a SHA-256 over all of these and the tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8. Byte j of a
+row is the sum over i < 5 of 3**i times the code of weight 5 j + i. The codes 0, 1, 2 stand for -1, 0, +1, and weights
+beyond K have the code 0. This takes 1.6 bits per weight, where a ternary weight carries 1.58 bits. Packing loses
+nothing, because training evaluates the ternary values too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import parse_json, replace, sync_file, sync_folder
 
-FORMAT = "flashlm-numba packed 1"
+FORMAT = "flashlm-numba packed 2"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
 PER_BYTE = 5
 _POWERS = 3 ** np.arange(PER_BYTE)
@@ -55,9 +55,9 @@ def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
     return (codes.reshape(len(packed), packed.shape[1] * PER_BYTE)[:, :columns] - 1).astype(np.float32)
 
 
-def _digest(tensors: dict[str, np.ndarray], config: str, state: str) -> str:
-    """SHA-256 over the settings and every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{config}\0{state}\0".encode())
+def _digest(tensors: dict[str, np.ndarray], *texts: str) -> str:
+    """SHA-256 over texts and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256("".join(f"{text}\0" for text in texts).encode())
     for name in sorted(tensors):
         array = np.asarray(tensors[name], order="C")
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
@@ -66,12 +66,17 @@ def _digest(tensors: dict[str, np.ndarray], config: str, state: str) -> str:
 
 
 def write(
-    path: Path, tensors: dict[str, np.ndarray], ternary: Collection[str], config: str, state: dict[str, Any]
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    ternary: Collection[str],
+    config: str,
+    state: dict[str, Any],
+    tokenizer: str,
 ) -> None:
     """Write a model's tensors to one file, atomically.
 
     ternary : names of the matrices to pack; tensors holds their ternary values
-    config : the run's settings as JSON;  state : the training progress
+    config : the run's settings as JSON;  state : the training progress;  tokenizer : the text of tokenizer.json
     Raises UserError if writing fails.
     """
     from safetensors.numpy import save_file
@@ -80,7 +85,8 @@ def write(
     stored |= {name: value for name, value in tensors.items() if name not in ternary}
     shapes = {name: list(tensors[name].shape) for name in ternary}
     state_text = json.dumps(state | {"shapes": shapes}, sort_keys=True)
-    metadata = {"format": FORMAT, "config": config, "state": state_text, "sha256": _digest(stored, config, state_text)}
+    texts = {"config": config, "state": state_text, "tokenizer": tokenizer}
+    metadata = {"format": FORMAT, **texts, "sha256": _digest(stored, *texts.values())}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +107,8 @@ def write(
             temporary.unlink()
 
 
-def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """config, tensors and state of a file from write(). Raises UserError for other files and for damaged ones."""
+def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:
+    """config, tensors, state and tokenizer of a file from write(). Raises UserError for other and damaged files."""
     from safetensors import SafetensorError, safe_open
 
     damaged = f"{path} is damaged ({{}}); export the run again."
@@ -122,8 +128,8 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-    config, state_text = metadata.get("config", ""), metadata.get("state", "")
-    if _digest(tensors, config, state_text) != metadata.get("sha256"):
+    config, state_text, tokenizer = (metadata.get(name, "") for name in ("config", "state", "tokenizer"))
+    if _digest(tensors, config, state_text, tokenizer) != metadata.get("sha256"):
         raise UserError(damaged.format("its tensors do not match its SHA-256"))
     try:
         state = parse_json(state_text)
@@ -132,4 +138,4 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
             tensors[name] = unpack_base3(tensors.pop(name + SUFFIX), shapes[name][1])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(damaged.format(error)) from None
-    return config, tensors, state
+    return config, tensors, state, tokenizer

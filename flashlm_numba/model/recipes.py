@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from flashlm_numba.heads import head_class
 from flashlm_numba.model.config import HeadConfig, ModelConfig, OptimizerConfig, Phase, RunConfig, TrainingConfig
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.system.errors import UserError
@@ -59,6 +60,12 @@ RECIPES: dict[str, RunConfig] = {
         ),
     ),
 }
+
+
+def names_head(settings: Iterable[str], head: str) -> bool:
+    """Whether `key=value` texts choose this head, by a name or by a setting that only this head has."""
+    keys = {text.partition("=")[0].strip().removeprefix("head.") for text in settings}
+    return "name" in keys or bool(keys & set(head_class(head).own_settings))
 
 
 def from_recipe(name: str, settings: Iterable[str] = ()) -> RunConfig:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from flashlm_numba.data.builtin import cached_corpus, default_corpus
+from flashlm_numba.data.gpt2 import GPT2Vocabulary
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.heads import head_class
 from flashlm_numba.kernels._cache import user_root
@@ -15,6 +16,8 @@ from flashlm_numba.system.display import Display, Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.paths import expanded
 from flashlm_numba.system.process import run_apart
+
+DENSE_BELOW = 2_048  # tokens; a smaller vocabulary gets the dense head by default, whose products are then small
 
 
 def training_data(source: str | None, progress: Progress) -> Path:
@@ -47,6 +50,11 @@ def training_data(source: str | None, progress: Progress) -> Path:
 def check(run: RunConfig, data: TokenData) -> None:
     """Raise UserError unless the model and the data fit together."""
     size = data.vocabulary.size
+    if run.tokenizer_hash != data.vocabulary.hash:
+        raise UserError(
+            f"The tokens in {data.folder} use the vocabulary {data.vocabulary.name}, and the run has another one "
+            f"(SHA-256 {run.tokenizer_hash[:8]}); name the tokens that it was trained on."
+        )
     if run.model.vocab_size != size:
         raise UserError(
             f"The tokens in {data.folder} have a vocabulary of {size:,}, but model.vocab_size is "
@@ -60,14 +68,25 @@ def check(run: RunConfig, data: TokenData) -> None:
         )
     start = run.training.embedding_init
     head_class(run.head.name).check(run.head, has_rows=start != "random")
-    if start not in ("corpus", "random") and not start.startswith("hf:") and not expanded(start).is_file():
+    if run.embedding_given and data.vocabulary.hash != GPT2Vocabulary.hash:
+        raise UserError(
+            f"--embeddings takes the rows of GPT-2's tokens, but the tokens in {data.folder} use the vocabulary "
+            f"{data.vocabulary.name}; leave it out, or prepare the text with --vocab gpt2."
+        )
+    if run.embedding_given and not start.startswith("hf:") and not expanded(start).is_file():
         raise UserError(
             f"There is no file {expanded(start)} to initialise the embedding; give a GPT-2 .safetensors file."
         )
 
 
-def with_vocabulary_of(data: TokenData, run: RunConfig) -> RunConfig:
-    """The run with the vocabulary size of the data, unless --set asked for another size, which check() rejects."""
+def with_vocabulary_of(data: TokenData, run: RunConfig, any_head: bool) -> RunConfig:
+    """The run with the vocabulary of the data, unless --set asked for another size, which check() rejects.
+
+    any_head : whether the run's head was not chosen, so that a small vocabulary gets the dense head
+    """
+    run = dataclasses.replace(run, tokenizer_hash=data.vocabulary.hash)
+    if any_head and data.vocabulary.size < DENSE_BELOW:
+        run = dataclasses.replace(run, head=dataclasses.replace(run.head, name="dense"))
     if run.model.vocab_size != ModelConfig.vocab_size:
         return run
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=data.vocabulary.size))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from flashlm_numba.data.builtin import open_run_tokens
 from flashlm_numba.data.shards import TokenData, is_prepared, open_tokens
+from flashlm_numba.data.tokenizer import TOKENIZER
+from flashlm_numba.data.vocabularies import write_vocabulary
 from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model import build, checkpoint, data_place
@@ -61,6 +63,7 @@ def start_run(
     data: str | None = None,
     out: Path | None = None,
     threads: int | None = None,
+    any_head: bool = False,
     progress: Progress | None = TERMINAL,
 ) -> Finished:
     """Train a new run.
@@ -68,17 +71,20 @@ def start_run(
     run : settings without a plan;  length : default: the recipe's length, or 20 minutes
     data : a prepared folder; None for the built-in text;  out : folder of the run; default: a new folder in runs/
     threads : default: all that this process may use;  progress : receives notes and steps; None: shows nothing
+    any_head : the run's head is only the recipe's default, so a small vocabulary gets the dense head
     Raises UserError for any error that the user can correct, and ValueError for more threads than there are.
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
+    if data is not None:  # before the head is named and compiled
+        run = inputs.with_vocabulary_of(open_tokens(inputs.training_data(data, progress)), run, any_head)
     check_run(run)
     name = f"{run.head.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = out if out is not None else Path("runs") / name
     _check_free(folder)
     using = set_threads(threads)
     with _compiling(run, progress) as compilation:  # while the text is prepared
-        run, tokens = _with_data(run, data, using, progress)
+        run, tokens = _with_data(run, data, using, any_head, progress)
         # report an impossible length before creating the folder and computing the embedding
         length = length.or_own(run)
         if length.in_steps:
@@ -88,7 +94,7 @@ def start_run(
             _check_free(folder)  # another process may have started a run here since
             session = new_session(run, folder, tokens, progress, compilation)
             rehearse(session, length.minutes, began)
-            write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
+            _store_settings(session)
             _describe(session)
             return Finished(folder, _train_new(session))
 
@@ -105,15 +111,28 @@ def _check_free(folder: Path) -> None:
         raise UserError(f"{folder} is not empty (it holds {inside[0]}); choose another --out for the run.")
 
 
-def _with_data(run: RunConfig, data: str | None, threads: int, progress: Progress) -> tuple[RunConfig, TokenData]:
+def _with_data(
+    run: RunConfig, data: str | None, threads: int, any_head: bool, progress: Progress
+) -> tuple[RunConfig, TokenData]:
     """The settings completed with data and threads, and the tokens, after checking them."""
     source = inputs.training_data(data, progress)
     tokens = open_tokens(source)
     tokens.verify(progress=progress)
     run = replace(run, threads=threads, data=str(source.resolve()), data_hash=tokens.hash)
-    run = inputs.with_vocabulary_of(tokens, run)
+    run = inputs.with_vocabulary_of(tokens, run, any_head)
     inputs.check(run, tokens)
     return run, tokens
+
+
+def _store_settings(session: Session) -> None:
+    """Write the vocabulary and the settings of a new run, or nothing if the disk is full."""
+    folder = session.folder
+    write_vocabulary(folder, session.data.vocabulary)
+    try:
+        write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
+    except BaseException:
+        (folder / TOKENIZER).unlink(missing_ok=True)
+        raise
 
 
 def _describe(session: Session) -> None:
@@ -136,7 +155,7 @@ def _train_new(session: Session) -> int:
         return train(session)
     except MemoryError:
         if not session.clock.step:  # nothing has been trained
-            for made in ("config.json", "metrics.jsonl"):
+            for made in ("config.json", "metrics.jsonl", TOKENIZER):
                 (session.folder / made).unlink(missing_ok=True)
         raise
 

@@ -188,9 +188,7 @@ def test_tokens_with_other_bytes_in_a_shard_are_refused(run, corpus, tmp_path):
 
 
 def test_a_damaged_vocabulary_is_told_of_before_the_prompt(run, monkeypatch):
-    monkeypatch.setattr(
-        "flashlm_numba.data.tokenizer._encoding", lambda: (_ for _ in ()).throw(UserError("It is damaged."))
-    )
+    monkeypatch.setattr("flashlm_numba.data.gpt2._encoding", lambda: (_ for _ in ()).throw(UserError("It is damaged.")))
     done = _run("generate", run, "--prompt", "The people")
     assert done.exit_code == 1
     assert done.stdout == ""

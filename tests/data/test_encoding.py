@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from texts import content, flat, make_texts, quiet, write_jsonl
 
-from flashlm_numba.data import encoding, splits, tokenizer
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data import encoding, gpt2, splits
+from flashlm_numba.data.vocabularies import vocabulary_named
 
 GPT2 = vocabulary_named("gpt2")
 
@@ -24,7 +24,7 @@ def test_long_document_is_encoded_in_pieces_without_a_change(tmp_path):
     assert len(text) > 250_000
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     quiet(str(tmp_path / "a.txt"), tmp_path / "out", split="train")
-    expected = [*tokenizer._encoding().encode_ordinary(text), GPT2.eot]
+    expected = [*gpt2._encoding().encode_ordinary(text), GPT2.eot]
     np.testing.assert_array_equal(flat(tmp_path / "out", "train"), expected)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from texts import TEXTS, write
 
 from flashlm_numba.cli.main import main
-from flashlm_numba.data import documents
+from flashlm_numba.data import bpe, documents, prepare, splits
 from flashlm_numba.data import hub as hub_module
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.data.sources import resolve
@@ -131,3 +131,38 @@ def test_hub_offline_or_unknown_is_one_sentence(hub, monkeypatch):
         list(source.documents("all"))
     with pytest.raises(UserError, match=r"Cannot open .* choose a --subset"):
         resolve("HuggingFaceFW/fineweb-edu")
+
+
+def test_a_vocabulary_is_trained_on_the_beginnings_of_files(hub, tmp_path, monkeypatch):
+    texts = {part: [f"part {part} number {n} " + "word " * 50 for n in range(30)] for part in range(4)}
+    for part, own in texts.items():
+        write(tmp_path / "files" / f"{part}.parquet", own)
+    files = sorted(str(path) for path in (tmp_path / "files").iterdir())
+    datasets = documents.quiet_datasets()
+    load = datasets.load.load_dataset
+
+    def load_dataset(name, subset, **options):
+        return load("parquet", data_files={"train": files}, split=options.get("split"), streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = resolve("some/dataset")
+    assert (source.roles, source.parts("all")) == (("all",), 4)
+    monkeypatch.setattr(splits, "SMALL", 10)
+    seen, add = [], bpe.Sample.add
+    monkeypatch.setattr(bpe.Sample, "add", lambda self, text: (seen.append(text), add(self, text))[1])
+    monkeypatch.setattr(prepare, "READ_BYTES", 4 * 1_000)
+    prepare.prepare("some/dataset", tmp_path / "out", progress=False, vocab=264)
+    assert {text.split()[1] for text in seen} == {"0", "1", "2", "3"}
+    assert len(seen) < 4 * 6
+    tokens = open_tokens(tmp_path / "out")
+    assert tokens.train.n_documents + tokens.validation.n_documents == 120
+    held_out = {tokens.vocabulary.decode(ids) for ids in tokens.validation.documents()}
+    assert held_out
+    assert not held_out & set(seen)
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(UserError, match=r"Cannot open some/dataset on Hugging Face \(reset by peer\)"):
+        source.parts("all")

@@ -12,7 +12,7 @@ from texts import content, flat, make_texts, quiet, texts_of, write_jsonl
 from flashlm_numba.data.manifest import Manifest
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import open_tokens
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.locks import locked
 

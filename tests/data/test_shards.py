@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from texts import flat, make_texts, quiet, write_jsonl
 
 from flashlm_numba.data.shards import Split, open_tokens, sample_batch
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.system.errors import UserError
 
 GPT2 = vocabulary_named("gpt2")
@@ -47,11 +47,12 @@ def test_open_tokens_refuses_what_is_missing_or_damaged(prepared, tmp_path):
     refused("do not add up", lambda m: shard(m).update(tokens=299))
     refused("is wrong", lambda m: shard(m).update(sha256="0"))
     refused("contradict", lambda m: m["splits"]["train"].update(documents=1))
-    refused("has format 99, but this version reads 1", lambda m: m.update(format=99))
+    refused("has format 99, but this version reads 2", lambda m: m.update(format=99))
     refused("is damaged", lambda m: m["splits"].pop("validation"))
     refused("is damaged", lambda m: m.pop("source"))
-    refused("vocab_size is 70000, but gpt2 has 50257 tokens", lambda m: m.update(vocab_size=70_000))
-    refused("there is no vocabulary 'gpt5'", lambda m: m.update(tokenizer="gpt5"))
+    refused("says 70000 tokens, but its vocabulary has 50257", lambda m: m.update(vocab_size=70_000))
+    refused("its vocabulary has no hash", lambda m: m.update(tokenizer_hash="gpt5"))
+    refused("is not the one that its tokens", lambda m: m.update(tokenizer_hash="1" * 64))
     path.write_text(good[:100])
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         open_tokens(prepared)

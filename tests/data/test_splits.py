@@ -104,8 +104,8 @@ def test_novel_with_a_note_trains_on_the_novel(tmp_path):
     (tmp_path / "in" / "note.txt").write_text("\n".join(make_texts(3)), encoding="utf-8")
     manifest = quiet(str(tmp_path / "in"), tmp_path / "out")
     assert manifest.splits["train"].tokens > 50 * manifest.splits["validation"].tokens
-    share = manifest.splits["validation"].tokens / sum(split.tokens for split in manifest.splits.values())
-    assert manifest.split_rule.startswith(f"{share:.1%} of the tokens for validation: whole documents")
+    share = manifest.splits["validation"].text_bytes / sum(split.text_bytes for split in manifest.splits.values())
+    assert manifest.split_rule.startswith(f"{share:.1%} of the text for validation: whole documents")
 
 
 def test_long_documents_of_a_large_source_are_for_training(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import zstandard
 
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import Split
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 
 GPT2 = vocabulary_named("gpt2")
 

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of the file readers, by hand (CI runs the Hypothesis tests beside this file):
 
     pip install atheris
-    python tests/faults/fuzz_readers.py settings -max_total_time=60    or: export, manifest, tree
+    python tests/faults/fuzz_readers.py settings -max_total_time=60    or: export, manifest, tokenizer, tree
 
 Anything but a UserError is a finding; atheris then writes the input to a file, crash-..., and says why.
 """
@@ -17,6 +17,8 @@ def readers(place):
     """By name: a function of bytes that reads them as a file of its kind, and a whole file to begin with."""
     import numpy as np
 
+    from flashlm_numba.data import tokenizer_file
+    from flashlm_numba.data.byte_level import ByteVocabulary
     from flashlm_numba.data.manifest import SPLITS, Manifest, Shard, SplitManifest
     from flashlm_numba.heads.label_tree import Tree
     from flashlm_numba.heads.tree_shapes import build_tree
@@ -38,6 +40,10 @@ def readers(place):
         place.write_bytes(data)
         Manifest.read(place)
 
+    def tokenizer(data):
+        place.write_bytes(data)
+        tokenizer_file.read(place)
+
     def tree(data):
         if data:
             changed = np.frombuffer(data[1 : 1 + (len(data) - 1) // 4 * 4], np.int32)
@@ -45,7 +51,7 @@ def readers(place):
 
     ternary = {name: np.ones((2, 3), np.float32) for name in ("blocks.0.mixer.out.weight", "blocks.0.glu.up.weight")}
     text = from_recipe("default").to_json()
-    packed.write(place, ternary, text, {"step": 1, "tokens": 2, "seconds": 3.0})
+    packed.write(place, ternary, text, {"step": 1, "tokens": 2, "seconds": 3.0}, "")
     shard = Shard("train-00000.bin", 9, "0" * 64)
     splits = {name: SplitManifest(1, 9, 8, 30, (replace(shard, name=f"{name}-00000.bin"),)) for name in SPLITS[:2]}
     told = Manifest("gpt2", "0" * 64, 50_257, None, {}, None, {}, "all", 0, 0, splits)
@@ -53,6 +59,7 @@ def readers(place):
         "settings": (settings, text.encode()),
         "export": (export, place.read_bytes()),
         "manifest": (manifest, told.to_json().encode()),
+        "tokenizer": (tokenizer, ByteVocabulary().to_json().encode()),
         "tree": (tree, b"\0" + whole[arrays[0]].tobytes()),
     }
 

@@ -5,7 +5,10 @@ import sys
 
 from programs import INJECTED, assert_every_checkpoint_is_whole, bits, losses, resume_command, train_command
 
+from flashlm_numba.data.gpt2 import GPT2Vocabulary
+
 PLENTY = 100_000  # kilobytes
+VOCABULARY = -(-len(GPT2Vocabulary().to_json().encode()) // 4_096) * 4  # kilobytes of the run's tokenizer.json
 
 
 def run(command):
@@ -46,7 +49,7 @@ def test_a_checkpoint_without_room_keeps_those_before_and_goes_on_when_there_is_
 
 def test_a_log_without_room(corpus, whole, disk):
     INJECTED["disks full or read-only"] += 1
-    folder = disk(16) / "run"  # settings, and some lines
+    folder = disk(16 + VOCABULARY) / "run"  # settings, and some lines
     done = run(train_command(corpus, folder, "--set", "checkpoint_every=100000"))
     assert_one_sentence(
         done, "No space left", f"free some space there and resume with: flashlm-numba train --resume {folder}"
@@ -56,6 +59,16 @@ def test_a_log_without_room(corpus, whole, disk):
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)
     assert bits(folder) == bits(whole)
+
+
+def test_a_start_without_room_leaves_its_folder_free(corpus, disk):
+    INJECTED["disks full or read-only"] += 1
+    folder = disk(VOCABULARY) / "run"  # no room for the settings
+    done = run(train_command(corpus, folder))
+    assert_one_sentence(done, "No space left", "choose another --out")
+    disk(PLENTY)
+    done = run(train_command(corpus, folder))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_disk_that_becomes_read_only(corpus, whole, disk):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba.data.prepare import prepare
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.heads import DenseHead
 from flashlm_numba.inference.evaluate import (
     _source_documents,

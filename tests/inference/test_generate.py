@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.generate import Utf8Stream, generate_ids, generate_text

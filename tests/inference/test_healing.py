@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.data.tokenizer import Vocabulary, vocabulary_named
+from flashlm_numba.data.tokenizer import Vocabulary
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.generate import generate_text
@@ -40,6 +41,9 @@ class Few(Vocabulary):
                 data = data[len(token) :]
             found.append(ids)
         return found
+
+    def to_json(self):
+        raise NotImplementedError("these tokens are no merges")
 
     def decode_bytes(self, ids):
         return b"".join(b"<end>" if i == self.eot else self.tokens[i] for i in ids)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.model import embedding_init as embeddings
 from flashlm_numba.model.embedding_init import count_pairs, from_corpus, ppmi, truncated_svd
 from flashlm_numba.system.cache import writable_cache

@@ -144,7 +144,7 @@ prepare(sys.argv[1], folder / "tokens", workers=3, progress=False)       # sever
 embeddings.cached_start(open_tokens(folder / "tokens"), 8)  # a process of its own
 child = os.fork()
 if child == 0:  # a child that computes with NumPy and tokenises, but enters no parallel region
-    from flashlm_numba.data.tokenizer import vocabulary_named
+    from flashlm_numba.data.vocabularies import vocabulary_named
     assert vocabulary_named("gpt2").encode("one two")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0

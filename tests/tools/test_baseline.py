@@ -181,16 +181,16 @@ def test_score_counts_every_token_once_whatever_the_windows():
     model = BaselineModel(SMALL, embedding_std=0.5).double()
     total = 0.0
     for document in split.list:  # one pass over each whole document
-        inputs = np.concatenate([[evaluate.EOT], document[:-1]])
+        inputs = np.concatenate([[29], document[:-1]])
         total += model.loss_and_grad(inputs[None], document[None])[1].sum()
     expected = total / 253
     for length, rows in ((32, 1), (33, 4), (200, 8)):
-        got = evaluate.score(model, split, length=length, rows=rows)
+        got = evaluate.score(model, split, eot=29, length=length, rows=rows)
         assert got["tokens"] == 253
         assert got["nll"] == pytest.approx(expected, abs=1e-9)
     assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / 1_000)
     with pytest.raises(ValueError, match="leave none to score"):
-        next(evaluate.scored_windows(split.list[0], context=16, length=16))
+        next(evaluate.scored_windows(split.list[0], context=16, length=16, eot=29))
 
 
 def test_training_step_at_a_share_of_the_positions_trains():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import read_log, read_losses, resume, start
 
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.model import embedding_init as embeddings
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.model.settings import run_from_json, with_settings

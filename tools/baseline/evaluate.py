@@ -15,18 +15,18 @@ from tools.baseline.model import BaselineModel
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split
 
-EOT = 50_256  # GPT-2's <|endoftext|>
 
-
-def scored_windows(document: np.ndarray, context: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def scored_windows(
+    document: np.ndarray, context: int, length: int, eot: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Windows of a document (n,) that score each token once: inputs (t,), targets (t,), index of the first scored.
 
-    The first token is predicted from <|endoftext|>. Windows have at most `length` inputs and overlap by `context`
-    inputs, the receptive field minus 1, so that the result does not depend on `length`.
+    The first token is predicted from the end of text, whose id is eot. Windows have at most `length` inputs and overlap
+    by `context` inputs, the receptive field minus 1, so that the result does not depend on `length`.
     """
     if length <= context:
         raise ValueError(f"windows of {length} tokens leave none to score after {context} of context")
-    inputs = np.concatenate([[EOT], document[:-1]]).astype(np.int64)
+    inputs = np.concatenate([[eot], document[:-1]]).astype(np.int64)
     done = 0
     while done < len(document):
         start = max(0, done - context)
@@ -40,6 +40,7 @@ def score(
     model: BaselineModel,
     split: Split,
     *,
+    eot: int,
     max_tokens: int | None = None,
     length: int = 1024,
     rows: int = 8,
@@ -48,17 +49,18 @@ def score(
 ) -> dict[str, float | int]:
     """NLL of a split by the rule of `flashlm-numba eval`: "nll", "tokens" and, for a complete split, "bits_per_byte".
 
-    Every token of every document is scored once, with a context within its document. max_tokens : score only this many
+    Every token of every document is scored once, with a context within its document. eot : id of the end of text;
+    max_tokens : score only this many
     """
     context = model.config.receptive_field - 1
     length = max(length, 2 * context)
     options: dict[str, Any] = {} if model.adaptive is not None else {"log_prior": log_prior, "soft_cap": soft_cap}
-    windows = [w for d in split.documents(max_tokens) for w in scored_windows(d, context, length)]
+    windows = [w for d in split.documents(max_tokens) for w in scored_windows(d, context, length, eot)]
     windows.sort(key=lambda w: -len(w[0]))  # little padding, which stands at the end and is never looked at
     total, count = 0.0, 0
     for low in range(0, len(windows), rows):
         part = windows[low : low + rows]
-        ids = np.full((len(part), len(part[0][0])), EOT % model.config.vocab_size)
+        ids = np.full((len(part), len(part[0][0])), eot)
         for row, (inputs, _, _) in zip(ids, part, strict=True):
             row[: len(inputs)] = inputs
         hidden = model.hidden(torch.from_numpy(ids)).view(*ids.shape, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def make_model(settings: Settings, tokens: TokenData, counts: np.ndarray) -> tuple[BaselineModel, float]:
     """The model before its first step, and the seconds that its initial embedding took."""
-    config = settings.model
+    config = replace(settings.model, vocab_size=len(counts))
     ranks = frequency_ranks(counts) if settings.adaptive else None
     model = BaselineModel(config, ranks=ranks, div_value=settings.div_value, embedding_std=settings.start_std)
     if settings.start == "random":
@@ -177,7 +177,7 @@ def train(data: Path, settings: Settings, emit: Callable[..., None]) -> dict[str
     limit = math.inf if settings.minutes is None else 60 * settings.minutes
     if end is None and settings.minutes is None:
         raise UserError("Give --steps or --minutes: the last phase has no end.")
-    counts = tokens.train.counts(settings.model.vocab_size)
+    counts = tokens.train.counts(tokens.vocabulary.size)
     model, start_seconds = make_model(settings, tokens, counts)
     optimizers = make_optimizers(settings, model)
     options, scoring = loss_options(settings, counts)
@@ -200,7 +200,8 @@ def train(data: Path, settings: Settings, emit: Callable[..., None]) -> dict[str
             whole = marked or (done and not settings.no_final)
             if whole and peak is None:  # of training: scoring whole documents takes more
                 peak = peak_rss_mb()
-            found = score(model, tokens.validation, max_tokens=None if whole else settings.validate_tokens, **scoring)
+            most = None if whole else settings.validate_tokens
+            found = score(model, tokens.validation, eot=tokens.vocabulary.eot, max_tokens=most, **scoring)
             result = {
                 **({"mark": left.pop(0)} if marked else {}),
                 "step": step,

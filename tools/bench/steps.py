@@ -24,6 +24,7 @@ from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.model.settings import parse_phase
 from flashlm_numba.system.display import peak_rss_mb
 from flashlm_numba.system.threads import set_threads
+from flashlm_numba.training.inputs import with_vocabulary_of
 from flashlm_numba.training.optimizer import Optimizer
 from flashlm_numba.training.session import Session
 from flashlm_numba.training.step import train_step
@@ -88,6 +89,7 @@ def make_session(
     settings += [f"{name}={value}" for name, value in (loss or {}).items()]
     run = from_recipe("default", settings)
     run = dataclasses.replace(run, threads=threads, data=str(data.folder), data_hash=data.hash)
+    run = with_vocabulary_of(data, run, any_head=False)
     model, _ = build.new_model(run, data, lambda line: None)
     optimizer = Optimizer(model.parameters, model.gradients, run.optimizer)
     return Session(run, data.folder, data, model, optimizer, {})

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.data import tokenizer as module
-from flashlm_numba.data.tokenizer import VOCABULARIES, split_text, vocabulary_named
+from flashlm_numba.data import gpt2 as module
+from flashlm_numba.data.tokenizer import split_text
+from flashlm_numba.data.vocabularies import VOCABULARIES, vocabulary_named
 from flashlm_numba.system.errors import UserError
 
 # \x1c is a space to Python and none to the tokenizer; \u00a0 and \u2003 are spaces to both
@@ -33,7 +34,7 @@ def test_a_vocabulary_is_found_by_its_name_and_reads_no_file_until_it_is_used(mo
     monkeypatch.setattr(module, "_encoding", lambda: pytest.fail("a file was read"))
     for name in VOCABULARIES:
         assert vocabulary_named(name).name == name
-    with pytest.raises(UserError, match="no vocabulary 'gpt5'; the vocabularies are gpt2"):
+    with pytest.raises(UserError, match="no vocabulary 'gpt5'; the vocabularies are gpt2, bytes"):
         vocabulary_named("gpt5")
 
 
@@ -123,7 +124,7 @@ def test_missing_vocabulary_offline_is_one_sentence(monkeypatch, tmp_path):
 
 
 def test_import_is_light():
-    heavy = "{'tiktoken', 'numpy', 'numba'}"
-    code = f"import sys, flashlm_numba.data.tokenizer; print({heavy} & set(sys.modules) or 'light')"
+    heavy = "{'tiktoken', 'tokenizers', 'numpy', 'numba'}"
+    code = f"import sys, flashlm_numba.data.vocabularies; print({heavy} & set(sys.modules) or 'light')"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "light"

