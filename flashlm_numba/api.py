@@ -33,6 +33,7 @@ from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.model import build
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import from_recipe, names_head
+from flashlm_numba.model.trained import settings_from
 from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
@@ -154,6 +155,8 @@ def train(
     *,
     head: str | None = None,
     recipe: str = "default",
+    model: str | None = None,
+    init: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
     steps: int | None = None,
     tokens: int | None = None,
@@ -166,6 +169,8 @@ def train(
     """Train a model on a prepared folder, by default on the built-in text. Returns the run.
 
     steps, tokens, minutes : length of the run; give at most one. Default: the recipe's length, or 20 minutes
+    model : shape of the model, such as "nano"; default: the recipe's
+    init : a run, a checkpoint or an exported file whose weights, model and head to start from
     settings : settings to change, as with `--set`, such as {"adamw_lr": 1e-3, "dilations": (1, 4)}
     out : folder of the run; default: a new folder in runs/
     progress : a Progress object that receives notes and steps; TERMINAL shows the progress bar of the command line
@@ -177,7 +182,12 @@ def train(
     flashlm_numba.system.errors.UserError: There is no folder no such folder; make one with `flashlm-numba prepare ...
     """
     changes = [*([f"head.name={head}"] if head else []), *_texts(settings)]
-    run = from_recipe(recipe, changes)
+    if init is None:
+        run = from_recipe(recipe, changes, model)
+    elif model is None:
+        run = settings_from(from_recipe(recipe), changes, expanded(init))
+    else:
+        raise UserError("Give only one of model and init: trained weights have their own shape.")
     run = run if seed is None else replace(run, seed=whole("seed", seed, 0))
     done = runs.start_run(
         run,
@@ -185,7 +195,7 @@ def train(
         data=None if data is None else str(expanded(data)),
         out=None if out is None else expanded(out),
         threads=None if threads is None else whole("threads", threads),
-        any_head=not names_head(changes, run.head.name),
+        any_head=init is None and not names_head(changes, run.head.name),
         progress=progress,
     )
     return Run(done.folder, done.status)

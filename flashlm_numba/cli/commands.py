@@ -19,8 +19,9 @@ import click
 from flashlm_numba.cli import options
 from flashlm_numba.cli.options import HeadName, Number, PathOrSource, Text, echo, use_threads
 from flashlm_numba.heads import HEADS, head_class
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.config import ROWS, RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe, names_head
+from flashlm_numba.model.shapes import SHAPES
 from flashlm_numba.system.display import peak_rss_mb, plural
 
 if TYPE_CHECKING:
@@ -136,6 +137,21 @@ def prepare(
     help="Settings to start from. default: the best settings known so far. v3: FlashLM v3 as published. "
     "Default: default.",
 )
+@click.option(
+    "--model",
+    "shape",
+    type=click.Choice(list(SHAPES)),
+    help="Shape of the model. v3: FlashLM v3's. default: with what the recipe default adds. nano, micro, mini: for "
+    " vocabularies of 1,024, 4,096 and 8,192 tokens, in 224 KB, 960 KB and 4 MB. Default: the recipe's. --set "
+    "changes single numbers of it.",
+)
+@click.option(
+    "--init",
+    type=PathOrSource(path_type=Path),
+    metavar="RUN|EXPORT",
+    help="Start from the trained weights of a run, of one of its checkpoints, or of a file written by `export`, with "
+    "their model and head. The schedule and the optimiser's state are new. DATA needs the same vocabulary.",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Train for this many optimiser steps.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
 @click.option(
@@ -171,14 +187,16 @@ def prepare(
     "settings",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Change one setting of the recipe, such as --set adamw_lr=1e-3; may be repeated. docs/training.md lists all "
-    "settings, and the few that can change with --resume.",
+    help="Change one setting of the recipe or the model, such as --set adamw_lr=1e-3; may be repeated. "
+    "docs/training.md lists all settings, and the few that can change with --resume.",
 )
 def train(
     data: str | None,
     head: str | None,
     tree: str | None,
     recipe: str | None,
+    shape: str | None,
+    init: Path | None,
     steps: int | None,
     tokens: int | None,
     minutes: float | None,
@@ -205,6 +223,8 @@ def train(
                 "--head": head,
                 "--tree": tree,
                 "--recipe": recipe,
+                "--model": shape,
+                "--init": init,
                 "--out": out,
                 "--seed": seed,
                 "--embeddings": embeddings,
@@ -222,7 +242,7 @@ def train(
         raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
     if checkpoint is not None:
         raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
-    run, any_head = _run_settings(head, tree, recipe, embeddings, settings)
+    run, any_head = _run_settings(head, tree, recipe, shape, init, embeddings, settings)
     if seed is not None:
         run = replace(run, seed=seed)
     from flashlm_numba.training.plan import Length
@@ -241,18 +261,35 @@ def _check_resume(fixed: dict[str, Any]) -> None:
 
 
 def _run_settings(
-    head: str | None, tree: str | None, recipe: str | None, embeddings: str | None, settings: tuple[str, ...]
+    head: str | None,
+    tree: str | None,
+    recipe: str | None,
+    shape: str | None,
+    init: Path | None,
+    embeddings: str | None,
+    settings: tuple[str, ...],
 ) -> tuple[RunConfig, bool]:
-    """Settings of a new run: the recipe's, changed first by the options and then by --set.
+    """Settings of a new run: the recipe's, with a shape or trained weights; then the options', then those of --set.
 
     Also whether none of these chooses a head.
     """
     if tree is not None and head not in (None, "tree"):
         raise click.UsageError("--tree applies only to the tree head; leave it out, or give --head tree.")
+    if init is not None:
+        fixed = {"--head": head, "--tree": tree, "--model": shape, "--embeddings": embeddings}
+        if given := [name for name, value in fixed.items() if value is not None]:
+            raise click.UsageError(
+                f"--init takes model and head from the trained weights; leave out {', '.join(given)}."
+            )
+        from flashlm_numba.model.trained import settings_from
+
+        run = settings_from(from_recipe(recipe or "default"), settings, init)
+        _check_settings(run.head.name, settings, {})
+        return run, False
     changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embedding_init={embeddings}"] if embeddings else []
-    run = from_recipe(recipe or "default", [*changes, *settings])
+    run = from_recipe(recipe or "default", [*changes, *settings], shape)
     _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embedding_init": embeddings})
     return run, not names_head([*changes, *settings], run.head.name)
 
@@ -462,18 +499,26 @@ def _stats(drawn: list[float]) -> str:
 @click.command()
 @options.run
 @click.argument("file", type=PathOrSource(path_type=Path))
+@click.option(
+    "--rows",
+    type=click.Choice(ROWS),
+    default="int8",
+    show_default=True,
+    help="Precision of the embedding's rows, which are most of the file. int8 and int4 round them. float keeps them, "
+    "and the exported model then computes exactly the same results as RUN.",
+)
 @options.ema
 @options.checkpoint
-def export(run: Path, file: Path, ema: bool, checkpoint: str | None) -> None:
+def export(run: Path, file: Path, rows: str, ema: bool, checkpoint: str | None) -> None:
     """Write the model in RUN to one FILE (.safetensors), to store or to share.
 
-    The file packs ternary weights into 1.6 bits each and stores all other weights in full precision. The exported
-    model computes exactly the same results.
+    The file packs ternary weights into 1.6 bits each, rounds the rows of the embedding, and stores all other weights
+    in full precision. It names the arithmetic of the rows, and `eval` and `generate` compute with that.
     """
     from flashlm_numba.model.export import export_run
 
-    size = export_run(run, file, checkpoint, ema=ema).stat().st_size
-    echo(f"{file}: {size / 1e6:,.1f} MB")
+    size = export_run(run, file, checkpoint, ema=ema, rows=rows).stat().st_size
+    echo(f"{file}: {size / 1e6:,.1f} MB with {rows} rows")
 
 
 @click.command()

@@ -65,6 +65,11 @@ class Head(ABC):
         return 1.0
 
     @classmethod
+    def training_bytes(cls, settings: HeadConfig, vocab_size: int, dim: int, positions: int) -> int:
+        """Bytes that training takes for the head, about: scratch for so many positions, and rows of its own."""
+        return 4 * positions * dim
+
+    @classmethod
     def constants_from_data(
         cls, settings: HeadConfig, counts: np.ndarray, rows: np.ndarray | None
     ) -> dict[str, np.ndarray]:

@@ -68,6 +68,11 @@ class DenseHead(Head):
         self._int8: tuple[np.ndarray, np.ndarray] | None = None  # quantised rows and their scales
 
     @classmethod
+    def training_bytes(cls, settings: HeadConfig, vocab_size: int, dim: int, positions: int) -> int:
+        """See Head.training_bytes: the logits of a chunk of positions, and three arrays of the hidden states' size."""
+        return min(kernels.SCRATCH_BYTES, 4 * positions * vocab_size) + 12 * positions * dim
+
+    @classmethod
     def from_settings(
         cls,
         settings: HeadConfig,

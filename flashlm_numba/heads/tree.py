@@ -151,6 +151,13 @@ class TreeHead(Head):
         return f"tree ({settings.tree})"
 
     @classmethod
+    def training_bytes(cls, settings: HeadConfig, vocab_size: int, dim: int, positions: int) -> int:
+        """See Head.training_bytes: scratch, and the rows of the inner nodes where these are as many as the tokens."""
+        arity = 2 if settings.tree == "huffman" else settings.tree_arity
+        nodes = vocab_size // (arity - 1) if arity else 0
+        return 64 * positions * dim + 4 * 4 * nodes * dim
+
+    @classmethod
     def constants_from_data(
         cls, settings: HeadConfig, counts: np.ndarray, rows: np.ndarray | None
     ) -> dict[str, np.ndarray]:

@@ -53,6 +53,17 @@ class Loaded:
     vocabulary: Vocabulary
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Trained weights, as read."""
+
+    path: Path  # of the checkpoint or of the exported file
+    run: RunConfig
+    tensors: dict[str, np.ndarray]
+    state: dict[str, Any]  # as in Loaded
+    vocabulary: Vocabulary
+
+
 def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     """The parts of the kernels for these uses of a run's model.
 
@@ -94,19 +105,41 @@ def load_model(
     progress : receives a note and a bar if kernels must be compiled
     Raises UserError if the checkpoint or the file is damaged, or if ema is True and the run has no EMA.
     """
-    if folder.is_file():
-        return _load_exported(folder, checkpoint_name, ema, uses, progress)
-    run = read_config(folder)
-    vocabulary = checked_vocabulary(read_vocabulary(folder, run.tokenizer_hash), run, folder)
-    path = checkpoint.find(folder, checkpoint_name)
-    state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
-    tensors = checkpoint.load(path, "model")
+    trained = read_trained(folder, checkpoint_name, ema=ema)
+    ensure_compiled(kernel_parts(trained.run, uses), progress)
+    try:
+        return Loaded(trained.run, model_from(trained.run, trained.tensors), trained.state, trained.vocabulary)
+    except UserError as error:
+        if not folder.is_file():
+            raise
+        raise UserError(f"{folder} cannot be used: {error}") from None
+
+
+def read_trained(path: Path, checkpoint_name: str | None = None, *, ema: bool = False) -> Trained:
+    """Read the newest or named checkpoint of a run, or an exported file, without building the model.
+
+    path : folder of a run or of one of its checkpoints, or exported file
+    Raises UserError as load_model does.
+    """
+    if path.is_file():
+        if checkpoint_name is not None or ema:
+            raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
+        config, tensors, state, tokenizer = packed.read(path)
+        run = run_from_json(config, path)
+        vocabulary = checked_vocabulary(vocabulary_of(tokenizer, run.tokenizer_hash, path), run, path)
+        return Trained(path, run, tensors, checkpoint.check_state(state, path), vocabulary)
+    if checkpoint_name is None and path.absolute().parent.name == "checkpoints":
+        path, checkpoint_name = path.absolute().parent.parent, path.name
+    run = read_config(path)
+    vocabulary = checked_vocabulary(read_vocabulary(path, run.tokenizer_hash), run, path)
+    found = checkpoint.find(path, checkpoint_name)
+    state = checkpoint.check_state(checkpoint.load_state(found), found, run.model_hash)
+    tensors = checkpoint.load(found, "model")
     if ema:
         if "ema.safetensors" not in state["files"]:
-            raise UserError(f"{folder} has no EMA of its weights; leave out --ema.")
-        tensors |= checkpoint.load(path, "ema")
-    ensure_compiled(kernel_parts(run, uses), progress)
-    return Loaded(run, model_from(run, tensors), state, vocabulary)
+            raise UserError(f"{path} has no EMA of its weights; leave out --ema.")
+        tensors |= checkpoint.load(found, "ema")
+    return Trained(found, run, tensors, state, vocabulary)
 
 
 def checked_vocabulary(vocabulary: Vocabulary, run: RunConfig, where: Path) -> Vocabulary:
@@ -116,21 +149,6 @@ def checked_vocabulary(vocabulary: Vocabulary, run: RunConfig, where: Path) -> V
     raise UserError(
         f"The vocabulary of {where} has {vocabulary.size:,} tokens, but its model {run.model.vocab_size:,}; restore it."
     )
-
-
-def _load_exported(
-    path: Path, checkpoint_name: str | None, ema: bool, uses: Collection[str], progress: Progress
-) -> Loaded:
-    if checkpoint_name is not None or ema:
-        raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
-    config, tensors, state, tokenizer = packed.read(path)
-    run = run_from_json(config, path)
-    vocabulary = checked_vocabulary(vocabulary_of(tokenizer, run.tokenizer_hash, path), run, path)
-    ensure_compiled(kernel_parts(run, uses), progress)
-    try:
-        return Loaded(run, model_from(run, tensors), checkpoint.check_state(state, path), vocabulary)
-    except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
 
 
 def new_model(

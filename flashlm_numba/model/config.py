@@ -18,6 +18,7 @@ from flashlm_numba.system.fields import in_range as _in
 from flashlm_numba.system.fields import one_of as _one_of
 
 ACTIVATIONS = ("float", "int8")
+ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class RunConfig:
     data_absolute: str = field(default="", metadata={"optional": True})
     data_hash: str = ""  # SHA-256 over the shards, so that a resumed run reads the same tokens
     tokenizer_hash: str = ""  # SHA-256 of tokenizer.json, the vocabulary that the ids belong to
+    init: str = ""  # checkpoint or exported file with the weights that the run starts from; empty: new weights
     model: ModelConfig = ModelConfig()
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -13,6 +13,7 @@ from flashlm_numba.model import checkpoint
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.parameters import ternary_names
+from flashlm_numba.model.sizes import device_bytes, parameters_by_part
 from flashlm_numba.system.display import TERMINAL, Progress, peak_rss_mb
 from flashlm_numba.system.errors import UserError
 
@@ -21,13 +22,11 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
     """The description that `info` shows: parameters per group, sizes, shape of the tree, training progress."""
     loaded = load_model(folder, checkpoint_name, uses=["read"], progress=progress)
     run, parameters = loaded.run, loaded.model.parameters
-    groups: dict[str, int] = {}
-    for name, value in parameters.items():
-        parts = name.split(".")
-        group = parts[2] if parts[0] == "blocks" else parts[0]
-        group = "norms" if group in ("norm1", "norm2", "final_norm") else group
-        groups[group] = groups.get(group, 0) + value.size
-    ternary = sum(parameters[name].size for name in ternary_names(run.model))
+    shapes = {name: value.shape for name, value in parameters.items()}
+    ternary = ternary_names(run.model)
+    n_ternary = sum(parameters[name].size for name in ternary)
+    n_parameters = sum(value.size for value in parameters.values())
+    rows = loaded.state.get("rows", "float")
     path = folder if folder.is_file() else checkpoint.find(folder, checkpoint_name)
     files = [path] if path.is_file() else list(path.iterdir())
     peak = peak_rss_mb()
@@ -36,14 +35,17 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
         "recipe": run.recipe,
         "head": run.head.name,
         "activations": run.model.activations,
+        "rows": rows,  # arithmetic of the embedding's rows
         "vocabulary": loaded.vocabulary.name,
         "vocab_size": loaded.vocabulary.size,
-        "parameters": sum(value.size for value in parameters.values()),
-        "parameters_by_group": groups,
-        "ternary_parameters": ternary,
+        "parameters": n_parameters,
+        "parameters_by_group": parameters_by_part(shapes),
+        "ternary_parameters": n_ternary,
+        "float_parameters": n_parameters - n_ternary,
         "bytes": {
-            "float32": 4 * sum(value.size for value in parameters.values()),
-            "ternary_packed": -(-ternary // 4),  # 2 bits per weight
+            "float32": 4 * n_parameters,
+            "ternary_packed": -(-n_ternary // 4),  # 2 bits per weight
+            **device_bytes(loaded.model, loaded.vocabulary, "int8" if rows == "float" else rows),
             "exported" if path.is_file() else "checkpoint": sum(file.stat().st_size for file in files),
         },
         "peak_memory_mb": None if peak is None else round(peak),  # peak of this process, with the model loaded

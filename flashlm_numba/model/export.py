@@ -14,10 +14,17 @@ from flashlm_numba.system.errors import UserError
 
 
 def export_run(
-    folder: Path, out: Path, checkpoint_name: str | None = None, *, ema: bool = False, progress: Progress = TERMINAL
+    folder: Path,
+    out: Path,
+    checkpoint_name: str | None = None,
+    *,
+    ema: bool = False,
+    rows: str = "int8",
+    progress: Progress = TERMINAL,
 ) -> Path:
     """Write a run's model to one file with packed ternary weights. eval, generate and info read it like a run.
 
+    rows : arithmetic of the embedding's rows: "int8" or "int4", with rounding; or "float", exactly those of the run
     The file contains no path of this machine; it identifies the training text by hash only. Returns out.
     Raises UserError if the run cannot be read, or if out exists or cannot be written.
     """
@@ -34,7 +41,7 @@ def export_run(
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # without the path on this machine
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
-    run = dataclasses.replace(loaded.run, data="", data_absolute="", training=training)
+    run = dataclasses.replace(loaded.run, data="", data_absolute="", init=Path(loaded.run.init).name, training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
-    packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json())
+    packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json(), rows)
     return out

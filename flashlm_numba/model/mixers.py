@@ -35,6 +35,14 @@ class MixerType(Protocol):
         """Number of earlier tokens that one pass through the mixer can see."""
         ...
 
+    def state_bytes(self, config: Any) -> int:
+        """Bytes of the decoding state of one layer in int8."""
+        ...
+
+    def activation_floats(self, config: Any) -> int:
+        """Float32 numbers that training keeps of one position in one layer."""
+        ...
+
     def build(self, config: Any) -> Any:
         """The mixers of all blocks as one kernels.trunk.Mixer."""
         ...
@@ -68,6 +76,18 @@ class ConvType:
         if config.leaky_decay:
             reach += math.ceil(math.log(2**-24) / math.log(config.leaky_decay))
         return reach
+
+    def state_bytes(self, config: Any) -> int:
+        """See MixerType: rings of normed rows with a scale each, and the leaky average in float32."""
+        rows = sum((config.kernel_size - 1) * dilation + 1 for dilation in config.dilations)
+        return rows * (config.dim + 4) + (4 * config.dim if config.leaky_decay else 0)
+
+    def activation_floats(self, config: Any) -> int:
+        """See MixerType: the input, the factor of the norm, and gate and value of each convolution."""
+        from flashlm_numba.kernels.conv import padded_width
+
+        padded = padded_width(config.dim, config.groups) * config.groups
+        return config.dim + len(config.dilations) * (config.dim + 1 + 2 * padded)
 
     def build(self, config: Any) -> Any:
         """See MixerType."""

@@ -1,10 +1,14 @@
-"""A model in one file, with five ternary weights per byte and everything else as in a checkpoint.
+"""A model in one file, with five ternary weights per byte, rounded embedding rows, and the rest as in a checkpoint.
 
 The file is a safetensors file. Its metadata contain the run's settings, its training progress, its tokenizer.json, and
 a SHA-256 over all of these and the tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8. Byte j of a
 row is the sum over i < 5 of 3**i times the code of weight 5 j + i. The codes 0, 1, 2 stand for -1, 0, +1, and weights
 beyond K have the code 0. This takes 1.6 bits per weight, where a ternary weight carries 1.58 bits. Packing loses
 nothing, because training evaluates the ternary values too.
+
+The metadata's "rows" names the arithmetic of the embedding's rows, which are also those of a tied head: "float",
+"int8" or "int4". Rounded rows are two tensors, embedding.weight.int8 or .int4 and embedding.weight.scales; see
+rounded_rows.py. Reading widens them to float32, so a model computes with exactly the numbers in its file.
 """
 
 from __future__ import annotations
@@ -19,11 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from flashlm_numba.model.config import ROWS
+from flashlm_numba.model.parameters import EMBEDDING
+from flashlm_numba.model.rounded_rows import round_rows, widen_rows
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import parse_json, replace, sync_file, sync_folder
 
-FORMAT = "flashlm-numba packed 2"
+FORMAT = "flashlm-numba packed 3"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
+SCALES = EMBEDDING + ".scales"
 PER_BYTE = 5
 _POWERS = 3 ** np.arange(PER_BYTE)
 
@@ -72,19 +80,28 @@ def write(
     config: str,
     state: dict[str, Any],
     tokenizer: str,
+    rows: str,
 ) -> None:
     """Write a model's tensors to one file, atomically.
 
     ternary : names of the matrices to pack; tensors holds their ternary values
     config : the run's settings as JSON;  state : the training progress;  tokenizer : the text of tokenizer.json
-    Raises UserError if writing fails.
+    rows : arithmetic of the embedding's rows, in ROWS
+    Raises UserError if writing fails, or if the rows cannot be rounded.
     """
     from safetensors.numpy import save_file
 
     stored = {name + SUFFIX: pack_base3(tensors[name]) for name in ternary}
     stored |= {name: value for name, value in tensors.items() if name not in ternary}
-    shapes = {name: list(tensors[name].shape) for name in ternary}
-    state_text = json.dumps(state | {"shapes": shapes}, sort_keys=True)
+    shapes = {name: list(tensors[name].shape) for name in (*ternary, EMBEDDING)}
+    if rows != "float":
+        try:
+            stored[f"{EMBEDDING}.{rows}"], stored[SCALES] = round_rows(stored.pop(EMBEDDING), rows)
+        except ValueError as error:
+            raise UserError(
+                f"The embedding cannot be rounded to {rows} ({error}); export it with --rows float."
+            ) from None
+    state_text = json.dumps(state | {"shapes": shapes, "rows": rows}, sort_keys=True)
     texts = {"config": config, "state": state_text, "tokenizer": tokenizer}
     metadata = {"format": FORMAT, **texts, "sha256": _digest(stored, *texts.values())}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -108,7 +125,10 @@ def write(
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:
-    """config, tensors, state and tokenizer of a file from write(). Raises UserError for other and damaged files."""
+    """config, tensors, state and tokenizer of a file from write(). Raises UserError for other and damaged files.
+
+    The state has the arithmetic of the rows too, as "rows".
+    """
     from safetensors import SafetensorError, safe_open
 
     damaged = f"{path} is damaged ({{}}); export the run again."
@@ -133,7 +153,12 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:
         raise UserError(damaged.format("its tensors do not match its SHA-256"))
     try:
         state = parse_json(state_text)
-        shapes = state.pop("shapes")
+        shapes, rows = state.pop("shapes"), state["rows"]
+        columns = shapes.pop(EMBEDDING)[1]
+        if rows not in ROWS:
+            raise ValueError(f"the arithmetic of its rows is {rows!r}")
+        if rows != "float":
+            tensors[EMBEDDING] = widen_rows(tensors.pop(f"{EMBEDDING}.{rows}"), tensors.pop(SCALES), columns, rows)
         for name in shapes:
             tensors[name] = unpack_base3(tensors.pop(name + SUFFIX), shapes[name][1])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flashlm_numba.heads import head_class
-from flashlm_numba.model.config import HeadConfig, ModelConfig, OptimizerConfig, Phase, RunConfig, TrainingConfig
+from flashlm_numba.model.config import HeadConfig, OptimizerConfig, Phase, RunConfig, TrainingConfig
 from flashlm_numba.model.settings import with_settings
+from flashlm_numba.model.shapes import SHAPES
 from flashlm_numba.system.errors import UserError
 
 # settings that are not named here have the default of their field
@@ -18,15 +20,7 @@ RECIPES: dict[str, RunConfig] = {
     # the best settings known so far
     "default": RunConfig(
         recipe="default",
-        # a factor of about fan_in**-0.5 for each ternary matrix in the branch
-        model=ModelConfig(
-            mixer_residual_scale=2**-4,
-            ffn_residual_scale=2**-18,
-            leaky_decay=0.98,
-            ternary_threshold=0.5,
-            activations="int8",
-            ngram_copy_orders=(1, 1, 1, 2, 2, 3),
-        ),
+        model=SHAPES["default"],
         optimizer=OptimizerConfig(
             normuon_iterations=3,
             nonembedding_lr_scale=4.0,
@@ -40,6 +34,7 @@ RECIPES: dict[str, RunConfig] = {
     # FlashLM v3 as published; without --embeddings the initial embedding is this project's and is not frozen
     "v3": RunConfig(
         recipe="v3",
+        model=SHAPES["v3"],
         head=HeadConfig(name="dense", loss_fraction=0.25, label_smoothing=0.1, z_loss=1e-4),
         optimizer=OptimizerConfig(
             normuon="v3",
@@ -68,8 +63,14 @@ def names_head(settings: Iterable[str], head: str) -> bool:
     return "name" in keys or bool(keys & set(head_class(head).own_settings))
 
 
-def from_recipe(name: str, settings: Iterable[str] = ()) -> RunConfig:
-    """The settings of a recipe in RECIPES, changed by `key=value` texts. Raises UserError for an unknown recipe."""
+def from_recipe(name: str, settings: Iterable[str] = (), shape: str | None = None) -> RunConfig:
+    """The settings of a recipe in RECIPES, with another shape in SHAPES, changed by `key=value` texts, in this order.
+
+    Raises UserError for an unknown recipe, shape or setting.
+    """
     if name not in RECIPES:
         raise UserError(f"There is no recipe '{name}'; the recipes are {', '.join(RECIPES)}.")
-    return with_settings(RECIPES[name], settings)
+    if shape is not None and shape not in SHAPES:
+        raise UserError(f"There is no model '{shape}'; the models are {', '.join(SHAPES)}.")
+    run = RECIPES[name]
+    return with_settings(run if shape is None else replace(run, model=SHAPES[shape]), settings)

@@ -84,6 +84,11 @@ def with_vocabulary_of(data: TokenData, run: RunConfig, any_head: bool) -> RunCo
 
     any_head : whether the run's head was not chosen, so that a small vocabulary gets the dense head
     """
+    if run.init and run.tokenizer_hash != data.vocabulary.hash:
+        raise UserError(
+            f"The weights in {run.init} were trained with another vocabulary than {data.vocabulary.name} of the tokens "
+            f"in {data.folder}; prepare the text with the vocabulary of the weights."
+        )
     run = dataclasses.replace(run, tokenizer_hash=data.vocabulary.hash)
     if any_head and data.vocabulary.size < DENSE_BELOW:
         run = dataclasses.replace(run, head=dataclasses.replace(run.head, name="dense"))

@@ -17,8 +17,9 @@ from flashlm_numba.data.tokenizer import TOKENIZER
 from flashlm_numba.data.vocabularies import write_vocabulary
 from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
-from flashlm_numba.model import build, checkpoint, data_place
+from flashlm_numba.model import build, checkpoint, data_place, sizes
 from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.settings import check_run, with_settings
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import TERMINAL, Progress
@@ -27,6 +28,7 @@ from flashlm_numba.system.files import free_name, parse_json, write_atomically, 
 from flashlm_numba.system.threads import available_threads, set_threads
 from flashlm_numba.training import inputs
 from flashlm_numba.training.loop import train
+from flashlm_numba.training.memory import check_memory, training_bytes
 from flashlm_numba.training.plan import OWN_LENGTH, Length, plan_for, plan_minutes
 from flashlm_numba.training.session import Session, new_session, restored_session
 from flashlm_numba.training.step import train_step
@@ -117,9 +119,10 @@ def _with_data(
     """The settings completed with data and threads, and the tokens, after checking them."""
     source = inputs.training_data(data, progress)
     tokens = open_tokens(source)
-    tokens.verify(progress=progress)
     run = replace(run, threads=threads, data=str(source.resolve()), data_hash=tokens.hash)
     run = inputs.with_vocabulary_of(tokens, run, any_head)
+    check_memory(run)
+    tokens.verify(progress=progress)
     inputs.check(run, tokens)
     return run, tokens
 
@@ -145,8 +148,22 @@ def _describe(session: Session) -> None:
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "
         f"in {session.folder}"
     )
-    for line in session.optimizer.summary().splitlines():
+    for line in (*_sizes(session), *session.optimizer.summary().splitlines()):
         session.progress.note("  " + line)
+
+
+def _sizes(session: Session) -> list[str]:
+    """Lines with the parameters by part, and the memory that the model takes in training and on a device."""
+    model, run = session.model, session.run
+    parts = sizes.parameters_by_part({name: value.shape for name, value in model.parameters.items()})
+    ternary = sum(model.parameters[name].size for name in ternary_names(run.model))
+    device = sizes.device_bytes(model, session.data.vocabulary)
+    packed, tables, state = map(sizes.in_units, device.values())
+    return [
+        f"{sizes.in_words(parts)}; {ternary:,} ternary, {sum(parts.values()) - ternary:,} float",
+        f"packed {packed} with int8 rows, tokenizer {tables}, decoding state {state} in int8; "
+        f"training takes about {sizes.in_units(training_bytes(run))} of memory",
+    ]
 
 
 def _train_new(session: Session) -> int:
@@ -193,6 +210,7 @@ def resume_run(
             path = checkpoint.find(folder, checkpoint_name)
         run = replace(run, threads=_threads_again(run.threads, threads, progress))
         run = _changed(run, settings)
+        check_memory(run)
         with _compiling(run, progress) as compilation:
             tokens = _same_tokens(run, folder, progress)
             if path is None:

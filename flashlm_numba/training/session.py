@@ -10,7 +10,7 @@ import numpy as np
 
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.inference.evaluate import validation_subset
-from flashlm_numba.model import build, checkpoint
+from flashlm_numba.model import build, checkpoint, trained
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import Progress
@@ -48,8 +48,16 @@ class Session:
 
 
 def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress, compilation: Compilation) -> Session:
-    """A run before its first step. Its clock counts the time that building the model took."""
-    model, seconds = build.new_model(run, data, progress.note, compilation.wait)
+    """A run before its first step. Its clock counts the time that building a new model took.
+
+    Raises UserError if the weights that the run starts from cannot be used.
+    """
+    if run.init:
+        compilation.wait()
+        progress.note(f"Starting from the weights in {run.init}.")
+        model, seconds = trained.first_model(run, data.train.counts(run.model.vocab_size)), 0.0
+    else:
+        model, seconds = build.new_model(run, data, progress.note, compilation.wait)
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     session = _session(run, folder, data, model, ema, progress)
     session.clock.seconds = seconds

@@ -9,9 +9,11 @@ from helpers import command as _run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashlm_numba.inference.evaluate import token_nll
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import load_model
-from flashlm_numba.model.parameters import ternary_names
+from flashlm_numba.model.parameters import EMBEDDING, ternary_names
+from flashlm_numba.model.rounded_rows import round_rows, widen_rows
 from flashlm_numba.model.settings import run_from_json
 from flashlm_numba.system.errors import UserError
 
@@ -36,10 +38,71 @@ def test_base_3_refuses_what_it_cannot_have_written():
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model.safetensors"
-    done = _run("export", run, path)
+    done = _run("export", run, path, "--rows", "float")
     assert done.exit_code == 0, done.output
-    assert f"{path.stat().st_size / 1e6:,.1f} MB" in done.output
+    assert f"{path.stat().st_size / 1e6:,.1f} MB with float rows" in done.output
     return path
+
+
+@pytest.mark.parametrize("rows", ["int8", "int4"])
+def test_a_file_names_its_arithmetic_and_computes_with_it(run, exported, corpus, tmp_path, rows):
+    """Rounded rows change the scores, exactly as they do in a model whose rows are rounded in memory."""
+    path = tmp_path / "model.safetensors"
+    arguments = [] if rows == "int8" else ["--rows", rows]  # int8 is the default
+    assert _run("export", run, path, *arguments).exit_code == 0
+    loaded, own = load_model(path), load_model(run)
+    assert loaded.state["rows"] == json.loads(_run("info", path, "--json").stdout)["rows"] == rows
+    weight = own.model.parameters[EMBEDDING]
+    rounded = widen_rows(*round_rows(weight, rows), weight.shape[1], rows)
+    assert not np.array_equal(rounded, weight)
+    np.testing.assert_array_equal(loaded.model.parameters[EMBEDDING], rounded)
+    weight[...] = rounded
+    own.model.sync_weights()
+    ids = np.arange(40, dtype=np.int32)
+    np.testing.assert_array_equal(token_nll(loaded.model, ids, eot=50256), token_nll(own.model, ids, eot=50256))
+    nll = [json.loads(_run("eval", model, corpus, "--json").stdout)["nll"] for model in (path, exported)]
+    assert nll[0] == pytest.approx(nll[1], abs=0.05 if rows == "int8" else 0.5)
+    assert nll[0] != nll[1]
+    assert path.stat().st_size < exported.stat().st_size * (0.5 if rows == "int8" else 0.4)
+
+
+def test_without_another_arithmetic_a_model_computes_as_in_training(run, exported):
+    own, other = load_model(run), load_model(exported)
+    assert other.state["rows"] == "float"
+    assert other.run.model == own.run.model
+    ids = np.arange(40, dtype=np.int32)[None]
+    np.testing.assert_array_equal(other.model.forward(ids), own.model.forward(ids))
+
+
+def test_an_unknown_arithmetic_is_refused(exported, tmp_path):
+    config, tensors, state, tokenizer = packed.read(exported)
+    ternary = ternary_names(run_from_json(config).model)
+    path = tmp_path / "model.safetensors"
+    packed.write(path, tensors, ternary, config, state, tokenizer, "float")
+    text = path.read_bytes()
+    at = text.index(b'rows\\": \\"float')
+    path.write_bytes(text[:at] + text[at:].replace(b"float", b"int99", 1))
+    with pytest.raises(UserError, match="do not match its SHA-256"):
+        packed.read(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_digest", lambda *texts: json.loads(_header(path))["__metadata__"]["sha256"])
+        with pytest.raises(UserError, match="the arithmetic of its rows is 'int99'"):
+            packed.read(path)
+
+
+def _header(path):
+    data = path.read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def test_weights_that_cannot_be_rounded_are_refused(exported, tmp_path):
+    config, tensors, state, tokenizer = packed.read(exported)
+    tensors[EMBEDDING][0, 0] = 1e9
+    with pytest.raises(UserError, match=r"cannot be rounded to int8 .*; export it with --rows float"):
+        packed.write(
+            tmp_path / "x", tensors, ternary_names(run_from_json(config).model), config, state, tokenizer, "int8"
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_model_scores_and_writes_as_the_run_does(run, exported, corpus):
@@ -73,7 +136,7 @@ def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, expor
 
 def test_the_running_average_can_be_exported(run, corpus, tmp_path):
     path = tmp_path / "ema.safetensors"
-    assert _run("export", run, path, "--ema").exit_code == 0
+    assert _run("export", run, path, "--ema", "--rows", "float").exit_code == 0
     own, other, plain = (
         json.loads(_run("eval", *arguments, "--json").stdout)
         for arguments in ((run, corpus, "--ema"), (path, corpus), (run, corpus))
@@ -136,7 +199,7 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(exported, tmp_path):
     wrong = json.loads(config)
     wrong["model"]["dim"] *= 2
     path = tmp_path / "wrong.safetensors"
-    packed.write(path, tensors, ternary, json.dumps(wrong), state, tokenizer)
+    packed.write(path, tensors, ternary, json.dumps(wrong), state, tokenizer, "float")
     with pytest.raises(UserError, match="do not fit the stored settings"):
         load_model(path)
 
@@ -150,5 +213,5 @@ def test_a_full_disk_leaves_no_half_file(exported, tmp_path, monkeypatch):
 
     monkeypatch.setattr(packed.os, "fsync", full)
     with pytest.raises(UserError, match=r"could not be written.*No space left on device; choose another file"):
-        packed.write(tmp_path / "model.safetensors", tensors, ternary, config, state, tokenizer)
+        packed.write(tmp_path / "model.safetensors", tensors, ternary, config, state, tokenizer, "int8")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,64 @@
+"""Starting a run from trained weights (`train --init`): the settings that it takes over, and its first model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from flashlm_numba.model.build import model_from, read_trained
+from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.parameters import model_parameters
+from flashlm_numba.model.settings import with_settings
+from flashlm_numba.system.errors import UserError
+
+# settings of model and head that do not change what trained weights mean
+FREE = {
+    "model": ("activations",),
+    "head": ("num_sampled", "full_softmax_ratio", "loss_fraction", "label_smoothing", "z_loss"),
+}
+
+
+def settings_from(recipe: RunConfig, settings: Iterable[str], path: Path) -> RunConfig:
+    """The settings of a run that starts from the trained weights at path, with their model and head.
+
+    path : a run, one of its checkpoints, or an exported file;  settings : key=value texts, which change the recipe
+    Raises UserError if there are no weights, or if a setting would change what they mean.
+    """
+    trained = read_trained(path)
+    own, where = trained.run, str(trained.path.resolve())
+    start = replace(recipe, model=own.model, head=own.head, tokenizer_hash=own.tokenizer_hash, init=where)
+    run = with_settings(start, settings)
+    changed = [
+        f"{section}.{field.name}"
+        for section, free in FREE.items()
+        for field in dataclasses.fields(getattr(run, section))
+        if field.name not in free
+        and getattr(getattr(run, section), field.name) != getattr(getattr(start, section), field.name)
+    ]
+    if run.training.embedding_init != recipe.training.embedding_init:
+        changed.append("training.embedding_init")
+    if changed:
+        raise UserError(f"The trained weights in {path} fix {', '.join(changed)}; leave that setting out.")
+    return run
+
+
+def first_model(run: RunConfig, counts: np.ndarray) -> Model:
+    """The model that run.init names, to be trained further. counts : (V,) token counts of the training text
+
+    A run's ternary matrices continue with their float32 weights. An exported file has only -1, 0 and +1, which become
+    as large as a new matrix's weights, so that training can change them; their ternary values stay the same.
+    Raises UserError if the weights cannot be read or do not fit.
+    """
+    trained = read_trained(Path(run.init))
+    tensors = trained.tensors
+    if trained.path.is_file():
+        for name, parameter in model_parameters(run.model).items():
+            if parameter.ternary and name in tensors:
+                share = np.count_nonzero(tensors[name]) / max(1, tensors[name].size)
+                tensors[name] *= np.float32(parameter.std / max(share, 1e-9) ** 0.5)
+    return model_from(run, tensors, counts)
