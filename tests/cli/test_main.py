@@ -8,6 +8,8 @@ import pytest
 from helpers import TINY
 from helpers import command as _run
 
+from flashlm_numba.training import memory
+
 
 def _settings(*settings):
     return [part for setting in (*TINY, *settings) for part in ("--set", setting)]
