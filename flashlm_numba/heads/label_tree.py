@@ -174,8 +174,11 @@ class Tree:
         return "\n".join(lines)
 
     def to_tensors(self) -> dict[str, np.ndarray]:
-        """The arrays by name, for a safetensors file; `tree.shape` holds the shape's name as UTF-8 bytes."""
-        tensors = {f"tree.{name}": getattr(self, name) for name in (*_NODE_ARRAYS, *_TOKEN_ARRAYS)}
+        """The arrays by name, for a safetensors file; `tree.shape` holds the shape's name as UTF-8 bytes.
+
+        row_of_token, the inverse of token_of_row, is left out.
+        """
+        tensors = {f"tree.{name}": getattr(self, name) for name in (*_NODE_ARRAYS, "token_of_row")}
         tensors["tree.shape"] = np.frombuffer(self.shape.encode(), np.uint8).copy()
         return tensors
 
@@ -186,10 +189,12 @@ class Tree:
         Raises UserError, naming the error, if an array is missing or the arrays are not a valid tree.
         """
         arrays = {}
-        for name in (*_NODE_ARRAYS, *_TOKEN_ARRAYS, "shape"):
+        for name in (*_NODE_ARRAYS, "token_of_row", "shape"):
             if f"tree.{name}" not in tensors:
                 raise _damaged(f"tree.{name} is missing")
             arrays[name] = np.ascontiguousarray(tensors[f"tree.{name}"])
+        # the inverse if this is a permutation; the tree's checks refuse it otherwise
+        arrays["row_of_token"] = np.argsort(arrays["token_of_row"], axis=None, kind="stable").astype(np.int32)
         shape = arrays.pop("shape").tobytes().decode("utf-8", "replace")
         return cls(**arrays, shape=shape)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import some_counts
 
-from flashlm_numba.data.tokenizer import vocabulary_named
+from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.model import sizes

@@ -9,11 +9,9 @@ import pytest
 from helpers import TINY, command
 
 import flashlm_numba as fl
-from flashlm_numba.data.tokenizer import vocabulary_named
 from flashlm_numba.model import trained
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.parameters import ternary_names
-from flashlm_numba.system.errors import UserError
 
 # TINY without the settings of the model, which come from the trained weights
 TRAINING = [text for text in TINY if not text.startswith(("dim", "ffn", "groups", "dilations", "embedding_init"))]
@@ -125,10 +123,9 @@ def test_a_checkpoint_of_another_mixer_is_one_sentence(run, corpus, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
-def test_another_vocabulary_is_refused(run, corpus, tmp_path, monkeypatch):
-    other = vocabulary_named("gpt2")
-    monkeypatch.setattr(other, "hash", "0" * 64, raising=False)
-    monkeypatch.setattr(trained, "vocabulary_of", lambda run: other)
-    with pytest.raises(UserError, match="were trained with the vocabulary gpt2, and the tokens use gpt2; prepare"):
-        fl.train(corpus, init=run, steps=1, out=tmp_path / "tuned")
+def test_another_vocabulary_is_refused(run, corpus_files, tmp_path):
+    tokens = fl.prepare(corpus_files, tmp_path / "bytes", vocab="bytes")
+    done = command("train", tokens, "--init", run, "--steps", 1, "--out", tmp_path / "tuned")
+    assert done.exit_code == 1
+    assert "were trained with another vocabulary than bytes of the tokens in" in done.stderr
     assert not (tmp_path / "tuned").exists()
