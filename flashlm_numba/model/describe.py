@@ -12,6 +12,7 @@ from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.memory import training_bytes
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.sizes import device_bytes, parameters_by_part
 from flashlm_numba.system.display import TERMINAL, Progress, peak_rss_mb
@@ -46,6 +47,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
             "float32": 4 * n_parameters,
             "ternary_packed": -(-n_ternary // 4),  # 2 bits per weight
             **device_bytes(loaded.model, loaded.vocabulary, "int8" if rows == "float" else rows),
+            "training_memory": training_bytes(run),  # about, at its peak
             "exported" if path.is_file() else "checkpoint": sum(file.stat().st_size for file in files),
         },
         "peak_memory_mb": None if peak is None else round(peak),  # peak of this process, with the model loaded

@@ -19,6 +19,7 @@ from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.model import build, checkpoint, data_place, sizes
 from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.memory import check_memory, training_bytes
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.settings import check_run, with_settings
 from flashlm_numba.system.compiled import Compilation
@@ -28,7 +29,6 @@ from flashlm_numba.system.files import free_name, parse_json, write_atomically, 
 from flashlm_numba.system.threads import available_threads, set_threads
 from flashlm_numba.training import inputs
 from flashlm_numba.training.loop import train
-from flashlm_numba.training.memory import check_memory, training_bytes
 from flashlm_numba.training.plan import OWN_LENGTH, Length, plan_for, plan_minutes
 from flashlm_numba.training.session import Session, new_session, restored_session
 from flashlm_numba.training.step import train_step

@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY
 from helpers import command as _run
 
-from flashlm_numba.training import memory
+from flashlm_numba.model import memory
 
 
 def _settings(*settings):

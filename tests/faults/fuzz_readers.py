@@ -51,7 +51,8 @@ def readers(place):
 
     ternary = {name: np.ones((2, 3), np.float32) for name in ("blocks.0.mixer.out.weight", "blocks.0.glu.up.weight")}
     text = from_recipe("default").to_json()
-    packed.write(place, ternary, text, {"step": 1, "tokens": 2, "seconds": 3.0}, "")
+    tensors = {**ternary, "embedding.weight": np.ones((4, 3), np.float32)}
+    packed.write(place, tensors, ternary, text, {"step": 1, "tokens": 2, "seconds": 3.0}, "", "int8")
     shard = Shard("train-00000.bin", 9, "0" * 64)
     splits = {name: SplitManifest(1, 9, 8, 30, (replace(shard, name=f"{name}-00000.bin"),)) for name in SPLITS[:2]}
     told = Manifest("gpt2", "0" * 64, 50_257, None, {}, None, {}, "all", 0, 0, splits)

@@ -225,7 +225,7 @@ def test_an_export_that_was_made_up(exported, tmp_path_factory, change, key):
         metadata = file.metadata()
     tensors = load_file(exported)
     metadata[key] = change(metadata[key])
-    metadata["sha256"] = packed._digest(tensors, metadata["config"], metadata["state"])
+    metadata["sha256"] = packed._digest(tensors, *(metadata[name] for name in ("config", "state", "tokenizer")))
     path = tmp_path_factory.mktemp("changed") / "model.safetensors"
     save_file(tensors, path, metadata=metadata)
     load(path)
@@ -327,7 +327,7 @@ def test_a_changed_shard_is_refused(corpus, tmp_path_factory, change, which):
 @given(
     shape=st.sampled_from(["adaptive", "huffman", "balanced"]),
     name=st.sampled_from(
-        ["token_start", "token_end", "child_start", "child_end", "leaf_end", "parent", "token_of_row", "row_of_token"]
+        ["token_start", "token_end", "child_start", "child_end", "leaf_end", "parent", "token_of_row"]
     ),
     at=st.floats(0, 1, exclude_max=True),
     value=st.one_of(st.integers(-3, 60), st.integers(-(2**31), 2**31 - 1)),

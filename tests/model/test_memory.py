@@ -9,11 +9,11 @@ from helpers import command
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.kernels.normuon import NorMuonWorkspace
 from flashlm_numba.kernels.trunk import TrunkBuffers
+from flashlm_numba.model import memory
 from flashlm_numba.model.build import model_from
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system import memory as machine
-from flashlm_numba.training import memory
 from flashlm_numba.training.optimizer import Optimizer
 
 
