@@ -1,6 +1,7 @@
 """NorMuon: momentum that is orthogonalised by the Newton-Schulz iteration and normalised per row.
 
-All results are the same, bit for bit, for any number of threads, because the work is divided into fixed tasks.
+The work is divided into fixed tasks, so the results are the same, bit for bit, for up to four threads. More threads get
+smaller tasks, and BLAS may then round differently.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from flashlm_numba.kernels._elementwise import sum_squares
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel, view
 from flashlm_numba.kernels._math import flush_denormals, restore_denormals
 
-# rows of a Gram matrix in one task of the Newton-Schulz iteration: BLAS packs the same matrix again in each
-ROWS = 128
+# rows of a Gram matrix in one task of the Newton-Schulz iteration, for up to so many threads: BLAS packs the same
+# matrix again in each, so fewer rows take longer
+ROWS = {4: 128, 8: 64, 16: 32}
+LEAST_ROWS = 16
 # Jordan et al. 2024, "Muon": slope at zero as large as possible; singular values end between 0.7 and 1.2
 _A, _B, _C = np.float32(3.4445), np.float32(-4.7750), np.float32(2.0315)
 
@@ -48,6 +51,11 @@ class Layout(NamedTuple):
     task_matrix: np.ndarray  # (K,) the matrix of the task
     task_start: np.ndarray  # (K,) first row of the matrix's Gram matrix
     task_end: np.ndarray  # (K,) end of these rows
+
+
+def task_rows(threads: int) -> int:
+    """Rows of a task for so many threads."""
+    return next((rows for most, rows in ROWS.items() if threads <= most), LEAST_ROWS)
 
 
 class Shares(NamedTuple):
@@ -196,6 +204,15 @@ def _normuon_finish(weight, exp_avg_sq, row_scale, o, lr, keep, beta2, eps, upda
     restore_denormals(control)
 
 
+class Plan(NamedTuple):
+    """The tasks for a number of threads, with their costs in multiply-adds."""
+
+    layout: Layout
+    shares: Shares
+    gram_costs: np.ndarray  # (K,) int64
+    poly_costs: np.ndarray
+
+
 def _share_out(costs: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Longest task first to the least busy thread: order (tasks,) and bounds (threads + 1,), int64."""
     mine: list[list[int]] = [[] for _ in range(threads)]
@@ -221,31 +238,35 @@ class NorMuonWorkspace:
                 raise ValueError(f"NorMuonWorkspace: NorMuon takes matrices (m, n), got a tensor of shape {shape}")
         self.shapes = [(int(m), int(n)) for m, n in shapes]
         rows, columns = np.array(self.shapes, np.int64).reshape(-1, 2).T.copy()
-        sides, sizes = np.minimum(rows, columns), rows * columns
-        tasks = [(i, lo, min(lo + ROWS, int(side))) for i, side in enumerate(sides) for lo in range(0, int(side), ROWS)]
-        matrix, start, end = np.array(tasks, np.int64).reshape(-1, 3).T.copy()
-        offsets, gram_offsets = np.cumsum(sizes) - sizes, np.cumsum(sides**2) - sides**2
-        self.layout = Layout(rows, columns, offsets, gram_offsets, matrix, start, end)
-        side, long_side = sides[matrix], np.maximum(rows, columns)[matrix]
-        # multiply-adds
-        self.gram_costs = (end - start) * (side - start) * long_side
-        self.poly_costs = (end - start) * side * (side + long_side)
-        self._shares: dict[int, Shares] = {}
+        self._sides, sizes = np.minimum(rows, columns), rows * columns
+        offsets, gram_offsets = np.cumsum(sizes) - sizes, np.cumsum(self._sides**2) - self._sides**2
+        self._matrices = rows, columns, offsets, gram_offsets
+        self._plans: dict[int, Plan] = {}
         self.x = np.zeros((2, int(sizes.sum())), np.float32)
-        self.gram = np.zeros(int((sides**2).sum()), np.float32)
+        self.gram = np.zeros(int((self._sides**2).sum()), np.float32)
         self.poly = np.zeros_like(self.gram)
         self.row_scale = np.zeros(int(rows.max(initial=0)), np.float64)
 
-    def shares(self, threads: int) -> Shares:
+    def plan(self, threads: int) -> Plan:
         """The tasks of each of so many threads."""
-        if threads not in self._shares:
-            parts = *_share_out(self.gram_costs, threads), *_share_out(self.poly_costs, threads)
-            self._shares[threads] = Shares(*parts)
-        return self._shares[threads]
+        if threads not in self._plans:
+            step, (rows, columns, *_) = task_rows(threads), self._matrices
+            tasks = [
+                (i, first, min(first + step, int(side)))
+                for i, side in enumerate(self._sides)
+                for first in range(0, int(side), step)
+            ]
+            matrix, start, end = np.array(tasks, np.int64).reshape(-1, 3).T.copy()
+            side, long_side = self._sides[matrix], np.maximum(rows, columns)[matrix]
+            gram_costs = (end - start) * (side - start) * long_side
+            poly_costs = (end - start) * side * (side + long_side)
+            shares = Shares(*_share_out(gram_costs, threads), *_share_out(poly_costs, threads))
+            self._plans[threads] = Plan(Layout(*self._matrices, matrix, start, end), shares, gram_costs, poly_costs)
+        return self._plans[threads]
 
     def matrix(self, i: int, buffer: int) -> np.ndarray:
         """Matrix i of one of the two buffers, (m, n) float32, a view."""
-        (m, n), at = self.shapes[i], int(self.layout.offsets[i])
+        (m, n), at = self.shapes[i], int(self._matrices[2][i])
         return self.x[buffer, at : at + m * n].reshape(m, n)
 
 
@@ -295,8 +316,8 @@ def normuon_step(
     for i in range(len(weights)):
         _normuon_start(workspace.matrix(i, 0), exp_avgs[i], grads[i], f(scale), beta, blend, rule.nesterov)
     threads = numba.get_num_threads()
-    scratch = workspace.x, workspace.gram, workspace.poly
-    _newton_schulz(*scratch, workspace.layout, workspace.shares(threads), rule.iterations, sgemm_address(), threads)
+    plan, scratch = workspace.plan(threads), (workspace.x, workspace.gram, workspace.poly)
+    _newton_schulz(*scratch, plan.layout, plan.shares, rule.iterations, sgemm_address(), threads)
     keep = f(1 - lr * rule.weight_decay)
     update_rms = -1.0 if rule.update_rms is None else rule.update_rms
     for i in range(len(weights)):
