@@ -10,8 +10,8 @@
     ternary_gemv    packed matrix times vectors of int8 or float32
     ternary_gemm    the same for many rows, from codes laid out by columns
     ternary_wgrad   gradients of the ternary weights, from operands rounded to int8
-    trunk           all passes through the blocks: weights, buffers, one parallel region per direction
-    conv_mixer      FlashLM v3's token mixer, and the trunk's regions with it
+    trunk           all passes through the blocks: weights, buffers, forward, backward
+    conv_mixer      FlashLM v3's token mixer
     decode          the trunk for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     low_rank        rows stored as a product of two smaller matrices
@@ -33,7 +33,13 @@
     _entry          what Python does before it enters a region over threads
     _rows           clear, copy, scale and gather rows
     _calls          calls of a kernel by its address
-    _trunk_regions  a thread's share of the trunk, for any mixer
+    _mixer          the interface of a token mixer
+    _steps          the steps of a pass through the trunk
+    _division       their division among the threads
+    _trunk_arrays   the arrays that the trunk's steps and a mixer's stages share
+    _trunk_regions  a thread's part of the trunk's steps, for any mixer
+    _conv_training  the stages of the conv mixer
+    _gradient_copies copies of the gradients of weights: allocation, clearing, sum
     _ternary_layer  a ternary layer inside the trunk's regions
     _ternary_dots   packed rows times int8, one variant per processor
     _blas           matrix products by BLAS inside a parallel region

@@ -77,15 +77,28 @@ def ternary_product(out, x, panels, codes, plain, add, arithmetic, thread):
 
 
 @helper
-def ternary_weight_gradient(out, a, b, arithmetic, thread):
-    """out (R, K) += a (M, R).T @ b (M, K). Quantises both to int8 if there is scratch for it."""
+def share_of_outputs(count, share, share_end, shares):
+    """First and last + 1 of `count` outputs, from one share to before another; multiples of 8, or count."""
+    eights = (count + 7) // 8
+    return min(count, share * eights // shares * 8), min(count, share_end * eights // shares * 8)
+
+
+@helper
+def ternary_weight_gradient(out, a, b, first, arithmetic, thread):
+    """out (R, K) += a[:, first : first + R].T @ b for a (M, any), b (M, K).
+
+    Quantises both to int8 if there is scratch for it.
+    """
     codes = arithmetic.wgrad_codes[thread]
+    if out.shape[0] == 0:
+        return
     if codes.shape[0] > 0:
         call(
             arithmetic.int8_gradient,
             out,
             a,
             b,
+            first,
             codes,
             arithmetic.wgrad_scales[thread],
             arithmetic.q[thread],
@@ -96,7 +109,7 @@ def ternary_weight_gradient(out, a, b, arithmetic, thread):
             arithmetic.sgemm,
         )
     else:
-        gemm_tn(arithmetic.sgemm, out, a, b, np.float32(1))
+        gemm_tn(arithmetic.sgemm, out, a[:, first : first + out.shape[0]], b, np.float32(1))
 
 
 def arithmetic_variant(int8: bool, variant: str | None = None) -> int:

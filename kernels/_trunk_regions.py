@@ -8,137 +8,46 @@ A layer is one pass through one block. There are R = passes * L layers, and laye
 block and two passes. The n-gram copy (ngram_copy.py) copies in O ways; v3 has none. The mixer is a parameter: its
 functions, from a module such as conv_mixer.py, are called by address (_calls.py). The trunk knows no mixer by name.
 
-There is one parallel region per direction. A thread processes complete sequences, which are independent, in tiles of
-about 256 rows, so that its matrix products are large and its scratch stays in cache. The products use register tiles
-over weights that are packed once per step (_packed_gemm.py), or int8 (ternary_gemm.py). The gradients of the weights
-use single-threaded BLAS. They are summed per thread and reduced in thread order, which gives the same bits on every run
-with the same number of threads.
-Letters: B batch, T time, N = B*T rows, C channels, I FFN width, L blocks, R layers, P threads, M rows of a tile; O ways
-of copying.
+A pass is a list of steps, which the threads do in one of two orders (_division.py): each thread all of them for its own
+sequences, in tiles of about 256 rows; or all threads together one step after another, in as many parallel regions. A
+step computes the same in both. The products use register tiles over weights that are packed once per step of training
+(_packed_gemm.py), or int8 (ternary_gemm.py). The gradients of the weights use single-threaded BLAS. They are summed in
+copies and reduced in order (_gradient_copies.py), which gives the same bits on every run with the same number of
+threads.
+Letters: B batch, T time, N = B*T rows, C channels, I FFN width, L blocks, R layers, P threads, Q chunks of sequences, M
+rows of a part; O ways of copying.
 Source: FlashLM v3.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 from numba import prange
 
 from flashlm_numba.kernels._calls import call
+from flashlm_numba.kernels._gradient_copies import clear_copies, sum_copies
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
-from flashlm_numba.kernels._rows import clear_rows, copy_rows, gather_rows
-from flashlm_numba.kernels._ternary_layer import ternary_product, ternary_weight_gradient
+from flashlm_numba.kernels._rows import copy_rows, gather_rows
+from flashlm_numba.kernels._steps import BEFORE_MIXER, FFN, FFN_WEIGHTS
+from flashlm_numba.kernels._ternary_layer import share_of_outputs, ternary_product, ternary_weight_gradient
+from flashlm_numba.kernels._trunk_arrays import Unit
 from flashlm_numba.kernels.glu import glu_backward_rows, glu_rows
 from flashlm_numba.kernels.ngram_copy import add_copies, add_copies_backward, find_copies
 from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompute, rmsnorm_rows
 
-
-class Shape(NamedTuple):
-    """The division of a batch into tiles, and the addresses of the functions that a thread calls (_calls.py)."""
-
-    time: int  # T, rows of a sequence
-    tile: int  # sequences of a tile
-    threads: int  # P
-    layers: int  # R
-    blocks: int  # L
-    forward: Any = 0  # address of forward_thread
-    backward: Any = 0  # of backward_thread
-    mixer_forward: Any = 0  # of the mixer's functions: see trunk.Mixer
-    mixer_backward: Any = 0
-    mixer_clear: Any = 0
+# --- one thread's part, for any mixer ---
 
 
-class Unit(NamedTuple):
-    """The unit of work of a mixer's helper: a tile of complete sequences at one layer, a share of channel groups."""
-
-    layer: int  # r, where activations are kept
-    block: int  # r % L, whose weights are read
-    low: int  # first row of the tile
-    high: int  # last row + 1; high - low is a multiple of time
-    time: int  # T
-    thread: int  # whose scratch is used
-    share: int  # of the channel groups, 0 <= share < shares
-    shares: int  # into which the channel groups are divided; 1 today: a thread has them all
-
-
-class Batch(NamedTuple):
-    """The inputs of the forward pass."""
-
-    rows: np.ndarray  # (N,) int32: rows of the embedding
-    embedding: np.ndarray  # (V, C)
-
-
-class BatchGradient(NamedTuple):
-    """The inputs of the backward pass."""
-
-    dout: np.ndarray  # (N, C)
-    embedding: np.ndarray  # (V, C)
-
-
-class Weights(NamedTuple):
-    """Weights of all blocks, without their mixers'. In the backward pass the layouts are those of the transposes."""
-
-    norm1: np.ndarray  # (L, C): before the mixer
-    norm2: np.ndarray  # (L, C): before the FFN
-    final_norm: np.ndarray  # (C,)
-    gate_up_panels: np.ndarray  # of Layouts, (2 I', C) matrices
-    gate_up_codes: np.ndarray
-    gate_up_plain: np.ndarray
-    down_panels: np.ndarray  # of Layouts, (C, I') matrices
-    down_codes: np.ndarray
-    down_plain: np.ndarray
-    ffn_residual_scale: np.float32
-    copy_order: np.ndarray  # (O,) int64: tokens that must be the same
-    copy_skip: np.ndarray  # (O,) int64: later occurrences that are passed over
-    copy_reach: int  # tokens that an occurrence may lie back
-    gain_in: np.ndarray  # (O, C): of the copies, at the input
-    gain_out: np.ndarray  # (O, C): at the output
-
-
-class Activations(NamedTuple):
-    """Activations saved for the backward pass."""
-
-    x: np.ndarray  # (R + 1, N, C): input of each layer; the last: of the final norm
-    post_mixer: np.ndarray  # (R, N, C)
-    rstd_mixer: np.ndarray  # (R, N): of norm1
-    rstd_ffn: np.ndarray  # (R, N): of norm2
-    gate_up: np.ndarray  # (R, N, 2 I')
-    copies: np.ndarray  # (O, N) int32: rows of the embedding, or -1
-    out: np.ndarray  # (N, C)
-    rstd_out: np.ndarray  # (N,)
-
-
-class Scratch(NamedTuple):
-    """Scratch per thread."""
-
-    normed: np.ndarray  # (P, M, C)
-    mixer_in: np.ndarray  # (P, M, C)
-    dmixer_in: np.ndarray  # (P, M, C)
-    hidden: np.ndarray  # (P, M, I')
-    dhidden: np.ndarray  # (P, M, I')
-    dgate_up: np.ndarray  # (P, M, 2 I')
-
-
-class Gradients(NamedTuple):
-    """dx, and the gradients of the weights per thread."""
-
-    dx: np.ndarray  # (N, C): of the trunk's input
-    norm1: np.ndarray  # (P, L, C)
-    norm2: np.ndarray  # (P, L, C)
-    final_norm: np.ndarray  # (P, 1, C)
-    gate_up: np.ndarray  # (P, L, 2 I', C)
-    down: np.ndarray  # (P, L, C, I')
-    gain_in: np.ndarray  # (P, O, C)
-    gain_out: np.ndarray  # (P, O, C)
-
-
-# --- one thread's share, for any mixer ---
+@helper
+def _unit(step, part, thread, shape):
+    layer, p = shape.steps[step, 0], shape.parts[part]
+    block, stage = layer % shape.blocks, shape.steps[step, 2]
+    return Unit(stage, layer, block, p[0], p[1], shape.time, shape.tile, thread, p[2], p[3], p[4], p[5], p[6], p[7])
 
 
 @serial_kernel
 def forward_thread(
-    thread,
+    turn,
     batch,
     activations,
     scratch,
@@ -149,60 +58,38 @@ def forward_thread(
     mixer_activations,
     mixer_scratch,
 ):
-    sequences = batch.rows.shape[0] // shape.time
-    first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
-    normed, hidden = scratch.normed[thread], scratch.hidden[thread]
-    for start in range(first, last, shape.tile):
-        low, high = start * shape.time, min(start + shape.tile, last) * shape.time
-        size = high - low
-        _embed(activations.x[0, low:high], activations.copies, batch, weights, low, shape.time)
-        for layer in range(shape.layers):
-            block = layer % shape.blocks
-            x, post_mixer = activations.x[layer, low:high], activations.post_mixer[layer, low:high]
-            mixer_in = scratch.mixer_in[thread, :size]
-            rmsnorm_rows(mixer_in, activations.rstd_mixer[layer, low:high], x, weights.norm1[block])
-            copy_rows(post_mixer, x)
-            unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
-            call(
-                shape.mixer_forward,
-                post_mixer,
-                mixer_in,
-                unit,
-                mixer_weights,
-                mixer_activations,
-                mixer_scratch,
-                normed,
-                arithmetic,
-            )
-            rmsnorm_rows(normed[:size], activations.rstd_ffn[layer, low:high], post_mixer, weights.norm2[block])
-            gate_up = activations.gate_up[layer, low:high]
-            ternary_product(
-                gate_up,
-                normed[:size],
-                weights.gate_up_panels[block],
-                weights.gate_up_codes[block],
-                weights.gate_up_plain[block],
-                0,
-                arithmetic,
-                thread,
-            )
-            glu_rows(hidden[:size], gate_up, weights.ffn_residual_scale)
-            after = activations.x[layer + 1, low:high]
-            copy_rows(after, post_mixer)
-            ternary_product(
-                after,
-                hidden[:size],
-                weights.down_panels[block],
-                weights.down_codes[block],
-                weights.down_plain[block],
-                1,
-                arithmetic,
-                thread,
-            )
-        out = activations.out[low:high]
-        rmsnorm_rows(out, activations.rstd_out[low:high], activations.x[shape.layers, low:high], weights.final_norm)
-        for o in range(weights.copy_order.shape[0]):
-            add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
+    region, thread = turn // shape.threads, turn % shape.threads
+    table = shape.starts[shape.regions[region, 2]]
+    for part in range(table[thread], table[thread + 1]):
+        for step in range(shape.regions[region, 0], shape.regions[region, 1]):
+            unit, operation = _unit(step, part, thread, shape), shape.steps[step, 1]
+            if operation == BEFORE_MIXER:
+                _before_mixer(unit, batch, activations, scratch, weights)
+            elif operation == FFN:
+                _ffn(unit, batch, activations, scratch, weights, arithmetic, shape.layers)
+            else:
+                call(
+                    shape.mixer_forward,
+                    activations.post_mixer[unit.layer, unit.low : unit.high],
+                    scratch.mixer_in[unit.place, unit.low - unit.origin : unit.high - unit.origin],
+                    unit,
+                    mixer_weights,
+                    mixer_activations,
+                    mixer_scratch,
+                    scratch.normed[thread],
+                    arithmetic,
+                )
+
+
+@helper
+def _before_mixer(unit, batch, activations, scratch, weights):
+    layer, low, high = unit.layer, unit.low, unit.high
+    x = activations.x[layer, low:high]
+    if layer == 0:
+        _embed(x, activations.copies, batch, weights, low, unit.time)
+    mixer_in = scratch.mixer_in[unit.place, low - unit.origin : high - unit.origin]
+    rmsnorm_rows(mixer_in, activations.rstd_mixer[layer, low:high], x, weights.norm1[unit.block])
+    copy_rows(activations.post_mixer[layer, low:high], x)
 
 
 @helper
@@ -211,20 +98,60 @@ def _embed(x, copies, batch, weights, low, time):
     high = low + x.shape[0]
     gather_rows(x, batch.embedding, batch.rows[low:high])
     for o in range(weights.copy_order.shape[0]):
-        for start in range(low, high, time):
+        start = low // time * time
+        while start < high:  # of each sequence
+            end = min(start + time, high)
             find_copies(
-                copies[o, start : start + time],
-                batch.rows[start : start + time],
+                copies[o, start:end],
+                batch.rows[start:end],
+                max(low - start, 0),
                 weights.copy_order[o],
                 weights.copy_skip[o],
                 weights.copy_reach,
             )
+            start += time
         add_copies(x, batch.embedding, copies[o, low:high], weights.gain_in[o])
+
+
+@helper
+def _ffn(unit, batch, activations, scratch, weights, arithmetic, layers):
+    layer, block, low, high, thread = unit.layer, unit.block, unit.low, unit.high, unit.thread
+    normed, hidden = scratch.normed[thread, : high - low], scratch.inner[thread, : high - low]
+    post_mixer, gate_up = activations.post_mixer[layer, low:high], activations.gate_up[layer, low:high]
+    rmsnorm_rows(normed, activations.rstd_ffn[layer, low:high], post_mixer, weights.norm2[block])
+    ternary_product(
+        gate_up,
+        normed,
+        weights.gate_up_panels[block],
+        weights.gate_up_codes[block],
+        weights.gate_up_plain[block],
+        0,
+        arithmetic,
+        thread,
+    )
+    glu_rows(hidden, gate_up, weights.ffn_residual_scale)
+    after = activations.x[layer + 1, low:high]
+    copy_rows(after, post_mixer)
+    ternary_product(
+        after,
+        hidden,
+        weights.down_panels[block],
+        weights.down_codes[block],
+        weights.down_plain[block],
+        1,
+        arithmetic,
+        thread,
+    )
+    if layer == layers - 1:
+        out = activations.out[low:high]
+        rmsnorm_rows(out, activations.rstd_out[low:high], after, weights.final_norm)
+        for o in range(weights.copy_order.shape[0]):
+            add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
 
 
 @serial_kernel
 def backward_thread(
-    thread,
+    turn,
     batch,
     gradients,
     activations,
@@ -237,62 +164,65 @@ def backward_thread(
     mixer_activations,
     mixer_scratch,
 ):
-    sequences = batch.dout.shape[0] // shape.time
-    first, last = thread * sequences // shape.threads, (thread + 1) * sequences // shape.threads
-    _clear(gradients, thread)
-    call(shape.mixer_clear, mixer_gradients, thread)
-    normed = scratch.normed[thread]
-    for start in range(first, last, shape.tile):
-        low, high = start * shape.time, min(start + shape.tile, last) * shape.time
-        size = high - low
-        dx, dout = gradients.dx[low:high], batch.dout[low:high]
-        for o in range(activations.copies.shape[0]):
-            add_copies_backward(gradients.gain_out[thread, o], dout, batch.embedding, activations.copies[o, low:high])
-        rmsnorm_backward_rows(
-            dx,
-            gradients.final_norm[thread, 0],
-            dout,
-            activations.x[shape.layers, low:high],
-            weights.final_norm,
-            activations.rstd_out[low:high],
-            False,
-        )
-        for back in range(shape.layers):
-            layer = shape.layers - 1 - back
-            block = layer % shape.blocks
-            _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, layer, block, low, high, thread)
-            # forward: post_mixer = x + mixer(rmsnorm(x))
-            x, rstd = activations.x[layer, low:high], activations.rstd_mixer[layer, low:high]
-            mixer_in, dmixer_in = scratch.mixer_in[thread, :size], scratch.dmixer_in[thread, :size]
-            rmsnorm_recompute(mixer_in, x, weights.norm1[block], rstd)
-            unit = Unit(layer, block, low, high, shape.time, thread, 0, 1)
-            call(
-                shape.mixer_backward,
-                dmixer_in,
-                dx,
-                mixer_in,
-                unit,
-                mixer_gradients,
-                mixer_weights,
-                mixer_activations,
-                mixer_scratch,
-                normed,
-                arithmetic,
-            )
-            rmsnorm_backward_rows(dx, gradients.norm1[thread, block], dmixer_in, x, weights.norm1[block], rstd, True)
-        for o in range(activations.copies.shape[0]):
-            add_copies_backward(gradients.gain_in[thread, o], dx, batch.embedding, activations.copies[o, low:high])
+    region, thread = turn // shape.threads, turn % shape.threads
+    if region == 0:
+        clear_copies(gradients.pool, gradients.segments, thread, shape.threads)
+    table = shape.starts[shape.regions[region, 2]]
+    for part in range(table[thread], table[thread + 1]):
+        for step in range(shape.regions[region, 0], shape.regions[region, 1]):
+            unit, operation = _unit(step, part, thread, shape), shape.steps[step, 1]
+            if operation == FFN:
+                if unit.layer == shape.layers - 1:
+                    _final_norm_backward(unit, batch, gradients, activations, weights)
+                _ffn_backward(unit, gradients, activations, scratch, weights, arithmetic)
+            elif operation == FFN_WEIGHTS:
+                _ffn_weight_gradients(unit, gradients, scratch, arithmetic)
+            elif operation == BEFORE_MIXER:
+                _before_mixer_backward(unit, batch, gradients, activations, scratch, weights)
+            else:
+                first, last = unit.low - unit.origin, unit.high - unit.origin
+                call(
+                    shape.mixer_backward,
+                    scratch.dmixer_in[unit.place, first:last],
+                    gradients.dx[unit.low : unit.high],
+                    scratch.mixer_in[unit.place, first:last],
+                    unit,
+                    mixer_gradients,
+                    mixer_weights,
+                    mixer_activations,
+                    mixer_scratch,
+                    scratch.normed[thread],
+                    arithmetic,
+                )
 
 
 @helper
-def _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, layer, block, low, high, thread):
-    """dx (M, C), the gradient of a layer's output, becomes that of post_mixer."""
-    size = high - low
-    hidden, dhidden = scratch.hidden[thread, :size], scratch.dhidden[thread, :size]
-    dgate_up, normed = scratch.dgate_up[thread, :size], scratch.normed[thread, :size]
-    dnormed = scratch.dmixer_in[thread, :size]
-    post_mixer, rstd = activations.post_mixer[layer, low:high], activations.rstd_ffn[layer, low:high]
+def _final_norm_backward(unit, batch, gradients, activations, weights):
+    low, high, copy = unit.low, unit.high, unit.copy
+    dx, dout = gradients.dx[low:high], batch.dout[low:high]
+    for o in range(activations.copies.shape[0]):
+        add_copies_backward(gradients.gain_out[copy, o], dout, batch.embedding, activations.copies[o, low:high])
+    rmsnorm_backward_rows(
+        dx,
+        gradients.final_norm[copy],
+        dout,
+        activations.x[unit.layer + 1, low:high],
+        weights.final_norm,
+        activations.rstd_out[low:high],
+        False,
+    )
+
+
+@helper
+def _ffn_backward(unit, gradients, activations, scratch, weights, arithmetic):
+    """dx (M, C), the gradient of a layer's output, becomes that of post_mixer; mixer_in is computed again."""
+    layer, block, low, high, thread, place = unit.layer, unit.block, unit.low, unit.high, unit.thread, unit.place
+    first, last = low - unit.origin, high - unit.origin
+    dx, post_mixer, rstd = gradients.dx[low:high], activations.post_mixer[layer, low:high], activations.rstd_ffn[layer]
+    hidden, dgate_up, normed = scratch.hidden[place], scratch.dgate_up[place, first:last], scratch.ffn_in[place]
+    dhidden, dnormed = scratch.inner[thread, : high - low], scratch.normed[thread, : high - low]
     # forward: x = post_mixer + hidden Wd', hidden = b relu(gate)**2 * up, [gate, up] = rmsnorm(post_mixer) Wgu'
+    copy_rows(scratch.dlayer[place, first:last], dx)
     ternary_product(
         dhidden,
         dx,
@@ -303,10 +233,9 @@ def _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, laye
         arithmetic,
         thread,
     )
-    glu_backward_rows(hidden, dgate_up, dhidden, activations.gate_up[layer, low:high], weights.ffn_residual_scale)
-    ternary_weight_gradient(gradients.down[thread, block], dx, hidden, arithmetic, thread)
-    rmsnorm_recompute(normed, post_mixer, weights.norm2[block], rstd)
-    ternary_weight_gradient(gradients.gate_up[thread, block], dgate_up, normed, arithmetic, thread)
+    gate_up = activations.gate_up[layer, low:high]
+    glu_backward_rows(hidden[first:last], dgate_up, dhidden, gate_up, weights.ffn_residual_scale)
+    rmsnorm_recompute(normed[first:last], post_mixer, weights.norm2[block], rstd[low:high])
     ternary_product(
         dnormed,
         dgate_up,
@@ -317,19 +246,50 @@ def _ffn_backward(dx, gradients, activations, scratch, weights, arithmetic, laye
         arithmetic,
         thread,
     )
-    rmsnorm_backward_rows(dx, gradients.norm2[thread, block], dnormed, post_mixer, weights.norm2[block], rstd, True)
+    dnorm = gradients.norm2[unit.copy, block]
+    rmsnorm_backward_rows(dx, dnorm, dnormed, post_mixer, weights.norm2[block], rstd[low:high], True)
+    x, rstd_mixer = activations.x[layer, low:high], activations.rstd_mixer[layer, low:high]
+    rmsnorm_recompute(scratch.mixer_in[place, first:last], x, weights.norm1[block], rstd_mixer)
 
 
 @helper
-def _clear(gradients, thread):
-    clear_rows(gradients.norm1[thread])
-    clear_rows(gradients.norm2[thread])
-    clear_rows(gradients.final_norm[thread])
-    clear_rows(gradients.gain_in[thread])
-    clear_rows(gradients.gain_out[thread])
-    for block in range(gradients.gate_up.shape[1]):
-        clear_rows(gradients.gate_up[thread, block])
-        clear_rows(gradients.down[thread, block])
+def _ffn_weight_gradients(unit, gradients, scratch, arithmetic):
+    """Those of a share of the outputs of each matrix."""
+    copy, block, place, thread = unit.copy, unit.block, unit.place, unit.thread
+    dgate_up, ddown = gradients.gate_up[copy, block], gradients.down[copy, block]
+    for low in range(unit.low - unit.origin, unit.high - unit.origin, unit.tile):
+        high = min(low + unit.tile, unit.high - unit.origin)
+        first, last = share_of_outputs(ddown.shape[0], unit.share, unit.share_end, unit.shares)
+        ternary_weight_gradient(
+            ddown[first:last],
+            scratch.dlayer[place, low:high],
+            scratch.hidden[place, low:high],
+            first,
+            arithmetic,
+            thread,
+        )
+        first, last = share_of_outputs(dgate_up.shape[0], unit.share, unit.share_end, unit.shares)
+        ternary_weight_gradient(
+            dgate_up[first:last],
+            scratch.dgate_up[place, low:high],
+            scratch.ffn_in[place, low:high],
+            first,
+            arithmetic,
+            thread,
+        )
+
+
+@helper
+def _before_mixer_backward(unit, batch, gradients, activations, scratch, weights):
+    layer, block, low, high, copy = unit.layer, unit.block, unit.low, unit.high, unit.copy
+    dx, x = gradients.dx[low:high], activations.x[layer, low:high]
+    dmixer_in = scratch.dmixer_in[unit.place, low - unit.origin : high - unit.origin]
+    # forward: post_mixer = x + mixer(rmsnorm(x))
+    rstd = activations.rstd_mixer[layer, low:high]
+    rmsnorm_backward_rows(dx, gradients.norm1[copy, block], dmixer_in, x, weights.norm1[block], rstd, True)
+    if layer == 0:
+        for o in range(activations.copies.shape[0]):
+            add_copies_backward(gradients.gain_in[copy, o], dx, batch.embedding, activations.copies[o, low:high])
 
 
 # --- regions ---
@@ -347,21 +307,22 @@ def trunk_forward_region(
     mixer_activations,
     mixer_scratch,
 ):
-    """Parallel over sequences; a row has one writer."""
-    for index in prange(shape.threads):
-        call(
-            shape.forward,
-            np.int64(index),
-            batch,
-            activations,
-            scratch,
-            weights,
-            arithmetic,
-            shape,
-            mixer_weights,
-            mixer_activations,
-            mixer_scratch,
-        )
+    """A row, or a share of a row, has one writer."""
+    for region in range(shape.regions.shape[0]):
+        for index in prange(shape.threads):
+            call(
+                shape.forward,
+                region * shape.threads + np.int64(index),
+                batch,
+                activations,
+                scratch,
+                weights,
+                arithmetic,
+                shape,
+                mixer_weights,
+                mixer_activations,
+                mixer_scratch,
+            )
 
 
 @kernel
@@ -378,20 +339,23 @@ def trunk_backward_region(
     mixer_activations,
     mixer_scratch,
 ):
-    """Parallel over sequences; the gradients of the weights are per thread, and cleared here."""
+    """The gradients of the weights are cleared and added up here; the sums are in their first copies."""
+    for region in range(shape.regions.shape[0]):
+        for index in prange(shape.threads):
+            call(
+                shape.backward,
+                region * shape.threads + np.int64(index),
+                batch,
+                gradients,
+                activations,
+                scratch,
+                weights,
+                arithmetic,
+                shape,
+                mixer_gradients,
+                mixer_weights,
+                mixer_activations,
+                mixer_scratch,
+            )
     for index in prange(shape.threads):
-        call(
-            shape.backward,
-            np.int64(index),
-            batch,
-            gradients,
-            activations,
-            scratch,
-            weights,
-            arithmetic,
-            shape,
-            mixer_gradients,
-            mixer_weights,
-            mixer_activations,
-            mixer_scratch,
-        )
+        sum_copies(gradients.pool, gradients.segments, np.int64(index), shape.threads)

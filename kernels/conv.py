@@ -126,6 +126,17 @@ def to_groups(out, x, width, first, last):
 
 
 @helper
+def normed_to_groups(out, x, rstd, weight, width, first, last):
+    """to_groups for the RMSNorm of x (T, C) with its saved rstd (T,) and weight (C,)."""
+    for t in range(x.shape[0]):
+        r = rstd[t]
+        for g in range(out.shape[0]):
+            if first <= g < last:
+                for j in range(width):
+                    out[g, t, j] = x[t, g * width + j] * r * weight[g * width + j]
+
+
+@helper
 def gate_sequence(out, gv, base, width, first, last):
     """Turn the gate's half of gv (G, 2, T, S) into its sigmoid; out (T, C) = base (T, C) + sigmoid * value.
 

@@ -4,11 +4,9 @@
     for each dilation:  m = m + gated_conv(rmsnorm(m))
     mixer(x) = m Wo'
 
-The convolutions work on group-major copies (conv.py), one sequence at a time. They process a share of the channel
-groups, so that several threads can divide a sequence. The norm before each convolution and the ternary layer need all
-channels.
+This file holds what Python keeps, and decoding; the kernels of training are in _conv_training.py.
 Letters: B batch, T time, N = B*T rows, C channels, L blocks, R layers, D convolutions, G groups, K taps, S padded group
-width, P threads, M rows of a tile.
+width.
 Source: FlashLM v3.
 """
 
@@ -18,184 +16,25 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashlm_numba.kernels._conv_training import (
+    ConvActivations,
+    ConvGradients,
+    ConvScratch,
+    ConvWeights,
+    conv_backward,
+    conv_forward,
+)
+from flashlm_numba.kernels._division import ANY, ROWS, SEQUENCES, Copies, Division, Stage
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, batched_product_32
-from flashlm_numba.kernels._rows import aligned_zeros, clear_rows, copy_rows, scale_rows
-from flashlm_numba.kernels._ternary_layer import TernaryMatrices, ternary_product, ternary_weight_gradient
-from flashlm_numba.kernels.conv import (
-    conv_sequence,
-    conv_sequence_dinput,
-    conv_sequence_dweight,
-    from_groups,
-    gate_sequence,
-    gate_sequence_backward,
-    pack_conv_weights,
-    padded_width,
-    to_groups,
-    unpack_conv_gradient,
-)
+from flashlm_numba.kernels._rows import aligned_zeros, scale_rows
+from flashlm_numba.kernels._ternary_layer import TernaryMatrices
+from flashlm_numba.kernels.conv import gate_sequence, pack_conv_weights, padded_width, to_groups, unpack_conv_gradient
 from flashlm_numba.kernels.decode import make_decode_step, make_prefill, matrix_product
-from flashlm_numba.kernels.leaky_average import (
-    add_leaky_average,
-    add_leaky_average_backward,
-    add_leaky_average_next,
-    leaky_share,
-)
-from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompute, rmsnorm_rows
+from flashlm_numba.kernels.leaky_average import add_leaky_average_next, leaky_share
+from flashlm_numba.kernels.rmsnorm import rmsnorm_recompute, rmsnorm_rows
 
-
-class ConvWeights(NamedTuple):
-    """Weights of all blocks. In the backward pass conv and the layouts are those of the transposes."""
-
-    norms: np.ndarray  # (L, D, C): before each convolution
-    leaky_gain: np.ndarray  # (L, C)
-    conv: np.ndarray  # (L, D, G, K, S, 2 S), or (L, D, G, K, 2 S, S) transposed: see pack_conv_weights
-    dilations: np.ndarray  # (D,) int64
-    out_panels: np.ndarray  # of Layouts, (C, C) matrices
-    out_codes: np.ndarray
-    out_plain: np.ndarray
-    residual_scale: np.float32
-    leaky_decay: np.float32  # 0: there is no leaky average
-    leaky_share: np.float32  # of the new token: sqrt(1 - leaky_decay**2)
-
-
-class ConvActivations(NamedTuple):
-    """Activations saved for the backward pass."""
-
-    mixed: np.ndarray  # (R, D + 1, N, C): input of each convolution; the last: of the ternary layer
-    rstd: np.ndarray  # (R, D, N): of the norm before each convolution
-    gate_value: np.ndarray  # (R, D, B, G, 2, T, S): sigmoid of the gate, and the value
-
-
-class ConvScratch(NamedTuple):
-    """Scratch per thread; the padding of the groups is always zero."""
-
-    grouped: np.ndarray  # (P, G, T, S)
-    dgrouped: np.ndarray  # (P, G, T, S)
-    dgate_value: np.ndarray  # (P, G, 2, T, S)
-
-
-class ConvGradients(NamedTuple):
-    """Of each thread."""
-
-    norms: np.ndarray  # (P, L, D, C)
-    leaky_gain: np.ndarray  # (P, L, C)
-    conv: np.ndarray  # (P, L, D, G, K, S, 2 S)
-    out: np.ndarray  # (P, L, C, C)
-
-
-# --- training ---
-
-
-@helper
-def _convolve(d, start, unit, weights, activations, scratch, normed):
-    """One convolution of the sequence that starts at row `start`: a share of its channel groups."""
-    time, layer, block = unit.time, unit.layer, unit.block
-    end, b = start + time, start // time
-    grouped, gate_value = scratch.grouped[unit.thread], activations.gate_value[layer, d, b]
-    groups = grouped.shape[0]
-    width = normed.shape[1] // groups
-    first, last = unit.share * groups // unit.shares, (unit.share + 1) * groups // unit.shares
-    before, after = activations.mixed[layer, d, start:end], activations.mixed[layer, d + 1, start:end]
-    rmsnorm_rows(normed[:time], activations.rstd[layer, d, start:end], before, weights.norms[block, d])
-    to_groups(grouped, normed[:time], width, first, last)
-    conv_sequence(gate_value, grouped, weights.conv[block, d], weights.dilations[d], first, last)
-    gate_sequence(after, gate_value, before, width, first, last)
-
-
-@serial_kernel
-def _forward(out, x, unit, weights, activations, scratch, normed, arithmetic):
-    """See trunk.Mixer.forward."""
-    layer, block, low = unit.layer, unit.block, unit.low
-    size, count = unit.high - low, weights.dilations.shape[0]
-    for start in range(low, unit.high, unit.time):
-        end = start + unit.time
-        mixed = activations.mixed[layer, 0, start:end]
-        copy_rows(mixed, x[start - low : end - low])
-        if weights.leaky_decay > 0:
-            add_leaky_average(
-                mixed, normed[: unit.time], weights.leaky_gain[block], weights.leaky_decay, weights.leaky_share
-            )
-        for d in range(count):
-            _convolve(d, start, unit, weights, activations, scratch, normed)
-    scale_rows(normed[:size], activations.mixed[layer, count, low : unit.high], weights.residual_scale)
-    ternary_product(
-        out,
-        normed[:size],
-        weights.out_panels[block],
-        weights.out_codes[block],
-        weights.out_plain[block],
-        1,
-        arithmetic,
-        unit.thread,
-    )
-
-
-@helper
-def _convolve_backward(dm, d, start, unit, gradients, weights, activations, scratch, normed):
-    """dm (T, C), the gradient of what _convolve wrote, becomes that of what it read."""
-    time, layer, block, thread = unit.time, unit.layer, unit.block, unit.thread
-    end, b = start + time, start // time
-    grouped, dgrouped, dgate_value = scratch.grouped[thread], scratch.dgrouped[thread], scratch.dgate_value[thread]
-    groups = grouped.shape[0]
-    width = normed.shape[1] // groups
-    first, last = unit.share * groups // unit.shares, (unit.share + 1) * groups // unit.shares
-    before, rstd = activations.mixed[layer, d, start:end], activations.rstd[layer, d, start:end]
-    dilation = weights.dilations[d]
-    # forward: after = before + gated_conv(rmsnorm(before))
-    gate_sequence_backward(dgate_value, dm, activations.gate_value[layer, d, b], width, first, last)
-    rmsnorm_recompute(normed[:time], before, weights.norms[block, d], rstd)
-    to_groups(grouped, normed[:time], width, first, last)
-    conv_sequence_dinput(dgrouped, dgate_value, weights.conv[block, d], dilation, first, last)
-    conv_sequence_dweight(gradients.conv[thread, block, d], grouped, dgate_value, dilation, first, last)
-    from_groups(normed[:time], dgrouped, width, first, last)
-    rmsnorm_backward_rows(
-        dm, gradients.norms[thread, block, d], normed[:time], before, weights.norms[block, d], rstd, True
-    )
-
-
-@serial_kernel
-def _backward(dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic):
-    """See trunk.Mixer.backward."""
-    layer, block, low, thread = unit.layer, unit.block, unit.low, unit.thread
-    size, count = unit.high - low, weights.dilations.shape[0]
-    # forward: out += residual_scale * m Wo'
-    scale_rows(normed[:size], activations.mixed[layer, count, low : unit.high], weights.residual_scale)
-    ternary_weight_gradient(gradients.out[thread, block], dout, normed[:size], arithmetic, thread)
-    ternary_product(
-        dx,
-        dout,
-        weights.out_panels[block],
-        weights.out_codes[block],
-        weights.out_plain[block],
-        0,
-        arithmetic,
-        thread,
-    )
-    scale_rows(dx, dx, weights.residual_scale)
-    for start in range(low, unit.high, unit.time):
-        dm = dx[start - low : start - low + unit.time]
-        for back in range(count):
-            _convolve_backward(dm, count - 1 - back, start, unit, gradients, weights, activations, scratch, normed)
-        if weights.leaky_decay > 0:
-            add_leaky_average_backward(
-                dm,
-                gradients.leaky_gain[thread, block],
-                x[start - low : start - low + unit.time],
-                weights.leaky_gain[block],
-                weights.leaky_decay,
-                weights.leaky_share,
-            )
-
-
-@serial_kernel
-def _clear(gradients, thread):
-    clear_rows(gradients.leaky_gain[thread])
-    conv = gradients.conv[thread]
-    clear_rows(conv.reshape(-1, conv.shape[-1]))
-    for block in range(gradients.out.shape[1]):
-        clear_rows(gradients.norms[thread, block])
-        clear_rows(gradients.out[thread, block])
+REGISTER = 16  # channels: floats of the widest register
 
 
 # --- decoding ---
@@ -320,9 +159,9 @@ class ConvConfig(NamedTuple):
 
 
 class ConvMixer:
-    """The conv mixers of L blocks: weights in the kernels' layouts, buffers, regions. See trunk.Mixer."""
+    """The conv mixers of L blocks: weights in the kernels' layouts, buffers, regions. See _mixer.Mixer."""
 
-    forward, backward, clear = staticmethod(_forward), staticmethod(_backward), staticmethod(_clear)
+    forward, backward, gradients_type = staticmethod(conv_forward), staticmethod(conv_backward), ConvGradients
     decode_region = staticmethod(_decode_step)
     prefill_region = staticmethod(_prefill)
 
@@ -366,29 +205,57 @@ class ConvMixer:
             gate_value=aligned_zeros((layers, count, batch, config.groups, 2, time, self._size), np.float32),
         )
 
-    def new_scratch(self, threads: int, time: int) -> ConvScratch:
-        """Of each thread."""
-        groups, size = self.config.groups, self._size
+    def forward_stages(self) -> list[Stage]:
+        """As conv_forward numbers them."""
+        convolutions = [Stage(ROWS), Stage(SEQUENCES, self.config.groups)] * len(self.config.dilations)
+        return [*([self._average_stage] if self.config.leaky_decay else [Stage(ROWS)]), *convolutions, Stage(ROWS)]
+
+    def backward_stages(self) -> list[Stage]:
+        """As conv_backward numbers them."""
+        convolutions = [Stage(SEQUENCES, self.config.groups), Stage(ROWS)] * len(self.config.dilations)
+        return [
+            Stage(ROWS),
+            Stage(SEQUENCES, ANY),
+            *convolutions,
+            *([self._average_stage] if self.config.leaky_decay else []),
+        ]
+
+    @property
+    def _average_stage(self) -> Stage:
+        return Stage(SEQUENCES, -(-self.config.dim // REGISTER))
+
+    def new_scratch(self, division: Division) -> ConvScratch:
+        """Of each thread, and between stages."""
+        groups, size, threads, time = self.config.groups, self._size, division.threads, division.time
         return ConvScratch(
             grouped=aligned_zeros((threads, groups, time, size), np.float32),
             dgrouped=aligned_zeros((threads, groups, time, size), np.float32),
             dgate_value=aligned_zeros((threads, groups, 2, time, size), np.float32),
+            out_in=aligned_zeros((*division.places, self.config.dim), np.float32),
+            dnormed=aligned_zeros((*division.places, self.config.dim), np.float32),
         )
 
-    def new_gradients(self, threads: int) -> ConvGradients:
-        """Of each thread."""
-        arrays = self._norms, self._leaky_gain, self._conv, self._out.values
-        return ConvGradients(*(aligned_zeros((threads, *array.shape), np.float32) for array in arrays))
+    def gradient_shapes(self, copies: Copies) -> dict[str, tuple[int, ...]]:
+        """Of ConvGradients, by field."""
+        return {
+            "norms": (copies.rows, *self._norms.shape),
+            "leaky_gain": (copies.sequences, *self._leaky_gain.shape),
+            "conv": (copies.sequences, *self._conv.shape),
+            "out": (copies.sequences, *self._out.values.shape),
+        }
 
     def gradients(self, block: int, found: ConvGradients) -> dict[str, np.ndarray]:
-        """A block's, by name as in set_weights, and out.weight's; summed over the threads."""
-        norms = found.norms[:, block].sum(0)
-        named = {"out.weight": found.out[:, block].sum(0)}
+        """A block's, by name as in set_weights, and out.weight's; found: without the copies."""
+        named = {"out.weight": found.out[block]}
         if self.config.leaky_decay:
-            named["leaky.weight"] = found.leaky_gain[:, block].sum(0)
-        for d, dconv in enumerate(found.conv[:, block].sum(0)):
+            named["leaky.weight"] = found.leaky_gain[block]
+        for d, dconv in enumerate(found.conv[block]):
             gate, value = unpack_conv_gradient(dconv, self.config.dim // self.config.groups)
-            named |= {f"norms.{d}.weight": norms[d], f"gates.{d}.weight": gate, f"values.{d}.weight": value}
+            named |= {
+                f"norms.{d}.weight": found.norms[block, d],
+                f"gates.{d}.weight": gate,
+                f"values.{d}.weight": value,
+            }
         return named
 
     def decode_weights(self, *forms: np.ndarray) -> ConvDecodeWeights:

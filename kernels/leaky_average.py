@@ -18,51 +18,57 @@ from flashlm_numba.kernels._jit import helper, serial_kernel
 
 
 @helper
-def add_leaky_average(x, y, gain, decay, share):
-    """x (T, C) += gain * y, where y (T, C) is the average; gain (C,), share = sqrt(1 - decay**2)."""
-    for t in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            before = y[t - 1, c] if t > 0 else np.float32(0)
-            y[t, c] = decay * before + share * x[t, c]
-            x[t, c] += gain[c] * y[t, c]
-
-
-@helper
 def add_leaky_average_next(x, y, gain, decay, share):
-    """add_leaky_average for the next token: update y (C,) with x (C,), then x += gain * y."""
+    """Of a token: update the average y (C,) with x (C,), then x += gain * y; gain (C,), share = sqrt(1 - decay**2)."""
     for c in range(x.shape[0]):
         y[c] = decay * y[c] + share * x[c]
         x[c] += gain[c] * y[c]
 
 
 @helper
-def add_leaky_average_backward(dx, dgain, x, gain, decay, share):
-    """dx (T, C), the gradient of add_leaky_average's result, becomes that of x; dgain (C,) +=. Destroys x (T, C)."""
-    last = x.shape[0] - 1
-    for t in range(last + 1):
-        for c in range(x.shape[1]):
-            before = x[t - 1, c] if t > 0 else np.float32(0)
-            x[t, c] = decay * before + share * x[t, c]  # the average
-            dgain[c] += dx[t, c] * x[t, c]
-    for back in range(last + 1):
-        t = last - back
-        for c in range(x.shape[1]):
+def add_leaky_average(x, y, gain, decay, share, first, last):
+    """The channels first..last of a sequence x (T, C) += gain * its average; y (C,) becomes the last average."""
+    own = y[first:last]
+    for c in range(own.shape[0]):
+        own[c] = np.float32(0)
+    for t in range(x.shape[0]):
+        add_leaky_average_next(x[t, first:last], own, gain[first:last], decay, share)
+
+
+@helper
+def add_leaky_average_backward(dx, dgain, x, gain, decay, share, first, last):
+    """dx (T, C), the gradient of add_leaky_average's result, becomes that of x; dgain (C,) +=. Destroys x (T, C).
+
+    Channels first..last only.
+    """
+    own_gain, own_dgain = gain[first:last], dgain[first:last]
+    time, width = x.shape[0], own_gain.shape[0]
+    for t in range(time):
+        x_t, dx_t, before = x[t, first:last], dx[t, first:last], x[max(t - 1, 0), first:last]
+        for c in range(width):
+            before_c = before[c] if t > 0 else np.float32(0)
+            x_t[c] = decay * before_c + share * x_t[c]  # the average
+            own_dgain[c] += dx_t[c] * x_t[c]
+    for back in range(time):
+        t = time - 1 - back
+        x_t, dx_t, after = x[t, first:last], dx[t, first:last], x[min(t + 1, time - 1), first:last]
+        for c in range(width):
             # forward: y[t + 1] = d y[t] + ..., so dy[t] = gain * dout[t] + d dy[t + 1]
-            after = x[t + 1, c] if t < last else np.float32(0)
-            x[t, c] = gain[c] * dx[t, c] + decay * after
-            dx[t, c] += share * x[t, c]
+            after_c = after[c] if t < time - 1 else np.float32(0)
+            x_t[c] = own_gain[c] * dx_t[c] + decay * after_c
+            dx_t[c] += share * x_t[c]
 
 
 @serial_kernel
 def _leaky_average_forward(out, y, gain, decay, share):
     for b in range(out.shape[0]):
-        add_leaky_average(out[b], y, gain, decay, share)
+        add_leaky_average(out[b], y, gain, decay, share, 0, out.shape[2])
 
 
 @serial_kernel
 def _leaky_average_backward(dx, dgain, x, gain, decay, share):
     for b in range(dx.shape[0]):
-        add_leaky_average_backward(dx[b], dgain, x[b], gain, decay, share)
+        add_leaky_average_backward(dx[b], dgain, x[b], gain, decay, share, 0, dx.shape[2])
 
 
 def leaky_share(decay: float) -> np.float32:
@@ -88,7 +94,7 @@ def leaky_average_forward(x: np.ndarray, gain: np.ndarray, decay: float) -> np.n
     _check.array("leaky_average_forward", "gain", gain, (x.shape[2],))
     _check_decay("leaky_average_forward", decay)
     out = x.copy()
-    _leaky_average_forward(out, np.empty(x.shape[1:], np.float32), gain, np.float32(decay), leaky_share(decay))
+    _leaky_average_forward(out, np.empty(x.shape[2], np.float32), gain, np.float32(decay), leaky_share(decay))
     return out
 
 

@@ -43,9 +43,9 @@ def copied_row(rows, t, order, skip, reach):
 
 
 @helper
-def find_copies(out, rows, order, skip, reach):
-    """out (T,) = the row to copy at each of rows (T,), a sequence."""
-    for t in range(rows.shape[0]):
+def find_copies(out, rows, first, order, skip, reach):
+    """out (T,) = the row to copy at each of rows (T,), the start of a sequence; only from position `first` on."""
+    for t in range(first, rows.shape[0]):
         out[t] = copied_row(rows, t, order, skip, reach)
 
 
@@ -85,7 +85,7 @@ def _scatter_copies(dweight, dx, dh, rows, gain_in, gain_out, threads):
 @serial_kernel
 def _ngram_copies(out, rows, order, skip, reach):
     for b in range(rows.shape[0]):
-        find_copies(out[b], rows[b], order, skip, reach)
+        find_copies(out[b], rows[b], 0, order, skip, reach)
 
 
 def copy_kinds(orders: Sequence[int]) -> list[tuple[int, int]]:

@@ -31,6 +31,17 @@ def rmsnorm_rows(out, rstd, x, weight):
 
 
 @helper
+def rmsnorm_scales(rstd, x):
+    """The rstd (N,) of rmsnorm_rows alone."""
+    rows, dim = x.shape
+    for n in range(rows):
+        total = np.float32(0)
+        for c in range(dim):
+            total += x[n, c] * x[n, c]
+        rstd[n] = _ONE / np.float32(math.sqrt(total / np.float32(dim) + EPS))
+
+
+@helper
 def rmsnorm_recompute(out, x, weight, rstd):
     """Compute out of rmsnorm_rows again from the saved rstd, which is cheaper than storing out."""
     rows, dim = x.shape

@@ -68,14 +68,18 @@ def _round_rows(codes, shares, b):
 
 
 @strict_helper
-def _round_columns(q, scales, sums, a, shares):
-    """q (R, G), four rows' bytes in a word, of a (M, R) times shares; scales (R,) t; sums (R,) of q, times 128."""
-    rows, columns = a.shape
+def _round_columns(q, scales, sums, a, first_column, shares):
+    """q (R, G), four rows' bytes in a word, of R columns of a (M, any) times shares; scales (R,) t; sums (R,) of q,
+    times 128.
+    """
+    rows, columns = a.shape[0], q.shape[0]
+    end = first_column + columns
     for r in range(columns):
         sums[r] = 0
     for m in range(rows):
+        a_m = a[m, first_column:end]
         for r in range(columns):
-            sums[r] = max(sums[r], _bits_from_float(a[m, r] * shares[m]) & _MAGNITUDE)
+            sums[r] = max(sums[r], _bits_from_float(a_m[r] * shares[m]) & _MAGNITUDE)
     for r in range(columns):
         largest = _float_from_bits(sums[r])
         if not largest <= _FINITE:
@@ -84,8 +88,8 @@ def _round_columns(q, scales, sums, a, shares):
         sums[r] = 0
     for g in range(q.shape[1]):
         first, last = 4 * g, rows - 1
-        a0, a1 = a[first], a[min(first + 1, last)]
-        a2, a3 = a[min(first + 2, last)], a[min(first + 3, last)]
+        a0, a1 = a[first, first_column:end], a[min(first + 1, last), first_column:end]
+        a2, a3 = a[min(first + 2, last), first_column:end], a[min(first + 3, last), first_column:end]
         s0, s1, s2, s3 = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
         for r in range(columns):
             f = _inverse(scales[r])
@@ -98,15 +102,16 @@ def _round_columns(q, scales, sums, a, shares):
 
 if numba.config.DISABLE_JIT:
 
-    def ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
+    def ternary_wgrad_rows(out, a, b, first, codes, shares, q, scales, sums, spare, variant, blas):
         """As below, exact."""
-        gemm_tn(blas, out, a, b, np.float32(1))
+        gemm_tn(blas, out, a[:, first : first + len(out)], b, np.float32(1))
 
 else:
 
     @helper
-    def ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
-        """out (R, K) += a (M, R).T @ b (M, K), rounded where the variant (its index in VARIANTS) has vpdpbusd.
+    def ternary_wgrad_rows(out, a, b, first, codes, shares, q, scales, sums, spare, variant, blas):
+        """out (R, K) += a[:, first : first + R].T @ b for a (M, any), b (M, K), rounded where the variant (its index in
+        VARIANTS) has vpdpbusd.
 
         More than MOST_ROWS rows are exact too.
         Scratch: codes int32 (M / 4 * K' or more,), shares (M + 3,), q int8 (R * (M + 3),), scales and sums (R,).
@@ -118,7 +123,7 @@ else:
             words = codes[: groups * width].reshape(groups, width)
             here = q[: 4 * groups * outputs]
             if _round_rows(words, shares, b) and _round_columns(
-                here.view(np.int32).reshape(outputs, groups), scales, sums, a, shares
+                here.view(np.int32).reshape(outputs, groups), scales, sums, a, first, shares
             ):
                 bytes_ = here.reshape(outputs, 4 * groups)
                 if variant == VNNI:
@@ -126,7 +131,7 @@ else:
                 else:
                     products_avxvnni(out, words, bytes_, sums, scales, 1, spare)
                 return
-        gemm_tn(blas, out, a, b, np.float32(1))
+        gemm_tn(blas, out, a[:, first : first + outputs], b, np.float32(1))
 
 
 def codes_words(rows: int, columns: int) -> int:
@@ -135,14 +140,14 @@ def codes_words(rows: int, columns: int) -> int:
 
 
 @serial_kernel
-def _ternary_wgrad(out, a, b, codes, shares, q, scales, sums, spare, variant, blas):
-    ternary_wgrad_rows(out, a, b, codes, shares, q, scales, sums, spare, variant, blas)
+def _ternary_wgrad(out, a, b, first, codes, shares, q, scales, sums, spare, variant, blas):
+    ternary_wgrad_rows(out, a, b, first, codes, shares, q, scales, sums, spare, variant, blas)
 
 
 def ternary_wgrad_address() -> Any:
     """The address of ternary_wgrad_rows (_calls.py); compiles it, or loads it from the cache."""
     x, floats, ints = np.empty((0, 0), np.float32), np.empty(0, np.float32), np.empty(0, np.int32)
-    return address(_ternary_wgrad, x, x, x, ints, floats, np.empty(0, np.int8), floats, ints, floats, 0, 0)
+    return address(_ternary_wgrad, x, x, x, 0, ints, floats, np.empty(0, np.int8), floats, ints, floats, 0, 0)
 
 
 def ternary_wgrad(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -> np.ndarray:
@@ -163,6 +168,7 @@ def ternary_wgrad(a: np.ndarray, b: np.ndarray, *, variant: str | None = None) -
         out,
         a,
         b,
+        0,
         aligned_zeros((codes_words(rows, columns),), np.int32),
         np.zeros(rows + 3, np.float32),
         aligned_zeros((outputs * (rows + 3),), np.int8),

@@ -1,7 +1,7 @@
 """The trunk, forward and backward: several passes through a list of L blocks, then the final norm.
 
-This file holds the Python side: the weights in the kernels' layouts, the buffers of a batch, and the interface of a
-mixer. The compiled code is in _trunk_regions.py, which gives the formulas.
+This file holds the Python side: the weights in the kernels' layouts, and the buffers of a batch. The compiled code is
+in _trunk_regions.py, which gives the formulas.
 Letters: B batch, T time, N = B*T rows, C channels, I FFN width, L blocks, R layers, P threads, O ways of copying.
 Source: FlashLM v3.
 """
@@ -9,16 +9,20 @@ Source: FlashLM v3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from flashlm_numba.kernels._calls import address
+from flashlm_numba.kernels._division import Division, divide
+from flashlm_numba.kernels._gradient_copies import allocate, sums
+from flashlm_numba.kernels._mixer import Mixer
 from flashlm_numba.kernels._packed_gemm import packed_gemm_address
 from flashlm_numba.kernels._rows import aligned_zeros
+from flashlm_numba.kernels._steps import backward_steps, forward_steps
 from flashlm_numba.kernels._ternary_layer import Arithmetic, TernaryMatrices, arithmetic_variant, new_arithmetic
-from flashlm_numba.kernels._trunk_regions import (
+from flashlm_numba.kernels._trunk_arrays import (
     Activations,
     Batch,
     BatchGradient,
@@ -27,6 +31,8 @@ from flashlm_numba.kernels._trunk_regions import (
     Shape,
     Unit,
     Weights,
+)
+from flashlm_numba.kernels._trunk_regions import (
     backward_thread,
     forward_thread,
     trunk_backward_region,
@@ -36,85 +42,8 @@ from flashlm_numba.kernels.ngram_copy import copy_kinds
 from flashlm_numba.kernels.ternary_gemm import ternary_gemm_address
 from flashlm_numba.kernels.ternary_wgrad import ternary_wgrad_address
 
-TILE_ROWS = 256
 REGISTER = 16  # floats of the widest
 _NO_ROWS, _UNIT = np.empty((1, 0), np.float32), Unit(*[0] * len(Unit._fields))  # for their types
-
-
-class Mixer(Protocol):
-    """The interface of the mixers of L blocks for the trunk and for decoding: weights and regions.
-
-    Each mixer defines its NamedTuples, which only its helpers read. `matrices` are its ternary matrices.
-    """
-
-    matrices: dict[str, TernaryMatrices]  # by the names of their parameters, relative to the block's mixer
-
-    def set_weights(self, block: int, parameters: dict[str, np.ndarray]) -> None:
-        """Set a block's parameters, except the ternary matrices, by name within the mixer."""
-        ...
-
-    def weights(self, transposed: bool) -> NamedTuple:
-        """Weights for the forward pass, or with the layouts of the backward pass."""
-        ...
-
-    def new_activations(self, layers: int, batch: int, time: int) -> NamedTuple:
-        """Arrays for the activations of R layers that the backward pass needs."""
-        ...
-
-    def new_scratch(self, threads: int, time: int) -> NamedTuple:
-        """Scratch per thread."""
-        ...
-
-    def new_gradients(self, threads: int) -> NamedTuple:
-        """Gradients per thread."""
-        ...
-
-    def gradients(self, block: int, found: Any) -> dict[str, np.ndarray]:
-        """A block's gradients by name within the mixer, summed over the threads."""
-        ...
-
-    @property
-    def forward(self) -> Any:
-        """The serial kernel (out, x, unit, weights, activations, scratch, normed, arithmetic) that adds the mixer's
-        output for x (M, C), times its residual scale, to out (M, C). It may change x; normed (any, C) is scratch.
-        """
-        ...
-
-    @property
-    def backward(self) -> Any:
-        """The serial kernel (dx, dout, x, unit, gradients, weights, activations, scratch, normed, arithmetic) that
-        writes dx (M, C), the gradient of the mixer's input x (M, C). dout (M, C) is the gradient of the sum to which
-        the mixer's output was added. It may change x and normed (any, C), and adds the gradients of its weights to
-        those of the thread.
-        """
-        ...
-
-    @property
-    def clear(self) -> Any:
-        """The serial kernel (gradients, thread) that sets the gradients of a thread to zero."""
-        ...
-
-    def decode_weights(self, *forms: np.ndarray) -> NamedTuple:
-        """For decoding; forms: each of `matrices` as int8 and packed, in their order (decode.decode_matrices)."""
-        ...
-
-    def new_state(self, layers: int) -> NamedTuple:
-        """Decoding state before the first token, with the mixer's scratch."""
-        ...
-
-    @property
-    def decode_region(self) -> Any:
-        """The serial kernel (embedding, row, position, *fields of State, DecodeWeights and the mixer's state, weights)
-        made with decode.make_decode_step.
-        """
-        ...
-
-    @property
-    def prefill_region(self) -> Any:
-        """The serial kernel (x, activations, weights, and the mixer's state, weights, activations) made with
-        decode.make_prefill.
-        """
-        ...
 
 
 class TrunkConfig(NamedTuple):
@@ -200,16 +129,34 @@ class TrunkWeights:
             matrices.pack()
 
 
+def _new_gradients(weights: TrunkWeights, division: Division) -> tuple[Gradients, Any]:
+    """The trunk's and the mixer's, in one pool."""
+    (blocks, dim, inner), copies = weights.down.values.shape, division.copies
+    shapes = {
+        "norm1": (copies.rows, blocks, dim),
+        "norm2": (copies.rows, blocks, dim),
+        "final_norm": (copies.rows, dim),
+        "gain_in": (copies.rows, *weights.gain_in.shape),
+        "gain_out": (copies.rows, *weights.gain_out.shape),
+        "gate_up": (copies.sequences, blocks, 2 * inner, dim),
+        "down": (copies.sequences, blocks, dim, inner),
+    }
+    mixer = weights.mixer.gradient_shapes(copies)
+    pool, segments, arrays = allocate([*shapes.values(), *mixer.values()])
+    own, theirs = dict(zip(shapes, arrays, strict=False)), dict(zip(mixer, arrays[len(shapes) :], strict=True))
+    dx = aligned_zeros((division.batch * division.time, dim), np.float32)
+    return Gradients(dx=dx, pool=pool, segments=segments, **own), weights.mixer.gradients_type(**theirs)
+
+
 class TrunkBuffers:
     """Saved activations and scratch for batches of one shape (B, T); about 40 KB per token for v3's shape."""
 
     def __init__(self, weights: TrunkWeights, batch: int, time: int) -> None:
         rows, threads, layers = batch * time, numba.get_num_threads(), weights.layers
-        blocks, dim, inner = weights.down.values.shape
-        tile = max(1, TILE_ROWS // max(time, 1))
-        tile_rows = tile * time
+        _, dim, inner = weights.down.values.shape
+        self.division = division = divide(batch, time, threads)
         self.batch, self.time = batch, time
-        copies = len(weights.copy_order)
+        copies, kept = len(weights.copy_order), division.places
 
         def zeros(*shape: int) -> np.ndarray:
             return aligned_zeros(shape, np.float32)
@@ -225,31 +172,41 @@ class TrunkBuffers:
             rstd_out=zeros(rows),
         )
         self.scratch = Scratch(
-            normed=zeros(threads, tile_rows, dim),
-            mixer_in=zeros(threads, tile_rows, dim),
-            dmixer_in=zeros(threads, tile_rows, dim),
-            hidden=zeros(threads, tile_rows, inner),
-            dhidden=zeros(threads, tile_rows, inner),
-            dgate_up=zeros(threads, tile_rows, 2 * inner),
+            normed=zeros(threads, division.block, dim),
+            inner=zeros(threads, division.block, inner),
+            mixer_in=zeros(*kept, dim),
+            dmixer_in=zeros(*kept, dim),
+            ffn_in=zeros(*kept, dim),
+            hidden=zeros(*kept, inner),
+            dgate_up=zeros(*kept, 2 * inner),
+            dlayer=zeros(*kept, dim),
         )
-        self.gradients = Gradients(
-            dx=zeros(rows, dim),
-            norm1=zeros(threads, blocks, dim),
-            norm2=zeros(threads, blocks, dim),
-            final_norm=zeros(threads, 1, dim),
-            gate_up=zeros(threads, blocks, 2 * inner, dim),
-            down=zeros(threads, blocks, dim, inner),
-            gain_in=zeros(threads, copies, dim),
-            gain_out=zeros(threads, copies, dim),
-        )
+        self.gradients, self.mixer_gradients = _new_gradients(weights, division)
         self.mixer_activations = weights.mixer.new_activations(layers, batch, time)
-        self.mixer_scratch = weights.mixer.new_scratch(threads, time)
-        self.mixer_gradients = weights.mixer.new_gradients(threads)
+        self.mixer_scratch = weights.mixer.new_scratch(division)
         shapes = [matrices.shape for matrices in weights.matrices]
-        self.arithmetic: Arithmetic = new_arithmetic(weights.int8, weights.variant, shapes, tile_rows, threads)
-        self._shape = Shape(time, tile, threads, layers, blocks)
+        tile = max(division.tile, division.block)
+        self.arithmetic: Arithmetic = new_arithmetic(weights.int8, weights.variant, shapes, tile, threads)
         self._called: dict[bool, tuple[Arithmetic, Shape]] = {}
         self._made_for = self._key(weights, batch, time)
+
+    def _shape(self, weights: TrunkWeights, *, backward: bool) -> Shape:
+        """The shape of a pass, without the addresses."""
+        division, mixer = self.division, weights.mixer
+        steps = (
+            backward_steps(weights.layers, mixer.backward_stages())
+            if backward
+            else forward_steps(weights.layers, mixer.forward_stages())
+        )
+        return Shape(
+            division.time,
+            division.tile,
+            division.threads,
+            weights.layers,
+            weights.config.n_blocks,
+            np.array([step[:3] for step in steps], np.int64),
+            *division.plan([step.divides for step in steps]),
+        )
 
     def forward_functions(self, weights: TrunkWeights) -> dict[str, Callable[[], Any]]:
         """What the forward pass calls by its address (_calls.py), by the name of the field that holds the address.
@@ -258,7 +215,8 @@ class TrunkBuffers:
         """
         own, mixers = weights.read(transposed=False)
         mixer = mixers, self.mixer_activations, self.mixer_scratch
-        rest = self.activations, self.scratch, own, self.arithmetic, self._shape, *mixer
+        shape = self._shape(weights, backward=False)
+        rest = self.activations, self.scratch, own, self.arithmetic, shape, *mixer
         x, batch = _NO_ROWS, Batch(_NO_ROWS[0].astype(np.int32), _NO_ROWS)
         return {
             **self._products(weights),
@@ -276,13 +234,13 @@ class TrunkBuffers:
         """The same of the backward pass."""
         own, mixers = weights.read(transposed=True)
         mixer = self.mixer_gradients, mixers, self.mixer_activations, self.mixer_scratch
-        rest = self.gradients, self.activations, self.scratch, own, self.arithmetic, self._shape, *mixer
+        shape = self._shape(weights, backward=True)
+        rest = self.gradients, self.activations, self.scratch, own, self.arithmetic, shape, *mixer
         x, batch = _NO_ROWS, BatchGradient(_NO_ROWS, _NO_ROWS)
         return {
             **self._products(weights),
             **({"int8_gradient": ternary_wgrad_address} if weights.int8 else {}),
             "mixer_backward": lambda: address(weights.mixer.backward, x, x, x, _UNIT, *mixer, x, self.arithmetic),
-            "mixer_clear": lambda: address(weights.mixer.clear, self.mixer_gradients, 0),
             "backward": lambda: address(backward_thread, 0, batch, *rest),
             "region": lambda: address(trunk_backward_region, batch, *rest),
         }
@@ -292,9 +250,9 @@ class TrunkBuffers:
         if backward not in self._called:
             functions = self.backward_functions(weights) if backward else self.forward_functions(weights)
             found = {name: function() for name, function in functions.items() if name != "region"}
-            pair = (self.arithmetic, self._shape)
+            pair = self.arithmetic, self._shape(weights, backward=backward)
             own = [{name: at for name, at in found.items() if name in fields._fields} for fields in pair]
-            self._called[backward] = self.arithmetic._replace(**own[0]), self._shape._replace(**own[1])
+            self._called[backward] = pair[0]._replace(**own[0]), pair[1]._replace(**own[1])
         return self._called[backward]
 
     @staticmethod
@@ -330,9 +288,9 @@ def trunk_forward(buffers: TrunkBuffers, weights: TrunkWeights, embedding: np.nd
 
 
 class TrunkGradients(NamedTuple):
-    """The results of trunk_backward, summed over the threads."""
+    """The results of trunk_backward, views of the buffers."""
 
-    dx: np.ndarray  # (N, C): of the trunk's input, a view of the buffers
+    dx: np.ndarray  # (N, C): of the trunk's input
     gain_in: np.ndarray  # (O, C)
     gain_out: np.ndarray  # (O, C)
     final_norm: np.ndarray  # (C,)
@@ -368,17 +326,16 @@ def trunk_backward(
         buffers.mixer_activations,
         buffers.mixer_scratch,
     )
-    ffn_dim = weights.config.ffn_dim
-    gate_up = g.gate_up.sum(0)
+    ffn_dim, gate_up, mixers = weights.config.ffn_dim, g.gate_up[0], sums(buffers.mixer_gradients)
     return TrunkGradients(
         dx=g.dx,
-        gain_in=g.gain_in.sum(0),
-        gain_out=g.gain_out.sum(0),
-        final_norm=g.final_norm.sum(0)[0],
-        norm1=g.norm1.sum(0),
-        norm2=g.norm2.sum(0),
+        gain_in=g.gain_in[0],
+        gain_out=g.gain_out[0],
+        final_norm=g.final_norm[0],
+        norm1=g.norm1[0],
+        norm2=g.norm2[0],
         gate=gate_up[:, :ffn_dim],
         up=gate_up[:, gate_up.shape[1] // 2 :][:, :ffn_dim],
-        down=g.down.sum(0)[:, :, :ffn_dim],
-        mixers=[weights.mixer.gradients(b, buffers.mixer_gradients) for b in range(weights.config.n_blocks)],
+        down=g.down[0][:, :, :ffn_dim],
+        mixers=[weights.mixer.gradients(b, mixers) for b in range(weights.config.n_blocks)],
     )

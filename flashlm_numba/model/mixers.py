@@ -44,7 +44,7 @@ class MixerType(Protocol):
         ...
 
     def build(self, config: Any) -> Any:
-        """The mixers of all blocks as one kernels.trunk.Mixer."""
+        """The mixers of all blocks as one kernels._mixer.Mixer."""
         ...
 
 

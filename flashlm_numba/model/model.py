@@ -219,7 +219,7 @@ class Model:
                     raise ValueError("Model.backward: another call is using the buffers of forward; use loss_and_grad")
                 dh = for_reading(dh)
                 _check.array("Model.backward", "dh", dh, buffers.activations.out.shape)
-                self._trunk_backward(buffers, dh)
+                self._trunk_backward(buffers, dh, accumulate=True)
                 self._embedding_backward(buffers, rows, dh)
 
     def _embedding_backward(self, buffers: TrunkBuffers, rows: np.ndarray, dh: np.ndarray) -> None:
@@ -229,9 +229,10 @@ class Model:
         for o, copies in enumerate(buffers.activations.copies):
             scatter_copies(gradient, dx, dh, copies, w.gain_in[o], w.gain_out[o])
 
-    def _trunk_backward(self, buffers: TrunkBuffers, dh: np.ndarray) -> None:
-        g = self.gradients
+    def _trunk_backward(self, buffers: TrunkBuffers, dh: np.ndarray, *, accumulate: bool) -> None:
+        """Add the trunk's gradients to `gradients`, or replace all but the embedding's and the head's."""
         found = trunk_backward(buffers, self._weights, dh, self._embedding)
+        named = {"final_norm.weight": found.final_norm}
         for b in range(self.config.n_blocks):
             # straight-through estimator: ternarize passes the gradient unchanged
             own = {
@@ -242,12 +243,15 @@ class Model:
                 "glu.down.weight": found.down[b],
                 **{f"mixer.{name}": value for name, value in found.mixers[b].items()},
             }
-            for name, value in own.items():
-                g[f"blocks.{b}.{name}"] += value
-        g["final_norm.weight"] += found.final_norm
+            named |= {f"blocks.{b}.{name}": value for name, value in own.items()}
         for o in range(len(self.config.ngram_copy_orders)):
-            g[f"ngram_copy.inputs.{o}.weight"] += found.gain_in[o]
-            g[f"ngram_copy.outputs.{o}.weight"] += found.gain_out[o]
+            named[f"ngram_copy.inputs.{o}.weight"] = found.gain_in[o]
+            named[f"ngram_copy.outputs.{o}.weight"] = found.gain_out[o]
+        for name, gradient in self.gradients.items():
+            if name in named:
+                np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
+            elif not accumulate and name != EMBEDDING and not name.startswith("head."):
+                gradient[...] = 0  # of the router, which has none
 
     def loss_and_grad(
         self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
@@ -284,11 +288,7 @@ class Model:
                 dh = np.zeros_like(h)
                 dh[kept] = dh_kept
             after_head = time.perf_counter()
-            if not accumulate:
-                for name, gradient in self.gradients.items():
-                    if name != EMBEDDING and not name.startswith("head."):
-                        zero(gradient)
-            self._trunk_backward(buffers, dh)
+            self._trunk_backward(buffers, dh, accumulate=accumulate)
             after_trunk = time.perf_counter()
             self._embedding_backward(buffers, rows, dh)
         end = time.perf_counter()

@@ -188,7 +188,6 @@ TASKS: dict[str, Task] = {
     "backward: mixer": Task("backward", partial(_backward, "mixer_backward"), 8, 25),
     "backward": Task("backward", partial(_backward, "backward"), 4, 9),
     "backward: region": Task("backward", partial(_backward, "region"), 4, 1),
-    "backward: clearing": Task("backward", partial(_backward, "mixer_clear"), 0, 1),
     "embedding's gradient": Task("backward", _embedding_gradient, 2, 3),
     "NorMuon": Task("optimizer", partial(_optimizers, normuon=True), 7, 21),
     "AdamW": Task("optimizer", partial(_optimizers, normuon=False), 5, 16),

@@ -7,6 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashlm_numba.kernels import _ternary_dots, reference, ternary_gemm
+from flashlm_numba.kernels import ternary_wgrad as wgrad
+from flashlm_numba.kernels._ternary_layer import new_arithmetic, ternary_weight_gradient
 from flashlm_numba.kernels.ternary_wgrad import MOST_ROWS, ternary_wgrad
 
 VARIANTS = _ternary_dots.available()
@@ -97,6 +99,35 @@ def test_weight_gradient_errs_by_its_rounding_only(seed, rows, outputs, columns)
     p = np.abs(b) / np.where(s > 0, s, 1)
     room = 0.5 * t * p.sum(0) + 0.5 * np.abs(a.T) @ np.broadcast_to(s, b.shape) + 0.25 * rows * t
     assert (np.abs(found - want) <= 1.01 * room + 1e-5 * np.abs(want).max(initial=0) + 1e-30).all()
+
+
+@given(seeds, st.integers(1, 30), st.integers(1, 40), st.integers(0, 40))
+def test_columns_are_rounded_the_same_in_any_share(seed, rows, outputs, cut):
+    """Several threads divide the outputs of a weight's gradient; each rounds its own columns of the operand."""
+    rng = np.random.default_rng(seed)
+    a, groups, cut = rng.standard_normal((rows, outputs)).astype(np.float32), -(-rows // 4), min(cut, outputs)
+    shares = np.abs(rng.standard_normal(4 * groups)).astype(np.float32)
+
+    def rounded(first, last):
+        q = np.zeros((last - first, groups), np.int32)
+        scales, sums = np.zeros(last - first, np.float32), np.zeros(last - first, np.int32)
+        assert wgrad._round_columns(q, scales, sums, a, first, shares)
+        return q, scales, sums
+
+    for whole, *parts in zip(rounded(0, outputs), rounded(0, cut), rounded(cut, outputs), strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@given(seeds, st.integers(0, 30), st.integers(1, 40), st.integers(0, 40), st.sampled_from(VARIANTS))
+def test_a_share_of_the_outputs_gets_its_rows_of_the_weight_gradient(seed, rows, outputs, cut, variant):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, outputs), (rows, 70)))
+    whole, cut = ternary_wgrad(a, b, variant=variant), min(cut, outputs)
+    arithmetic = new_arithmetic(True, _ternary_dots.VARIANTS.index(variant), [(outputs, 70)], rows, 1)
+    arithmetic, found = arithmetic._replace(int8_gradient=wgrad.ternary_wgrad_address()), np.zeros_like(whole)
+    for first, last in ((0, cut), (cut, outputs)):
+        ternary_weight_gradient(found[first:last], a, b, first, arithmetic, 0)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max(initial=0))
 
 
 def test_weight_gradient_of_more_rows_than_an_int32_can_add_up():
