@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numba
 import numpy as np
 
 from flashlm_numba.system.display import TERMINAL, Note, Progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 WINDOW = 2_048  # positions per window, overlap included
 BATCH = 4_096  # positions per batch
+THREADS_PER_WINDOW = 16  # that a window keeps busy: the channel groups of a convolution
 SMOOTHING = 0.1  # label smoothing of --smoothed, as in FlashLM v3's published losses
 _POOL = 128  # windows that are sorted by length and then divided into batches
 _SMOOTHED_ROWS = 64  # rows per (rows, V) table of probabilities
@@ -113,9 +115,11 @@ def score(
     model.sync_weights()
     field = model.config.receptive_field
     window = max(window, 2 * field)
+    least = -(-numba.get_num_threads() // THREADS_PER_WINDOW)
     tokens, nll, spread = 0, 0.0, 0.0
-    for group in _batches((w for document in documents for w in windows(document, field, window, eot)), batch):
-        length = max(len(w.ids) for w in group)
+    items = (w for document in documents for w in windows(document, field, window, eot))
+    for group in _batches(items, batch, least, window):
+        length = padded_length(max(len(w.ids) for w in group), window)
         ids = np.full((len(group), length), eot, np.int32)  # padding at the end is harmless in a causal model
         rows, targets = [], []
         for row, item in enumerate(group):
@@ -144,8 +148,19 @@ def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
     return np.concatenate(found) if found else np.empty(0)
 
 
-def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
-    """Groups of windows of similar length. A padded group has at most `positions` positions, or is a single window."""
+def padded_length(length: int, window: int) -> int:
+    """The length that windows of up to `window` positions are padded to: few different ones, so that the model can use
+    its buffers again. It is at most a sixteenth more, and 16 positions.
+
+    >>> padded_length(100, 2048), padded_length(3000, 4096), padded_length(2047, 2047)
+    (112, 3072, 2047)
+    """
+    step = max(16, 1 << max(0, length.bit_length() - 5))
+    return min(-(-length // step) * step, window)
+
+
+def _batches(items: Iterator[Window], positions: int, least: int, window: int) -> Iterator[list[Window]]:
+    """Groups of windows of similar length, of at most `positions` padded positions or of `least` windows."""
     pool: list[Window] = []
     more = True
     while more:
@@ -157,7 +172,8 @@ def _batches(items: Iterator[Window], positions: int) -> Iterator[list[Window]]:
         more = len(pool) == _POOL
         pool.sort(key=lambda item: len(item.ids))
         while pool:
-            count = max(1, min(len(pool), positions // len(pool[-1].ids)))
+            longest = padded_length(len(pool[-1].ids), window)
+            count = min(len(pool), max(least, positions // longest))
             yield pool[-count:]
             del pool[-count:]
 

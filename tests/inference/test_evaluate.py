@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,15 +13,20 @@ from hypothesis import strategies as st
 from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.heads import DenseHead
+from flashlm_numba.inference import evaluate
 from flashlm_numba.inference.evaluate import (
+    Window,
     _source_documents,
     evaluate_run,
     is_causal,
+    padded_length,
     score,
     validation_subset,
     windows,
 )
+from flashlm_numba.kernels._division import ROWS, Stage
 from flashlm_numba.kernels.ngram_copy import ngram_copies
+from flashlm_numba.model import model as model_module
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
@@ -112,6 +118,47 @@ def test_smoothed_loss_is_over_the_whole_vocabulary(model, documents):
     assert found.smoothed_loss == pytest.approx(loss / found.tokens, abs=1e-5)
     assert found.perplexity == pytest.approx(math.exp(found.nll / found.tokens))
     assert found.bits_per_byte(1000) == pytest.approx(found.nll / math.log(2) / 1000)
+
+
+def test_long_documents_keep_all_threads_busy_and_use_buffers_again(monkeypatch, threads):
+    """20 documents of about 3,000 tokens: each batch is divided among the threads, and few shapes occur."""
+    threads(numba.config.NUMBA_NUM_THREADS)
+    rng, made = np.random.default_rng(0), []
+    texts = [rng.integers(0, CONFIG.vocab_size, 2_970 + 5 * i).astype(np.int32) for i in range(20)]
+    net = Model(CONFIG, initial_parameters(CONFIG, 0), DenseHead)
+
+    class Watched(model_module.TrunkBuffers):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self.division)
+
+    monkeypatch.setattr(model_module, "TrunkBuffers", Watched)
+    score(net, texts, eot=EOT, window=4_096)
+    assert 1 <= len(made) <= 2
+    for division in made:
+        rows = [
+            sum(part.high - part.low for part in division.parts(Stage(ROWS), thread))
+            for thread in range(division.threads)
+        ]
+        assert max(rows) <= 1.01 * np.mean(rows)
+
+
+def test_many_threads_get_several_windows_at_a_time(monkeypatch):
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 40)
+    groups = []
+    monkeypatch.setattr(evaluate, "_batches", lambda *rest: groups.append(rest) or iter(()))
+    score(Model(CONFIG, initial_parameters(CONFIG, 0), DenseHead), [], eot=EOT)
+    assert groups[0][2] == 3  # 16 threads per window
+    long = [Window(np.zeros(n, np.int32), np.zeros(n, np.int32), 0) for n in (5_000, 5_000, 4_900, 4_000, 40)]
+    monkeypatch.undo()
+    assert [len(group) for group in evaluate._batches(iter(long), 4_096, 3, 6_178)] == [3, 2]
+
+
+@pytest.mark.parametrize("window", [1, 700, 6_178])
+def test_padding_adds_little(window):
+    lengths = [padded_length(n, window) for n in range(1, window + 1)]
+    assert all(n <= padded <= min(window, max(n + 15, n * 17 / 16)) for n, padded in enumerate(lengths, 1))
+    assert len(set(lengths)) <= 16 + 16 * window.bit_length()
 
 
 def test_progress_counts_the_tokens(model, documents):
