@@ -101,7 +101,7 @@ def test_no_thread_has_more_work_than_others(recipe):
 
 
 def test_the_deep_order_is_kept_where_sequences_divide_evenly():
-    assert [threads for threads in range(1, 17) if not divide(8, 256, threads).wide] == [1, 2, 3, 4, 8]
+    assert [threads for threads in range(1, 17) if not divide(8, 256, threads).wide] == [1, 2, 3, 4, 8, 9]
     assert not divide(16, 128, 16).wide
     assert divide(1, 6_178, 1).wide  # its data would not stay in cache
     assert divide(1, 6_178, 1).block == 256

@@ -18,7 +18,7 @@ from flashlm_numba.model.parameters import initial_parameters
 CONFIG = ModelConfig(vocab_size=97, dim=40, ffn_dim=50, groups=4, dilations=(1, 3), n_passes=2, leaky_decay=0.8)
 CONFIG = dataclasses.replace(CONFIG, ternary_threshold=0.5, ngram_copy_orders=(1, 2, 1), ngram_copy_reach=15)
 BARE = dataclasses.replace(CONFIG, leaky_decay=0.0, ngram_copy_orders=(), n_blocks=2, n_passes=1)
-DEEP = dataclasses.replace(CONFIG, activations="int8")
+INT8 = dataclasses.replace(CONFIG, activations="int8")
 THREADS = (2, 3, 5, 16, 64)
 SHAPES = [(8, 16), (3, 70), (1, 300), (16, 128), (1, 1_100), (2, 1)]
 if numba.config.DISABLE_JIT:
@@ -45,7 +45,7 @@ def passes(config, shape, threads, monkeypatch):
     return h, model.gradients, division
 
 
-@pytest.mark.parametrize("config", [CONFIG, BARE, DEEP], ids=["float", "two bare blocks", "int8"])
+@pytest.mark.parametrize("config", [CONFIG, BARE, INT8], ids=["float", "two bare blocks", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_any_number_of_threads_computes_the_same(config, shape, monkeypatch):
     want, gradients, _ = passes(config, shape, 1, monkeypatch)
@@ -54,10 +54,13 @@ def test_any_number_of_threads_computes_the_same(config, shape, monkeypatch):
         found, others, division = passes(config, shape, threads, monkeypatch)
         assert division.threads == (threads if division.wide else min(threads, shape[0]))
         orders.add(division.wide)
-        np.testing.assert_array_equal(found.view(np.uint32), want.view(np.uint32))
+        if numba.config.DISABLE_JIT:  # products by BLAS, which rounds by the number of rows; int8 by whole steps
+            np.testing.assert_allclose(found, want, rtol=0, atol=1e-2 if config is INT8 else 1e-5)
+        else:
+            np.testing.assert_array_equal(found.view(np.uint32), want.view(np.uint32))
         for name, value in gradients.items():
             # int8: a tile of short sequences begins elsewhere, and the gradients are quantised per tile
-            room = 2e-2 if config is DEEP and shape[1] < 256 else 2e-5
+            room = 2e-2 if config is INT8 and shape[1] < 256 else 2e-5
             np.testing.assert_allclose(others[name], value, rtol=0, atol=room * np.abs(value).max(), err_msg=name)
     assert True in orders
 
