@@ -31,7 +31,11 @@ class Mixer(Protocol):
         ...
 
     def forward_stages(self) -> list[Stage]:
-        """The stages of the forward pass, in order, and how each divides among threads."""
+        """The stages of the forward pass, in order, and how each divides among threads.
+
+        Threads do not wait for one another between consecutive stages with the same division. A part of such a stage
+        may therefore read only what the same part of the stage before has written.
+        """
         ...
 
     def backward_stages(self) -> list[Stage]:
