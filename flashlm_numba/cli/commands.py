@@ -142,7 +142,7 @@ def prepare(
     "shape",
     type=click.Choice(list(SHAPES)),
     help="Shape of the model. v3: FlashLM v3's. default: with what the recipe default adds. nano, micro, mini: for "
-    " vocabularies of 1,024, 4,096 and 8,192 tokens, in 224 KB, 960 KB and 4 MB. Default: the recipe's. --set "
+    "vocabularies of 1,024, 4,096 and 8,192 tokens, in 224 KB, 960 KB and 4 MB. Default: the recipe's. --set "
     "changes single numbers of it.",
 )
 @click.option(

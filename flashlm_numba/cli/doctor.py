@@ -19,16 +19,8 @@ from flashlm_numba.system.display import TERMINAL
 from flashlm_numba.system.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "tiktoken", "datasets", "safetensors", "torch")
-FEATURES = (
-    "avx2",
-    "fma",
-    "avxvnni",
-    "avx512f",
-    "avx512bw",
-    "avx512vnni",
-    "neon",
-    "dotprod",
-)  # the features that the kernels use
+# the features that the kernels use
+FEATURES = ("avx2", "fma", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")
 # by variant of the ternary products (kernels/_ternary_dots.py): the processors whose variant is the next better
 FASTER = {
     "plain": "avx2, on x86 processors since 2013",
