@@ -16,6 +16,7 @@ available, and add a branch to ternary_gemv.ternary_products. For many rows, do 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -93,6 +94,43 @@ else:
                 out[j, first + r] = total
 
 
+def build_loop(builder: Any, first: Any, last: Any, initial: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
+    """Build a loop over the int64 values first..last - 1, done at least once, that carries values of any types.
+
+    body : body(index, values) builds one turn and returns the next values;  initial : the values of the first turn
+    Returns the values after the last turn. The builder then stands behind the loop.
+    """
+    before, loop = builder.block, builder.append_basic_block("loop")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    index = builder.phi(first.type)
+    values = [builder.phi(value.type) for value in initial]
+    new = body(index, values)
+    following, end = builder.add(index, ir.Constant(first.type, 1)), builder.block
+    for phi, start, value in zip([index, *values], [first, *initial], [following, *new], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, end)
+    after = builder.append_basic_block("after")
+    builder.cbranch(builder.icmp_signed("<", following, last), loop, after)
+    builder.position_at_end(after)
+    return new
+
+
+def build_chunked_loop(
+    builder: Any, count: Any, size: int, initial: list[Any], body: Callable[..., list[Any]]
+) -> list[Any]:
+    """As build_loop, over chunks of `size` of the values 0..count - 1: body(first, last, values)."""
+
+    def chunk(index, values):
+        first = builder.mul(index, ir.Constant(index.type, size))
+        limit = builder.add(first, ir.Constant(index.type, size))
+        return body(first, builder.select(builder.icmp_signed("<", limit, count), limit, count), values)
+
+    zero, most = ir.Constant(count.type, 0), ir.Constant(count.type, size - 1)
+    chunks = builder.sdiv(builder.add(count, most), ir.Constant(count.type, size))
+    return build_loop(builder, zero, chunks, initial, chunk)
+
+
 def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
     """An intrinsic: the products of so many rows of codes with so many of inputs; addresses, strides in bytes."""
     width = 32 if variant in ("avx2", "avxvnni") else 64
@@ -140,38 +178,29 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
 
             def over_blocks(first, last, initial, unpack, add_products):
                 """A loop over blocks: sums = add_products(sums, codes, inputs) for each row of codes with each of
-                inputs, `initial` holding the sums of one after those of another. Ends behind it.
+                inputs, `initial` holding the sums of one after those of another.
                 """
-                before, loop = builder.block, builder.append_basic_block("loop")
-                builder.branch(loop)
-                builder.position_at_end(loop)
-                block = builder.phi(int64)
-                block.add_incoming(first, before)
-                found = [builder.phi(value.type) for value in initial]
-                new, each = list(found), len(initial) // count
-                if input_rows == 1:
-                    line = builder.mul(block, constant(BLOCK_BYTES))
-                    for row in ahead:
-                        prefetch(builder.add(row, line))
-                for half in range(0, BLOCK_BYTES, width):
-                    codes_at = builder.add(builder.mul(block, constant(BLOCK_BYTES)), constant(half))
-                    x_at = builder.add(builder.mul(block, constant(BLOCK)), constant(half))
-                    for r in range(weight_rows):
-                        codes = unpack(builder.bitcast(load(builder.add(rows[r], codes_at)), shorts))
-                        for j in range(input_rows):
-                            at = builder.add(xs[j], x_at)
-                            inputs = [load(builder.add(at, constant(BLOCK_BYTES * part))) for part in range(4)]
-                            place = each * (j * weight_rows + r)
-                            new[place : place + each] = add_products(new[place : place + each], codes, inputs)
-                following = builder.add(block, constant(1))
-                block.add_incoming(following, loop)
-                for phi, value, new_value in zip(found, initial, new, strict=True):
-                    phi.add_incoming(value, before)
-                    phi.add_incoming(new_value, loop)
-                after = builder.append_basic_block("after")
-                builder.cbranch(builder.icmp_signed("<", following, last), loop, after)
-                builder.position_at_end(after)
-                return new
+                each = len(initial) // count
+
+                def turn(block, sums):
+                    new = list(sums)
+                    if input_rows == 1:
+                        line = builder.mul(block, constant(BLOCK_BYTES))
+                        for row in ahead:
+                            prefetch(builder.add(row, line))
+                    for half in range(0, BLOCK_BYTES, width):
+                        codes_at = builder.add(builder.mul(block, constant(BLOCK_BYTES)), constant(half))
+                        x_at = builder.add(builder.mul(block, constant(BLOCK)), constant(half))
+                        for r in range(weight_rows):
+                            codes = unpack(builder.bitcast(load(builder.add(rows[r], codes_at)), shorts))
+                            for j in range(input_rows):
+                                at = builder.add(xs[j], x_at)
+                                inputs = [load(builder.add(at, constant(BLOCK_BYTES * part))) for part in range(4)]
+                                place = each * (j * weight_rows + r)
+                                new[place : place + each] = add_products(new[place : place + each], codes, inputs)
+                    return new
+
+                return build_loop(builder, first, last, initial, turn)
 
             if variant in FOURFOLD:
                 name = f"llvm.x86.avx512.vpdpbusd.{FOURFOLD[variant]}"
@@ -258,28 +287,16 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
                 fourfold = builder.add(fourfold, builder.call(pairs, [codes[part + 1], inputs[part + 1]]))
             return [once, fourfold]
 
-        entry, chunk = builder.block, builder.append_basic_block("chunk")
-        builder.branch(chunk)
-        builder.position_at_end(chunk)
-        first = builder.phi(int64)
-        totals = [builder.phi(ints) for _ in range(count)]
-        limit = builder.add(first, ir.Constant(int64, PAIRED_BLOCKS))
-        last = builder.select(builder.icmp_signed("<", limit, blocks), limit, blocks)
-        found = over_blocks(first, last, [splat(0)] * (2 * count), unpack, add_products)
-        new = []
-        for place, total in enumerate(totals):
-            once, fourfold = found[2 * place : 2 * place + 2]
-            both = builder.add(builder.call(fours, [once, splat(4)]), builder.call(fours, [fourfold, splat(1)]))
-            new.append(builder.add(total, both))
-        first.add_incoming(ir.Constant(int64, 0), entry)
-        first.add_incoming(last, builder.block)
-        for phi, value in zip(totals, new, strict=True):
-            phi.add_incoming(ir.Constant(ints, [0] * lanes), entry)
-            phi.add_incoming(value, builder.block)
-        done = builder.append_basic_block("done")
-        builder.cbranch(builder.icmp_signed("<", last, blocks), chunk, done)
-        builder.position_at_end(done)
-        return new
+        def chunk(first, last, totals):
+            found = over_blocks(first, last, [splat(0)] * (2 * count), unpack, add_products)
+            new = []
+            for place, total in enumerate(totals):
+                once, fourfold = found[2 * place : 2 * place + 2]
+                both = builder.add(builder.call(fours, [once, splat(4)]), builder.call(fours, [fourfold, splat(1)]))
+                new.append(builder.add(total, both))
+            return new
+
+        return build_chunked_loop(builder, blocks, PAIRED_BLOCKS, [ir.Constant(ints, [0] * lanes)] * count, chunk)
 
     def call(packed, packed_stride, q, q_stride, blocks, out, out_stride):
         dots(packed, packed_stride, q, q_stride, blocks, out, out_stride)

@@ -33,7 +33,15 @@ from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel, view
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import FOURFOLD, PLAIN, VARIANTS, available, check_variant
+from flashlm_numba.kernels._ternary_dots import (
+    FOURFOLD,
+    PLAIN,
+    VARIANTS,
+    available,
+    build_chunked_loop,
+    build_loop,
+    check_variant,
+)
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
 
 COLUMNS = 64  # outputs of a block
@@ -83,60 +91,37 @@ def _make_tile(variant: str, rows: int) -> Any:
             q_rows = [builder.add(q, builder.mul(q_stride, constant(j))) for j in range(rows)]
             start = [repeat(builder.neg(load(builder.add(sums, constant(4 * j)), int32)), ints) for j in range(rows)]
 
-            def accumulate(first, last, initial, add_products):
-                """A loop over groups, for every register of sums: sum = add_products(sum, code, x). Ends after it."""
-                before, loop = builder.block, builder.append_basic_block("loop")
-                builder.branch(loop)
-                builder.position_at_end(loop)
-                group = builder.phi(int64)
-                group.add_incoming(first, before)
-                found = [builder.phi(value.type) for value in initial]
-                at = builder.add(codes, builder.mul(group, codes_stride))
-                here = [load(builder.add(at, constant(4 * lanes * r)), ints) for r in range(registers)]
-                new = []
-                for j in range(rows):
-                    x = repeat(load(builder.add(q_rows[j], builder.mul(group, constant(4))), int32), ints)
-                    new += [add_products(found[j * registers + r], here[r], x) for r in range(registers)]
-                following = builder.add(group, constant(1))
-                group.add_incoming(following, loop)
-                for phi, value, new_value in zip(found, initial, new, strict=True):
-                    phi.add_incoming(value, before)
-                    phi.add_incoming(new_value, loop)
-                after = builder.append_basic_block("after")
-                builder.cbranch(builder.icmp_signed("<", following, last), loop, after)
-                builder.position_at_end(after)
-                return new
+            def over_groups(first, last, initial, add_products):
+                """A loop over groups, for every register of sums: sum = add_products(sum, code, x)."""
+
+                def turn(group, sums):
+                    at = builder.add(codes, builder.mul(group, codes_stride))
+                    here = [load(builder.add(at, constant(4 * lanes * r)), ints) for r in range(registers)]
+                    new = []
+                    for j in range(rows):
+                        x = repeat(load(builder.add(q_rows[j], builder.mul(group, constant(4))), int32), ints)
+                        new += [add_products(sums[j * registers + r], here[r], x) for r in range(registers)]
+                    return new
+
+                return build_loop(builder, first, last, initial, turn)
 
             totals = [value for value in start for _ in range(registers)]
-            done, written, added, end = (builder.append_basic_block(name) for name in ("done", "write", "add", "end"))
             if variant in FOURFOLD:
-                new = accumulate(constant(0), groups, totals, lambda *operands: builder.call(add_fours, operands))
-                builder.branch(done)
+                new = over_groups(constant(0), groups, totals, lambda *operands: builder.call(add_fours, operands))
             else:
-                ones = ir.Constant(shorts, [1] * (2 * lanes))
+                ones, zero = (ir.Constant(shorts, [value] * (2 * lanes)) for value in (1, 0))
 
                 def add_pairs(total, code, x):
                     found = builder.call(pairs, [builder.bitcast(code, bytes_), builder.bitcast(x, bytes_)])
                     return builder.add(total, found)
 
-                entry, chunk = builder.block, builder.append_basic_block("chunk")
-                builder.branch(chunk)
-                builder.position_at_end(chunk)
-                first = builder.phi(int64)
-                wide = [builder.phi(ints) for _ in totals]
-                limit = builder.add(first, constant(PAIRED_GROUPS))
-                last = builder.select(builder.icmp_signed("<", limit, groups), limit, groups)
-                zero = ir.Constant(shorts, [0] * (2 * lanes))
-                narrow = accumulate(first, last, [zero] * len(totals), add_pairs)
-                new = [builder.add(w, builder.call(fours, [n, ones])) for w, n in zip(wide, narrow, strict=True)]
-                first.add_incoming(constant(0), entry)
-                first.add_incoming(last, builder.block)
-                for phi, value, new_value in zip(wide, totals, new, strict=True):
-                    phi.add_incoming(value, entry)
-                    phi.add_incoming(new_value, builder.block)
-                builder.cbranch(builder.icmp_signed("<", last, groups), chunk, done)
+                def chunk(first, last, wide):
+                    narrow = over_groups(first, last, [zero] * len(totals), add_pairs)
+                    return [builder.add(w, builder.call(fours, [n, ones])) for w, n in zip(wide, narrow, strict=True)]
 
-            builder.position_at_end(done)
+                new = build_chunked_loop(builder, groups, PAIRED_GROUPS, totals, chunk)
+
+            written, added, end = (builder.append_basic_block(name) for name in ("write", "add", "end"))
             scaled, places = [], []
             for j in range(rows):
                 scale = repeat(load(builder.add(scales, constant(4 * j)), ir.FloatType()), floats)
