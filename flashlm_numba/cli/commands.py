@@ -10,18 +10,15 @@ import math
 import secrets
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from flashlm_numba.cli import options
-from flashlm_numba.cli.options import HeadName, Number, PathOrSource, Text, echo, use_threads
-from flashlm_numba.heads import HEADS, head_class
-from flashlm_numba.model.config import ROWS, RunConfig
-from flashlm_numba.model.recipes import RECIPES, from_recipe, names_head
-from flashlm_numba.model.shapes import SHAPES
+from flashlm_numba.cli.options import Number, PathOrSource, Text, echo, use_threads
+from flashlm_numba.cli.train_command import train
+from flashlm_numba.model.config import ROWS
 from flashlm_numba.system.display import peak_rss_mb, plural
 
 if TYPE_CHECKING:
@@ -114,197 +111,6 @@ def prepare(
         )
     echo(f"{manifest.vocab_size:,} tokens in the vocabulary {manifest.tokenizer}")
     echo(f"in {out}")
-
-
-@click.command()
-@click.argument("data", required=False, type=PathOrSource())
-@click.option(
-    "--head",
-    type=HeadName(HEADS),
-    help="Output layer. dense: a softmax over all tokens. tree: a hierarchical softmax, much faster. sampled: a "
-    "softmax over sampled tokens, in training only; its training loss reads low, because it estimates the other "
-    "tokens. Default: tree for recipe default, dense for recipe v3 and for vocabularies below 2,048 tokens.",
-)
-@click.option(
-    "--tree",
-    metavar="SHAPE",
-    help="Shape of the tree: huffman, two-level, adaptive, and others. Implies --head tree.",
-)
-@click.option(
-    "--recipe",
-    type=click.Choice(list(RECIPES)),
-    default=None,
-    help="Settings to start from. default: the best settings known so far. v3: FlashLM v3 as published. "
-    "Default: default.",
-)
-@click.option(
-    "--model",
-    "shape",
-    type=click.Choice(list(SHAPES)),
-    help="Shape of the model. v3: FlashLM v3's. default: with what the recipe default adds. nano, micro, mini: for "
-    "vocabularies of 1,024, 4,096 and 8,192 tokens, in 224 KB, 960 KB and 4 MB. Default: the recipe's. --set "
-    "changes single numbers of it.",
-)
-@click.option(
-    "--init",
-    type=PathOrSource(path_type=Path),
-    metavar="RUN|EXPORT",
-    help="Start from the trained weights of a run, of one of its checkpoints, or of a file written by `export`, with "
-    "their model and head. The schedule and the optimiser's state are new. DATA needs the same vocabulary.",
-)
-@click.option("--steps", type=click.IntRange(min=1), help="Train for this many optimiser steps.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
-@click.option(
-    "--minutes",
-    type=Number(min=0, min_open=True, max=1_000_000),
-    help="Train for about this many minutes of training time. The command first measures the speed and converts the "
-    "minutes to a fixed number of steps. Default without --steps or --tokens: 20 minutes; recipe v3: 10,000 steps.",
-)
-@click.option(
-    "--out",
-    type=PathOrSource(path_type=Path),
-    help="New folder for the run. Default: runs/<head>-<date>-<time>.",
-)
-@click.option(
-    "--resume", type=PathOrSource(path_type=Path), help="Resume this run with the data and settings it started with."
-)
-@options.own_data
-@options.checkpoint
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    help="Seed of the initial weights, the batches and the sampled positions. Default: 42.",
-)
-@options.threads
-@click.option(
-    "--embeddings",
-    metavar="PATH",
-    help="Initialise the embedding from a GPT-2 checkpoint: a .safetensors file, or hf:openai-community/gpt2. "
-    "Default: compute the initial embedding from the training text.",
-)
-@click.option(
-    "--set",
-    "settings",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Change one setting of the recipe or the model, such as --set adamw_lr=1e-3; may be repeated. "
-    "docs/training.md lists all settings, and the few that can change with --resume.",
-)
-def train(
-    data: str | None,
-    head: str | None,
-    tree: str | None,
-    recipe: str | None,
-    shape: str | None,
-    init: Path | None,
-    steps: int | None,
-    tokens: int | None,
-    minutes: float | None,
-    out: Path | None,
-    resume: Path | None,
-    own_data: Path | None,
-    checkpoint: str | None,
-    seed: int | None,
-    threads: int | None,
-    embeddings: str | None,
-    settings: tuple[str, ...],
-) -> None:
-    """Train a model on DATA, a folder written by `prepare`.
-
-    Without DATA, the command trains on the built-in text (two centuries of US presidential messages) and prepares it
-    on first use. Ctrl-C finishes the step and saves a checkpoint; --resume continues bit for bit.
-    """
-    if sum(length is not None for length in (steps, tokens, minutes)) > 1:
-        raise click.UsageError("Give only one of --steps, --tokens and --minutes.")
-    if resume is not None:
-        _check_resume(
-            {
-                "DATA": data,
-                "--head": head,
-                "--tree": tree,
-                "--recipe": recipe,
-                "--model": shape,
-                "--init": init,
-                "--out": out,
-                "--seed": seed,
-                "--embeddings": embeddings,
-            }
-        )
-        from flashlm_numba.training.plan import Length
-        from flashlm_numba.training.run import resume_run
-
-        if threads is not None:
-            use_threads(threads)  # reports a wrong number as a usage error
-        length = Length(steps, tokens, minutes)
-        done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads, data=own_data)
-        raise SystemExit(done.status)
-    if own_data is not None:
-        raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
-    if checkpoint is not None:
-        raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
-    run, any_head = _run_settings(head, tree, recipe, shape, init, embeddings, settings)
-    if seed is not None:
-        run = replace(run, seed=seed)
-    from flashlm_numba.training.plan import Length
-    from flashlm_numba.training.run import start_run
-
-    length = Length(steps, tokens, minutes)
-    done = start_run(run, length, data=data, out=out, threads=use_threads(threads), any_head=any_head)
-    raise SystemExit(done.status)
-
-
-def _check_resume(fixed: dict[str, Any]) -> None:
-    """Raise UsageError naming the options that only a new run takes."""
-    given = [name for name, value in fixed.items() if value is not None]
-    if given:
-        raise click.UsageError(f"--resume uses the settings of the run; leave out {', '.join(given)}.")
-
-
-def _run_settings(
-    head: str | None,
-    tree: str | None,
-    recipe: str | None,
-    shape: str | None,
-    init: Path | None,
-    embeddings: str | None,
-    settings: tuple[str, ...],
-) -> tuple[RunConfig, bool]:
-    """Settings of a new run: the recipe's, with a shape or trained weights; then the options', then those of --set.
-
-    Also whether none of these chooses a head.
-    """
-    if tree is not None and head not in (None, "tree"):
-        raise click.UsageError("--tree applies only to the tree head; leave it out, or give --head tree.")
-    if init is not None:
-        fixed = {"--head": head, "--tree": tree, "--model": shape, "--embeddings": embeddings}
-        if given := [name for name, value in fixed.items() if value is not None]:
-            raise click.UsageError(
-                f"--init takes model and head from the trained weights; leave out {', '.join(given)}."
-            )
-        from flashlm_numba.model.trained import settings_from
-
-        run = settings_from(from_recipe(recipe or "default"), settings, init)
-        _check_settings(run.head.name, settings, {})
-        return run, False
-    changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
-    changes += [f"head.tree={tree}"] if tree else []
-    changes += [f"training.embedding_init={embeddings}"] if embeddings else []
-    run = from_recipe(recipe or "default", [*changes, *settings], shape)
-    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embedding_init": embeddings})
-    return run, not names_head([*changes, *settings], run.head.name)
-
-
-def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str | None]) -> None:
-    """Raise UsageError for a setting that an option sets too, or that has no effect with this head."""
-    names = {setting.partition("=")[0].strip().split(".")[-1] for setting in settings}
-    twice = sorted(name for name in names if given.get(name) is not None)
-    if twice:
-        raise click.UsageError(f"--set {twice[0]} repeats an option; give only one of the two.")
-    for owner in HEADS:
-        if idle := sorted(names & set(head_class(owner).own_settings) - set(head_class(head).own_settings)):
-            raise click.UsageError(
-                f"With the {head} head, {', '.join(idle)} has no effect; leave it out, or give --head {owner}."
-            )
 
 
 @click.command("eval")
