@@ -293,6 +293,7 @@ def evaluate_run(
         "checkpoint_step": loaded.state["step"],
         "ema": ema or bool(loaded.state.get("ema")),
         "activations": activations,
+        "rows": loaded.state.get("rows", "float"),  # arithmetic of the embedding's rows
         "vocabulary": vocabulary.name,
         "causal": True,  # a model that is not causal gets no score
     }

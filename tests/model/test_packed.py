@@ -62,7 +62,9 @@ def test_a_file_names_its_arithmetic_and_computes_with_it(run, exported, corpus,
     own.model.sync_weights()
     ids = np.arange(40, dtype=np.int32)
     np.testing.assert_array_equal(token_nll(loaded.model, ids, eot=50256), token_nll(own.model, ids, eot=50256))
-    nll = [json.loads(_run("eval", model, corpus, "--json").stdout)["nll"] for model in (path, exported)]
+    scores = [json.loads(_run("eval", model, corpus, "--json").stdout) for model in (path, exported)]
+    assert [score["rows"] for score in scores] == [rows, "float"]
+    nll = [score["nll"] for score in scores]
     assert nll[0] == pytest.approx(nll[1], abs=0.05 if rows == "int8" else 0.5)
     assert nll[0] != nll[1]
     saved = weight.nbytes - rows_bytes(*weight.shape, rows)
