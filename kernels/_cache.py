@@ -158,15 +158,11 @@ def _read_only_allowed() -> Iterator[None]:
 # --- Numba's cache ---
 
 
-def source_folder(folder: Path, source: str) -> Path:
-    """The folder of the compiled code of the kernels in one folder of sources. source : path of one of them"""
-    from numba.core.caching import UserProvidedCacheLocator
-
-    return folder / UserProvidedCacheLocator.get_suitable_cache_subpath(source)
-
-
 def cache_for(folder: Path) -> Callable[[Any], Any]:
-    """A function that makes the cache of a Python function, whose files are in folder and sealed."""
+    """A function that makes the cache of a Python function, whose files are in folder and sealed.
+
+    The folder must belong to one version of the sources, since nothing else tells the cache that they have changed.
+    """
     from numba.core import caching
     from numba.core.serialize import dumps
 
@@ -174,11 +170,14 @@ def cache_for(folder: Path) -> Callable[[Any], Any]:
         def __init__(self, py_func: Any, py_file: str) -> None:
             self._py_file = py_file
             self._lineno = py_func.__code__.co_firstlineno
-            self._cache_path = str(source_folder(folder, py_file))
+            self._cache_path = str(folder)
 
         @classmethod
         def from_function(cls, py_func: Any, py_file: str) -> Any:
             return cls(py_func, py_file)  # Numba would not read a folder that cannot be written
+
+        def get_source_stamp(self) -> None:
+            return None  # Numba's is of the file, which has another time in every installation
 
     class Implementation(caching.CompileResultCacheImpl):
         _locator_classes = (Locator,)

@@ -54,13 +54,9 @@ def target_features() -> set[str]:
 
 
 def _complete() -> str:
-    """First part of the names of the files that mark what is compiled, for one processor and one folder of sources.
-
-    Numba's cache depends on the folder of the sources, so a second checkout does not find the code of the first.
-    """
+    """First part of the names of the files that mark what is compiled, for one processor."""
     processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(), ",".join(sorted(target_features()))
-    parts = " ".join([*processor, str(Path(__file__).parent)])
-    return f"complete-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    return f"complete-{hashlib.sha256(' '.join(processor).encode()).hexdigest()[:16]}"
 
 
 COMPLETE = _complete()
@@ -102,8 +98,9 @@ def cache_folder() -> Path:
     """Folder of the compiled kernels, named by a hash of their sources and the compiler.
 
     Numba detects a change in the file of the cached function, but not in a helper of another file or in a flag of this
-    file. One folder per version of the sources rules out stale kernels. If cache_root cannot be used, this is in the
-    user's folder among the temporary ones; if that cannot be used either, it is for this process only.
+    file. One folder per version of the sources rules out stale kernels, and all installations of a version share it. If
+    cache_root cannot be used, this is in the user's folder among the temporary ones; if that cannot be used either, it
+    is for this process only.
     """
     folder = cache_root() / folder_name()
     if _usable(folder):
@@ -122,7 +119,7 @@ def cache_folder() -> Path:
 
 
 def _lost(folder: Path, part: str) -> list[Path] | None:
-    return _cache.lost_files(folder / f"{COMPLETE}-{part}", _cache.source_folder(folder, __file__))
+    return _cache.lost_files(folder / f"{COMPLETE}-{part}", folder)
 
 
 CACHE_FOLDER = cache_folder()
@@ -145,12 +142,12 @@ def is_compiled(part: str) -> bool:
 
 def mark_compiled(part: str) -> None:
     """Note that all kernels of this part are in the cache, once nothing is written there any more."""
-    _cache.write_mark(CACHE_FOLDER / f"{COMPLETE}-{part}", _cache.source_folder(CACHE_FOLDER, __file__))
+    _cache.write_mark(CACHE_FOLDER / f"{COMPLETE}-{part}", CACHE_FOLDER)
 
 
 def remove_damaged() -> None:
     """Delete the damaged files of the cache, which are then compiled anew."""
-    _cache.remove_damaged(_cache.source_folder(CACHE_FOLDER, __file__))
+    _cache.remove_damaged(CACHE_FOLDER)
 
 
 _new_cache = _cache.cache_for(CACHE_FOLDER)

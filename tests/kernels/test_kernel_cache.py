@@ -155,8 +155,7 @@ class Notes(Progress):
 @compiles
 @pytest.mark.parametrize("damage", ["removed", "halved", "mark emptied"])
 def test_ensure_compiled_looks_at_the_files_that_the_mark_names(tmp_path, monkeypatch, damage):
-    mark, folder = tmp_path / f"{_jit.COMPLETE}-float", _cache.source_folder(tmp_path, _jit.__file__)
-    folder.mkdir()
+    mark, folder = tmp_path / f"{_jit.COMPLETE}-float", tmp_path
     for name in ("a.nbi", "a.1.nbc"):
         (folder / name).write_bytes(_cache.sealed(name.encode()))
     progress = Notes()
@@ -231,14 +230,12 @@ def test_a_complete_cache_is_used_where_it_cannot_be_written(tmp_path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     folder = tmp_path / _jit.folder_name()
-    sources = _cache.source_folder(folder, _jit.__file__)
-    sources.mkdir(parents=True, mode=0o700)
-    folder.chmod(0o700)
-    (sources / "a.nbi").write_bytes(_cache.sealed(b"a"))
+    folder.mkdir(mode=0o700)
+    (folder / "a.nbi").write_bytes(_cache.sealed(b"a"))
     writable = _cache.is_writable
     monkeypatch.setattr(_cache, "is_writable", lambda path: path != folder and writable(path))
     assert _jit.cache_folder() != folder  # not complete
-    _cache.write_mark(folder / f"{_jit.COMPLETE}-{_jit.WHOLE}", sources)
+    _cache.write_mark(folder / f"{_jit.COMPLETE}-{_jit.WHOLE}", folder)
     assert _jit.cache_folder() == folder
-    (sources / "a.nbi").write_bytes(b"")
+    (folder / "a.nbi").write_bytes(b"")
     assert _jit.cache_folder() != folder
