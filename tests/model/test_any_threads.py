@@ -59,9 +59,10 @@ def test_any_number_of_threads_computes_the_same(config, shape, monkeypatch):
         else:
             np.testing.assert_array_equal(found.view(np.uint32), want.view(np.uint32))
         for name, value in gradients.items():
-            # int8: a tile of short sequences begins elsewhere, and the gradients are quantised per tile
-            room = 2e-2 if config is INT8 and shape[1] < 256 else 2e-5
-            np.testing.assert_allclose(others[name], value, rtol=0, atol=room * np.abs(value).max(), err_msg=name)
+            if config is INT8 and shape[1] < 256:  # tiles begin elsewhere, and gradients are quantised per tile
+                assert np.linalg.norm(others[name] - value) <= 0.025 * np.linalg.norm(value), name
+            else:
+                np.testing.assert_allclose(others[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name)
     assert True in orders
 
 
