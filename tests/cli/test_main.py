@@ -128,7 +128,7 @@ def test_too_little_memory_is_one_sentence(corpus, tmp_path, monkeypatch, known,
     if not known:  # the system does not say how much there is
         monkeypatch.setattr(memory, "machine_bytes", lambda: None)
     words = ["train", corpus, "--steps", 1, "--out", tmp_path / "run", *_settings()]
-    done = _run(*words, "--set", "phases=999999999x64")
+    done = _run(*words, "--set", "phases=999999999999x64")
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert _run(*words).exit_code == 0  # the folder is free for settings that fit
