@@ -49,3 +49,43 @@ def mlgru_backward(dh, h, forget, value, bound):
         dvalue[:, t] = d * (1 - f[:, t]) * silu_slope(value[:, t])
         later = f[:, t] * d
     return df * (1 - bound) * s * (1 - s), dvalue, (df * (1 - s)).sum((0, 1))
+
+
+# --- layers ---
+
+
+def rmsnorm(x, weight, eps):
+    """The normed rows of x (N, C), and rstd (N,)."""
+    rstd = 1 / np.sqrt((x * x).mean(1, dtype=x.dtype) + x.dtype.type(eps))
+    return x * rstd[:, None] * weight, rstd
+
+
+def absmean_ternary(weight):
+    """Ternary values and scale of weight (R, K)."""
+    sizes = np.abs(weight)
+    alike = np.unique(sizes[sizes > 0]).size <= 1  # ternary values times a scale already
+    total = np.cumsum(sizes.ravel(), dtype=np.float64)[-1] if weight.size else 0.0  # in order
+    scale = sizes.max(initial=0) if alike else total / weight.size
+    scale = weight.dtype.type(max(np.float32(scale), np.float32(LEAST)))
+    return (weight > scale / 2).astype(weight.dtype) - (weight < -scale / 2), scale
+
+
+def round_inputs(y):
+    """Rows of y (N, K) in 127 steps of their largest magnitude: whole numbers (N, K), and the steps (N, 1)."""
+    largest = np.maximum(np.abs(y).max(1, keepdims=True, initial=0), y.dtype.type(LEAST))
+    return np.rint(y * (y.dtype.type(127) / largest)), largest / y.dtype.type(127)
+
+
+def bitlinear_forward(x, norm, weight, *, eps=1e-6, rounded=True):
+    """Output (N, R) for x (N, K), and what the backward pass needs."""
+    y, rstd = rmsnorm(x, norm, eps)
+    values, scale = absmean_ternary(weight) if rounded else (weight, weight.dtype.type(1))
+    q, step = round_inputs(y) if rounded else (y, np.ones_like(rstd[:, None]))
+    return (q @ values.T) * (step * scale), (q * step, values * scale, x, norm, rstd)
+
+
+def bitlinear_backward(dout, saved):
+    """dx (N, K), dnorm (K,) and dweight (R, K) for dout (N, R)."""
+    y, weight, x, norm, rstd = saved
+    dx, dnorm = r.rmsnorm_backward(dout @ weight, x, norm, rstd)
+    return dx, dnorm, dout.T @ y
