@@ -12,6 +12,11 @@
     ternary_wgrad   gradients of the ternary weights, from operands rounded to int8
     trunk           all passes through the blocks: weights, buffers, forward, backward
     conv_mixer      FlashLM v3's token mixer
+    bitlinear       the MatMul-free LM's ternary layer: norm, rounding, product and gradients
+    mlgru           its recurrence
+    bit_rows        its norms and gates
+    bit_trunk       its trunk: weights, buffers, forward, backward
+    bit_decode      its trunk for one token, with a state of one vector per layer
     decode          the trunk for one token, with a state of constant size
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     low_rank        rows stored as a product of two smaller matrices
@@ -25,7 +30,7 @@
     normuon         NorMuon: orthogonalised momentum with normalised rows
     grad_norm       sum of squares of a gradient, for clipping
     ema             exponential moving average of the weights
-    reference, reference_trunk, reference_tree, reference_optim
+    reference, reference_trunk, reference_mmf, reference_tree, reference_optim
                     NumPy twins, the executable specification (that of decode is the trunk's)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
@@ -39,6 +44,9 @@
     _trunk_arrays   the arrays that the trunk's steps and a mixer's stages share
     _trunk_regions  a thread's part of the trunk's steps, for any mixer
     _conv_training  the stages of the conv mixer
+    _bit_arrays     the arrays of the MatMul-free trunk
+    _bit_layer      a BitLinear inside its regions
+    _bit_regions    a thread's part of its steps
     _gradient_copies copies of the gradients of weights: allocation, clearing, sum
     _ternary_layer  a ternary layer inside the trunk's regions
     _ternary_dots   packed rows times int8, one variant per processor
@@ -53,6 +61,10 @@ This module imports nothing, so a program loads only the kernels that it uses, a
 
 __all__ = [
     "adamw",
+    "bit_decode",
+    "bit_rows",
+    "bit_trunk",
+    "bitlinear",
     "conv",
     "conv_mixer",
     "decode",
@@ -65,10 +77,12 @@ __all__ = [
     "grad_norm",
     "leaky_average",
     "low_rank",
+    "mlgru",
     "ngram_copy",
     "ngram_index",
     "normuon",
     "reference",
+    "reference_mmf",
     "reference_optim",
     "reference_tree",
     "reference_trunk",

@@ -39,7 +39,7 @@ from flashlm_numba.kernels.rmsnorm import rmsnorm_backward_rows, rmsnorm_recompu
 
 
 @helper
-def _unit(step, part, thread, shape):
+def make_unit(step, part, thread, shape):
     layer, p = shape.steps[step, 0], shape.parts[part]
     block, stage = layer % shape.blocks, shape.steps[step, 2]
     return Unit(stage, layer, block, p[0], p[1], shape.time, shape.tile, thread, p[2], p[3], p[4], p[5], p[6], p[7])
@@ -62,7 +62,7 @@ def forward_thread(
     table = shape.starts[shape.regions[region, 2]]
     for part in range(table[thread], table[thread + 1]):
         for step in range(shape.regions[region, 0], shape.regions[region, 1]):
-            unit, operation = _unit(step, part, thread, shape), shape.steps[step, 1]
+            unit, operation = make_unit(step, part, thread, shape), shape.steps[step, 1]
             if operation == BEFORE_MIXER:
                 _before_mixer(unit, batch, activations, scratch, weights)
             elif operation == FFN:
@@ -170,7 +170,7 @@ def backward_thread(
     table = shape.starts[shape.regions[region, 2]]
     for part in range(table[thread], table[thread + 1]):
         for step in range(shape.regions[region, 0], shape.regions[region, 1]):
-            unit, operation = _unit(step, part, thread, shape), shape.steps[step, 1]
+            unit, operation = make_unit(step, part, thread, shape), shape.steps[step, 1]
             if operation == FFN:
                 if unit.layer == shape.layers - 1:
                     _final_norm_backward(unit, batch, gradients, activations, weights)

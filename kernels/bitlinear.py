@@ -24,7 +24,7 @@ import numpy as np
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._blas import gemm_nt, gemm_tn, sgemm_address
 from flashlm_numba.kernels._calls import address
-from flashlm_numba.kernels._jit import exact_kernel, helper, serial_kernel, strict_helper
+from flashlm_numba.kernels._jit import exact_kernel, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, largest_magnitude
 from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels, packed_gemm
 from flashlm_numba.kernels._ternary_dots import PLAIN, VARIANTS, check_variant
@@ -88,7 +88,7 @@ def absmean_ternary(weight: np.ndarray, out: np.ndarray | None = None) -> tuple[
 
 @strict_helper
 def _round_row(out, y, scale):
-    """out (any,) = y (K,) in 127 steps of its largest magnitude, then zeros. Returns the step, and the step times scale.
+    """out (any,) int8 = y (K,) in 127 steps of its largest magnitude, then zeros. Returns the step times scale.
 
     The step is NaN if y is not finite.
     """
@@ -96,21 +96,14 @@ def _round_row(out, y, scale):
     if not largest <= _FINITE:
         for k in range(out.shape[0]):
             out[k] = 0
-        return np.float32(np.nan), np.float32(np.nan)
+        return np.float32(np.nan)
     largest = max(largest, LEAST)
     factor = np.float32(127) / largest
     for k in range(y.shape[0]):
-        out[k] = np.int32((y[k] * factor + ROUNDING) - ROUNDING)
+        out[k] = np.int8(np.int32((y[k] * factor + ROUNDING) - ROUNDING))
     for k in range(y.shape[0], out.shape[0]):
         out[k] = 0
-    step = largest / np.float32(127)
-    return step, step * scale
-
-
-@helper
-def _norm_row(out, x, weight, rstd):
-    for k in range(x.shape[0]):
-        out[k] = x[k] * rstd * weight[k]
+    return largest / np.float32(127) * scale
 
 
 @serial_kernel
@@ -124,23 +117,14 @@ def _bit_inputs(q, scales, sums, rstd, row, x, weight, scale):
         total = np.float32(0)
         for k in range(dim):
             total += x[m, k] * x[m, k]
-        rstd[m] = _ONE / np.float32(math.sqrt(total / np.float32(max(dim, 1)) + EPS))
-        _norm_row(row, x[m], weight, rstd[m])
-        _, scales[m] = _round_row(q[m], row, scale)
+        r = _ONE / np.float32(math.sqrt(total / np.float32(max(dim, 1)) + EPS))
+        for k in range(dim):
+            row[k] = x[m, k] * r * weight[k]
+        rstd[m], scales[m] = r, _round_row(q[m], row, scale)
         count = np.int32(0)
         for k in range(q.shape[1]):
             count += np.int32(q[m, k])
         sums[m] = count
-
-
-@helper
-def bit_inputs_again(out, x, weight, rstd):
-    """out (M, K) float32: the rounded inputs of _bit_inputs, in units of y."""
-    for m in range(x.shape[0]):
-        _norm_row(out[m], x[m], weight, rstd[m])
-        step, _ = _round_row(out[m], out[m], _ONE)
-        for k in range(x.shape[1]):
-            out[m, k] = out[m, k] * step
 
 
 def bit_inputs_address() -> Any:
@@ -227,9 +211,8 @@ def spare_floats(variant: int, rows: int, outputs: int, columns: int) -> int:
 
 @serial_kernel
 def _bitlinear_backward(dx, dnorm, dweight, dnormed, rounded, dout, x, norm, rstd, panels, spare, blas):
-    if x.shape[1] > 0:
+    if dout.shape[1] > 0:  # else dnormed is zero already
         packed_gemm(dnormed, dout, panels, spare, 0)
-    bit_inputs_again(rounded, x, norm, rstd)
     gemm_tn(blas, dweight, dout, rounded, np.float32(1))
     rmsnorm_backward_rows(dx, dnorm, dnormed, x, norm, rstd, False)
 
@@ -240,6 +223,15 @@ def _check_inputs(where: str, x: np.ndarray, norm: np.ndarray, weight: np.ndarra
     _check.array(where, "norm", norm, (weight.shape[1],))
     if weight.shape[1] > EXACT_COLUMNS:
         raise ValueError(f"{where}: weight can have at most {EXACT_COLUMNS:,} columns, got {weight.shape[1]:,}")
+
+
+def _inputs(x: np.ndarray, norm: np.ndarray, scale: np.float32) -> tuple[np.ndarray, ...]:
+    """q, scales, sums and rstd of _bit_inputs."""
+    rows, columns = x.shape
+    q, sums = np.empty((rows, -(-columns // 4) * 4), np.int8), np.empty(rows, np.int32)
+    scales, rstd, row = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(columns, np.float32)
+    _bit_inputs(q, scales, sums, rstd, row, x, norm, scale)
+    return q, scales, sums, rstd
 
 
 def bitlinear_forward(
@@ -258,12 +250,9 @@ def bitlinear_forward(
     index = VARIANTS.index(check_variant(variant) if variant else gemm_variant())
     values, scale = absmean_ternary(weight)
     codes = pack_columns(values)
-    rows, outputs, columns = len(x), len(weight), x.shape[1]
-    q, sums = np.empty((rows, 4 * len(codes)), np.int8), np.empty(rows, np.int32)
-    scales, rstd, row = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(columns, np.float32)
-    _bit_inputs(q, scales, sums, rstd, row, x, norm, scale)
-    out = np.empty((rows, outputs), np.float32)
-    spare = np.empty(spare_floats(index, rows, outputs, columns), np.float32)
+    q, scales, sums, rstd = _inputs(x, norm, scale)
+    out = np.empty((len(x), len(weight)), np.float32)
+    spare = np.empty(spare_floats(index, len(x), *weight.shape), np.float32)
     PRODUCTS[VARIANTS[index]](out, q, values, codes, scales, sums, spare, 0, sgemm_address())
     return out, rstd
 
@@ -271,7 +260,7 @@ def bitlinear_forward(
 def bitlinear_backward(
     dout: np.ndarray, x: np.ndarray, norm: np.ndarray, weight: np.ndarray, rstd: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dx (M, K), dnorm (K,) and dweight (R, K) for dout (M, R); x, norm, weight as in bitlinear_forward, rstd its result.
+    """dx (M, K), dnorm (K,) and dweight (R, K) for dout (M, R); rstd and the rest as in bitlinear_forward.
 
     It uses one thread. Raises ValueError if a shape or dtype is wrong.
     """
@@ -281,7 +270,9 @@ def bitlinear_backward(
     values, scale = absmean_ternary(weight)
     panels = empty_panels(*values.T.shape)
     fill_panels(panels, (values * scale).T)
-    dx, dnormed, rounded = (np.zeros_like(x) for _ in range(3))
+    q, steps, _, _ = _inputs(x, norm, np.float32(1))
+    rounded = q[:, : x.shape[1]] * steps[:, None]
+    dx, dnormed = np.zeros_like(x), np.zeros_like(x)
     dnorm, dweight, spare = np.zeros_like(norm), np.zeros_like(weight), np.empty(SPARE_FLOATS, np.float32)
     blas = sgemm_address()
     _bitlinear_backward(dx, dnorm, dweight, dnormed, rounded, dout, x, norm, rstd, panels, spare, blas)
