@@ -2,8 +2,8 @@
 
 Every token of every document is scored once. The first token is predicted from the end of text; the end of text that
 closes the document is not scored. No context crosses a document border. Long documents are scored in windows that
-overlap by the model's receptive field. A token's score therefore depends neither on the window size nor on the rest of
-the batch, except for rounding.
+overlap by the model's receptive field; where it is not finite, each window continues with the state of the one before.
+A token's score therefore depends neither on the window size nor on the rest of the batch, except for rounding.
 """
 
 from __future__ import annotations
@@ -74,15 +74,17 @@ class Window:
     skip: int  # positions scored by an earlier window
 
 
-def windows(document: np.ndarray, field: int, window: int, eot: int) -> Iterator[Window]:
+def windows(document: np.ndarray, field: int | None, window: int, eot: int) -> Iterator[Window]:
     """Divide one document (n,) into windows of at most `window` positions that score each token exactly once.
 
     field : the model's receptive field in tokens, the current one included. A later window starts field - 1 positions
-        before the first position that it scores, so it contains the receptive field of every scored position.
+        before the first position that it scores, so it contains the receptive field of every scored position. None:
+        windows follow one another, to be read with one state.
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
     """
+    field = 1 if field is None else field
     if window < field:
         raise ValueError(f"windows: window must be at least the receptive field {field}, got {window}")
     targets = np.asarray(document, np.int32)
@@ -114,11 +116,29 @@ def score(
     """
     model.sync_weights()
     field = model.config.receptive_field
-    window = max(window, 2 * field)
+    window = max(window, 2 * (field or 0))
     least = -(-numba.get_num_threads() // THREADS_PER_WINDOW)
     tokens, nll, spread = 0, 0.0, 0.0
-    items = (w for document in documents for w in windows(document, field, window, eot))
-    for group in _batches(items, batch, least, window):
+
+    def count(h: np.ndarray, want: np.ndarray) -> None:
+        """h (n, C), the scored positions"""
+        nonlocal tokens, nll, spread
+        nll -= float(np.sum(model.head.log_prob(h, want), dtype=np.float64))
+        if smoothed:
+            spread += _spread(model, h)
+        tokens += len(want)
+        if progress is not None:
+            progress(len(want))
+
+    def in_batches() -> Iterator[Window]:
+        for document in documents:
+            if field is None and len(document) > window:
+                for h, item in _continued(model, document, window, eot):
+                    count(h, item.targets)
+            else:
+                yield from windows(document, field, window, eot)
+
+    for group in _batches(in_batches(), batch, least, window):
         length = padded_length(max(len(w.ids) for w in group), window)
         ids = np.full((len(group), length), eot, np.int32)  # padding at the end is harmless in a causal model
         rows, targets = [], []
@@ -126,15 +146,15 @@ def score(
             ids[row, : len(item.ids)] = item.ids
             rows.append(np.arange(item.skip, len(item.ids)) + row * length)
             targets.append(item.targets[item.skip :])
-        want = np.concatenate(targets)
-        h = model.forward(ids)[np.concatenate(rows)]  # (n, C), the scored positions
-        nll -= float(np.sum(model.head.log_prob(h, want), dtype=np.float64))
-        if smoothed:
-            spread += _spread(model, h)
-        tokens += len(want)
-        if progress is not None:
-            progress(len(want))
+        count(model.forward(ids)[np.concatenate(rows)], np.concatenate(targets))
     return Scores(tokens, nll, spread if smoothed else None)
+
+
+def _continued(model: Model, document: np.ndarray, window: int, eot: int) -> Iterator[tuple[np.ndarray, Window]]:
+    """The windows of a document with their hidden states (L, C), each read with the state of the one before."""
+    state = model.new_state()
+    for item in windows(document, None, window, eot):
+        yield model.read(state, item.ids), item
 
 
 def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
@@ -142,6 +162,10 @@ def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
     model.sync_weights()
     field = model.config.receptive_field
     found = []
+    if field is None:
+        for h, item in _continued(model, document, WINDOW, eot):
+            found.append(-model.head.log_prob(h, item.targets).astype(np.float64))
+        return np.concatenate(found) if found else np.empty(0)
     for window in windows(document, field, max(WINDOW, 2 * field), eot):
         h = model.forward(window.ids[None])[window.skip :]
         found.append(-model.head.log_prob(h, window.targets[window.skip :]).astype(np.float64))

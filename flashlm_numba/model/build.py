@@ -17,7 +17,7 @@ from flashlm_numba.data.vocabularies import read_vocabulary, vocabulary_of
 from flashlm_numba.heads import Head, head_class
 from flashlm_numba.heads.sampling import KINDS
 from flashlm_numba.model import checkpoint, data_place, packed
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.config import ACTIVATIONS, RunConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.settings import run_from_json
@@ -30,14 +30,15 @@ _HEAD = "head."  # prefix of the head's parameters in the model's parameter name
 # parts of the kernels (training/kernel_tasks.py) that a use of a model calls
 _PARTS = {
     "read": ("{activations}",),
-    "score": ("{activations}", "forward", "{head}"),
-    "generate": ("{activations}", "forward", "decoding"),
+    "score": ("{activations}", "{linear}forward", "{head}"),
+    "generate": ("{activations}", "{linear}forward", "{linear}decoding"),
     "train": (
-        *("{activations}", "forward", "{head}", "backward", "{activations}-backward", "optimizer"),
-        *("decoding", "{head}-whole"),  # the samples
+        *("{activations}", "{linear}forward", "{head}", "{linear}backward", "{activations}-backward"),
+        *("embedding", "optimizer"),
+        *("{linear}decoding", "{head}-whole"),  # the samples
     ),
-    "float": ("float",),
-    "int8": ("int8",),
+    "float": ("{float}",),
+    "int8": ("{int8}",),
     **{kind: (f"{{head}}-{kind}",) for kind in KINDS},
 }
 ANY_USE = ("score", "generate", "float", "int8", *KINDS)  # of a model that is not trained further
@@ -70,7 +71,10 @@ def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     uses : some of "read", "score", "train", and "generate" with KINDS of sampling; "whole" also for the probabilities
         of all tokens; "float" or "int8" for other activations than those of the training
     """
-    names = {"head": run.head.name, "activations": run.model.activations}
+    names = {"head": run.head.name, "activations": run.model.activations, "linear": ""}
+    names |= {kind: kind for kind in ACTIVATIONS}
+    if run.model.linear == "bitlinear":  # the arithmetic is the same with both activations
+        names |= dict.fromkeys(("activations", *ACTIVATIONS), "bitlinear") | {"linear": "bitlinear-"}
     return list(dict.fromkeys(part.format(**names) for use in uses for part in _PARTS[use]))
 
 

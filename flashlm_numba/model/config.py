@@ -18,6 +18,7 @@ from flashlm_numba.system.fields import in_range as _in
 from flashlm_numba.system.fields import one_of as _one_of
 
 ACTIVATIONS = ("float", "int8")
+LINEARS = ("ternary", "bitlinear")
 ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
 
 
@@ -41,6 +42,10 @@ class ModelConfig:
     leaky_decay: float = _in(0.0, 0, 0.995)  # decay per token of the mixer's leaky average; 0: no leaky average
     ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude; larger weights become +1 or -1
     activations: str = _one_of("float", ACTIVATIONS)  # precision of the activations that ternary weights multiply
+    # ternary matrices: FlashLM v3's, or the MatMul-free LM's with a norm, int8 inputs and a scale; that has no
+    # residual scales and no ternary_threshold. Runs of earlier versions do not have these two.
+    linear: str = _one_of("ternary", LINEARS, optional=True)
+    norm_eps: float = _in(1e-6, 1e-12, 1, optional=True)  # epsilon of the trunk's norms with linear=bitlinear
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_blocks", "n_passes"):
@@ -53,6 +58,11 @@ class ModelConfig:
         if self.mixer not in MIXERS:
             raise ValueError(f"model.mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
         MIXERS[self.mixer].check(self)
+        if (self.mixer == "mlgru") != (self.linear == "bitlinear"):
+            raise ValueError(
+                "model.mixer mlgru and model.linear bitlinear work with each other only, got mixer "
+                f"{self.mixer} with linear {self.linear}"
+            )
         orders = self.ngram_copy_orders
         if len(orders) > 16 or not all(1 <= order <= 16 for order in orders):
             raise ValueError(
@@ -60,10 +70,13 @@ class ModelConfig:
             )
 
     @property
-    def receptive_field(self) -> int:
-        """Number of tokens that a hidden state depends on, the current one included (415 for v3)."""
+    def receptive_field(self) -> int | None:
+        """Number of tokens that a hidden state depends on, the current one included (415 for v3); None: all."""
+        reach = MIXERS[self.mixer].reach(self)
+        if reach is None:
+            return None
         copies = self.ngram_copy_reach + max(self.ngram_copy_orders) - 1 if self.ngram_copy_orders else 0
-        return 1 + self.n_blocks * self.n_passes * MIXERS[self.mixer].reach(self) + copies
+        return 1 + self.n_blocks * self.n_passes * reach + copies
 
 
 # Fixed values of each NorMuon variant: fields of kernels.normuon.NorMuonRule, which documents them
@@ -81,6 +94,8 @@ class OptimizerConfig:
 
     adamw_eps: ClassVar[float] = 1e-8  # added to the square root of the second moment
 
+    # update rule of the ternary matrices; runs of earlier versions do not have this setting and the schedule
+    matrices: str = _one_of("normuon", ("normuon", "adamw"), optional=True)
     normuon: str = _one_of("published", NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # peak learning rate of NorMuon
     normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations per step
@@ -94,6 +109,8 @@ class OptimizerConfig:
     clip: float = _in(1.0, 0, open_low=True)  # maximum global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
+    # after the warm-up: constant, then linear to 0; or a cosine to 0 that is halved from the middle on
+    schedule: str = _one_of("linear", ("linear", "halved-cosine"), optional=True)
 
     @property
     def normuon_variant(self) -> dict[str, Any]:
@@ -182,6 +199,9 @@ class RunConfig:
     def model_hash(self) -> str:
         """SHA-256 (hex) of the settings of model and head, on which the meaning of the weights depends."""
         sections = {"model": dataclasses.asdict(self.model), "head": dataclasses.asdict(self.head)}
+        for item in dataclasses.fields(self.model):  # a setting that earlier versions lacked counts once it is used
+            if item.metadata.get("optional") and sections["model"][item.name] == item.default:
+                del sections["model"][item.name]
         return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

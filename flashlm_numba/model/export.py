@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from flashlm_numba.kernels.bitlinear import absmean_ternary
 from flashlm_numba.kernels.ternary import ternarize
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import load_model, tensors_of
@@ -36,12 +37,17 @@ def export_run(
     tensors = tensors_of(loaded.model)
     threshold = loaded.run.model.ternary_threshold
     ternary = ternary_names(loaded.run.model)
-    tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in ternary}
+    scales = {}
+    if loaded.run.model.linear == "bitlinear":
+        for name in ternary:
+            tensors[name], scales[name] = absmean_ternary(tensors[name])
+    else:
+        tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in ternary}
     start = loaded.run.training.embedding_init
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # without the path on this machine
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
     run = dataclasses.replace(loaded.run, data="", data_absolute="", init=Path(loaded.run.init).name, training=training)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
-    packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json(), rows)
+    packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json(), rows, scales)
     return out

@@ -29,9 +29,12 @@ def training_bytes(run: RunConfig) -> int:
         if name == EMBEDDING:
             total += 4 * size * (2 + _moments(run)) + (0 if run.optimizer.rowwise_exp_avg_sq else 4 * size)
         elif parameter.ternary:
-            # weight, gradient, momentum, scratch of NorMuon, ternary values in three layouts, a gradient per thread
-            layouts = 2 if model.activations == "int8" else 8
-            total += size * (4 * 3 + 12 + 4 + layouts + 4 * run.threads)
+            # weight, gradient and momentum; NorMuon's scratch, or AdamW's second moment; ternary values in
+            # three layouts, a gradient per thread
+            # with linear=bitlinear: ternary values, codes, and the transposes' panels
+            layouts = 6 if model.linear == "bitlinear" else 2 if model.activations == "int8" else 8
+            rule = 4 if run.optimizer.matrices == "adamw" else 12 + 4
+            total += size * (4 * 3 + rule + layouts + 4 * run.threads)
         else:  # weight, gradient, second moment, two layouts as of the convolutions, a gradient per thread
             total += 4 * size * (5 + _moments(run) + run.threads)
         total += 4 * size * bool(run.training.ema)

@@ -2,7 +2,8 @@
 
 A mixer consists of a module in kernels/ and an entry here. The module has helpers, two regions for training and two
 kernels for decoding; see kernels/_trunk_regions.py. The entry describes the parameters and the reach, and builds the
-kernels' object from the settings. The trunk and the model know no mixer by name. docs/extending.md adds one.
+kernels' object from the settings. The trunk and the model know no mixer by name. docs/extending.md adds one. mlgru is
+the exception: it is part of the trunk of linear=bitlinear (trunks.py), and its entry describes it only.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class MixerType(Protocol):
         """The parameters in order, by name within the mixer. Shapes follow PyTorch's layouts."""
         ...
 
-    def reach(self, config: Any) -> int:
-        """Number of earlier tokens that one pass through the mixer can see."""
+    def reach(self, config: Any) -> int | None:
+        """Number of earlier tokens that one pass through the mixer can see; None: all of them."""
         ...
 
     def state_bytes(self, config: Any) -> int:
@@ -106,4 +107,57 @@ class ConvType:
         )
 
 
-MIXERS: dict[str, MixerType] = {"conv": ConvType()}
+# the BitLinears of a block: fields of kernels.bit_trunk, and names of the parameters
+BIT_LAYERS = {
+    "value": "mixer.input",
+    "forget": "mixer.forget",
+    "gate": "mixer.gate",
+    "out": "mixer.out",
+    "gate_up": "glu.gate_up",
+    "down": "glu.down",
+}
+
+
+class MlgruType:
+    """The MatMul-free LM's mixer: a gated recurrence per channel between BitLinears (kernels/bit_trunk.py)."""
+
+    def check(self, config: Any) -> None:
+        """See MixerType."""
+
+    def parameters(self, config: Any) -> dict[str, Parameter]:
+        """See MixerType. Initial values as in the authors' code."""
+        c, norm = config.dim, Parameter((config.dim,), fill=1.0)
+        inner = Parameter((c, c), 0.02, ternary=True)
+        last = inner._replace(std=0.02 / math.sqrt(2 * config.n_blocks))
+        return {
+            "input.weight": inner,
+            "input.norm.weight": norm,
+            "forget.weight": inner,
+            "forget.norm.weight": norm,
+            "gate.weight": inner,
+            "gate.norm.weight": norm,
+            "hidden_norm.weight": norm,
+            "out.weight": last,
+            "out.norm.weight": norm,
+        }
+
+    def reach(self, config: Any) -> int | None:
+        """See MixerType."""
+        return None
+
+    def state_bytes(self, config: Any) -> int:
+        """See MixerType: a vector in float32."""
+        return 4 * config.dim
+
+    def activation_floats(self, config: Any) -> int:
+        """See MixerType: what the three layers give, the states, and the factors of seven norms, without the two of
+        every trunk.
+        """
+        return 4 * config.dim + 5
+
+    def build(self, config: Any) -> Any:
+        """Never called: the trunk of linear=bitlinear contains this mixer."""
+        raise NotImplementedError("MlgruType.build: the mixer is part of kernels/bit_trunk.py")
+
+
+MIXERS: dict[str, MixerType] = {"conv": ConvType(), "mlgru": MlgruType()}

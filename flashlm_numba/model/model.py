@@ -9,37 +9,23 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from flashlm_numba.heads import Head
-from flashlm_numba.kernels import _check, decode
-from flashlm_numba.kernels.decode import DecodeState
+from flashlm_numba.kernels import _check
 from flashlm_numba.kernels.embedding import embedding_backward, zero
 from flashlm_numba.kernels.ngram_copy import scatter_copies
-from flashlm_numba.kernels.ternary import ternarize
-from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkConfig, TrunkWeights, trunk_backward, trunk_forward
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
-from flashlm_numba.model.mixers import MIXERS
-from flashlm_numba.model.parameters import EMBEDDING, ENDS, parameter_shapes
+from flashlm_numba.model.parameters import EMBEDDING, parameter_shapes
+from flashlm_numba.model.trunks import TRUNKS
 from flashlm_numba.system.arrays import for_reading
 from flashlm_numba.system.calls import Gate, OneCall, Pool
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import adopt_threads
 
-
-def trunk_weights(config: ModelConfig) -> TrunkWeights:
-    """The trunk's weights in the kernels' layouts, all zero."""
-    trunk = TrunkConfig(
-        config.dim,
-        config.ffn_dim,
-        config.n_blocks,
-        config.n_passes,
-        config.ffn_residual_scale,
-        config.ngram_copy_orders,
-        config.ngram_copy_reach,
-    )
-    return TrunkWeights(trunk, MIXERS[config.mixer].build(config))
+READ_TOKENS = 512  # of a text that a model without a finite receptive field reads at once
 
 
 class Model:
@@ -73,11 +59,12 @@ class Model:
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
-        self._weights = trunk_weights(config)
+        self._trunk = TRUNKS[config.linear](config)
+        self._weights = self._trunk.weights
         self._embedding = for_reading(self.parameters[EMBEDDING])
-        self._buffers: Pool[TrunkBuffers] = Pool()
+        self._buffers: Pool[Any] = Pool()
         # the thread, buffers and rows of the last call of forward, until another call uses buffers
-        self._last: tuple[int, TrunkBuffers, np.ndarray] | None = None
+        self._last: tuple[int, Any, np.ndarray] | None = None
         self._weights_in_use = Gate()
         self._training = OneCall(
             "Model: another thread is computing gradients of this model, which are added to one set of arrays; train "
@@ -95,7 +82,7 @@ class Model:
             raise ValueError(f"Model: activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
         with self._weights_in_use.writing():
             try:
-                self._weights.use_int8(kind == "int8")
+                self._trunk.use_int8(kind == "int8")
             except ValueError as error:  # the environment variable that selects a variant is wrong
                 raise UserError(f"{error}.") from None
             self._last = None  # a backward pass must not follow a forward pass with other activations
@@ -109,28 +96,8 @@ class Model:
             self._sync_weights()
 
     def _sync_weights(self) -> None:
-        p, w = self.parameters, self._weights
-        share = self.config.ternary_threshold
-        for b in range(self.config.n_blocks):
-            block = self._block(b)
-            w.norm1[b], w.norm2[b] = block["norm1.weight"], block["norm2.weight"]
-            ternarize(for_reading(block["glu.gate.weight"]), w.gate[b], threshold=share)
-            ternarize(for_reading(block["glu.up.weight"]), w.up[b], threshold=share)
-            w.down_values[b] = ternarize(for_reading(block["glu.down.weight"]), threshold=share)
-            mixer = {n.removeprefix("mixer."): value for n, value in block.items() if n.startswith("mixer.")}
-            w.mixer.set_weights(b, mixer)
-            for name, matrices in w.mixer.matrices.items():
-                ternarize(for_reading(mixer[name]), matrices.values[b], threshold=share)
-        w.final_norm[...] = p["final_norm.weight"]
-        for o in range(len(self.config.ngram_copy_orders)):
-            w.gain_in[o], w.gain_out[o] = (p[f"ngram_copy.{end}.{o}.weight"] for end in ENDS)
-        w.pack()
+        self._trunk.set_weights(self.parameters)
         self.head.prepare()
-
-    def _block(self, block: int) -> dict[str, np.ndarray]:
-        """The parameters of a block, by name within the block."""
-        prefix = f"blocks.{block}."
-        return {n.removeprefix(prefix): value for n, value in self.parameters.items() if n.startswith(prefix)}
 
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
@@ -139,12 +106,12 @@ class Model:
                 zero(gradient)
 
     @contextlib.contextmanager
-    def _buffers_for(self, batch: int, time: int) -> Iterator[TrunkBuffers]:
+    def _buffers_for(self, batch: int, time: int) -> Iterator[Any]:
         """Buffers for one call; meanwhile no other thread changes the weights."""
 
-        def make() -> TrunkBuffers:
+        def make() -> Any:
             self._last = None  # frees the old buffers before new ones are allocated
-            return TrunkBuffers(self._weights, batch, time)
+            return self._trunk.new_buffers(batch, time)
 
         adopt_threads()
         with (
@@ -171,28 +138,56 @@ class Model:
         ids = for_reading(ids)
         rows = self._rows_of(ids)
         with self._buffers_for(*ids.shape) as buffers:
-            h = trunk_forward(buffers, self._weights, self._embedding, rows).copy()
+            h = self._trunk.forward(buffers, self._embedding, rows).copy()
             self._last = threading.get_ident(), buffers, rows
         return h
 
-    def prefill(self, ids: np.ndarray) -> tuple[DecodeState, np.ndarray]:
+    def prefill(self, ids: np.ndarray) -> tuple[Any, np.ndarray]:
         """Read a text, ids (T,) int32 with T >= 1, in one pass. Returns a decoding state and the last hidden state
         (1, C).
 
-        Only the last receptive_field tokens matter, so only these are read. If parameters have changed, call
-        sync_weights first. Raises ValueError if there is no token or if one is not in [0, V).
+        Only the last receptive_field tokens matter, if it is finite, so only these are read. If parameters have
+        changed, call sync_weights first. Raises ValueError if there is no token or if one is not in [0, V).
         """
         ids = for_reading(ids)
         _check.array("Model.prefill", "ids", ids, (None,), np.int32)
         if not len(ids):
             raise ValueError("Model.prefill: ids must contain at least one token; a text begins with <|endoftext|>")
+        if self.config.receptive_field is None:
+            state = self.new_state()
+            return state, self.read(state, ids)[-1:]
         rows = self._rows_of(ids[None, -self.config.receptive_field :])
         with self._buffers_for(1, len(rows)) as buffers:
-            h = trunk_forward(buffers, self._weights, self._embedding, rows)
-            return decode.prefill(self._weights, buffers, rows), h[-1:].copy()
+            state, h = self._trunk.prefill(buffers, self._embedding, rows)
+            return state, h[-1:].copy()
 
-    def decode_step(self, state: DecodeState, token: int) -> np.ndarray:
-        """Feed one token id to a state from prefill. Returns the hidden state (1, C) float32.
+    def new_state(self) -> Any:
+        """The decoding state before the first token of a text, for the weights of the last sync_weights."""
+        with self._weights_in_use.reading():
+            return self._trunk.new_state()
+
+    def read(self, state: Any, ids: np.ndarray) -> np.ndarray:
+        """Feed the next tokens of a text, ids (T,) int32, to a state. Returns their hidden states (T, C) float32.
+
+        With linear=bitlinear they have the bits of `forward` over the whole text, and of decode_step. Raises ValueError
+        if a token is not in [0, V), and RuntimeError if another thread is using the state.
+        """
+        ids = for_reading(ids)
+        _check.array("Model.read", "ids", ids, (None,), np.int32)
+        rows = self._rows_of(ids[None])
+        h = np.empty((len(rows), self.config.dim), np.float32)
+        if self.config.receptive_field is not None:
+            for t, token in enumerate(ids):
+                h[t] = self.decode_step(state, int(token))[0]
+            return h
+        for start in range(0, len(rows), READ_TOKENS):
+            some = rows[start : start + READ_TOKENS]
+            with self._buffers_for(1, len(some)) as buffers:
+                h[start : start + READ_TOKENS] = self._trunk.read(state, buffers, self._embedding, some)
+        return h
+
+    def decode_step(self, state: Any, token: int) -> np.ndarray:
+        """Feed one token id to a state from prefill or new_state. Returns the hidden state (1, C) float32.
 
         The result is valid until the state's next call. Raises ValueError if the token is not in [0, V), and
         RuntimeError if another thread is using the state.
@@ -200,7 +195,7 @@ class Model:
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
         row = int(token if self.head.row_of_token is None else self.head.row_of_token[token])
-        return decode.decode_step(state, self._weights, self._embedding, row)
+        return self._trunk.step(state, self._embedding, row)
 
     def backward(self, dh: np.ndarray) -> None:
         """Add the gradients of this thread's last forward call, given dh (B*T, C) float32, to `gradients`.
@@ -222,31 +217,16 @@ class Model:
                 self._trunk_backward(buffers, dh, accumulate=True)
                 self._embedding_backward(buffers, rows, dh)
 
-    def _embedding_backward(self, buffers: TrunkBuffers, rows: np.ndarray, dh: np.ndarray) -> None:
+    def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray) -> None:
         """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
         w, gradient, dx = self._weights, self.gradients[EMBEDDING], buffers.gradients.dx
         embedding_backward(gradient, dx, rows)
         for o, copies in enumerate(buffers.activations.copies):
             scatter_copies(gradient, dx, dh, copies, w.gain_in[o], w.gain_out[o])
 
-    def _trunk_backward(self, buffers: TrunkBuffers, dh: np.ndarray, *, accumulate: bool) -> None:
+    def _trunk_backward(self, buffers: Any, dh: np.ndarray, *, accumulate: bool) -> None:
         """Add the trunk's gradients to `gradients`, or replace all but the embedding's and the head's."""
-        found = trunk_backward(buffers, self._weights, dh, self._embedding)
-        named = {"final_norm.weight": found.final_norm}
-        for b in range(self.config.n_blocks):
-            # straight-through estimator: ternarize passes the gradient unchanged
-            own = {
-                "norm1.weight": found.norm1[b],
-                "norm2.weight": found.norm2[b],
-                "glu.gate.weight": found.gate[b],
-                "glu.up.weight": found.up[b],
-                "glu.down.weight": found.down[b],
-                **{f"mixer.{name}": value for name, value in found.mixers[b].items()},
-            }
-            named |= {f"blocks.{b}.{name}": value for name, value in own.items()}
-        for o in range(len(self.config.ngram_copy_orders)):
-            named[f"ngram_copy.inputs.{o}.weight"] = found.gain_in[o]
-            named[f"ngram_copy.outputs.{o}.weight"] = found.gain_out[o]
+        named = self._trunk.backward(buffers, dh, self._embedding)
         for name, gradient in self.gradients.items():
             if name in named:
                 np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
@@ -272,7 +252,7 @@ class Model:
         _check.array("Model.loss_and_grad", "targets", targets, ids.shape, np.int32)
         _check.array("Model.loss_and_grad", "weights", weights, (ids.size,))
         with self._training.alone(), self._buffers_for(*ids.shape) as buffers:
-            h = trunk_forward(buffers, self._weights, self._embedding, rows)
+            h = self._trunk.forward(buffers, self._embedding, rows)
             after_forward = time.perf_counter()
             flat = targets.reshape(-1)
             if weights.all():

@@ -4,7 +4,8 @@ The file is a safetensors file. Its metadata contain the run's settings, its tra
 a SHA-256 over all of these and the tensors. A ternary matrix (R, K) is stored as (R, ceil(K / 5)) uint8. Byte j of a
 row is the sum over i < 5 of 3**i times the code of weight 5 j + i. The codes 0, 1, 2 stand for -1, 0, +1, and weights
 beyond K have the code 0. This takes 1.6 bits per weight, where a ternary weight carries 1.58 bits. Packing loses
-nothing, because training evaluates the ternary values too. The tokenizer.json is compressed by zlib and written in
+nothing, because training evaluates the ternary values too. A matrix whose ternary values have a scale (BitLinear) is
+stored with it, as NAME.scale (1,) float32; reading multiplies. The tokenizer.json is compressed by zlib and written in
 base64.
 
 The metadata's "rows" names the arithmetic of the embedding's rows, which are also those of a tied head: "float",
@@ -20,7 +21,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from flashlm_numba.system.files import parse_json, replace, sync_file, sync_fold
 FORMAT = "flashlm-numba packed 3"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
 MOST_TEXT = 1 << 28  # bytes of a tokenizer.json
+SCALE = ".scale"  # suffix of the name of a packed matrix's scale
 SCALES = EMBEDDING + ".scales"
 PER_BYTE = 5
 _POWERS = 3 ** np.arange(PER_BYTE)
@@ -102,10 +104,12 @@ def write(
     state: dict[str, Any],
     tokenizer: str,
     rows: str,
+    scales: Mapping[str, np.float32] | None = None,
 ) -> None:
     """Write a model's tensors to one file, atomically.
 
     ternary : names of the matrices to pack; tensors holds their ternary values
+    scales : of those matrices that have one
     config : the run's settings as JSON;  state : the training progress;  tokenizer : the text of tokenizer.json
     rows : arithmetic of the embedding's rows, in ROWS
     Raises UserError if writing fails, or if the rows cannot be rounded.
@@ -114,6 +118,7 @@ def write(
 
     stored = {name + SUFFIX: pack_base3(tensors[name]) for name in ternary}
     stored |= {name: value for name, value in tensors.items() if name not in ternary}
+    stored |= {name + SCALE: np.array([value], np.float32) for name, value in (scales or {}).items()}
     shapes = {name: list(tensors[name].shape) for name in (*ternary, EMBEDDING)}
     if rows != "float":
         try:
@@ -183,6 +188,8 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:
             tensors[EMBEDDING] = widen_rows(tensors.pop(f"{EMBEDDING}.{rows}"), tensors.pop(SCALES), columns, rows)
         for name in shapes:
             tensors[name] = unpack_base3(tensors.pop(name + SUFFIX), shapes[name][1])
+            if name + SCALE in tensors:
+                tensors[name] *= np.float32(tensors.pop(name + SCALE).item())
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(damaged.format(error)) from None
     return config, tensors, state, text

@@ -2,11 +2,14 @@
 
 embedding.weight
 blocks.B.norm1.weight, blocks.B.mixer.*, blocks.B.norm2.weight, blocks.B.glu.{gate,up,down}.weight
-router.{weight,bias}, final_norm.weight
+    with linear=bitlinear blocks.B.glu.{gate_up,down}.{weight,norm.weight}
+router.{weight,bias} or, with linear=bitlinear, lower_bounds; final_norm.weight
 ngram_copy.{inputs,outputs}.O.weight
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -18,13 +21,31 @@ ENDS = ("inputs", "outputs")  # ends of the trunk, where copied rows are added
 EMBEDDING = "embedding.weight"
 
 
+def _glu_parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Those of a block, by name within the GLU. With linear=bitlinear gate and up are one matrix with one scale."""
+    c, inner = config.dim, config.ffn_dim
+    if config.linear == "bitlinear":
+        return {
+            "gate_up.weight": Parameter((2 * inner, c), 0.02, ternary=True),
+            "gate_up.norm.weight": Parameter((c,), fill=1.0),
+            "down.weight": Parameter((c, inner), 0.02 / math.sqrt(2 * config.n_blocks), ternary=True),
+            "down.norm.weight": Parameter((inner,), fill=1.0),
+        }
+    return {
+        "gate.weight": Parameter((inner, c), c**-0.5, ternary=True),
+        "up.weight": Parameter((inner, c), c**-0.5, ternary=True),
+        "down.weight": Parameter((c, inner), 0.01, ternary=True),
+    }
+
+
 def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """Every parameter except the head's, in order, in PyTorch's layouts. Initial values follow FlashLM v3.
 
     Norms start at one, and the gains of the leaky average and of the n-gram copy at zero. Convolutions, gate and up
-    have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small.
+    have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small. With linear=bitlinear the
+    initial values are those of the MatMul-free LM's authors: 0.02, and what ends a branch 0.02 / sqrt(2 L).
     """
-    c, inner = config.dim, config.ffn_dim
+    c = config.dim
     norm = Parameter((c,), fill=1.0)
     found = {EMBEDDING: Parameter((config.vocab_size, c), 0.02)}
     for block in range(config.n_blocks):
@@ -33,16 +54,14 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
             "norm1.weight": norm,
             **{f"mixer.{name}": parameter for name, parameter in mixer.items()},
             "norm2.weight": norm,
-            "glu.gate.weight": Parameter((inner, c), c**-0.5, ternary=True),
-            "glu.up.weight": Parameter((inner, c), c**-0.5, ternary=True),
-            "glu.down.weight": Parameter((c, inner), 0.01, ternary=True),
+            **{f"glu.{name}": parameter for name, parameter in _glu_parameters(config).items()},
         }
         found |= {f"blocks.{block}.{name}": parameter for name, parameter in own.items()}
-    found |= {
-        "router.weight": Parameter((1, c), c**-0.5),
-        "router.bias": Parameter((1,)),
-        "final_norm.weight": norm,
-    }
+    if config.linear == "bitlinear":
+        found["lower_bounds"] = Parameter((config.n_blocks, c))
+    else:
+        found |= {"router.weight": Parameter((1, c), c**-0.5), "router.bias": Parameter((1,))}
+    found["final_norm.weight"] = norm
     orders = range(len(config.ngram_copy_orders))
     return found | {f"ngram_copy.{end}.{o}.weight": Parameter((c,)) for end in ENDS for o in orders}
 

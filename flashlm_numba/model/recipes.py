@@ -54,6 +54,19 @@ RECIPES: dict[str, RunConfig] = {
             ema=0.999,
         ),
     ),
+    # the MatMul-free LM (Zhu et al. 2024, arXiv:2406.02528) with its schedule and AdamW for everything. The authors
+    # publish no training code; what they do not say is this project's choice.
+    "mmf": RunConfig(
+        recipe="mmf",
+        model=SHAPES["mmf"],
+        optimizer=OptimizerConfig(
+            matrices="adamw",
+            adamw_lr=4e-3,
+            weight_decay=0.1,
+            schedule="halved-cosine",
+        ),
+        training=TrainingConfig(phases=(Phase(batch_size=8, seq_len=256),), embedding_init="random"),
+    ),
 }
 
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from flashlm_numba.model.config import ModelConfig
 
 _V3 = ModelConfig()  # FlashLM v3 exactly: 13,555,969 parameters
+# the MatMul-free LM in the size of FlashLM v3, if its head has rows of its own; the GLU's width is the multiple of 256
+# that the authors' rule gives
+_MMF = ModelConfig(dim=128, ffn_dim=512, mixer="mlgru", linear="bitlinear", n_blocks=3, n_passes=1)
 _DEFAULT = replace(
     _V3,
     # about fan_in**-0.5 for each ternary matrix in the branch
@@ -38,6 +41,7 @@ SHAPES: dict[str, ModelConfig] = {
     "nano": _small(96, 256, 12, (1, 4, 12), (2**-3, 2**-15)),
     "micro": _small(144, 384, 18, (1, 4, 32), (2**-4, 2**-17)),
     "mini": replace(_DEFAULT, n_blocks=2, n_passes=1),  # the arithmetic of the default shape, twice its trunk weights
+    "mmf": _MMF,
 }
 
 

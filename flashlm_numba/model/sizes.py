@@ -28,7 +28,7 @@ def parameters_by_part(shapes: Shapes) -> dict[str, int]:
     for name, shape in shapes.items():
         names = name.split(".")
         part = names[2] if names[0] == "blocks" else names[0]
-        part = "norms" if part in ("norm1", "norm2", "final_norm") else part
+        part = "norms" if part in ("norm1", "norm2", "final_norm") else "mixer" if part == "lower_bounds" else part
         parts[part] = parts.get(part, 0) + math.prod(shape)
     return parts
 

@@ -59,6 +59,19 @@ def first_model(run: RunConfig, counts: np.ndarray) -> Model:
     if trained.path.is_file():
         for name, parameter in model_parameters(run.model).items():
             if parameter.ternary and name in tensors:
+                if run.model.linear == "bitlinear":
+                    _untie_scale(tensors[name])
+                    continue
                 share = np.count_nonzero(tensors[name]) / max(1, tensors[name].size)
                 tensors[name] *= np.float32(parameter.std / max(share, 1e-9) ** 0.5)
     return model_from(run, tensors, counts)
+
+
+def _untie_scale(weight: np.ndarray) -> None:
+    """Change s times ternary values to weights whose mean magnitude is s, so that they keep it when training starts.
+
+    One of them gets another last bit. Otherwise they would still be taken for a scale times ternary values.
+    """
+    weight *= np.float32(weight.size / max(1, int(np.count_nonzero(weight))))
+    at = np.flatnonzero(weight)[:1]
+    weight.flat[at] = np.nextafter(weight.flat[at], np.float32(0))

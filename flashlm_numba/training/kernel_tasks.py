@@ -20,7 +20,9 @@ from flashlm_numba.model.config import NORMUON_VARIANTS, ModelConfig, OptimizerC
 
 if TYPE_CHECKING:
     from flashlm_numba.heads.base import Head
+    from flashlm_numba.kernels.bit_trunk import BitBuffers
     from flashlm_numba.kernels.trunk import TrunkBuffers, TrunkWeights
+    from flashlm_numba.model.trunks import BitTrunk
 
 # an embedding too large for the serial optimiser kernel
 CONFIG = ModelConfig(vocab_size=5_000, dim=16, ffn_dim=8, groups=1, ngram_copy_orders=(1,))
@@ -38,9 +40,9 @@ class Task:
 
 def _trunk() -> tuple[TrunkWeights, TrunkBuffers]:
     from flashlm_numba.kernels.trunk import TrunkBuffers
-    from flashlm_numba.model.model import trunk_weights
+    from flashlm_numba.model.trunks import TernaryTrunk
 
-    weights = trunk_weights(CONFIG)
+    weights = TernaryTrunk(CONFIG).weights
     return weights, TrunkBuffers(weights, 1, 32)
 
 
@@ -52,6 +54,41 @@ def _forward(name: str) -> None:
 def _backward(name: str) -> None:
     weights, buffers = _trunk()
     buffers.backward_functions(weights)[name]()
+
+
+def _bit_trunk() -> tuple[BitTrunk, BitBuffers]:
+    from flashlm_numba.model.trunks import BitTrunk
+
+    trunk = BitTrunk(replace(CONFIG, mixer="mlgru", linear="bitlinear"))
+    return trunk, trunk.new_buffers(1, 32)
+
+
+def _bit_function(name: str, backward: bool) -> None:
+    _, buffers = _bit_trunk()
+    buffers.functions(backward=backward)[name]()
+
+
+def _bit_weights() -> None:
+    """The weights' layouts, and what both passes and decoding call."""
+    from flashlm_numba.kernels._bit_layer import work_functions
+
+    trunk, _ = _bit_trunk()
+    for matrices in trunk.weights.layers.values():
+        matrices.set(0, np.zeros(matrices.shape, np.float32))
+    for function in work_functions(trunk.weights.variant).values():
+        function()
+
+
+def _bit_panels() -> None:
+    trunk, _ = _bit_trunk()
+    trunk.weights.read(backward=True)
+
+
+def _bit_decoding() -> None:
+    trunk, buffers = _bit_trunk()
+    state, embedding = trunk.new_state(), np.zeros((5, CONFIG.dim), np.float32)
+    trunk.step(state, embedding, 0)
+    trunk.read(state, buffers, embedding, np.zeros(32, np.int32))
 
 
 def _pack_weights(activations: str) -> None:
@@ -188,7 +225,14 @@ TASKS: dict[str, Task] = {
     "backward: mixer": Task("backward", partial(_backward, "mixer_backward"), 8, 25),
     "backward": Task("backward", partial(_backward, "backward"), 4, 9),
     "backward: region": Task("backward", partial(_backward, "region"), 4, 1),
-    "embedding's gradient": Task("backward", _embedding_gradient, 2, 3),
+    "bitlinear": Task("bitlinear", _bit_weights, 8, 30),
+    "bitlinear panels": Task("bitlinear-backward", _bit_panels, 1, 2),
+    "bitlinear forward": Task("bitlinear-forward", partial(_bit_function, "forward", False), 5, 15),
+    "bitlinear forward: region": Task("bitlinear-forward", partial(_bit_function, "region", False), 4, 1),
+    "bitlinear backward": Task("bitlinear-backward", partial(_bit_function, "backward", True), 9, 15),
+    "bitlinear backward: region": Task("bitlinear-backward", partial(_bit_function, "region", True), 7, 1),
+    "bitlinear decoding": Task("bitlinear-decoding", _bit_decoding, 12, 20),
+    "embedding's gradient": Task("embedding", _embedding_gradient, 2, 3),
     "NorMuon": Task("optimizer", partial(_optimizers, normuon=True), 7, 21),
     "AdamW": Task("optimizer", partial(_optimizers, normuon=False), 5, 16),
 }

@@ -34,11 +34,26 @@ def _has_gradient(name: str) -> bool:
     return not name.startswith("router.")
 
 
+def _is_vector(name: str, value: np.ndarray) -> bool:
+    """Whether the parameter holds numbers per channel; lower_bounds has those of all blocks."""
+    return value.ndim == 1 or name == "lower_bounds"
+
+
+def _is_matrix(name: str, value: np.ndarray) -> bool:
+    """Whether the parameter is a matrix of a linear map."""
+    return value.ndim == 2 and not _is_row_table(name) and not _is_vector(name, value)
+
+
 GroupRules = Mapping[str, Callable[[str, np.ndarray], bool]]
 RULES: GroupRules = {
-    NORMUON: lambda name, value: value.ndim == 2 and not _is_row_table(name),
+    NORMUON: _is_matrix,
     ADAMW_DECAY: lambda name, value: value.ndim > 2 or (value.ndim == 2 and _is_row_table(name)),
-    ADAMW_PLAIN: lambda name, value: value.ndim == 1,
+    ADAMW_PLAIN: _is_vector,
+}
+ADAMW_RULES: GroupRules = {  # with matrices=adamw
+    NORMUON: lambda name, value: False,
+    ADAMW_DECAY: lambda name, value: value.ndim >= 2 and not _is_vector(name, value),
+    ADAMW_PLAIN: _is_vector,
 }
 
 
@@ -93,7 +108,8 @@ class Optimizer:
             raise ValueError(f"Optimizer: params and grads must have the same names, but only one of them has {odd}")
         self.params, self.grads = params, grads
         self.config = config or OptimizerConfig()
-        self.groups = parameter_groups(params)
+        self._rules = ADAMW_RULES if self.config.matrices == "adamw" else RULES
+        self.groups = parameter_groups(params, self._rules)
         for name, value in params.items():
             if not value.flags.writeable:
                 raise ValueError(f"Optimizer: {name} is read-only and cannot be trained; build the model from copies")
@@ -103,7 +119,7 @@ class Optimizer:
 
     def summary(self) -> str:
         """A readable list of the groups with their parameter counts."""
-        return describe_groups(self.params)
+        return describe_groups(self.params, self._rules)
 
     def grad_norm(self, frozen: Collection[str] = ()) -> float:
         """Global norm of the gradients, without those of frozen tensors; not finite if a gradient is not."""
@@ -176,6 +192,8 @@ class Optimizer:
         return self.state[name]
 
     def _step_normuon(self, names: list[str], lr: float, scale: float) -> None:
+        if not names:
+            return
         states = [self._stepped(name) for name in names]
         key = tuple(names)
         if key not in self._workspaces:  # one workspace per set of tensors that are updated together

@@ -26,7 +26,7 @@ from flashlm_numba.inference.evaluate import (
 )
 from flashlm_numba.kernels._division import ROWS, Stage
 from flashlm_numba.kernels.ngram_copy import ngram_copies
-from flashlm_numba.model import model as model_module
+from flashlm_numba.model import trunks
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
@@ -127,12 +127,12 @@ def test_long_documents_keep_all_threads_busy_and_use_buffers_again(monkeypatch,
     texts = [rng.integers(0, CONFIG.vocab_size, 2_970 + 5 * i).astype(np.int32) for i in range(20)]
     net = Model(CONFIG, initial_parameters(CONFIG, 0), DenseHead)
 
-    class Watched(model_module.TrunkBuffers):
+    class Watched(trunks.TrunkBuffers):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self.division)
 
-    monkeypatch.setattr(model_module, "TrunkBuffers", Watched)
+    monkeypatch.setattr(trunks, "TrunkBuffers", Watched)
     score(net, texts, eot=EOT, window=4_096)
     assert 1 <= len(made) <= 2
     for division in made:

@@ -19,6 +19,7 @@ CONFIG = ModelConfig(vocab_size=97, dim=40, ffn_dim=50, groups=4, dilations=(1, 
 CONFIG = dataclasses.replace(CONFIG, ternary_threshold=0.5, ngram_copy_orders=(1, 2, 1), ngram_copy_reach=15)
 BARE = dataclasses.replace(CONFIG, leaky_decay=0.0, ngram_copy_orders=(), n_blocks=2, n_passes=1)
 INT8 = dataclasses.replace(CONFIG, activations="int8")
+MMF = dataclasses.replace(CONFIG, mixer="mlgru", linear="bitlinear", n_blocks=2)
 THREADS = (2, 3, 5, 16, 64)
 SHAPES = [(8, 16), (3, 70), (1, 300), (16, 128), (1, 1_100), (2, 1)]
 if numba.config.DISABLE_JIT:
@@ -45,7 +46,7 @@ def passes(config, shape, threads, monkeypatch):
     return h, model.gradients, division
 
 
-@pytest.mark.parametrize("config", [CONFIG, BARE, INT8], ids=["float", "two bare blocks", "int8"])
+@pytest.mark.parametrize("config", [CONFIG, BARE, INT8, MMF], ids=["float", "two bare blocks", "int8", "mmf"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_any_number_of_threads_computes_the_same(config, shape, monkeypatch):
     want, gradients, _ = passes(config, shape, 1, monkeypatch)
@@ -55,7 +56,7 @@ def test_any_number_of_threads_computes_the_same(config, shape, monkeypatch):
         assert division.threads == (threads if division.wide else min(threads, shape[0]))
         orders.add(division.wide)
         if numba.config.DISABLE_JIT:  # products by BLAS, which rounds by the number of rows; int8 by whole steps
-            np.testing.assert_allclose(found, want, rtol=0, atol=1e-2 if config is INT8 else 1e-5)
+            np.testing.assert_allclose(found, want, rtol=0, atol=1e-2 if config in (INT8, MMF) else 1e-5)
         else:
             np.testing.assert_array_equal(found.view(np.uint32), want.view(np.uint32))
         for name, value in gradients.items():

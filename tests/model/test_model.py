@@ -9,7 +9,7 @@ import pytest
 from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.kernels import ternary
-from flashlm_numba.model import model as model_module
+from flashlm_numba.model import trunks
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters, parameter_shapes
@@ -185,12 +185,12 @@ def test_buffers_of_another_shape_are_freed_before_new_ones_are_made(monkeypatch
     net.forward(batch(1, 2, 8)[0])
     old, alive = weakref.ref(net._buffers.free[0]), []
 
-    class Watched(model_module.TrunkBuffers):
+    class Watched(trunks.TrunkBuffers):
         def __init__(self, *args):
             alive.append(old())
             super().__init__(*args)
 
-    monkeypatch.setattr(model_module, "TrunkBuffers", Watched)
+    monkeypatch.setattr(trunks, "TrunkBuffers", Watched)
     net.forward(batch(1, 2, 8)[0])
     assert not alive  # the same shape: the same buffers
     net.forward(batch(1, 1, 9)[0])

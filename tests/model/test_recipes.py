@@ -30,7 +30,7 @@ def test_v3_recipe_is_the_published_one():
 
 
 def test_a_recipe_that_there_is_not():
-    with pytest.raises(UserError, match="There is no recipe 'v9'; the recipes are default, v3"):
+    with pytest.raises(UserError, match="There is no recipe 'v9'; the recipes are default, v3, mmf"):
         from_recipe("v9")
 
 

@@ -430,3 +430,20 @@ def test_read_only_parameters_are_refused():
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match=r"linear\.weight is read-only"):
         Optimizer({"linear.weight": frozen}, {"linear.weight": np.ones((3, 2), np.float32)})
+
+
+def test_with_matrices_adamw_everything_is_adamws():
+    parameters = {name: np.ones(shape, np.float32) for name, shape in shapes_of(TINY).items()}
+    gradients = {name: np.full_like(value, 0.1) for name, value in parameters.items()}
+    settings = OptimizerConfig(matrices="adamw", weight_decay=0.1)
+    optimizer = Optimizer(parameters, gradients, settings)
+    assert not optimizer.groups[NORMUON]
+    assert UP in optimizer.groups[ADAMW_DECAY]
+    assert NORM2 in optimizer.groups[ADAMW_PLAIN]
+    optimizer.step(123.0, 0.01, None)
+    assert optimizer.state_dict()[f"exp_avg_sq.{UP}"].shape == parameters[UP].shape
+    np.testing.assert_allclose(parameters[UP], 1 - 0.01 - 0.01 * 0.1, rtol=1e-5)  # the first step is the sign
+    np.testing.assert_allclose(parameters[NORM2], 1 - 0.01, rtol=1e-5)
+    again = Optimizer(parameters, gradients, settings)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state.keys() == optimizer.state.keys()

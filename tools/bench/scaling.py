@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 from flashlm_numba.kernels._division import Division, Stage, divide
 from flashlm_numba.kernels._steps import BEFORE_MIXER, FFN, FFN_WEIGHTS, Step, backward_steps, forward_steps
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.model import trunk_weights
+from flashlm_numba.model.trunks import TernaryTrunk
 
 ROW_COST = 20  # a row's elementwise work in a step, per channel, in multiply-adds
 
@@ -53,7 +53,7 @@ def region_work(division: Division, stages: list[Stage], costs: list[float]) -> 
 
 def trunk_work(config: ModelConfig, batch: int, time: int, threads: int) -> np.ndarray:
     """The work of every thread in every region of both passes, (regions, P), in multiply-adds."""
-    weights, division = trunk_weights(config), divide(batch, time, threads)
+    weights, division = TernaryTrunk(config).weights, divide(batch, time, threads)
     passes = (
         (forward_steps(weights.layers, weights.mixer.forward_stages()), False),
         (backward_steps(weights.layers, weights.mixer.backward_stages()), True),
