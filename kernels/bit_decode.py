@@ -7,6 +7,8 @@ Letters: C channels, I FFN width, L blocks, R layers, O ways of copying, H token
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -202,6 +204,21 @@ class BitDecodeState:
     def __post_init__(self) -> None:
         self.fields = (*self.state, *self.weights)
 
+    @contextlib.contextmanager
+    def alone(self, where: str) -> Iterator[None]:
+        """Raises RuntimeError if another thread is using the state."""
+        this_call = object()
+        try:
+            self.calls.append(this_call)
+            if self.calls[0] is not this_call:
+                raise RuntimeError(
+                    f"{where}: another thread is using this state; start a state of its own for each text"
+                )
+            yield
+        finally:  # also after an interrupt anywhere above
+            if this_call in self.calls:
+                self.calls.remove(this_call)
+
 
 def bit_decode_functions(variant: int) -> dict[str, Any]:
     """The addresses that BitState holds, by field."""
@@ -269,18 +286,9 @@ def bit_decode_step(state: BitDecodeState, embedding: np.ndarray, row: int) -> n
     _check.array("bit_decode_step", "embedding", embedding, (None, state.state.x.shape[1]))
     if not 0 <= row < len(embedding):
         raise ValueError(f"bit_decode_step: row must be in [0, {len(embedding)}), got {row}")
-    this_call = object()
-    try:
-        state.calls.append(this_call)
-        if state.calls[0] is not this_call:
-            raise RuntimeError(
-                "bit_decode_step: another thread is using this state; start a state of its own for each text"
-            )
+    with state.alone("bit_decode_step"):
         _decode_step(embedding, row, state.position, *state.fields)
         state.position += 1
-    finally:  # also after an interrupt anywhere above
-        if this_call in state.calls:
-            state.calls.remove(this_call)
     return state.state.out
 
 
@@ -290,8 +298,16 @@ def bit_read(
     """Feed the next tokens of a state's text, rows (T,) int32, at once. Returns their hidden states (T, C) float32.
 
     buffers : for one sequence of T tokens;  weights : those of bit_new_state
-    The result is a view of the buffers, with the bits of T calls of bit_decode_step.
+    The result is a view of the buffers, with the bits of T calls of bit_decode_step. Raises RuntimeError if another
+    thread is using the state.
     """
+    with state.alone("bit_read"):
+        return _read(state, buffers, weights, embedding, rows)
+
+
+def _read(
+    state: BitDecodeState, buffers: BitBuffers, weights: BitTrunkWeights, embedding: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
     own, copies = state.state, buffers.activations.copies
     length = own.earlier.shape[1]
     if len(copies):
