@@ -29,9 +29,8 @@ def training_bytes(run: RunConfig) -> int:
         if name == EMBEDDING:
             total += 4 * size * (2 + _moments(run)) + (0 if run.optimizer.rowwise_exp_avg_sq else 4 * size)
         elif parameter.ternary:
-            # weight, gradient and momentum; NorMuon's scratch, or AdamW's second moment; ternary values in
-            # three layouts, a gradient per thread
-            # with linear=bitlinear: ternary values, codes, and the transposes' panels
+            # weight, gradient, momentum; NorMuon's scratch, or AdamW's second moment; a gradient per thread; ternary
+            # values in three layouts, or, with linear=bitlinear, in one, as codes, and as the transposes' panels
             layouts = 6 if model.linear == "bitlinear" else 2 if model.activations == "int8" else 8
             rule = 4 if run.optimizer.matrices == "adamw" else 12 + 4
             total += size * (4 * 3 + rule + layouts + 4 * run.threads)

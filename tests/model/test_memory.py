@@ -62,7 +62,7 @@ def test_the_estimate_is_what_the_arrays_take(recipe, changed, threads):
     ) + state
     found += sum(value.nbytes for value in model.parameters.values()) if run.training.ema else 0
     head = head_class("dense").training_bytes(run.head, 3000, run.model.dim, phase.batch_size * phase.seq_len)
-    assert memory.training_bytes(run) - memory.PROGRAM - head == pytest.approx(found, rel=0.15)
+    assert memory.training_bytes(run) - memory.PROGRAM - head == pytest.approx(found, rel=0.17)
 
 
 @pytest.mark.parametrize("head", HEADS)
