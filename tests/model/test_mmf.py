@@ -162,6 +162,17 @@ def test_the_decoding_state_is_one_vector_per_block():
         assert state.state.history.size == 0
 
 
+def test_a_state_that_another_thread_uses_is_refused():
+    model, ids = some_model(), np.zeros(5, np.int32)
+    state, _ = model.prefill(ids)
+    state.calls.append(object())  # a call in flight
+    for call in (lambda: model.read(state, ids), lambda: model.decode_step(state, 0)):
+        with pytest.raises(RuntimeError, match="another thread is using this state"):
+            call()
+    state.calls.clear()
+    assert model.read(state, ids).shape == (5, 50)
+
+
 # --- what is refused ---
 
 
