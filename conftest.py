@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
-# Threads of OpenMP wait by spinning, so that two processes on the same cores, as under `pytest -n 2`, take many times as
+# OpenMP's threads wait by spinning, so that two processes on the same cores, as under `pytest -n 2`, take many times as
 # long for each region. Asleep they only take longer to wake.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

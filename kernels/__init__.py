@@ -5,6 +5,8 @@
     leaky_average   leaky average of the tokens so far
     ngram_copy      tokens that followed earlier occurrences of the last n tokens
     ngram_index     the index in which decoding finds them
+    ngrams          n-gram probabilities of a text: lookup in the smoothed tables
+    ngram_counts    the tables: counting, modified Kneser-Ney smoothing
     conv            causal dilated grouped convolution with a sigmoid gate
     ternary         ternary values of a weight, 2-bit packing
     ternary_gemv    packed matrix times vectors of int8 or float32
@@ -30,7 +32,7 @@
     normuon         NorMuon: orthogonalised momentum with normalised rows
     grad_norm       sum of squares of a gradient, for clipping
     ema             exponential moving average of the weights
-    reference, reference_trunk, reference_mmf, reference_tree, reference_optim
+    reference, reference_trunk, reference_mmf, reference_tree, reference_optim, reference_ngrams
                     NumPy twins, the executable specification (that of decode is the trunk's)
 
     _jit            the decorators, their compiler flags, the cache of compiled code
@@ -79,10 +81,13 @@ __all__ = [
     "low_rank",
     "mlgru",
     "ngram_copy",
+    "ngram_counts",
     "ngram_index",
+    "ngrams",
     "normuon",
     "reference",
     "reference_mmf",
+    "reference_ngrams",
     "reference_optim",
     "reference_tree",
     "reference_trunk",

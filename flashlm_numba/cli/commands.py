@@ -18,7 +18,7 @@ import click
 from flashlm_numba.cli import options
 from flashlm_numba.cli.options import Number, PathOrSource, Text, echo, use_threads
 from flashlm_numba.cli.train_command import train
-from flashlm_numba.model.config import ROWS
+from flashlm_numba.model.config import MEMORIES, ROWS, MemoryOptions
 from flashlm_numba.system.display import peak_rss_mb, plural
 
 if TYPE_CHECKING:
@@ -125,6 +125,25 @@ def prepare(
 @options.activations
 @options.ema
 @options.checkpoint
+@click.option(
+    "--memory",
+    type=click.Choice(MEMORIES),
+    help="Also score a mixture with the n-grams of the text that RUN was trained on.",
+)
+@click.option(
+    "--memory-weight",
+    type=Number(min=0, max=1),
+    default=MemoryOptions.weight,
+    show_default=True,
+    help="Share of the memory in the mixture.",
+)
+@click.option(
+    "--memory-least",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Leave out n-grams of three and more tokens that occur less often.",
+)
 @options.threads
 @options.json
 def evaluate(
@@ -139,6 +158,9 @@ def evaluate(
     activations: str | None,
     ema: bool,
     checkpoint: str | None,
+    memory: str | None,
+    memory_weight: float,
+    memory_least: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -149,8 +171,10 @@ def evaluate(
     Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file
     written by `export`.
     """
-    if data is not None and own_data is not None:
+    if data is not None and own_data is not None and memory is None:
         raise click.UsageError("DATA is the text to score, and --data the text of RUN; give only one of the two.")
+    if memory is None and (memory_least, memory_weight) != (MemoryOptions.least, MemoryOptions.weight):
+        raise click.UsageError("--memory-weight and --memory-least need --memory ngrams.")
     from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
     from flashlm_numba.inference.evaluate import evaluate_run
 
@@ -167,6 +191,7 @@ def evaluate(
         lines=lines,
         skip_missing=skip_missing,
         own_data=own_data,
+        memory=None if memory is None else MemoryOptions(memory_least, memory_weight),
     )
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
@@ -186,6 +211,17 @@ def evaluate(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
         f"{plural(result['documents'], 'document')} of {result['data']}"
     )
+    if memory is not None:
+        found = result["memory"]
+        click.echo(
+            f"with n-grams   {found['nll']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte, "
+            f"at a weight of {found['weight']:g}; the n-grams alone {found['alone_nll']:.4f} and "
+            f"{found['alone_bits_per_byte']:.4f}"
+        )
+        click.echo(
+            f"n-grams        {found['ngrams']:,} of up to {found['order']} tokens, {found['bytes'] / 1e6:,.0f} MB, "
+            f"counted in {found['seconds']:.1f} s"
+        )
     click.echo("causal         yes: changing a token changes no earlier hidden state, bit for bit")
 
 

@@ -105,6 +105,14 @@ class Split:
             self._fill(out, start)
             yield self._checked(out)
 
+    def ids(self) -> NDArray[np.unsignedinteger[Any]]:
+        """All ids in memory, (n_tokens,) of Vocabulary.dtype, with the end of text after every document."""
+        out = np.empty(self.n_tokens, dtype=self._dtype)
+        for index, end in enumerate(self._ends.tolist()):
+            part = self._map(index)
+            out[end - len(part) : end] = part
+        return out
+
     def documents(self, max_tokens: int | None = None) -> Iterator[NDArray[np.int32]]:
         """The documents in order, each as an int32 array without the end of text that closes it.
 

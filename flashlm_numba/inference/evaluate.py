@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
+from flashlm_numba.inference.memory import Memory, count_memory
 from flashlm_numba.system.display import TERMINAL, Note, Progress
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split
     from flashlm_numba.data.tokenizer import Vocabulary
-    from flashlm_numba.model.config import RunConfig
+    from flashlm_numba.model.config import MemoryOptions, RunConfig
     from flashlm_numba.model.model import Model
 
 WINDOW = 2_048  # positions per window, overlap included
@@ -42,6 +43,8 @@ class Scores:
     tokens: int
     nll: float  # sum of -ln p(token), nats
     spread: float | None  # sum over tokens of the mean of -ln p over all V tokens; None unless asked for
+    memory_nll: float | None = None  # as nll, of the memory alone, and
+    mixed_nll: float | None = None  # of the mixture; None without a memory
 
     @property
     def mean_nll(self) -> float:
@@ -72,14 +75,18 @@ class Window:
     ids: np.ndarray  # (L,) int32 inputs
     targets: np.ndarray  # (L,) int32
     skip: int  # positions scored by an earlier window
+    memory: np.ndarray | None = None  # (L,) float32: p of the targets in the memory
 
 
-def windows(document: np.ndarray, field: int | None, window: int, eot: int) -> Iterator[Window]:
+def windows(
+    document: np.ndarray, field: int | None, window: int, eot: int, memory: Memory | None = None
+) -> Iterator[Window]:
     """Divide one document (n,) into windows of at most `window` positions that score each token exactly once.
 
     field : the model's receptive field in tokens, the current one included. A later window starts field - 1 positions
         before the first position that it scores, so it contains the receptive field of every scored position. None:
         windows follow one another, to be read with one state.
+    memory : gives every window its probabilities
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
@@ -89,10 +96,12 @@ def windows(document: np.ndarray, field: int | None, window: int, eot: int) -> I
         raise ValueError(f"windows: window must be at least the receptive field {field}, got {window}")
     targets = np.asarray(document, np.int32)
     ids = np.concatenate([np.array([eot], np.int32), targets[:-1]])
+    known = memory.model.probability(targets)[0] if memory else None
     start, scored = 0, 0
     while scored < len(targets):
         end = min(start + window, len(targets))
-        yield Window(ids[start:end], targets[start:end], scored - start)
+        part = None if known is None else known[start:end]
+        yield Window(ids[start:end], targets[start:end], scored - start, part)
         scored = end
         start = end - (field - 1)
 
@@ -105,12 +114,14 @@ def score(
     smoothed: bool = False,
     window: int = WINDOW,
     batch: int = BATCH,
+    memory: Memory | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score documents of token ids (n,) with a model.
 
     eot : id of the end of text;  smoothed : also sum -ln p over all V tokens (slow: V values per position)
     window, batch : positions per window and per batch; they change the result only by rounding
+    memory : also sum -ln p of its mixture with the model
     progress : called with the number of tokens just scored
     The cost is a forward pass over L / (L - field + 1) times the tokens, where L is the window.
     """
@@ -118,14 +129,20 @@ def score(
     field = model.config.receptive_field
     window = max(window, 2 * (field or 0))
     least = -(-numba.get_num_threads() // THREADS_PER_WINDOW)
-    tokens, nll, spread = 0, 0.0, 0.0
+    tokens, nll, spread, memory_nll, mixed_nll = 0, 0.0, 0.0, 0.0, 0.0
 
-    def count(h: np.ndarray, want: np.ndarray) -> None:
-        """h (n, C), the scored positions"""
-        nonlocal tokens, nll, spread
-        nll -= float(np.sum(model.head.log_prob(h, want), dtype=np.float64))
+    def count(h: np.ndarray, items: list[Window]) -> None:
+        """h (n, C), the scored positions of these windows"""
+        nonlocal tokens, nll, spread, memory_nll, mixed_nll
+        want = np.concatenate([item.targets[item.skip :] for item in items])
+        log_prob = model.head.log_prob(h, want)
+        nll -= float(np.sum(log_prob, dtype=np.float64))
         if smoothed:
             spread += _spread(model, h)
+        if memory is not None:
+            known = np.concatenate([item.memory[item.skip :] for item in items if item.memory is not None])
+            memory_nll -= float(np.sum(np.log(known), dtype=np.float64))
+            mixed_nll -= float(np.sum(memory.mixed(log_prob, known)))
         tokens += len(want)
         if progress is not None:
             progress(len(want))
@@ -133,27 +150,29 @@ def score(
     def in_batches() -> Iterator[Window]:
         for document in documents:
             if field is None and len(document) > window:
-                for h, item in _continued(model, document, window, eot):
-                    count(h, item.targets)
+                for h, item in _continued(model, document, window, eot, memory):
+                    count(h, [item])
             else:
-                yield from windows(document, field, window, eot)
+                yield from windows(document, field, window, eot, memory)
 
     for group in _batches(in_batches(), batch, least, window):
         length = padded_length(max(len(w.ids) for w in group), window)
         ids = np.full((len(group), length), eot, np.int32)  # padding at the end is harmless in a causal model
-        rows, targets = [], []
+        rows = []
         for row, item in enumerate(group):
             ids[row, : len(item.ids)] = item.ids
             rows.append(np.arange(item.skip, len(item.ids)) + row * length)
-            targets.append(item.targets[item.skip :])
-        count(model.forward(ids)[np.concatenate(rows)], np.concatenate(targets))
-    return Scores(tokens, nll, spread if smoothed else None)
+        count(model.forward(ids)[np.concatenate(rows)], group)
+    with_memory = (memory_nll, mixed_nll) if memory else (None, None)
+    return Scores(tokens, nll, spread if smoothed else None, *with_memory)
 
 
-def _continued(model: Model, document: np.ndarray, window: int, eot: int) -> Iterator[tuple[np.ndarray, Window]]:
+def _continued(
+    model: Model, document: np.ndarray, window: int, eot: int, memory: Memory | None = None
+) -> Iterator[tuple[np.ndarray, Window]]:
     """The windows of a document with their hidden states (L, C), each read with the state of the one before."""
     state = model.new_state()
-    for item in windows(document, None, window, eot):
+    for item in windows(document, None, window, eot, memory):
         yield model.read(state, item.ids), item
 
 
@@ -244,6 +263,7 @@ def evaluate_run(
     lines: bool = False,
     skip_missing: bool = False,
     own_data: Path | None = None,
+    memory: MemoryOptions | None = None,
     progress: Progress = TERMINAL,
 ) -> dict[str, Any]:
     """Score a run's model. Returns the object that `eval --json` prints.
@@ -253,7 +273,9 @@ def evaluate_run(
         the data that the run was trained on.
     activations : "float" or "int8", as in Model.use_activations; None: as the run was trained
     subset, column, lines, skip_missing : options of a source, as in `prepare`;  progress : as in load_model
-    own_data : folder of the data that the run was trained on, if they have moved; instead of data
+    own_data : folder of the data that the run was trained on, if they have moved; instead of data, unless there is a
+        memory
+    memory : also score the model's mixture with a memory of n-grams of the text that the run was trained on
     Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
     from flashlm_numba.data.builtin import open_run_tokens
@@ -271,6 +293,10 @@ def evaluate_run(
             "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
         )
     vocabulary = loaded.vocabulary
+    counted = None
+    if memory is not None:
+        trained_on = own_data or _own_data(run, loaded.run)
+        counted = count_memory(open_run_tokens(trained_on, run, loaded.run.data_hash), memory, progress)
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
@@ -298,6 +324,7 @@ def evaluate_run(
             documents,
             eot=vocabulary.eot,
             smoothed=smoothed,
+            memory=counted,
             progress=lambda count: display.advance(count),
         )
     if not found.tokens:
@@ -320,6 +347,21 @@ def evaluate_run(
         "rows": loaded.state.get("rows", "float"),  # arithmetic of the embedding's rows
         "vocabulary": vocabulary.name,
         "causal": True,  # a model that is not causal gets no score
+        **({"memory": _with_memory(found, counted, sizes["bytes"])} if counted else {}),
+    }
+
+
+def _with_memory(found: Scores, memory: Memory, utf8_bytes: int) -> dict[str, Any]:
+    """The mixture's and the memory's own NLL and bits per byte, and what the memory is."""
+    assert found.mixed_nll is not None
+    assert found.memory_nll is not None
+    mixed, alone = (Scores(found.tokens, nll, None) for nll in (found.mixed_nll, found.memory_nll))
+    return {
+        "nll": mixed.mean_nll,
+        "bits_per_byte": mixed.bits_per_byte(utf8_bytes),
+        "alone_nll": alone.mean_nll,
+        "alone_bits_per_byte": alone.bits_per_byte(utf8_bytes),
+        **memory.describe(),
     }
 
 

@@ -20,6 +20,7 @@ from flashlm_numba.system.fields import one_of as _one_of
 ACTIVATIONS = ("float", "int8")
 LINEARS = ("ternary", "bitlinear")
 ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
+MEMORIES = ("ngrams",)
 
 
 @dataclass(frozen=True)
@@ -236,3 +237,15 @@ class RunConfig:
 
 
 SECTIONS = ("model", "head", "optimizer", "training")  # sections of RunConfig that `--set` can change
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """A memory of the training text beside the model: see inference/memory.py.
+
+    least : n-grams of three and more tokens that occur less often are left out
+    weight : share of the memory in the mixture, from 0 to 1; the default is the best single one on the textbooks
+    """
+
+    least: int = 1
+    weight: float = 0.4

@@ -180,6 +180,16 @@ def _head(name: str) -> Head:
     )
 
 
+def _ngrams() -> None:
+    from flashlm_numba.kernels.ngram_counts import count_ngrams
+
+    text = np.array([1, 2, 1, 2, 0], np.int32)
+    for vocab_size in (3, 2**16 + 1):  # tokens of 2 and of 4 bytes
+        model = count_ngrams(text, vocab_size, 0)
+        model.probability(text)
+        model.distribution(text)
+
+
 def _hidden() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((64, CONFIG.dim), np.float32)
 
@@ -234,6 +244,7 @@ TASKS: dict[str, Task] = {
     "bitlinear decoding": Task("bitlinear-decoding", _bit_decoding, 12, 20),
     "embedding's gradient": Task("embedding", _embedding_gradient, 2, 3),
     "NorMuon": Task("optimizer", partial(_optimizers, normuon=True), 7, 21),
+    "n-grams": Task("ngrams", _ngrams, 8, 30),
     "AdamW": Task("optimizer", partial(_optimizers, normuon=False), 5, 16),
 }
 # of sampled: after the dense head, whose kernels it uses

@@ -1,0 +1,130 @@
+"""n-gram probabilities: the definition by dictionaries, sums over the vocabulary, threads, documents."""
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashlm_numba.kernels import ngram_counts
+from flashlm_numba.kernels.ngram_counts import count_ngrams
+from flashlm_numba.kernels.ngrams import NgramModel, NgramTables
+from flashlm_numba.kernels.reference_ngrams import kneser_ney
+
+
+@st.composite
+def texts(draw):
+    """A vocabulary's size, and a text of few different tokens, so that n-grams occur again; the last token ends it."""
+    vocab = draw(st.integers(1, 7))
+    size = draw(st.integers(0, 120))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    text = np.minimum(rng.geometric(draw(st.sampled_from([0.2, 0.5])), size) - 1, vocab - 1)
+    return vocab, text.astype(draw(st.sampled_from([np.uint16, np.int32, np.int64])))
+
+
+@given(texts(), st.integers(2, 6), st.integers(1, 3), texts())
+def test_probabilities_are_those_of_the_definition(counted, order, least, scored):
+    vocab, text = counted
+    end = vocab - 1
+    model = count_ngrams(text, vocab, end, order=order, least=least)
+    truth = kneser_ney(text.tolist(), vocab, end, order, least)
+    ids = np.minimum(scored[1], end).astype(np.int32)
+    found, longest = model.probability(ids)
+    context = [end]
+    for t, token in enumerate(ids.tolist()):
+        np.testing.assert_allclose(found[t], truth(context, token), rtol=2e-5, atol=1e-7)
+        assert longest[t] <= min(order - 1, len(context))
+        context = [end] if token == end else [*context, token]
+
+
+@given(texts(), st.integers(2, 6), st.integers(1, 3))
+def test_the_probabilities_of_all_tokens_sum_to_one_after_any_context(counted, order, least):
+    vocab, text = counted
+    model = count_ngrams(text, vocab, vocab - 1, order=order, least=least)
+    ids = text[:20].astype(np.int32)
+    for t in range(len(ids) + 1):
+        all_of_them = model.distribution(ids[:t])
+        assert (all_of_them >= 0).all()
+        assert all_of_them.sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
+        if t < len(ids):
+            assert model.probability(ids[: t + 1])[0][t] == pytest.approx(all_of_them[ids[t]], rel=1e-6, abs=1e-9)
+
+
+def large(vocab=50_257, size=200_000):
+    rng = np.random.default_rng(0)
+    ids = (rng.zipf(1.2, size) - 1) % vocab
+    ids[rng.integers(0, size, size // 500)] = vocab - 1
+    return ids.astype(np.int32)
+
+
+def test_a_large_vocabulary_sums_to_one_and_knows_its_contexts():
+    text = large()
+    model = count_ngrams(text, 50_257, 50_256)
+    for t in (0, 1, 7, 1_000, 199_999):
+        assert model.distribution(text[:t]).sum(dtype=np.float64) == pytest.approx(1, abs=1e-4)
+    assert model.tables.tokens.dtype == np.uint16
+    longest = model.probability(text)[1]
+    inside = (text != 50_256) & (np.roll(text, 1) != 50_256)
+    assert longest.max() == 4
+    assert (longest[4:][inside[4:]] > 1).all()  # every context of two tokens was counted
+
+
+def test_a_vocabulary_beyond_16_bits():
+    text = np.array([70_000, 69_999, 70_000, 69_999, 70_001], np.int32)
+    model = count_ngrams(text, 70_002, 70_001, order=3)
+    assert model.tables.tokens.dtype == np.uint32
+    value, longest = model.probability(text[:4])
+    assert value[1] > 0.4
+    assert longest.tolist() == [1, 2, 2, 2]
+
+
+@pytest.mark.skipif(numba.config.DISABLE_JIT, reason="one thread is as good as another")
+def test_threads_compute_the_same_bits(threads, monkeypatch):
+    text = large(size=70_000)
+    threads(1)
+    one = count_ngrams(text, 50_257, 50_256)
+    want = one.probability(text)
+    monkeypatch.setattr(ngram_counts.numba, "get_num_threads", lambda: 5)
+    five = count_ngrams(text, 50_257, 50_256)
+    for a, b in zip(one.tables, five.tables, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(want, five.probability(text), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_document_knows_nothing_of_the_one_before():
+    end, text = 9, np.array([1, 2, 3, 9, 4, 5, 9, 1, 2, 4, 9], np.int32)
+    model = count_ngrams(text, 10, end, order=4)
+    alone = model.probability(np.array([4, 5, 9], np.int32))[0]
+    behind = model.probability(np.array([1, 2, 3, 9, 4, 5, 9], np.int32))[0][4:]
+    np.testing.assert_array_equal(alone, behind)
+
+
+def test_rare_ngrams_are_left_out():
+    text = large(size=50_000)
+    whole, pruned = (count_ngrams(text, 50_257, 50_256, least=least) for least in (1, 2))
+    assert pruned.nbytes < 0.7 * whole.nbytes
+    assert pruned.distribution(text[:100]).sum(dtype=np.float64) == pytest.approx(1, abs=1e-4)
+    assert np.log(pruned.probability(text)[0]).mean() < np.log(whole.probability(text)[0]).mean()
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"order must be at least 2, got 1"):
+        count_ngrams(np.zeros(3, np.int32), 2, 1, order=1)
+    with pytest.raises(ValueError, match=r"text must be in \[0, 2\), got 5 at index 1"):
+        count_ngrams(np.array([0, 5]), 2, 1)
+    with pytest.raises(ValueError, match=r"end_of_text must be in \[0, 2\), got 2"):
+        count_ngrams(np.array([0]), 2, 2)
+    model = count_ngrams(np.array([0, 1]), 2, 1)
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 2\), got 2"):
+        model.probability(np.array([2], np.int32))
+
+
+def test_tables_may_be_read_only():
+    text = large(size=5_000)
+    model = count_ngrams(text, 50_257, 50_256)
+    frozen = NgramTables(*(table.copy() for table in model.tables))
+    for table in frozen:
+        table.flags.writeable = False
+    again = NgramModel(model.order, model.end_of_text, frozen)
+    np.testing.assert_array_equal(again.probability(text)[0], model.probability(text)[0])
