@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from flashlm_numba.api import Run, Score, TrainedModel, load, prepare, train
-    from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
+    from flashlm_numba.heads import BitLinearHead, DenseHead, SampledHead, TreeHead
     from flashlm_numba.model.model import Model
     from flashlm_numba.system.display import TERMINAL, Progress
     from flashlm_numba.system.errors import UserError
 
 __all__ = [
     "TERMINAL",
+    "BitLinearHead",
     "DenseHead",
     "Model",
     "Progress",
@@ -43,7 +44,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("Run", "Score", "TrainedModel", "load", "prepare", "train"),
-    "heads": ("DenseHead", "SampledHead", "TreeHead"),
+    "heads": ("BitLinearHead", "DenseHead", "SampledHead", "TreeHead"),
     "model.model": ("Model",),
     "system.display": ("TERMINAL", "Progress"),
     "system.errors": ("UserError",),

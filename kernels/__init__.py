@@ -20,6 +20,7 @@
     bit_trunk       its trunk: weights, buffers, forward, backward
     bit_decode      its trunk for one token, with a state of one vector per layer
     decode          the trunk for one token, with a state of constant size
+    bitlinear_head  the MatMul-free LM's output layer: inputs for dense_head, logits from packed weights
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
     low_rank        rows stored as a product of two smaller matrices
     tree_head       softmax at every node of a token's path, loss and gradients
@@ -67,6 +68,7 @@ __all__ = [
     "bit_rows",
     "bit_trunk",
     "bitlinear",
+    "bitlinear_head",
     "conv",
     "conv_mixer",
     "decode",

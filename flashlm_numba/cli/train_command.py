@@ -23,7 +23,8 @@ from flashlm_numba.model.shapes import SHAPES
     type=HeadName(HEADS),
     help="Output layer. dense: a softmax over all tokens. tree: a hierarchical softmax, much faster. sampled: a "
     "softmax over sampled tokens, in training only; its training loss reads low, because it estimates the other "
-    "tokens. Default: tree for recipe default, dense for recipe v3 and for vocabularies below 2,048 tokens.",
+    "tokens. bitlinear: a softmax over all tokens by ternary weights of its own, as in the MatMul-free LM. Default: "
+    "tree for recipe default, dense for recipe v3 and for vocabularies below 2,048 tokens.",
 )
 @click.option(
     "--tree",

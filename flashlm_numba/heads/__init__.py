@@ -9,13 +9,20 @@ from flashlm_numba.heads.table import HEADS, head_class
 
 if TYPE_CHECKING:
     from flashlm_numba.heads.base import Head
+    from flashlm_numba.heads.bitlinear import BitLinearHead
     from flashlm_numba.heads.dense import DenseHead
     from flashlm_numba.heads.sampled import SampledHead
     from flashlm_numba.heads.tree import TreeHead
 
-__all__ = ["HEADS", "DenseHead", "Head", "SampledHead", "TreeHead", "head_class"]
+__all__ = ["HEADS", "BitLinearHead", "DenseHead", "Head", "SampledHead", "TreeHead", "head_class"]
 
-_MODULES = {"Head": "base", "DenseHead": "dense", "SampledHead": "sampled", "TreeHead": "tree"}
+_MODULES = {
+    "BitLinearHead": "bitlinear",
+    "DenseHead": "dense",
+    "Head": "base",
+    "SampledHead": "sampled",
+    "TreeHead": "tree",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,8 @@ class Head(ABC):
     log_prior : (V,) float32 by token id, added to the logits and stored with the weights; or None
     own_settings : fields of HeadConfig that this head reads; they have no effect with other heads
     has_int8 : whether `use_int8` has an effect
+    ternary : names in `parameters` of the matrices that the head evaluates as a scale times -1, 0 and +1, by
+        kernels.bitlinear.absmean_ternary
     """
 
     name: str
@@ -44,6 +46,7 @@ class Head(ABC):
     log_prior: np.ndarray | None = None
     own_settings: ClassVar[tuple[str, ...]] = ()
     has_int8: ClassVar[bool] = False
+    ternary: ClassVar[tuple[str, ...]] = ()
 
     # --- from settings: methods in the order in which the class is used, and those for saving a head ---
 
@@ -145,6 +148,14 @@ class Head(ABC):
     @abstractmethod
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities of all tokens, (N, V) float32, columns by token id. For tests and small inputs."""
+
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        """Logits of all tokens, (N, V) float32, columns by token id: a softmax over them gives `distribution`.
+
+        Default: the logarithm of the distribution.
+        """
+        with np.errstate(divide="ignore"):
+            return np.log(self.distribution(h))
 
     @abstractmethod
     def sample(

@@ -138,7 +138,7 @@ class DenseHead(Head):
         self._int8 = quantize_rows(self._weight)
 
     def _finish(self, logits: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
-        """Apply the cap and the prior of these tokens to logits (n,)."""
+        """Apply the cap and the prior of these tokens to logits (..., n)."""
         if (cap := self.settings["soft_cap"]) is not None:
             logits = cap * np.tanh(logits / np.float32(cap))
         return logits if self.log_prior is None else logits + self.log_prior[ids]
@@ -175,15 +175,19 @@ class DenseHead(Head):
         )
         return ids[order].astype(np.int32), values
 
+    def _products(self, h: np.ndarray) -> np.ndarray:
+        """The logits of h (N, C) before the cap and the prior, (N, V) float32."""
+        return h @ self.weight.T
+
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        """Logits (N, V) float32 after the cap, with the prior."""
+        h = for_reading(h)
+        _check.array(type(self).__name__, "h", h, (None, self.weight.shape[1]))
+        return self._finish(self._products(h), slice(None))
+
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities (N, V) float32."""
-        h = for_reading(h)
-        _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
-        logits = h @ self.weight.T
-        if (cap := self.settings["soft_cap"]) is not None:
-            logits = cap * np.tanh(logits / np.float32(cap))
-        if self.log_prior is not None:
-            logits = logits + self.log_prior
+        logits = self.logits(h)
         p = np.exp(logits - logits.max(1, keepdims=True))
         return p / p.sum(1, keepdims=True)
 

@@ -13,6 +13,7 @@ HEADS: dict[str, str | type[Any]] = {
     "dense": "flashlm_numba.heads.dense:DenseHead",
     "sampled": "flashlm_numba.heads.sampled:SampledHead",
     "tree": "flashlm_numba.heads.tree:TreeHead",
+    "bitlinear": "flashlm_numba.heads.bitlinear:BitLinearHead",
 }
 
 

@@ -303,6 +303,10 @@ class TreeHead(Head):
             for_reading(h), self._kernel_tree, for_reading(self.tree.token_of_row)
         )
 
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        """The result of log_distribution: a tree has no logits of tokens, and log-probabilities serve as such."""
+        return self.log_distribution(h)
+
     def distribution(self, h: np.ndarray) -> np.ndarray:
         """Probabilities of all tokens, (N, V) float32, columns by token id. Visits all nodes."""
         return np.exp(self.log_distribution(h))

@@ -24,7 +24,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
     loaded = load_model(folder, checkpoint_name, uses=["read"], progress=progress)
     run, parameters = loaded.run, loaded.model.parameters
     shapes = {name: value.shape for name, value in parameters.items()}
-    ternary = ternary_names(run.model)
+    ternary = [*ternary_names(run.model), *loaded.model.head_ternary_names]
     n_ternary = sum(parameters[name].size for name in ternary)
     n_parameters = sum(value.size for value in parameters.values())
     rows = loaded.state.get("rows", "float")

@@ -43,6 +43,9 @@ def export_run(
             tensors[name], scales[name] = absmean_ternary(tensors[name])
     else:
         tensors |= {name: ternarize(tensors[name], threshold=threshold) for name in ternary}
+    for name in loaded.model.head_ternary_names:
+        tensors[name], scales[name] = absmean_ternary(tensors[name])
+    ternary = [*ternary, *loaded.model.head_ternary_names]
     start = loaded.run.training.embedding_init
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # without the path on this machine

@@ -99,6 +99,11 @@ class Model:
         self._trunk.set_weights(self.parameters)
         self.head.prepare()
 
+    @property
+    def head_ternary_names(self) -> list[str]:
+        """Names in `parameters` of the head's ternary matrices, which have a scale each."""
+        return [f"head.{name}" for name in self.head.ternary]
+
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
         with self._training.alone():

@@ -78,7 +78,7 @@ def device_bytes(model: Model, vocabulary: Vocabulary, rows: str = "int8") -> di
     shapes = {name: value.shape for name, value in model.parameters.items()}
     head = sum(value.nbytes for value in model.head.constants().values())
     return {
-        "packed": packed_bytes(shapes, ternary_names(model.config), rows) + head,
+        "packed": packed_bytes(shapes, [*ternary_names(model.config), *model.head_ternary_names], rows) + head,
         "tokenizer_tables": tokenizer_bytes(vocabulary.token_bytes),
         "decoding_state_int8": state_bytes(model.config),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flashlm_numba.heads import head_class
 from flashlm_numba.model.build import model_from, read_trained
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
@@ -64,6 +65,8 @@ def first_model(run: RunConfig, counts: np.ndarray) -> Model:
                     continue
                 share = np.count_nonzero(tensors[name]) / max(1, tensors[name].size)
                 tensors[name] *= np.float32(parameter.std / max(share, 1e-9) ** 0.5)
+        for name in head_class(run.head.name).ternary:
+            _untie_scale(tensors[f"head.{name}"])
     return model_from(run, tensors, counts)
 
 

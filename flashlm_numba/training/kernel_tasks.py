@@ -94,11 +94,13 @@ def _bit_decoding() -> None:
 def _pack_weights(activations: str) -> None:
     """With "int8" also the product, since the program checks it before the first use."""
     from flashlm_numba.heads.dense import DenseHead
+    from flashlm_numba.kernels.bitlinear import absmean_ternary
     from flashlm_numba.kernels.ternary import pack_ternary
     from flashlm_numba.model.model import Model
     from flashlm_numba.model.parameters import initial_parameters
 
     Model(replace(CONFIG, activations=activations), initial_parameters(CONFIG, 0), DenseHead)
+    absmean_ternary(np.zeros((4, 8), np.float32))  # export uses it, whatever the head
     if activations == "int8":
         pack_ternary(np.zeros((4, 8), np.float32))
 
@@ -247,8 +249,8 @@ TASKS: dict[str, Task] = {
     "n-grams": Task("ngrams", _ngrams, 8, 30),
     "AdamW": Task("optimizer", partial(_optimizers, normuon=False), 5, 16),
 }
-# of sampled: after the dense head, whose kernels it uses
-_LOSS = {"tree": (24, 63), "dense": (10, 40), "sampled": (1, 40)}
+# of sampled and bitlinear: after the dense head, whose kernels they use
+_LOSS = {"tree": (24, 63), "dense": (10, 40), "sampled": (1, 40), "bitlinear": (2, 45)}
 _DRAWS = {("tree", "plain"): (3, 12), ("tree", "likeliest"): (4, 22), ("tree", "whole"): (7, 20)}
 for _name in HEADS:
     TASKS[f"{_name} head"] = Task(_name, partial(_loss, _name), *_LOSS.get(_name, ()))

@@ -156,7 +156,7 @@ def _sizes(session: Session) -> list[str]:
     """Lines with the parameters by part, and the memory that the model takes in training and on a device."""
     model, run = session.model, session.run
     parts = sizes.parameters_by_part({name: value.shape for name, value in model.parameters.items()})
-    ternary = sum(model.parameters[name].size for name in ternary_names(run.model))
+    ternary = sum(model.parameters[name].size for name in [*ternary_names(run.model), *model.head_ternary_names])
     device = sizes.device_bytes(model, session.data.vocabulary)
     packed, tables, state = map(sizes.in_units, device.values())
     return [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flashlm_numba import DenseHead, SampledHead, TreeHead
+from flashlm_numba import BitLinearHead, DenseHead, SampledHead, TreeHead
 
 V, C = 50, 8
 ROWS = np.random.default_rng(0).standard_normal((V, C), np.float32)
@@ -17,6 +17,7 @@ MAKERS = {
     "tree": lambda weight=ROWS, dweight=None, **options: TreeHead(
         weight=weight, dweight=dweight, counts=COUNTS, **options
     ),
+    "bitlinear": lambda weight=ROWS, dweight=None, **options: BitLinearHead(weight, dweight, **options),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import at_once
 
-from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
+from flashlm_numba.heads import BitLinearHead, DenseHead, SampledHead, TreeHead
 from flashlm_numba.kernels import dense_head, tree_head
 from flashlm_numba.system.threads import available_cores, set_threads
 
@@ -25,12 +25,14 @@ def head_named(name):
         if name == "dense-int8":
             head.use_int8()
         return head
+    if name == "bitlinear":
+        return BitLinearHead(weight, soft_cap=5.0, log_prior=prior)
     if name == "sampled":
         return SampledHead(weight, counts=counts, candidates=64)
     return TreeHead(None, weight, counts=counts, shape="two-level", rank=4 if name == "tree-rank" else None)
 
 
-HEADS = ("dense", "dense-int8", "sampled", "tree", "tree-rank")
+HEADS = ("dense", "dense-int8", "sampled", "tree", "tree-rank", "bitlinear")
 METHODS = {
     "log_prob": lambda head, h, targets, seed: head.log_prob(h, targets),
     "distribution": lambda head, h, targets, seed: head.distribution(h[:2]),
@@ -70,7 +72,7 @@ def test_calls_from_several_threads_are_bit_equal(name, method):
         assert wrong == 0, f"{wrong} of {calls} calls"
 
 
-@pytest.mark.parametrize("name", ["dense", "tree-rank"])
+@pytest.mark.parametrize("name", ["dense", "tree-rank", "bitlinear"])
 def test_every_method_at_once_beside_training(name):
     """One thread trains (without changing parameters), the others ask."""
     head = head_named(name)
@@ -116,7 +118,10 @@ def test_scratch_is_at_most_one_per_call_in_flight_and_is_used_again(name, monke
     assert 1 <= len(head._scratch.free) <= min(THREADS, available_cores())
 
 
-@pytest.mark.parametrize(("name", "module"), [("dense", dense_head), ("sampled", dense_head), ("tree", tree_head)])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("dense", dense_head), ("sampled", dense_head), ("tree", tree_head), ("bitlinear", dense_head)],
+)
 def test_a_second_forward_backward_in_flight_is_refused(name, module, monkeypatch):
     """It would add to the same gradients at the same time, and lose some."""
     head, (h, targets) = head_named(name), inputs(0)

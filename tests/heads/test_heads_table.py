@@ -107,7 +107,7 @@ def test_package_offers_the_heads_and_nothing_else_by_name():
     import flashlm_numba
     from flashlm_numba import heads
 
-    for name in ("DenseHead", "SampledHead", "TreeHead"):
+    for name in ("BitLinearHead", "DenseHead", "SampledHead", "TreeHead"):
         assert getattr(flashlm_numba, name) is getattr(heads, name)
     with pytest.raises(AttributeError, match="no attribute 'FlatHead'"):
         heads.FlatHead  # noqa: B018

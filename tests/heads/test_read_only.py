@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 
-from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
+from flashlm_numba.heads import BitLinearHead, DenseHead, SampledHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
@@ -67,6 +67,8 @@ KINDS = {
 def head_of(name, weight, prior, nodes=None):
     if name == "dense":
         return DenseHead(weight, log_prior=prior)
+    if name == "bitlinear":
+        return BitLinearHead(weight, log_prior=prior)
     if name == "sampled":
         return SampledHead(weight, counts=COUNTS, candidates=50, log_prior=prior)
     return TreeHead(build_tree("two-level", COUNTS), weight, nodes=nodes, log_prior=prior)
@@ -96,7 +98,7 @@ def every_method(head, h, targets, weights):
 
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["dense", "sampled", "tree"])
+@pytest.mark.parametrize("name", ["dense", "sampled", "tree", "bitlinear"])
 def test_heads_take_read_only_arrays_as_they_are(name, kind, tmp_path):
     rng = np.random.default_rng(0)
     weight, h = rng.standard_normal((V, C), np.float32), rng.standard_normal((N, C), np.float32)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.data.vocabularies import vocabulary_named
-from flashlm_numba.heads import DenseHead, SampledHead, TreeHead
+from flashlm_numba.heads import BitLinearHead, DenseHead, SampledHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.inference.healing import Healing, sample_allowed, split_prompt
@@ -56,6 +56,7 @@ HEADS = {
     "sampled": lambda w, dw: SampledHead(w, dw, counts=np.arange(FEW.size), candidates=20),
     "tree": lambda w, dw: TreeHead(build_tree("two-level", np.arange(FEW.size)), w, dw),
     "huffman": lambda w, dw: TreeHead(build_tree("huffman", np.arange(FEW.size)), w, dw),
+    "bitlinear": lambda w, dw: BitLinearHead(w.copy()),
 }
 
 
