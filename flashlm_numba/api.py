@@ -349,6 +349,15 @@ class TrainedModel:
         order = np.argsort(-p, kind="stable")[: max(k, 0)]
         return [(self._text(int(token)), float(p[token])) for token in order]
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of the next token (B, T, V) float32 for token ids (B, T), any type of integer. For small inputs.
+
+        logits[b, t] predict what follows ids[b, : t + 1], up to a constant per position: those of a tree head are
+        log-probabilities. Nothing is put before the ids. Raises ValueError if they are no matrix of ids in [0, V).
+        """
+        self.model.sync_weights()
+        return self.model.logits(ids)
+
     def _text(self, token: int) -> str:
         return self.vocabulary.decode_bytes([token]).decode("utf-8", "replace")
 

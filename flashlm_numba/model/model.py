@@ -104,6 +104,21 @@ class Model:
         """Names in `parameters` of the head's ternary matrices, which have a scale each."""
         return [f"head.{name}" for name in self.head.ternary]
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of the next token (B, T, V) float32 for ids (B, T), of any type of integer. For tests and small input.
+
+        A softmax over the last axis gives the probabilities. Those of a tree are log-probabilities already. If
+        parameters have changed, call sync_weights first. Raises ValueError if ids are no matrix of ids in [0, V).
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(f"Model.logits: ids must be integers of shape (B, T), got {ids.dtype} {ids.shape}")
+        _check.indices("Model.logits", "ids", ids, self.config.vocab_size, "the data use another vocabulary")
+        if not ids.size:
+            return np.zeros((*ids.shape, self.config.vocab_size), np.float32)
+        h = self.forward(np.ascontiguousarray(ids, np.int32))
+        return self.head.logits(h).reshape(*ids.shape, self.config.vocab_size)
+
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
         with self._training.alone():
