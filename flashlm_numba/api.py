@@ -337,13 +337,13 @@ class TrainedModel:
         if not len(ids):
             raise ValueError("TrainedModel.score: the text must contain at least one token")
         tokens = [self._text(int(token)) for token in ids]
-        nll = token_nll(self.model, ids, eot=self.vocabulary.eot)
+        nll = token_nll(self.model, ids, eot=self.vocabulary.start)
         return Score(tokens, nll, len(text.encode("utf-8", "surrogatepass")))
 
     def next_tokens(self, text: str = "", k: int = 10) -> list[tuple[str, float]]:
         """The k likeliest next tokens after a text and their probabilities, likeliest first."""
         self.model.sync_weights()
-        ids = np.array([self.vocabulary.eot, *self.vocabulary.encode(text)], np.int32)
+        ids = np.array([self.vocabulary.start, *self.vocabulary.encode(text)], np.int32)
         _, h = self.model.prefill(ids)
         p = self.head.distribution(h)[0]
         order = np.argsort(-p, kind="stable")[: max(k, 0)]

@@ -35,6 +35,11 @@ class Vocabulary(ABC):
         """NumPy's name of the dtype of ids in a shard: little-endian, 2 bytes if every id fits, else 4."""
         return "<u2" if self.size <= 1 << 16 else "<u4"
 
+    @property
+    def start(self) -> int:
+        """The id that begins a text: the end of text, except in an imported vocabulary."""
+        return self.eot
+
     def load(self) -> None:  # noqa: B027 (a vocabulary may have nothing to read)
         """Read the files that encoding and decoding need. Raises UserError if they are damaged or unavailable."""
 

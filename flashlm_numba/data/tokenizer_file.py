@@ -21,7 +21,7 @@ from flashlm_numba.system.files import parse_json
 
 MOST_BYTES = 1 << 28  # a larger file is no vocabulary
 # what normalizers and patterns are known to change; every character of ASCII is tried too
-_PROBES = (
+PROBES = (
     *("Hello world", " a", "a ", "  a  b  ", "\ta\n\n b\r\n", "a\u00a0b", "e\u0301", "\u0301"),
     *("é", "ﬁ", "Ａ", "İ", "ß", "½", "\u00ad", "\u200b", "\u2028", "\ufeff", "\ufffd", "\ue000", "\U0010ffff"),
     *("中文，字", "مرحبا", "שָׁלוֹם", "हिन्दी", "각", "👩\u200d👧 🙂", "\x00\x7f"),
@@ -157,7 +157,7 @@ def _check_lossless(text: str, normalizer: Any, parts: list[Any]) -> None:
     tokens = {i: bytes_of(name) for name, i in vocab.items()}
     names = list(vocab)
     eot = byte_level.end_of_text(names, [tuple(merge.split(" ")) for merge in own["model"]["merges"]])
-    for probe in (*_PROBES, *map(chr, range(128)), *_strings(parts), names[eot or 0]):
+    for probe in (*PROBES, *map(chr, range(128)), *_strings(parts), names[eot or 0]):
         ids = encoder.encode(probe, add_special_tokens=False).ids
         back = b"".join(tokens[i] for i in ids).decode(errors="replace")
         if back != probe:

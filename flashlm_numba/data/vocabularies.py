@@ -14,6 +14,7 @@ from pathlib import Path
 from flashlm_numba.data import tokenizer_file
 from flashlm_numba.data.byte_level import ByteLevelVocabulary, ByteVocabulary, hash_of
 from flashlm_numba.data.gpt2 import GPT2Vocabulary
+from flashlm_numba.data.imported import ImportedVocabulary, is_imported
 from flashlm_numba.data.tokenizer import TOKENIZER, Vocabulary
 from flashlm_numba.system import files
 from flashlm_numba.system.errors import UserError
@@ -71,6 +72,11 @@ def requested(vocab: str | int | Path) -> Request:
 def _vocabulary(text: str, where: Path | str) -> Vocabulary:
     """The vocabulary of the text of a tokenizer.json that this program wrote."""
     found = hash_of(text)
+    if is_imported(text):
+        try:
+            return ImportedVocabulary(text)
+        except ValueError as error:
+            raise UserError(f"The vocabulary in {where} cannot be used: {error}.") from None
     for make in VOCABULARIES.values():
         if (vocabulary := make()).hash == found:
             return vocabulary

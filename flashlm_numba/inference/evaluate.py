@@ -322,7 +322,7 @@ def evaluate_run(
         found = score(
             loaded.model,
             documents,
-            eot=vocabulary.eot,
+            eot=vocabulary.start,
             smoothed=smoothed,
             memory=counted,
             progress=lambda count: display.advance(count),

@@ -96,7 +96,7 @@ def generate_text(
     healing = Healing(vocabulary, pending)
     if pending and not healing.allowed().any():  # a vocabulary that has no such tokens
         text, healing.pending = prompt, b""
-    context = [vocabulary.eot, *vocabulary.encode(text)]
+    context = [vocabulary.start, *vocabulary.encode(text)]
     stream = Utf8Stream()
     tokens = generate_ids(
         model,
