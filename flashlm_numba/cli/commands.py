@@ -363,6 +363,29 @@ def export(run: Path, file: Path, rows: str, ema: bool, checkpoint: str | None) 
     echo(f"{file}: {size / 1e6:,.1f} MB with {rows} rows")
 
 
+@click.command("import")
+@click.argument("folder", type=PathOrSource(path_type=Path))
+@click.argument("file", metavar="OUT", type=PathOrSource(path_type=Path))
+@click.option(
+    "--rows",
+    type=click.Choice(ROWS),
+    default="float",
+    show_default=True,
+    help="Precision of the embedding's rows in OUT, as in `export`. float keeps the published numbers.",
+)
+def import_model(folder: Path, file: Path, rows: str) -> None:
+    """Import a published MatMul-free LM from FOLDER to one file OUT (.safetensors).
+
+    FOLDER holds config.json, model.safetensors or its shards, and tokenizer.json, as ridger/MMfreeLM-370M does when it
+    has been downloaded. OUT holds 1.6 bits per ternary weight; `eval`, `generate` and `info` read it. Without a
+    tokenizer.json the model takes token ids only, from Python.
+    """
+    from flashlm_numba.model.importing import import_folder
+
+    size = import_folder(folder, file, rows=rows).stat().st_size
+    echo(f"{file}: {size / 1e6:,.1f} MB with {rows} rows")
+
+
 @click.command()
 @options.run
 @options.checkpoint
@@ -418,4 +441,4 @@ def _show(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-ALL = (prepare, train, evaluate, generate, export, info, doctor)
+ALL = (prepare, train, evaluate, generate, export, import_model, info, doctor)

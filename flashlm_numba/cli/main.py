@@ -6,6 +6,7 @@
     flashlm-numba generate RUN --prompt TEXT
     flashlm-numba info RUN
     flashlm-numba export RUN FILE
+    flashlm-numba import FOLDER OUT
     flashlm-numba doctor
 
 This module imports only click. The numerical packages take a second to load, and `--help` must not wait for them.

@@ -189,7 +189,10 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:
         for name in shapes:
             tensors[name] = unpack_base3(tensors.pop(name + SUFFIX), shapes[name][1])
             if name + SCALE in tensors:
-                tensors[name] *= np.float32(tensors.pop(name + SCALE).item())
+                scale = np.float32(tensors.pop(name + SCALE).item())
+                if not 0 <= scale < np.inf:
+                    raise ValueError(f"the scale of {name} is {scale}")
+                tensors[name] *= scale
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(damaged.format(error)) from None
     return config, tensors, state, text
