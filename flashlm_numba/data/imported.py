@@ -49,7 +49,7 @@ def read_tokenizer(path: Path, size: int) -> Any:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a tokenizer.json; remove it.")
         content = parse_json(path.read_text(encoding="utf-8-sig"))
-        ImportedVocabulary(imported_text(content, size, 0, 0)).load()
+        _ = ImportedVocabulary(imported_text(content, size, 0, 0))._library
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
@@ -101,9 +101,12 @@ class ImportedVocabulary(Vocabulary):
         return self._start
 
     def load(self) -> None:
-        """Build the encoder, if there is a tokenizer. Raises ValueError if the library refuses it."""
-        if self._content is not None:
-            _ = self._library
+        """Build the encoder, if there is a tokenizer. Raises UserError if the library refuses it."""
+        try:
+            if self._content is not None:
+                _ = self._library
+        except ValueError as error:
+            raise UserError(f"`tokenizers` cannot read the vocabulary {self.name}: {error}.") from None
 
     def to_json(self) -> str:
         """The text of imported_text, from which this vocabulary can be made again."""
@@ -131,8 +134,12 @@ class ImportedVocabulary(Vocabulary):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without those that the tokenizer would put around it."""
         self._needed()
-        found = self._library.encode_batch_fast([without_surrogates(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        self.load()
+        plain = [without_surrogates(text) for text in texts]
+        try:
+            return [found.ids for found in self._library.encode_batch_fast(plain, add_special_tokens=False)]
+        except Exception as error:  # the library raises Exception itself, for text that it has no token for
+            raise UserError(f"The tokenizer {self.name} cannot encode this text: {error}.") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens. Raises ValueError for an id outside the vocabulary."""

@@ -58,7 +58,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for name in sorted(set(places.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{index} names the file {name!r}, which is not in its folder; restore it.")
-        if not (folder / name).is_file():
+        try:
+            is_there = (folder / name).is_file()
+        except OSError:  # a name that is too long
+            is_there = False
+        if not is_there:
             raise UserError(f"{index} names the file {name}, which is missing in {folder}; restore it.")
     headers = {name: _header(folder / name) for name in sorted(set(places.values()))}
     found = {}
