@@ -40,6 +40,7 @@ SCALE = ".scale"  # suffix of the name of a packed matrix's scale
 SCALES = EMBEDDING + ".scales"
 PER_BYTE = 5
 _POWERS = 3 ** np.arange(PER_BYTE)
+_WEIGHTS = (np.arange(3**PER_BYTE)[:, None] // _POWERS % 3 - 1).astype(np.float32)  # of each byte
 
 
 def pack_base3(weight: np.ndarray) -> np.ndarray:
@@ -51,9 +52,12 @@ def pack_base3(weight: np.ndarray) -> np.ndarray:
     if weight.ndim != 2 or not np.isin(weight, (-1, 0, 1)).all():
         raise ValueError("pack_base3: weight must be a matrix of -1, 0 and +1; use ternarize first")
     rows, columns = weight.shape
-    codes = np.zeros((rows, -(-columns // PER_BYTE) * PER_BYTE), np.int64)
+    codes = np.zeros((rows, -(-columns // PER_BYTE) * PER_BYTE), np.uint8)
     codes[:, :columns] = weight + 1
-    return (codes.reshape(rows, codes.shape[1] // PER_BYTE, PER_BYTE) @ _POWERS).astype(np.uint8)
+    packed = np.zeros((rows, codes.shape[1] // PER_BYTE), np.uint8)
+    for i, power in enumerate(_POWERS):  # at most 242, so bytes suffice
+        packed += codes[:, i::PER_BYTE] * np.uint8(power)
+    return packed
 
 
 def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
@@ -65,8 +69,8 @@ def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
         )
     if packed.size and packed.max() >= 3**PER_BYTE:
         raise ValueError(f"unpack_base3: no byte can be above {3**PER_BYTE - 1}, got {packed.max()}")
-    codes = packed[:, :, None] // _POWERS % 3
-    return (codes.reshape(len(packed), packed.shape[1] * PER_BYTE)[:, :columns] - 1).astype(np.float32)
+    weight = np.take(_WEIGHTS, packed, axis=0).reshape(len(packed), packed.shape[1] * PER_BYTE)
+    return np.ascontiguousarray(weight[:, :columns])
 
 
 def _compressed(text: str) -> str:
