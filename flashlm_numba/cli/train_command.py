@@ -24,7 +24,7 @@ from flashlm_numba.model.shapes import SHAPES
     help="Output layer. dense: a softmax over all tokens. tree: a hierarchical softmax, much faster. sampled: a "
     "softmax over sampled tokens, in training only; its training loss reads low, because it estimates the other "
     "tokens. bitlinear: a softmax over all tokens by ternary weights of its own, as in the MatMul-free LM. Default: "
-    "tree for recipe default, dense for recipe v3 and for vocabularies below 2,048 tokens.",
+    "tree for recipe default, bitlinear for mmf, dense for v3 and for vocabularies below 2,048 tokens.",
 )
 @click.option(
     "--tree",

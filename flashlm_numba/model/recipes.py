@@ -59,6 +59,7 @@ RECIPES: dict[str, RunConfig] = {
     "mmf": RunConfig(
         recipe="mmf",
         model=SHAPES["mmf"],
+        head=HeadConfig(name="bitlinear"),
         optimizer=OptimizerConfig(
             matrices="adamw",
             adamw_lr=4e-3,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from flashlm_numba.model.config import ModelConfig
 
 _V3 = ModelConfig()  # FlashLM v3 exactly: 13,555,969 parameters
-# the MatMul-free LM in the size of FlashLM v3, if its head has rows of its own; the GLU's width is the multiple of 256
-# that the authors' rule gives
+# the MatMul-free LM in the size of FlashLM v3, with a head of its own; the GLU's width is the multiple of 256 that the
+# authors' rule gives
 _MMF = ModelConfig(dim=128, ffn_dim=512, mixer="mlgru", linear="bitlinear", n_blocks=3, n_passes=1)
 _DEFAULT = replace(
     _V3,

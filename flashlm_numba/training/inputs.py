@@ -82,7 +82,7 @@ def check(run: RunConfig, data: TokenData) -> None:
 def with_vocabulary_of(data: TokenData, run: RunConfig, any_head: bool) -> RunConfig:
     """The run with the vocabulary of the data, unless --set asked for another size, which check() rejects.
 
-    any_head : whether the run's head was not chosen, so that a small vocabulary gets the dense head
+    any_head : whether the run's head was not chosen, so that a small vocabulary gets the dense head, not the tree
     """
     if run.init and run.tokenizer_hash != data.vocabulary.hash:
         raise UserError(
@@ -90,7 +90,7 @@ def with_vocabulary_of(data: TokenData, run: RunConfig, any_head: bool) -> RunCo
             f"in {data.folder}; prepare the text with the vocabulary of the weights."
         )
     run = dataclasses.replace(run, tokenizer_hash=data.vocabulary.hash)
-    if any_head and data.vocabulary.size < DENSE_BELOW:
+    if any_head and run.head.name == "tree" and data.vocabulary.size < DENSE_BELOW:
         run = dataclasses.replace(run, head=dataclasses.replace(run.head, name="dense"))
     if run.model.vocab_size != ModelConfig.vocab_size:
         return run

@@ -1,7 +1,10 @@
 """The named recipes."""
 
+import math
+
 import pytest
 
+from flashlm_numba.model.parameters import parameter_shapes
 from flashlm_numba.model.recipes import RECIPES, from_recipe
 from flashlm_numba.system.errors import UserError
 
@@ -37,3 +40,17 @@ def test_a_recipe_that_there_is_not():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_names_itself(name):
     assert from_recipe(name).recipe == name
+
+
+def test_mmf_recipe_has_the_size_of_v3():
+    mmf = from_recipe("mmf")
+    assert (mmf.model.mixer, mmf.model.linear, mmf.head.name, mmf.model.n_passes) == (
+        "mlgru",
+        "bitlinear",
+        "bitlinear",
+        1,
+    )
+    assert (mmf.optimizer.matrices, mmf.optimizer.schedule) == ("adamw", "halved-cosine")
+    trunk = sum(math.prod(shape) for shape in parameter_shapes(mmf.model).values())
+    head = mmf.model.vocab_size * mmf.model.dim + mmf.model.dim
+    assert trunk + head == pytest.approx(13_555_969, rel=0.01)
