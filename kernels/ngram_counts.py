@@ -288,12 +288,12 @@ def count_ngrams(
     least : n-grams of three and more tokens that occur less often are left out; gamma takes over their share
     progress : called with each length once it is counted
     It uses as many threads as Numba, and about 32 bytes per token of the text and 24 per n-gram of memory. Raises
-    ValueError if text is not of the vocabulary or has more than 2**31 - 2 tokens, or an option is out of range.
+    ValueError if text is not of the vocabulary or has 2**31 - 2 tokens or more, or an option is out of range.
     """
     if order < 2:
         raise ValueError(f"count_ngrams: order must be at least 2, got {order}")
     if len(text) >= MOST_TOKENS:
-        raise ValueError(f"count_ngrams: text can have at most {MOST_TOKENS:,} tokens, got {len(text):,}")
+        raise ValueError(f"count_ngrams: text must have fewer than {MOST_TOKENS:,} tokens, got {len(text):,}")
     if not 0 <= end_of_text < vocab_size:
         raise ValueError(f"count_ngrams: end_of_text must be in [0, {vocab_size}), got {end_of_text}")
     _check.indices("count_ngrams", "text", text, vocab_size)

@@ -283,7 +283,7 @@ def evaluate_run(
     from flashlm_numba.model.build import load_model
     from flashlm_numba.system.display import Display
 
-    uses = ["score", *["whole"] * smoothed, *filter(None, [activations])]
+    uses = ["score", *["whole"] * smoothed, *["memory"] * (memory is not None), *filter(None, [activations])]
     loaded = load_model(run, checkpoint_name, ema=ema, uses=uses, progress=progress)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)

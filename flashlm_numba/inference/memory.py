@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from flashlm_numba.system.display import Progress
 
 ORDER = 5
-PART = "ngrams"  # of the kernels
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,15 @@ class Memory:
 
 
 def count_memory(tokens: TokenData, options: MemoryOptions, progress: Progress) -> Memory:
-    """Count the n-grams of the training text. Raises UserError if it is too long or the memory does not suffice."""
-    ensure_compiled([PART], progress)
+    """Count the n-grams of the training text, by kernels that the caller has compiled (the use "memory").
+
+    Raises UserError if the text is too long or there is not enough memory.
+    """
     from flashlm_numba.kernels.ngram_counts import MOST_TOKENS, count_ngrams
 
     split = tokens.train
-    if split.n_tokens > MOST_TOKENS:
-        raise UserError(f"The training text has {split.n_tokens:,} tokens; at most {MOST_TOKENS:,} can be counted.")
+    if split.n_tokens >= MOST_TOKENS:
+        raise UserError(f"The training text has {split.n_tokens:,} tokens; fewer than {MOST_TOKENS:,} can be counted.")
     tokens.verify("train")
     began = time.perf_counter()
     with progress.functions("counting n-grams", ORDER - 1) as bar:

@@ -37,6 +37,7 @@ _PARTS = {
         *("embedding", "optimizer"),
         *("{linear}decoding", "{head}-whole"),  # the samples
     ),
+    "memory": ("ngrams",),  # beside the model
     "float": ("{float}",),
     "int8": ("{int8}",),
     **{kind: (f"{{head}}-{kind}",) for kind in KINDS},
@@ -69,7 +70,7 @@ def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     """The parts of the kernels for these uses of a run's model.
 
     uses : some of "read", "score", "train", and "generate" with KINDS of sampling; "whole" also for the probabilities
-        of all tokens; "float" or "int8" for other activations than those of the training
+        of all tokens; "memory" for n-grams; "float" or "int8" for other activations than those of the training
     """
     names = {"head": run.head.name, "activations": run.model.activations, "linear": ""}
     names |= {kind: kind for kind in ACTIVATIONS}

@@ -15,7 +15,7 @@ def lr_scale(step: int, schedule_steps: int, config: OptimizerConfig) -> float:
     config : provides schedule, warmup_steps and warmdown_ratio
     The factor of the first step is 1 / warmup_steps. It falls over the last warmdown_ratio * schedule_steps steps and
     is 0 from schedule_steps on. With schedule=halved-cosine it is a half cosine from 1 to 0, times a half in the second
-    half of the schedule (the MatMul-free LM's, Zhu et al. 2024, arXiv:2406.02528, section 3.2.2).
+    half of the schedule (the MatMul-free LM's, Zhu et al. 2024, arXiv:2406.02528).
 
     >>> config = OptimizerConfig(warmup_steps=4, warmdown_ratio=0.4)
     >>> [lr_scale(step, 10, config) for step in range(10)]
