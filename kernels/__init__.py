@@ -53,6 +53,10 @@
     _gradient_copies copies of the gradients of weights: allocation, clearing, sum
     _ternary_layer  a ternary layer inside the trunk's regions
     _ternary_dots   packed rows times int8, one variant per processor
+    _ternary_tiles  register tiles of ternary_gemm
+    _neon           both for Arm processors
+    _arm_features   what an Arm processor can do, as the operating system reports it
+    _llvm           pieces of LLVM code
     _blas           matrix products by BLAS inside a parallel region
     _microkernels   small matrix products in registers
     _packed_gemm    large matrix products in registers, with a weight that is laid out once per step

@@ -38,6 +38,7 @@ import numba
 from numba.core.codegen import get_host_cpu_features
 
 from flashlm_numba.kernels import _cache
+from flashlm_numba.kernels._arm_features import arm_features
 from flashlm_numba.kernels._entry import Region
 
 # fastmath=True would also assume that no NaN and no infinity occurs and delete the checks for them (np.isnan
@@ -47,10 +48,15 @@ FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 EXACT = FASTMATH - {"reassoc"}
 
 
-def target_features() -> set[str]:
-    """Features that Numba compiles for, such as "+avx2": this processor's, unless Numba is configured otherwise."""
+def numba_features() -> str:
+    """Features that Numba compiles for, separated by commas: this processor's, unless Numba is configured otherwise."""
     text = numba.config.CPU_FEATURES
-    return set((get_host_cpu_features() if text is None else text).split(","))
+    return get_host_cpu_features() if text is None else text
+
+
+def target_features() -> set[str]:
+    """Features that the kernels may use, such as "+avx2": Numba's, and on an Arm processor those that it misses."""
+    return set(numba_features().split(",")) | (arm_features() if numba.config.CPU_FEATURES is None else set())
 
 
 def _complete() -> str:
@@ -74,7 +80,9 @@ def source_hash(folder: Path | None = None) -> str:
 def folder_name() -> str:
     """Name of the cache folder, a hash of the kernels' sources and the compiler, so that versions do not mix."""
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    parts = " ".join([source_hash(), python, numba.__version__, llvmlite.__version__])
+    # Numba's cache tells processors apart by the features that it knows
+    unknown = sorted(target_features() - set(numba_features().split(",")))
+    parts = " ".join([source_hash(), python, numba.__version__, llvmlite.__version__, *unknown])
     return f"kernels-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 

@@ -9,14 +9,14 @@ codes into four registers of codes, each for 64 inputs. x86 multiplies unsigned 
                    vpmaddubsw are added in int16 for PAIRED_BLOCKS: at most 16 * 4 * 2 * 2 * 127 = 32,512 of 32,767.
     avxvnni, vnni  vpdpbusd adds four products to an int32 in one instruction: on laptops without AVX-512, and with it.
 
-To add a processor (Arm's sdot, AMX), write a function with the signature of `plain`, add its name to VARIANTS and to
-available, and add a branch to ternary_gemv.ternary_products. For many rows, do the same in ternary_gemm.py.
+Arm's variants, neon, dotprod and i8mm, are in _neon.py. To add a processor (AMX), write a function with the signature
+of `plain`, add its name to VARIANTS and to available, and add a branch to ternary_gemv.ternary_products. For many rows,
+do the same in ternary_gemm.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -26,7 +26,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashlm_numba.kernels._jit import helper, target_features
+from flashlm_numba.kernels import _neon
+from flashlm_numba.kernels._arm_features import IS_ARM
+from flashlm_numba.kernels._jit import helper, numba_features, target_features
+from flashlm_numba.kernels._llvm import allow_features, build_chunked_loop, build_loop
 
 BLOCK_BYTES = 64
 BLOCK = 4 * BLOCK_BYTES  # weights
@@ -48,6 +51,12 @@ def available() -> list[str]:
         found.append("avx512")
         if "+avx512vnni" in has:
             found.append("vnni")
+    if IS_ARM and "+neon" in has:
+        found.append("neon")
+        if "+dotprod" in has:
+            found.append("dotprod")
+            if "+i8mm" in has:
+                found.append("i8mm")
     return found
 
 
@@ -59,9 +68,11 @@ def check_variant(name: str) -> str:
 
 
 # a kernel takes the index of its variant: compiled once, it holds those that the processor has
-VARIANTS = ("plain", "avx2", "avxvnni", "avx512", "vnni")
-PLAIN, AVX2, AVXVNNI, AVX512, VNNI = range(len(VARIANTS))
-FOURFOLD = {"avxvnni": 256, "vnni": 512}  # variants that add four products at once, and the bits of their registers
+VARIANTS = ("plain", "avx2", "avxvnni", "avx512", "vnni", "neon", "dotprod", "i8mm")
+PLAIN, AVX2, AVXVNNI, AVX512, VNNI, NEON, DOTPROD, I8MM = range(len(VARIANTS))
+# variants that add products of two whole bytes in int32, and the bits of their registers
+FOURFOLD = {"avxvnni": 256, "vnni": 512, "dotprod": 128, "i8mm": 128}
+BYTE_VARIANTS = tuple(VARIANTS.index(name) for name in FOURFOLD)
 
 
 if numba.config.DISABLE_JIT:
@@ -94,47 +105,11 @@ else:
                 out[j, first + r] = total
 
 
-def build_loop(builder: Any, first: Any, last: Any, initial: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
-    """Build a loop over the int64 values first..last - 1, done at least once, that carries values of any types.
-
-    body : body(index, values) builds one turn and returns the next values;  initial : the values of the first turn
-    Returns the values after the last turn. The builder then stands behind the loop.
-    """
-    before, loop = builder.block, builder.append_basic_block("loop")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index = builder.phi(first.type)
-    values = [builder.phi(value.type) for value in initial]
-    new = body(index, values)
-    following, end = builder.add(index, ir.Constant(first.type, 1)), builder.block
-    for phi, start, value in zip([index, *values], [first, *initial], [following, *new], strict=True):
-        phi.add_incoming(start, before)
-        phi.add_incoming(value, end)
-    after = builder.append_basic_block("after")
-    builder.cbranch(builder.icmp_signed("<", following, last), loop, after)
-    builder.position_at_end(after)
-    return new
-
-
-def build_chunked_loop(
-    builder: Any, count: Any, size: int, initial: list[Any], body: Callable[..., list[Any]]
-) -> list[Any]:
-    """As build_loop, over chunks of `size` of the values 0..count - 1: body(first, last, values)."""
-
-    def chunk(index, values):
-        first = builder.mul(index, ir.Constant(index.type, size))
-        limit = builder.add(first, ir.Constant(index.type, size))
-        return body(first, builder.select(builder.icmp_signed("<", limit, count), limit, count), values)
-
-    zero, most = ir.Constant(count.type, 0), ir.Constant(count.type, size - 1)
-    chunks = builder.sdiv(builder.add(count, most), ir.Constant(count.type, size))
-    return build_loop(builder, zero, chunks, initial, chunk)
-
-
 def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
     """An intrinsic: the products of so many rows of codes with so many of inputs; addresses, strides in bytes."""
     width = 32 if variant in ("avx2", "avxvnni") else 64
     lanes = width // 4
+    on_arm = variant in _neon.FEATURES
     int16, int32, int64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
     bytes_, shorts, ints = (
         ir.VectorType(kind, width // size) for kind, size in ((ir.IntType(8), 1), (int16, 2), (int32, 4))
@@ -146,6 +121,10 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
         signature = types.void(*[types.intp] * 7)
 
         def codegen(context, builder, sig, args):
+            if on_arm:
+                allow_features(builder, numba_features(), _neon.FEATURES[variant])
+                _neon.build_dots(builder, variant, weight_rows, input_rows, args)
+                return context.get_dummy_value()
             packed, packed_stride, q, q_stride, blocks, out, out_stride = args
 
             def function(kind, name):
@@ -310,7 +289,8 @@ def _make_variant(variant: str) -> Any:
     """The function for a processor, by tiles of four rows of codes with one of inputs, and of one or two with four."""
     if variant == "plain" or variant not in available():
         return plain
-    low = 1 if variant in ("avx2", "avxvnni") else 2  # half as many registers, and two sums in each pair
+    # half as many registers, or two sums in each pair
+    low = 1 if variant in ("avx2", "avxvnni", "neon") else 2
     high_one, low_wide, one_one = (_make_dots(variant, *shape) for shape in ((4, 1), (low, 4), (1, 1)))
 
     def products(out, packed, q, first, last):
@@ -354,4 +334,5 @@ def _make_variant(variant: str) -> Any:
 
 
 # the fallback of a variant that the processor lacks is never called: the callers choose from available()
-products_avx2, products_avxvnni, products_avx512, products_vnni = (_make_variant(name) for name in VARIANTS[1:])
+products_avx2, products_avxvnni, products_avx512, products_vnni = (_make_variant(name) for name in VARIANTS[1:5])
+products_neon, products_dotprod = (_make_variant(name) for name in ("neon", "dotprod"))  # i8mm's too, see _neon.py

@@ -18,7 +18,7 @@ from flashlm_numba.kernels._calls import call
 from flashlm_numba.kernels._jit import helper
 from flashlm_numba.kernels._packed_gemm import SPARE_FLOATS, empty_panels, fill_panels
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import AVXVNNI, PLAIN, VARIANTS, VNNI, check_variant
+from flashlm_numba.kernels._ternary_dots import BYTE_VARIANTS, PLAIN, VARIANTS, check_variant
 from flashlm_numba.kernels.ternary_gemm import (
     empty_columns,
     fill_columns,
@@ -123,7 +123,7 @@ def new_arithmetic(
     """Arithmetic with scratch for `threads` threads, for up to `rows` rows times matrices of these shapes (R, K)."""
     widest = max(max(shape) for shape in matrices) + 3 if int8 else 0
     scaled = max(rows, widest)
-    words = codes_words(rows, max(columns for _, columns in matrices)) if int8 and variant in (VNNI, AVXVNNI) else 0
+    words = codes_words(rows, max(columns for _, columns in matrices)) if int8 and variant in BYTE_VARIANTS else 0
     return Arithmetic(
         q=aligned_zeros((threads, (rows + 3) * widest), np.int8),
         scales=aligned_zeros((threads, scaled), np.float32),

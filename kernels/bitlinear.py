@@ -36,6 +36,9 @@ from flashlm_numba.kernels.ternary_gemm import (
     products_avx2,
     products_avx512,
     products_avxvnni,
+    products_dotprod,
+    products_i8mm,
+    products_neon,
     products_vnni,
 )
 
@@ -184,12 +187,30 @@ def _product_vnni(out, q, plain, codes, scales, sums, spare, add, blas):
     products_vnni(out, codes, q, sums, scales, add, spare)
 
 
+@serial_kernel
+def _product_neon(out, q, plain, codes, scales, sums, spare, add, blas):
+    products_neon(out, codes, q, sums, scales, add, spare)
+
+
+@serial_kernel
+def _product_dotprod(out, q, plain, codes, scales, sums, spare, add, blas):
+    products_dotprod(out, codes, q, sums, scales, add, spare)
+
+
+@serial_kernel
+def _product_i8mm(out, q, plain, codes, scales, sums, spare, add, blas):
+    products_i8mm(out, codes, q, sums, scales, add, spare)
+
+
 PRODUCTS = {
     "plain": _product_plain,
     "avx2": _product_avx2,
     "avxvnni": _product_avxvnni,
     "avx512": _product_avx512,
     "vnni": _product_vnni,
+    "neon": _product_neon,
+    "dotprod": _product_dotprod,
+    "i8mm": _product_i8mm,
 }
 EXACT_COLUMNS = 2**24 // 128  # inputs of a layer, beyond which a sum might not be exact in float32
 

@@ -3,14 +3,12 @@
     out (M, R) (+)= scale_m * (q_m . w_r),   q_m = round(x_m * 127 / max|x_m|), w_r ternary
 
 One instruction computes four integer products where float32 needs four instructions. The weights are stored as codes 0,
-1, 2 by columns, (K / 4, R', 4) uint8, so that a register holds the codes of four inputs for 16 outputs (8 with AVX2).
-Its product with four inputs, repeated, adds to 16 sums. A tile of sums stays in registers without horizontal additions.
-The sums start at minus the sum of the row's q, because the codes are too large by one.
+1, 2 by columns, (K / 4, R', 4) uint8, so that a register holds the codes of four inputs for 16 outputs (8 with AVX2, 4
+on Arm). Its product with four inputs, repeated, adds to 16 sums. A tile of sums stays in registers without horizontal
+additions. The sums start at minus the sum of the row's q, because the codes are too large by one.
 
-    vnni, avxvnni  vpdpbusd: four products of unsigned and signed bytes, added to an int32
-    avx512, avx2   vpmaddubsw, pairs in int16, each at most 2 * 2 * 127 = 508. 64 of them add up to 32,512 of 32,767, so
-                   vpmaddwd adds pairs of the sums in int32 only after 64 groups of four inputs.
-    others         BLAS on the quantised inputs in float32, which differs only by float32 rounding
+The tiles are in _ternary_tiles.py. Without an int8 instruction BLAS multiplies the quantised inputs in float32, which
+differs only by float32 rounding.
 
 Letters: M rows of activations, K inputs, R outputs, R' = R rounded up to blocks of 64.
 """
@@ -23,132 +21,25 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from flashlm_numba.kernels import _check
+from flashlm_numba.kernels._arm_features import IS_ARM
 from flashlm_numba.kernels._blas import gemm_nt, sgemm_address
 from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel, view
 from flashlm_numba.kernels._rows import aligned_zeros
 from flashlm_numba.kernels._ternary_dots import (
-    FOURFOLD,
+    I8MM,
     PLAIN,
     VARIANTS,
+    VNNI,
     available,
-    build_chunked_loop,
-    build_loop,
     check_variant,
 )
+from flashlm_numba.kernels._ternary_tiles import TILES, make_tile
 from flashlm_numba.kernels.ternary_gemv import best_variant, quantize
 
 COLUMNS = 64  # outputs of a block
-# lanes, registers of outputs, rows of activations of a tile: as many sums as the registers hold
-TILES = {"avx2": (8, 2, 5), "avxvnni": (8, 2, 6), "avx512": (16, 4, 5), "vnni": (16, 4, 6)}
-PAIRED_GROUPS = 64  # groups whose products, each at most 2 * 2 * 127 in a pair, an int16 can add up
-
-
-def _make_tile(variant: str, rows: int) -> Any:
-    """An intrinsic: sums of so many rows with a block's outputs, scaled, written or added; strides in bytes."""
-    lanes, registers, _ = TILES[variant]
-    int32, int64 = ir.IntType(32), ir.IntType(64)
-    ints, floats = ir.VectorType(int32, lanes), ir.VectorType(ir.FloatType(), lanes)
-    shorts, bytes_ = ir.VectorType(ir.IntType(16), 2 * lanes), ir.VectorType(ir.IntType(8), 4 * lanes)
-
-    @intrinsic
-    def tile(typingctx, codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add):
-        signature = types.void(*[types.intp] * 10)
-
-        def codegen(context, builder, sig, args):
-            codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add = args
-
-            def constant(value):
-                return ir.Constant(int64, value)
-
-            def function(name, result, *arguments):
-                return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
-
-            def load(address, kind):
-                value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-                value.align = 1
-                return value
-
-            def repeat(value, kind):
-                nothing = ir.Constant(kind, ir.Undefined)
-                first = builder.insert_element(nothing, value, ir.Constant(int32, 0))
-                return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(int32, lanes), [0] * lanes))
-
-            if variant in FOURFOLD:
-                add_fours = function(f"llvm.x86.avx512.vpdpbusd.{FOURFOLD[variant]}", ints, ints, ints, ints)
-            elif variant == "avx512":
-                pairs = function("llvm.x86.avx512.pmaddubs.w.512", shorts, bytes_, bytes_)
-                fours = function("llvm.x86.avx512.pmaddw.d.512", ints, shorts, shorts)
-            else:
-                pairs = function("llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
-                fours = function("llvm.x86.avx2.pmadd.wd", ints, shorts, shorts)
-            q_rows = [builder.add(q, builder.mul(q_stride, constant(j))) for j in range(rows)]
-            start = [repeat(builder.neg(load(builder.add(sums, constant(4 * j)), int32)), ints) for j in range(rows)]
-
-            def over_groups(first, last, initial, add_products):
-                """A loop over groups, for every register of sums: sum = add_products(sum, code, x)."""
-
-                def turn(group, sums):
-                    at = builder.add(codes, builder.mul(group, codes_stride))
-                    here = [load(builder.add(at, constant(4 * lanes * r)), ints) for r in range(registers)]
-                    new = []
-                    for j in range(rows):
-                        x = repeat(load(builder.add(q_rows[j], builder.mul(group, constant(4))), int32), ints)
-                        new += [add_products(sums[j * registers + r], here[r], x) for r in range(registers)]
-                    return new
-
-                return build_loop(builder, first, last, initial, turn)
-
-            totals = [value for value in start for _ in range(registers)]
-            if variant in FOURFOLD:
-                new = over_groups(constant(0), groups, totals, lambda *operands: builder.call(add_fours, operands))
-            else:
-                ones, zero = (ir.Constant(shorts, [value] * (2 * lanes)) for value in (1, 0))
-
-                def add_pairs(total, code, x):
-                    found = builder.call(pairs, [builder.bitcast(code, bytes_), builder.bitcast(x, bytes_)])
-                    return builder.add(total, found)
-
-                def chunk(first, last, wide):
-                    narrow = over_groups(first, last, [zero] * len(totals), add_pairs)
-                    return [builder.add(w, builder.call(fours, [n, ones])) for w, n in zip(wide, narrow, strict=True)]
-
-                new = build_chunked_loop(builder, groups, PAIRED_GROUPS, totals, chunk)
-
-            written, added, end = (builder.append_basic_block(name) for name in ("write", "add", "end"))
-            scaled, places = [], []
-            for j in range(rows):
-                scale = repeat(load(builder.add(scales, constant(4 * j)), ir.FloatType()), floats)
-                for r in range(registers):
-                    scaled.append(builder.fmul(builder.sitofp(new[j * registers + r], floats), scale))
-                    place = builder.add(builder.add(out, builder.mul(out_stride, constant(j))), constant(4 * lanes * r))
-                    places.append(builder.inttoptr(place, floats.as_pointer()))
-            builder.cbranch(builder.icmp_signed("!=", add, constant(0)), added, written)
-            for block in (written, added):
-                builder.position_at_end(block)
-                for value, place in zip(scaled, places, strict=True):
-                    if block is added:
-                        before = builder.load(place)
-                        before.align = 4
-                        value = builder.fadd(before, value)
-                    builder.store(value, place).align = 4
-                builder.branch(end)
-            builder.position_at_end(end)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    def call(codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add):
-        tile(codes, codes_stride, q, q_stride, groups, sums, scales, out, out_stride, add)
-
-    call.__name__ = call.__qualname__ = f"_ternary_tile_{variant}_{rows}"  # see _make_tile in _microkernels.py
-    return helper(call)
 
 
 @helper
@@ -162,7 +53,7 @@ def _make_products(variant: str) -> Any:
         return _products_plain
     lanes, registers, most = TILES[variant]
     block = lanes * registers
-    many, one = _make_tile(variant, most), _make_tile(variant, 1)
+    many, one = make_tile(variant, most), make_tile(variant, 1)
 
     def products(out, codes, q, sums, scales, add, spare):
         groups, width, count, rows = codes.shape[0], codes.shape[1], out.shape[1], out.shape[0]
@@ -220,8 +111,32 @@ def _make_products(variant: str) -> Any:
 
 if numba.config.DISABLE_JIT:
     products_avx2 = products_avxvnni = products_avx512 = products_vnni = _products_plain
+    products_neon = products_dotprod = products_i8mm = _products_plain
 else:
-    products_avx2, products_avxvnni, products_avx512, products_vnni = (_make_products(name) for name in VARIANTS[1:])
+    products_avx2, products_avxvnni, products_avx512, products_vnni = (_make_products(name) for name in VARIANTS[1:5])
+    products_neon, products_dotprod, products_i8mm = (_make_products(name) for name in VARIANTS[5:])
+
+if IS_ARM:
+    BYTE_OFFSET = 0  # sdot and smmla multiply signed bytes
+
+    @helper
+    def products_of_bytes(out, codes, q, sums, scales, spare, variant):
+        """out += the scaled products of codes that are whole bytes, by one of BYTE_VARIANTS."""
+        if variant == I8MM:
+            products_i8mm(out, codes, q, sums, scales, 1, spare)
+        else:
+            products_dotprod(out, codes, q, sums, scales, 1, spare)
+
+else:
+    BYTE_OFFSET = 128  # vpdpbusd multiplies unsigned by signed bytes
+
+    @helper
+    def products_of_bytes(out, codes, q, sums, scales, spare, variant):
+        """out += the scaled products of codes that are whole bytes, by one of BYTE_VARIANTS."""
+        if variant == VNNI:
+            products_vnni(out, codes, q, sums, scales, 1, spare)
+        else:
+            products_avxvnni(out, codes, q, sums, scales, 1, spare)
 
 
 @functools.cache
@@ -303,12 +218,36 @@ def _rows_vnni(out, x, weight, codes, q, scales, sums, spare, add, blas):
     products_vnni(out, codes, here, sums, scales, add, spare)
 
 
+@serial_kernel
+def _rows_neon(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_neon(out, codes, here, sums, scales, add, spare)
+
+
+@serial_kernel
+def _rows_dotprod(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_dotprod(out, codes, here, sums, scales, add, spare)
+
+
+@serial_kernel
+def _rows_i8mm(out, x, weight, codes, q, scales, sums, spare, add, blas):
+    here = _rounded(q, scales, x, codes)
+    _add_up(sums, here)
+    products_i8mm(out, codes, here, sums, scales, add, spare)
+
+
 KERNELS = {
     "plain": _rows_plain,
     "avx2": _rows_avx2,
     "avxvnni": _rows_avxvnni,
     "avx512": _rows_avx512,
     "vnni": _rows_vnni,
+    "neon": _rows_neon,
+    "dotprod": _rows_dotprod,
+    "i8mm": _rows_i8mm,
 }
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numba import prange
 
 from flashlm_numba.kernels import _check, _ternary_dots
+from flashlm_numba.kernels._arm_features import IS_ARM
 from flashlm_numba.kernels._jit import exact_kernel, helper, kernel, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, SMALLEST, largest_magnitude
 from flashlm_numba.kernels._ternary_dots import (
@@ -26,12 +27,17 @@ from flashlm_numba.kernels._ternary_dots import (
     AVX512,
     AVXVNNI,
     BLOCK,
+    DOTPROD,
+    I8MM,
+    NEON,
     VARIANTS,
     VNNI,
     plain,
     products_avx2,
     products_avx512,
     products_avxvnni,
+    products_dotprod,
+    products_neon,
     products_vnni,
 )
 from flashlm_numba.kernels.ternary import packed_width
@@ -75,20 +81,35 @@ def _subtract_sums(out, q, first, last):
             out[j, first + r] -= total
 
 
-@helper
-def ternary_products(out, packed, q, first, last, variant):
-    """Columns first..last of out (N, R) int32 = q (N, 4 W) @ W.T, by this variant (its index in VARIANTS)."""
-    if variant == VNNI:
-        products_vnni(out, packed, q, first, last)
-    elif variant == AVX512:
-        products_avx512(out, packed, q, first, last)
-    elif variant == AVXVNNI:
-        products_avxvnni(out, packed, q, first, last)
-    elif variant == AVX2:
-        products_avx2(out, packed, q, first, last)
-    else:
-        plain(out, packed, q, first, last)
-    _subtract_sums(out, q, first, last)
+if IS_ARM:
+
+    @helper
+    def ternary_products(out, packed, q, first, last, variant):
+        """Columns first..last of out (N, R) int32 = q (N, 4 W) @ W.T, by this variant (its index in VARIANTS)."""
+        if variant in (DOTPROD, I8MM):
+            products_dotprod(out, packed, q, first, last)
+        elif variant == NEON:
+            products_neon(out, packed, q, first, last)
+        else:
+            plain(out, packed, q, first, last)
+        _subtract_sums(out, q, first, last)
+
+else:
+
+    @helper
+    def ternary_products(out, packed, q, first, last, variant):
+        """Columns first..last of out (N, R) int32 = q (N, 4 W) @ W.T, by this variant (its index in VARIANTS)."""
+        if variant == VNNI:
+            products_vnni(out, packed, q, first, last)
+        elif variant == AVX512:
+            products_avx512(out, packed, q, first, last)
+        elif variant == AVXVNNI:
+            products_avxvnni(out, packed, q, first, last)
+        elif variant == AVX2:
+            products_avx2(out, packed, q, first, last)
+        else:
+            plain(out, packed, q, first, last)
+        _subtract_sums(out, q, first, last)
 
 
 # the products of one thread: one kernel per variant, so that only the one in use is compiled
@@ -124,12 +145,27 @@ def _serial_vnni(out, packed, q):
     _subtract_sums(out, q, 0, packed.shape[0])
 
 
+@serial_kernel
+def _serial_neon(out, packed, q):
+    products_neon(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
+@serial_kernel
+def _serial_dotprod(out, packed, q):
+    products_dotprod(out, packed, q, 0, packed.shape[0])
+    _subtract_sums(out, q, 0, packed.shape[0])
+
+
 SERIAL = {
     "plain": _serial_plain,
     "avx2": _serial_avx2,
     "avxvnni": _serial_avxvnni,
     "avx512": _serial_avx512,
     "vnni": _serial_vnni,
+    "neon": _serial_neon,
+    "dotprod": _serial_dotprod,
+    "i8mm": _serial_dotprod,
 }
 
 

@@ -6,10 +6,11 @@ In float32 this product would take most of the time of training with int8 activa
     s_m a_mr = t_r q_mr                    column by column over the M rows, q int8
     out_rk += t_r * sum over m of q_mr p_mk
 
-so that the sum over m is a sum of integers, exact in int32. The bytes p are stored unsigned as p + 128, with four rows
-of b interleaved, (M / 4, K', 4), and q as (R, M). This is the layout of ternary_gemm.py, whose tiles multiply them. On
-processors without vpdpbusd the tiles add pairs in int16, where 255 * 127 * 2 overflows, so BLAS computes the exact
-product instead. It also does so if a number is not finite, which makes the problem visible to the caller.
+so that the sum over m is a sum of integers, exact in int32. The bytes p are stored with four rows of b interleaved,
+(M / 4, K', 4), and q as (R, M). This is the layout of ternary_gemm.py, whose tiles multiply them. On x86 p is stored
+unsigned as p + 128, on Arm as it is (BYTE_OFFSET). On processors without vpdpbusd, sdot or smmla the tiles add products
+in int16, where these overflow, so BLAS computes the exact product instead. It also does so if a number is not finite,
+which makes the problem visible to the caller.
 Letters: M rows, R and K columns, K' = K rounded up to blocks of 64.
 """
 
@@ -26,12 +27,14 @@ from flashlm_numba.kernels._calls import address
 from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
 from flashlm_numba.kernels._math import ROUNDING, SMALLEST, _bits_from_float, _float_from_bits, largest_magnitude
 from flashlm_numba.kernels._rows import aligned_zeros
-from flashlm_numba.kernels._ternary_dots import AVXVNNI, VARIANTS, VNNI, available, check_variant
-from flashlm_numba.kernels.ternary_gemm import COLUMNS, products_avxvnni, products_vnni
+from flashlm_numba.kernels._ternary_dots import BYTE_VARIANTS, VARIANTS, available, check_variant
+from flashlm_numba.kernels.ternary_gemm import BYTE_OFFSET, COLUMNS, products_of_bytes
 
 _FINITE = np.float32(3.4028235e38)
 MOST_ROWS = 2**31 // (127 * 255)  # whose products, each of at most that, an int32 can add up
 _MAGNITUDE = np.int32(0x7FFFFFFF)
+_OFFSET = np.int32(BYTE_OFFSET)
+_OFFSETS = np.uint32(BYTE_OFFSET * 0x01010101).astype(np.int32)  # of the four bytes of a word
 
 
 @strict_helper
@@ -47,7 +50,7 @@ def _inverse(scale):
 
 @strict_helper
 def _round_rows(codes, shares, b):
-    """codes (G, K) of b (M, K), bytes p + 128, four a word, and shares (4 G,), its s; whether b is finite."""
+    """codes (G, K) of b (M, K), bytes p + BYTE_OFFSET, four a word, and shares (4 G,), its s; whether b is finite."""
     rows, columns = b.shape
     for m in range(4 * codes.shape[0]):
         largest = largest_magnitude(b[m]) if m < rows else np.float32(0)
@@ -61,16 +64,16 @@ def _round_rows(codes, shares, b):
         f0, f1 = _inverse(shares[first]), _inverse(shares[first + 1])
         f2, f3 = _inverse(shares[first + 2]), _inverse(shares[first + 3])
         for k in range(columns):
-            low = (_byte(b0[k], f0) + np.int32(128)) | ((_byte(b1[k], f1) + np.int32(128)) << np.int32(8))
-            high = (_byte(b2[k], f2) + np.int32(128)) | ((_byte(b3[k], f3) + np.int32(128)) << np.int32(8))
-            codes[g, k] = np.int32(low | (high << np.int32(16)))
+            low = (_byte(b0[k], f0) & np.int32(255)) | ((_byte(b1[k], f1) & np.int32(255)) << np.int32(8))
+            high = ((_byte(b2[k], f2) & np.int32(255)) << np.int32(16)) | (_byte(b3[k], f3) << np.int32(24))
+            codes[g, k] = np.int32((low | high) ^ _OFFSETS)
     return True
 
 
 @strict_helper
 def _round_columns(q, scales, sums, a, first_column, shares):
     """q (R, G), four rows' bytes in a word, of R columns of a (M, any) times shares; scales (R,) t; sums (R,) of q,
-    times 128.
+    times BYTE_OFFSET.
     """
     rows, columns = a.shape[0], q.shape[0]
     end = first_column + columns
@@ -94,7 +97,7 @@ def _round_columns(q, scales, sums, a, first_column, shares):
         for r in range(columns):
             f = _inverse(scales[r])
             q0, q1, q2, q3 = _byte(a0[r] * s0, f), _byte(a1[r] * s1, f), _byte(a2[r] * s2, f), _byte(a3[r] * s3, f)
-            sums[r] += np.int32(128) * (q0 + q1 + q2 + q3)
+            sums[r] += _OFFSET * (q0 + q1 + q2 + q3)
             low = (q0 & np.int32(255)) | ((q1 & np.int32(255)) << np.int32(8))
             q[r, g] = np.int32(low | ((q2 & np.int32(255)) << np.int32(16)) | (q3 << np.int32(24)))
     return True
@@ -111,13 +114,13 @@ else:
     @helper
     def ternary_wgrad_rows(out, a, b, first, codes, shares, q, scales, sums, spare, variant, blas):
         """out (R, K) += a[:, first : first + R].T @ b for a (M, any), b (M, K), rounded where the variant (its index in
-        VARIANTS) has vpdpbusd.
+        VARIANTS) is one of BYTE_VARIANTS.
 
         More than MOST_ROWS rows are exact too.
         Scratch: codes int32 (M / 4 * K' or more,), shares (M + 3,), q int8 (R * (M + 3),), scales and sums (R,).
         """
         rows, columns, outputs = a.shape[0], b.shape[1], out.shape[0]
-        if variant in (VNNI, AVXVNNI) and 0 < rows <= MOST_ROWS:
+        if variant in BYTE_VARIANTS and 0 < rows <= MOST_ROWS:
             groups = (rows + 3) // 4
             width = (columns + COLUMNS - 1) // COLUMNS * COLUMNS
             words = codes[: groups * width].reshape(groups, width)
@@ -125,11 +128,7 @@ else:
             if _round_rows(words, shares, b) and _round_columns(
                 here.view(np.int32).reshape(outputs, groups), scales, sums, a, first, shares
             ):
-                bytes_ = here.reshape(outputs, 4 * groups)
-                if variant == VNNI:
-                    products_vnni(out, words, bytes_, sums, scales, 1, spare)
-                else:
-                    products_avxvnni(out, words, bytes_, sums, scales, 1, spare)
+                products_of_bytes(out, words, here.reshape(outputs, 4 * groups), sums, scales, spare, variant)
                 return
         gemm_tn(blas, out, a[:, first : first + outputs], b, np.float32(1))
 

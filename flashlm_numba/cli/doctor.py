@@ -20,13 +20,15 @@ from flashlm_numba.system.threads import available_cores
 
 PACKAGES = ("flashlm-numba", "numpy", "scipy", "numba", "llvmlite", "tiktoken", "datasets", "safetensors", "torch")
 # the features that the kernels use
-FEATURES = ("avx2", "fma", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod")
+FEATURES = ("avx2", "fma", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod", "i8mm")
 # by variant of the ternary products (kernels/_ternary_dots.py): the processors whose variant is the next better
 FASTER = {
     "plain": "avx2, on x86 processors since 2013",
     "avx2": "avxvnni, on processors with AVX-VNNI: most laptops since 2021",
     "avxvnni": "vnni, on processors with AVX512-VNNI",
     "avx512": "vnni, on processors with AVX512-VNNI",
+    "neon": "dotprod, on most Arm processors since 2018: Raspberry Pi 5, Apple M1",
+    "dotprod": "in training i8mm, on newer Arm processors: Apple M2, Neoverse V1",
 }
 GENERIC = ("Prescott", "Core2", "Nehalem", "Generic", "armv8")  # OpenBLAS's names for processors without wide registers
 READ_BYTES = 1 << 28  # larger than most last-level caches
@@ -34,14 +36,17 @@ ROOM = 2 << 30  # bytes of free disk space that a run and the caches may need
 
 
 def cpu_name() -> str:
-    """Model name of the processor, as the operating system reports it."""
+    """Model name of the processor, as the operating system reports it, or else as LLVM calls it: cortex-a76."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass  # not Linux
-    return platform.processor() or platform.machine()
+    import llvmlite.binding
+
+    name = llvmlite.binding.get_host_cpu_name()
+    return name if name not in ("", "generic") else platform.processor() or platform.machine()
 
 
 def blas_libraries() -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def test_a_wrong_head_is_a_problem(quick, monkeypatch):
 
 
 def test_a_forced_variant_that_there_is_not_is_a_problem(quick, monkeypatch):
-    monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", "neon")
+    monkeypatch.setenv("FLASHLM_NUMBA_TERNARY", "sse9")
     ternary_gemv.best_variant.cache_clear()
     done = command("doctor")
     ternary_gemv.best_variant.cache_clear()
