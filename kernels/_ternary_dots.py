@@ -202,8 +202,6 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
 
             for first in range(0, count, 4):
                 sums = added_up(builder, totals[first : first + 4])
-                if variant not in FOURFOLD:
-                    sums = builder.ashr(sums, ir.Constant(sums.type, [2] * sums.type.count))
                 for lane in range(min(4, count - first)):
                     j, r = divmod(first + lane, weight_rows)
                     address = builder.add(builder.add(out, builder.mul(out_stride, constant(j))), constant(4 * r))
@@ -240,9 +238,10 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
         return found
 
     def pair_sums(builder, over_blocks, function, blocks):
-        """Four times the sums, by vpmaddubsw in int16 for PAIRED_BLOCKS, then by vpmaddwd in int32.
+        """The sums, by vpmaddubsw in int16 for PAIRED_BLOCKS, then by vpmaddwd in int32.
 
         One shift instead of three: two of the four codes of a byte stay two bits up, so their products are fourfold.
+        Four times the sums fit into the lanes, but not into their total.
         """
         names = {
             32: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
@@ -275,7 +274,9 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
                 new.append(builder.add(total, both))
             return new
 
-        return build_chunked_loop(builder, blocks, PAIRED_BLOCKS, [ir.Constant(ints, [0] * lanes)] * count, chunk)
+        zero, two = (ir.Constant(ints, [value] * lanes) for value in (0, 2))
+        fourfold = build_chunked_loop(builder, blocks, PAIRED_BLOCKS, [zero] * count, chunk)
+        return [builder.ashr(total, two) for total in fourfold]
 
     def call(packed, packed_stride, q, q_stride, blocks, out, out_stride):
         dots(packed, packed_stride, q, q_stride, blocks, out, out_stride)

@@ -45,6 +45,16 @@ def test_the_largest_sums_do_not_overflow(variant, sign, value):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("value", [-128, 127])
+def test_the_longest_rows_do_not_overflow(variant, value):
+    """Sums of codes of 2 that just fit into int32."""
+    packed = np.full((2, 64 * 32_767), 0xAA, np.uint8)
+    q = np.full((1, 4 * packed.shape[1]), value, np.int8)
+    found = ternary_gemv.ternary_gemv_int8(packed, q, variant=variant)
+    assert (found == value * q.shape[1]).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_large_product_on_threads_is_exact(variant, threads):
     threads(2)
     rng = np.random.default_rng(1)
