@@ -109,6 +109,7 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
     """An intrinsic: the products of so many rows of codes with so many of inputs; addresses, strides in bytes."""
     width = 32 if variant in ("avx2", "avxvnni") else 64
     lanes = width // 4
+    pieces = 2 if variant == "avx2" else 1  # of a block, one a turn: over whole blocks, LLVM has too few registers
     on_arm = variant in _neon.FEATURES
     int16, int32, int64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
     bytes_, shorts, ints = (
@@ -156,20 +157,25 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
                 )
 
             def over_blocks(first, last, initial, unpack, add_products):
-                """A loop over blocks: sums = add_products(sums, codes, inputs) for each row of codes with each of
-                inputs, `initial` holding the sums of one after those of another.
+                """A loop over blocks, or over their pieces: sums = add_products(sums, codes, inputs) for each row of
+                codes with each of inputs, `initial` holding the sums of one after those of another.
                 """
                 each = len(initial) // count
 
-                def turn(block, sums):
+                def turn(piece, sums):
                     new = list(sums)
+                    place_of_codes = builder.mul(piece, constant(BLOCK_BYTES // pieces))
+                    block, within = piece, constant(0)
+                    if pieces == 2:
+                        block = builder.lshr(piece, constant(1))
+                        within = builder.mul(builder.and_(piece, constant(1)), constant(BLOCK_BYTES // 2))
+                    place_of_x = builder.add(builder.mul(block, constant(BLOCK)), within)
                     if input_rows == 1:
-                        line = builder.mul(block, constant(BLOCK_BYTES))
                         for row in ahead:
-                            prefetch(builder.add(row, line))
-                    for half in range(0, BLOCK_BYTES, width):
-                        codes_at = builder.add(builder.mul(block, constant(BLOCK_BYTES)), constant(half))
-                        x_at = builder.add(builder.mul(block, constant(BLOCK)), constant(half))
+                            prefetch(builder.add(row, place_of_codes))
+                    for half in range(0, BLOCK_BYTES // pieces, width):
+                        codes_at = builder.add(place_of_codes, constant(half))
+                        x_at = builder.add(place_of_x, constant(half))
                         for r in range(weight_rows):
                             codes = unpack(builder.bitcast(load(builder.add(rows[r], codes_at)), shorts))
                             for j in range(input_rows):
@@ -275,7 +281,8 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
             return new
 
         zero, two = (ir.Constant(ints, [value] * lanes) for value in (0, 2))
-        fourfold = build_chunked_loop(builder, blocks, PAIRED_BLOCKS, [zero] * count, chunk)
+        turns = builder.mul(blocks, ir.Constant(blocks.type, pieces))
+        fourfold = build_chunked_loop(builder, turns, PAIRED_BLOCKS * pieces, [zero] * count, chunk)
         return [builder.ashr(total, two) for total in fourfold]
 
     def call(packed, packed_stride, q, q_stride, blocks, out, out_stride):
