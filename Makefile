@@ -10,7 +10,7 @@ test-nojit:
 		tests/heads/test_tree_head.py tests/kernels/test_grad_norm.py tests/kernels/test_adamw.py tests/kernels/test_normuon.py \
 		tests/kernels/test_ema.py tests/model/test_model.py tests/kernels/test_conv_mixer.py tests/kernels/test_ternary_gemv.py \
 		tests/kernels/test_ternary_gemm.py tests/kernels/test_draw.py tests/kernels/test_packed_gemm.py tests/kernels/test_microkernels.py \
-		tests/kernels/test_low_rank.py tests/kernels/test_ngram_index.py
+		tests/kernels/test_low_rank.py tests/kernels/test_ngram_index.py tests/kernels/test_ngrams.py tests/kernels/test_mlgru.py
 
 lint:
 	ruff check .

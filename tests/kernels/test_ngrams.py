@@ -51,6 +51,8 @@ def test_the_probabilities_of_all_tokens_sum_to_one_after_any_context(counted, o
 
 
 def large(vocab=50_257, size=200_000):
+    if numba.config.DISABLE_JIT:
+        size = 2_000
     rng = np.random.default_rng(0)
     ids = (rng.zipf(1.2, size) - 1) % vocab
     ids[rng.integers(0, size, size // 500)] = vocab - 1
@@ -60,7 +62,7 @@ def large(vocab=50_257, size=200_000):
 def test_a_large_vocabulary_sums_to_one_and_knows_its_contexts():
     text = large()
     model = count_ngrams(text, 50_257, 50_256)
-    for t in (0, 1, 7, 1_000, 199_999):
+    for t in (0, 1, 7, 1_000, len(text) - 1):
         assert model.distribution(text[:t]).sum(dtype=np.float64) == pytest.approx(1, abs=1e-4)
     assert model.tables.tokens.dtype == np.uint16
     longest = model.probability(text)[1]
@@ -100,6 +102,7 @@ def test_a_document_knows_nothing_of_the_one_before():
     np.testing.assert_array_equal(alone, behind)
 
 
+@pytest.mark.skipif(numba.config.DISABLE_JIT, reason="needs a text that is too long for plain Python")
 def test_rare_ngrams_are_left_out():
     text = large(size=50_000)
     whole, pruned = (count_ngrams(text, 50_257, 50_256, least=least) for least in (1, 2))
