@@ -176,13 +176,16 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
                     for half in range(0, BLOCK_BYTES // pieces, width):
                         codes_at = builder.add(place_of_codes, constant(half))
                         x_at = builder.add(place_of_x, constant(half))
-                        for r in range(weight_rows):
-                            codes = unpack(builder.bitcast(load(builder.add(rows[r], codes_at)), shorts))
-                            for j in range(input_rows):
-                                at = builder.add(xs[j], x_at)
-                                inputs = [load(builder.add(at, constant(BLOCK_BYTES * part))) for part in range(4)]
+                        unpacked: dict[int, Any] = {}
+                        for j in range(input_rows):  # whose registers serve all rows of codes
+                            at = builder.add(xs[j], x_at)
+                            inputs = [load(builder.add(at, constant(BLOCK_BYTES * part))) for part in range(4)]
+                            for r in range(weight_rows):
+                                if r not in unpacked:
+                                    unpacked[r] = unpack(builder.bitcast(load(builder.add(rows[r], codes_at)), shorts))
                                 place = each * (j * weight_rows + r)
-                                new[place : place + each] = add_products(new[place : place + each], codes, inputs)
+                                added = add_products(new[place : place + each], unpacked[r], inputs)
+                                new[place : place + each] = added
                     return new
 
                 return build_loop(builder, first, last, initial, turn)
@@ -294,11 +297,11 @@ def _make_dots(variant: str, weight_rows: int, input_rows: int) -> Any:
 
 
 def _make_variant(variant: str) -> Any:
-    """The function for a processor, by tiles of four rows of codes with one of inputs, and of one or two with four."""
+    """The function for a processor, by tiles of four rows of codes with one of inputs, and of one to four with four."""
     if variant == "plain" or variant not in available():
         return plain
-    # half as many registers, or two sums in each pair
-    low = 1 if variant in ("avx2", "avxvnni", "neon") else 2
+    # as many sums as the registers hold: half as many registers, or two sums in each pair, or room for four
+    low = {"avx2": 1, "avxvnni": 1, "neon": 1, "vnni": 4}.get(variant, 2)
     high_one, low_wide, one_one = (_make_dots(variant, *shape) for shape in ((4, 1), (low, 4), (1, 1)))
 
     def products(out, packed, q, first, last):
