@@ -19,6 +19,7 @@
     bit_rows        its norms and gates
     bit_trunk       its trunk: weights, buffers, forward, backward
     bit_decode      its trunk for one token, with a state of one vector per layer
+    bit_packed      its trunk and its output layer from packed weights, on all threads, for up to 64 tokens of a text
     decode          the trunk for one token, with a state of constant size
     bitlinear_head  the MatMul-free LM's output layer: inputs for dense_head, logits from packed weights
     dense_head      softmax over all tokens, fused with cross-entropy and its gradients
@@ -50,6 +51,7 @@
     _bit_arrays     the arrays of the MatMul-free trunk
     _bit_layer      a BitLinear inside its regions
     _bit_regions    a thread's part of its steps
+    _bit_packed_regions  a thread's part of its layers from packed weights
     _gradient_copies copies of the gradients of weights: allocation, clearing, sum
     _ternary_layer  a ternary layer inside the trunk's regions
     _ternary_dots   packed rows times int8, one variant per processor
@@ -69,6 +71,7 @@ This module imports nothing, so a program loads only the kernels that it uses, a
 __all__ = [
     "adamw",
     "bit_decode",
+    "bit_packed",
     "bit_rows",
     "bit_trunk",
     "bitlinear",
