@@ -43,8 +43,8 @@ from flashlm_numba.model.shapes import SHAPES
     "shape",
     type=click.Choice(list(SHAPES)),
     help="Shape of the model. v3: FlashLM v3's. default: with what the recipe default adds. nano, micro, mini: for "
-    "vocabularies of 1,024, 4,096 and 8,192 tokens, in 224 KB, 960 KB and 4 MB. mmf: the MatMul-free LM's. Default: "
-    "the recipe's. --set changes single numbers of it.",
+    "vocabularies of 1,024, 4,096 and 8,192 tokens, in 224 KB, 960 KB and 4 MB. mmf: the MatMul-free LM's, "
+    "paper-*: the published ones. Default: the recipe's. --set changes single numbers of it.",
 )
 @click.option(
     "--init",

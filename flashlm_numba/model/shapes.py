@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,6 +35,11 @@ def _small(dim: int, ffn_dim: int, groups: int, dilations: tuple[int, ...], scal
     return replace(narrow, mixer_residual_scale=mixer, ffn_residual_scale=ffn)
 
 
+def _paper(dim: int, n_blocks: int) -> ModelConfig:
+    """A published MatMul-free LM. As in the authors' code, its GLU is the first multiple of 256 from 8/3 of dim on."""
+    return replace(_MMF, vocab_size=32_000, dim=dim, ffn_dim=256 * math.ceil(dim * 8 // 3 / 256), n_blocks=n_blocks)
+
+
 # A shape leaves the number of tokens to the vocabulary of the training text.
 SHAPES: dict[str, ModelConfig] = {
     "v3": _V3,
@@ -42,6 +48,10 @@ SHAPES: dict[str, ModelConfig] = {
     "micro": _small(144, 384, 18, (1, 4, 32), (2**-4, 2**-17)),
     "mini": replace(_DEFAULT, n_blocks=2, n_passes=1),  # the arithmetic of the default shape, twice its trunk weights
     "mmf": _MMF,
+    # Zhu et al. 2024, arXiv:2406.02528; for random weights of their sizes see tools/bench_scale.py
+    "paper-370m": _paper(1024, 24),
+    "paper-1.3b": _paper(2048, 24),
+    "paper-2.7b": _paper(2560, 32),
 }
 
 
