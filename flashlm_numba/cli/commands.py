@@ -23,6 +23,7 @@ from flashlm_numba.system.display import peak_rss_mb, plural
 
 if TYPE_CHECKING:
     from flashlm_numba.model.model import Model
+    from flashlm_numba.model.packed_model import PackedModel
 
 
 @click.command()
@@ -286,12 +287,11 @@ def generate(
     """
     from flashlm_numba.heads.sampling import kinds_of_sampling
     from flashlm_numba.inference.generate import generate_text
-    from flashlm_numba.model.build import load_model
+    from flashlm_numba.model.packed_reading import load_for_generation
 
     use_threads(threads)
     uses = ["generate", *kinds_of_sampling(temperature, top_k, top_p), *filter(None, [activations])]
-    loaded = load_model(run, checkpoint, ema=ema, uses=uses)
-    model = loaded.model
+    model, vocabulary = load_for_generation(run, checkpoint, ema=ema, uses=uses)
     if activations is not None:
         model.use_activations(activations)
     if int8_head:
@@ -300,7 +300,6 @@ def generate(
         _use_int8_head(model, run)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
-    vocabulary = loaded.vocabulary
     vocabulary.load()  # reports a damaged vocabulary before the prompt is printed
     click.echo(prompt, nl=False)
     drawn: list[float] = []  # time at which each token was sampled, seconds
@@ -323,7 +322,7 @@ def generate(
         click.echo(_stats(drawn), err=True)
 
 
-def _use_int8_head(model: Model, run: Path) -> None:
+def _use_int8_head(model: Model | PackedModel, run: Path) -> None:
     """Quantise the dense head's weights to int8; another head is a usage error."""
     if not model.head.has_int8:
         raise click.UsageError(f"--int8-head is for the dense head, but {run} has the {model.head.name} head.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,11 +14,27 @@ from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
     from flashlm_numba.data.tokenizer import Vocabulary
-    from flashlm_numba.model.model import Model
+
+
+class Generator(Protocol):
+    """What generation needs of a model: Model has it, and PackedModel."""
+
+    @property
+    def head(self) -> Any:
+        """Its head, or what samples in its place."""
+
+    def sync_weights(self) -> None:
+        """See Model."""
+
+    def prefill(self, ids: np.ndarray) -> tuple[Any, np.ndarray]:
+        """See Model."""
+
+    def decode_step(self, state: Any, token: int) -> np.ndarray:
+        """See Model."""
 
 
 def generate_ids(
-    model: Model,
+    model: Generator,
     context: list[int],
     *,
     rng: np.random.Generator,
@@ -74,7 +90,7 @@ class Utf8Stream:
 
 
 def generate_text(
-    model: Model,
+    model: Generator,
     vocabulary: Vocabulary,
     prompt: str,
     *,

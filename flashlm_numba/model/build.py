@@ -40,6 +40,7 @@ _PARTS = {
     "memory": ("ngrams",),  # beside the model
     "float": ("{float}",),
     "int8": ("{int8}",),
+    "packed": ("bitlinear-packed",),  # generation by a PackedModel, with KINDS of sampling
     **{kind: (f"{{head}}-{kind}",) for kind in KINDS},
 }
 ANY_USE = ("score", "generate", "float", "int8", *KINDS)  # of a model that is not trained further
@@ -69,8 +70,9 @@ class Trained:
 def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     """The parts of the kernels for these uses of a run's model.
 
-    uses : some of "read", "score", "train", and "generate" with KINDS of sampling; "whole" also for the probabilities
-        of all tokens; "memory" for n-grams; "float" or "int8" for other activations than those of the training
+    uses : some of "read", "score", "train", and "generate" or "packed" with KINDS of sampling; "whole" also for the
+        probabilities of all tokens; "memory" for n-grams; "float" or "int8" for other activations than those of the
+        training
     """
     names = {"head": run.head.name, "activations": run.model.activations, "linear": ""}
     names |= {kind: kind for kind in ACTIVATIONS}

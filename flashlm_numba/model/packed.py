@@ -78,7 +78,7 @@ def _compressed(text: str) -> str:
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
 
 
-def _decompressed(text: str) -> str:
+def decompressed(text: str) -> str:
     """The text of _compressed. Raises ValueError if it is damaged, or longer than MOST_TEXT bytes."""
     decoder = zlib.decompressobj()
     try:
@@ -90,14 +90,28 @@ def _decompressed(text: str) -> str:
     return found.decode()
 
 
+class Digest:
+    """SHA-256 over texts and then every tensor's name, dtype, shape and bytes, in the order of the names."""
+
+    def __init__(self, *texts: str) -> None:
+        self._digest = hashlib.sha256("".join(f"{text}\0" for text in texts).encode())
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """The next tensor."""
+        array = np.asarray(tensor, order="C")
+        self._digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        self._digest.update(array.reshape(-1).view(np.uint8).data)
+
+    def hex(self) -> str:
+        """Of what was added so far."""
+        return self._digest.hexdigest()
+
+
 def _digest(tensors: dict[str, np.ndarray], *texts: str) -> str:
-    """SHA-256 over texts and every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256("".join(f"{text}\0" for text in texts).encode())
+    digest = Digest(*texts)
     for name in sorted(tensors):
-        array = np.asarray(tensors[name], order="C")
-        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        digest.add(name, tensors[name])
+    return digest.hex()
 
 
 def write(
@@ -182,7 +196,7 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:
     if _digest(tensors, config, state_text, tokenizer) != metadata.get("sha256"):
         raise UserError(damaged.format("its tensors do not match its SHA-256"))
     try:
-        text = _decompressed(tokenizer)
+        text = decompressed(tokenizer)
         state = parse_json(state_text)
         shapes, rows = state.pop("shapes"), state["rows"]
         columns = shapes.pop(EMBEDDING)[1]

@@ -91,6 +91,18 @@ def _bit_decoding() -> None:
     trunk.read(state, buffers, embedding, np.zeros(32, np.int32))
 
 
+def _bit_packed() -> None:
+    """For one token, and for several."""
+    from flashlm_numba.kernels.ternary_gemv import best_variant
+    from flashlm_numba.model.packed_model import random_packed_model
+
+    best_variant()  # compiles what checks it
+    config = replace(CONFIG, mixer="mlgru", linear="bitlinear", ngram_copy_orders=())
+    model = random_packed_model(config, 0)
+    state, _ = model.prefill(np.zeros(3, np.int32))
+    model.head.logits(model.decode_step(state, 0))
+
+
 def _pack_weights(activations: str) -> None:
     """With "int8" also the product, since the program checks it before the first use."""
     from flashlm_numba.heads.dense import DenseHead
@@ -244,6 +256,7 @@ TASKS: dict[str, Task] = {
     "bitlinear backward": Task("bitlinear-backward", partial(_bit_function, "backward", True), 9, 15),
     "bitlinear backward: region": Task("bitlinear-backward", partial(_bit_function, "region", True), 7, 1),
     "bitlinear decoding": Task("bitlinear-decoding", _bit_decoding, 12, 20),
+    "bitlinear packed": Task("bitlinear-packed", _bit_packed, 15, 40),
     "embedding's gradient": Task("embedding", _embedding_gradient, 2, 3),
     "NorMuon": Task("optimizer", partial(_optimizers, normuon=True), 7, 21),
     "n-grams": Task("ngrams", _ngrams, 8, 30),
