@@ -301,7 +301,7 @@ def _make_variant(variant: str) -> Any:
     if variant == "plain" or variant not in available():
         return plain
     # as many sums as the registers hold: half as many registers, or two sums in each pair, or room for four
-    low = {"avx2": 1, "avxvnni": 1, "neon": 1, "vnni": 4}.get(variant, 2)
+    low = {"avx2": 1, "neon": 1, "vnni": 4}.get(variant, 2)
     high_one, low_wide, one_one = (_make_dots(variant, *shape) for shape in ((4, 1), (low, 4), (1, 1)))
 
     def products(out, packed, q, first, last):
