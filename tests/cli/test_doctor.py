@@ -88,7 +88,7 @@ def test_a_forced_variant_that_there_is_not_is_a_problem(quick, monkeypatch):
     ("where", "name", "check"),
     [
         ("flashlm_numba.kernels.ternary_wgrad", "ternary_wgrad", "int8 gradients"),
-        ("flashlm_numba.model.model", "trunk_backward", "trunk's gradients"),
+        ("flashlm_numba.model.trunks", "trunk_backward", "trunk's gradients"),
     ],
 )
 def test_a_wrong_gradient_is_a_problem(quick, monkeypatch, where, name, check):

@@ -132,7 +132,7 @@ def test_widths_that_are_multiples_of_nothing(dim, ffn_dim, groups, blocks, pass
         ("n_blocks=0", "model.n_blocks must be at least 1, got 0."),
         ("n_passes=0", "model.n_passes must be at least 1, got 0."),
         ("dim=100", "model.groups must divide model.dim, got 16 and 100."),
-        ("mixer=mamba", "model.mixer must be one of conv, got 'mamba'."),
+        ("mixer=mamba", "model.mixer must be one of conv, mlgru, got 'mamba'."),
     ],
 )
 def test_impossible_shapes_are_one_sentence(setting, sentence):

@@ -96,7 +96,7 @@ def test_an_export_of_it_names_no_path(run, corpus, tmp_path):
         (["--set", "n_blocks=2", "--set", "soft_cap=3"], 1, "fix model.n_blocks, head.soft_cap; leave"),
         (["--set", "tree=huffman"], 1, "fix head.tree; leave that setting out."),
         (["--set", "embedding_init=random"], 1, "fix training.embedding_init;"),
-        (["--set", "mixer=other"], 1, "model.mixer must be one of conv, got 'other'."),
+        (["--set", "mixer=other"], 1, "model.mixer must be one of conv, mlgru, got 'other'."),
         (["--init", "nowhere"], 1, "There is no run at nowhere;"),
         (["--init", __file__], 1, "cannot be read as a model"),
     ],
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_another_mixer_is_one_sentence(run, corpus, tmp_path):
     for arguments in (["eval", copy], ["train", corpus, "--init", copy, "--out", tmp_path / "tuned"]):
         done = command(*arguments)
         assert done.exit_code == 1
-        assert "model.mixer must be one of conv, got 'attention'" in done.stderr
+        assert "model.mixer must be one of conv, mlgru, got 'attention'" in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "tuned").exists()
 
