@@ -230,7 +230,7 @@ def test_the_tokenizer_in_the_metadata_is_what_the_page_says(run, exported):
 
 def test_a_tokenizer_that_is_cut_or_endless_is_refused(monkeypatch):
     whole = packed._compressed("x" * 5_000)
-    assert packed._decompressed(whole) == "x" * 5_000
+    assert packed.decompressed(whole) == "x" * 5_000
     cut = base64.b64encode(base64.b64decode(whole)[:-4]).decode()
     monkeypatch.setattr(packed, "MOST_TEXT", 4_999)
     for text, why in (
@@ -240,4 +240,4 @@ def test_a_tokenizer_that_is_cut_or_endless_is_refused(monkeypatch):
         ("é", "ASCII"),
     ):
         with pytest.raises(ValueError, match=why):
-            packed._decompressed(text)
+            packed.decompressed(text)
