@@ -123,7 +123,8 @@ class BitTrunkWeights:
         )
 
 
-def _steps(layers: int, dim: int, *, backward: bool) -> list[Step]:
+def bit_steps(layers: int, dim: int, *, backward: bool) -> list[Step]:
+    """The steps of a pass, in order, and how each divides among threads."""
     scan = Stage(SEQUENCES, -(-dim // REGISTER))
     if backward:
         order = [(OUTPUTS, Stage(ROWS)), (SCAN, scan), (INPUTS, Stage(ROWS)), (WEIGHTS, Stage(SEQUENCES, ANY))]
@@ -209,7 +210,7 @@ class BitBuffers:
     def _shape(self, *, backward: bool) -> Shape:
         """The shape of a pass, without the addresses."""
         division, config = self.division, self._weights.config
-        steps = _steps(self._weights.n_layers, config.dim, backward=backward)
+        steps = bit_steps(self._weights.n_layers, config.dim, backward=backward)
         return Shape(
             division.time,
             division.tile,

@@ -11,7 +11,7 @@ import flashlm_numba as fl
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
 from flashlm_numba.inference.evaluate import score, token_nll
-from flashlm_numba.model import model as model_module
+from flashlm_numba.model import trunks
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
@@ -164,14 +164,14 @@ def test_a_second_computation_of_gradients_is_refused(monkeypatch):
     ids = text(0)
     weights = np.full(ids.size, 1 / ids.size, np.float32)
     inside, go_on = threading.Event(), threading.Event()
-    original = model_module.trunk_backward
+    original = trunks.trunk_backward
 
     def slow(*args):
         inside.set()
         assert go_on.wait(60)
         return original(*args)
 
-    monkeypatch.setattr(model_module, "trunk_backward", slow)
+    monkeypatch.setattr(trunks, "trunk_backward", slow)
 
     def second():
         assert inside.wait(60)

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.optimize import nnls
 
+from flashlm_numba.kernels import _bit_regions
 from flashlm_numba.kernels._division import Division, Stage, divide
 from flashlm_numba.kernels._steps import BEFORE_MIXER, FFN, FFN_WEIGHTS, Step, backward_steps, forward_steps
+from flashlm_numba.kernels.bit_trunk import bit_steps
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.trunks import TernaryTrunk
 
@@ -39,6 +41,14 @@ def _costs(config: ModelConfig, steps: list[Step], *, backward: bool) -> list[fl
     return found
 
 
+def _bit_costs(config: ModelConfig, steps: list[Step]) -> list[float]:
+    """The same of a MatMul-free LM."""
+    inputs, outputs = 3 * config.dim**2, config.dim**2 + 3 * config.dim * config.ffn_dim
+    costs = {_bit_regions.INPUTS: inputs, _bit_regions.SCAN: 0, _bit_regions.OUTPUTS: outputs}
+    costs[_bit_regions.WEIGHTS] = inputs + outputs
+    return [float(costs[step.operation] + ROW_COST * config.dim) for step in steps]
+
+
 def region_work(division: Division, stages: list[Stage], costs: list[float]) -> np.ndarray:
     """The work of every thread in every region, (regions, P)."""
     regions, starts, parts = division.plan(stages)
@@ -53,17 +63,17 @@ def region_work(division: Division, stages: list[Stage], costs: list[float]) -> 
 
 def trunk_work(config: ModelConfig, batch: int, time: int, threads: int) -> np.ndarray:
     """The work of every thread in every region of both passes, (regions, P), in multiply-adds."""
-    weights, division = TernaryTrunk(config).weights, divide(batch, time, threads)
-    passes = (
-        (forward_steps(weights.layers, weights.mixer.forward_stages()), False),
-        (backward_steps(weights.layers, weights.mixer.backward_stages()), True),
-    )
-    return np.concatenate(
-        [
-            region_work(division, [step.divides for step in steps], _costs(config, steps, backward=backward))
-            for steps, backward in passes
-        ]
-    )
+    division = divide(batch, time, threads)
+    if config.linear == "bitlinear":
+        layers = config.n_passes * config.n_blocks
+        both = [bit_steps(layers, config.dim, backward=backward) for backward in (False, True)]
+        passes = [(steps, _bit_costs(config, steps)) for steps in both]
+    else:
+        weights = TernaryTrunk(config).weights
+        forward = forward_steps(weights.layers, weights.mixer.forward_stages())
+        back = backward_steps(weights.layers, weights.mixer.backward_stages())
+        passes = [(forward, _costs(config, forward, backward=False)), (back, _costs(config, back, backward=True))]
+    return np.concatenate([region_work(division, [step.divides for step in steps], costs) for steps, costs in passes])
 
 
 def trunk_share(config: ModelConfig, batch: int, time: int, threads: int) -> float:
