@@ -45,7 +45,7 @@ class ModelConfig:
     activations: str = _one_of("float", ACTIVATIONS)  # precision of the activations that ternary weights multiply
     # ternary matrices: FlashLM v3's, or the MatMul-free LM's with a norm, int8 inputs and a scale; that has no
     # residual scales and no ternary_threshold. Runs of earlier versions do not have these two.
-    linear: str = _one_of("ternary", LINEARS, optional=True)
+    linear: str = _one_of("ternary", LINEARS, optional=True)  # kind of the ternary layers
     norm_eps: float = _in(1e-6, 1e-12, 1, optional=True)  # epsilon of the trunk's norms with linear=bitlinear
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class OptimizerConfig:
     adamw_eps: ClassVar[float] = 1e-8  # added to the square root of the second moment
 
     # update rule of the ternary matrices; runs of earlier versions do not have this setting and the schedule
-    matrices: str = _one_of("normuon", ("normuon", "adamw"), optional=True)
+    matrices: str = _one_of("normuon", ("normuon", "adamw"), optional=True)  # their optimiser
     normuon: str = _one_of("published", NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # peak learning rate of NorMuon
     normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations per step
@@ -111,7 +111,7 @@ class OptimizerConfig:
     warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
     # after the warm-up: constant, then linear to 0; or a cosine to 0 that is halved from the middle on
-    schedule: str = _one_of("linear", ("linear", "halved-cosine"), optional=True)
+    schedule: str = _one_of("linear", ("linear", "halved-cosine"), optional=True)  # of the learning rates
 
     @property
     def normuon_variant(self) -> dict[str, Any]:
