@@ -22,6 +22,7 @@ from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels.ngrams import NgramModel, NgramTables
 
 MOST_TOKENS = 2**31 - 2  # positions are int32
+LEAST_DISCOUNT = 0.1
 _FEW = 48  # up to so many numbers, insertion is the faster sort
 
 
@@ -173,14 +174,18 @@ def _longer(text: np.ndarray, before: _Places, vocab_size: int, barrier: int) ->
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """D (4,) for counts of 0, 1, 2 and more: Chen and Goodman's estimate, kept between 0 and the count."""
+    """D (4,) for counts of 0, 1, 2 and more: Chen and Goodman's estimate, kept between LEAST_DISCOUNT and the count.
+
+    In a text that contains itself several times the estimate may be negative. Without a discount a context would leave
+    nothing for the tokens that have not followed it.
+    """
     n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].tolist()
     if not n1 or not n2:
         return np.array([0, 0.5, 0.5, 0.5])
     share = n1 / (n1 + 2 * n2)
     second = 2 - 3 * share * n3 / n2
     third = 3 - 4 * share * n4 / n3 if n3 else second
-    return np.array([0, 1 - 2 * share * n2 / n1, second, third]).clip(0, [0, 1, 2, 3])
+    return np.array([0, *np.clip([1 - 2 * share * n2 / n1, second, third], LEAST_DISCOUNT, [1, 2, 3])])
 
 
 @helper
@@ -297,6 +302,7 @@ def count_ngrams(
     if not 0 <= end_of_text < vocab_size:
         raise ValueError(f"count_ngrams: end_of_text must be in [0, {vocab_size}), got {end_of_text}")
     _check.indices("count_ngrams", "text", text, vocab_size)
+    least = min(least, MOST_TOKENS)  # nothing occurs more often
     text = np.concatenate([np.array([end_of_text], np.int32), text], dtype=np.int32)
     first = _starts(np.bincount(text, minlength=vocab_size))
     before = _Places(np.empty(len(text), np.int32), first)

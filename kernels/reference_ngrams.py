@@ -70,5 +70,5 @@ def _discounts(counts: list[int]):
         share = n[1] / (n[1] + 2 * n[2])
         second = 2 - 3 * share * n[3] / n[2]
         third = 3 - 4 * share * n[4] / n[3] if n[3] else second
-        values = [0, *np.clip([1 - 2 * share * n[2] / n[1], second, third], 0, [1, 2, 3])]
+        values = [0, *np.clip([1 - 2 * share * n[2] / n[1], second, third], 0.1, [1, 2, 3])]
     return lambda count: float(values[min(count, 3)])

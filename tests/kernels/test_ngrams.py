@@ -50,6 +50,27 @@ def test_the_probabilities_of_all_tokens_sum_to_one_after_any_context(counted, o
             assert model.probability(ids[: t + 1])[0][t] == pytest.approx(all_of_them[ids[t]], rel=1e-6, abs=1e-9)
 
 
+def test_a_text_that_contains_itself_leaves_something_for_every_token():
+    """Chen and Goodman's estimates of two discounts are negative here."""
+    vocab, rng = 20, np.random.default_rng(0)
+    parts = [np.append(rng.integers(0, vocab - 1, size), vocab - 1) for size in (300, 9, 15, 150)]
+    text = np.concatenate([part for part, times in zip(parts, (4, 3, 2, 1), strict=True) for _ in range(times)])
+    model = count_ngrams(text, vocab, vocab - 1)
+    truth = kneser_ney(text.tolist(), vocab, vocab - 1, 5)
+    for t in range(12):
+        found = model.distribution(parts[0][:t].astype(np.int32))
+        assert found.min() > 0
+        context = [vocab - 1, *parts[0][:t].tolist()]
+        np.testing.assert_allclose(found, [truth(context, token) for token in range(vocab)], rtol=2e-5, atol=1e-7)
+
+
+def test_a_least_count_beyond_any_leaves_the_pairs():
+    text = np.tile(np.arange(5, dtype=np.int32), 6)
+    found = [count_ngrams(text, 5, 4, least=least).tables for least in (100, 2**70)]
+    for some, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(some, other)
+
+
 def large(vocab=50_257, size=200_000):
     if numba.config.DISABLE_JIT:
         size = 2_000
