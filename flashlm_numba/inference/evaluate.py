@@ -295,14 +295,15 @@ def evaluate_run(
     vocabulary = loaded.vocabulary
     counted = None
     if memory is not None:
-        trained_on = own_data or _own_data(run, loaded.run)
+        trained_on = own_data or _own_data(run, loaded.run, "name the folder of its tokens with --data DIR")
         counted = count_memory(open_run_tokens(trained_on, run, loaded.run.data_hash), memory, progress)
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
         raise UserError("subset, lines, column and skip_missing apply to a source; leave them out for prepared data.")
     if data is None or is_prepared(data):
-        where = data or str(own_data or _own_data(run, loaded.run))
+        advice = f"name the text to score: `flashlm-numba eval {run} DATA`"
+        where = data or str(own_data or _own_data(run, loaded.run, advice))
         tokens = open_run_tokens(where, run, loaded.run.data_hash) if data is None else open_tokens(where)
         if tokens.vocabulary.hash != vocabulary.hash:
             raise UserError(
@@ -365,9 +366,11 @@ def _with_memory(found: Scores, memory: Memory, utf8_bytes: int) -> dict[str, An
     }
 
 
-def _own_data(run: Path, config: RunConfig) -> str:
+def _own_data(run: Path, config: RunConfig, advice: str) -> str:
     """The prepared folder that a run was trained on. An exported model records only the hash of its tokens; if it is
     the hash of the built-in text, that folder is returned.
+
+    advice : for the message
     """
     from flashlm_numba.data.builtin import cached_corpus
     from flashlm_numba.data.shards import open_tokens
@@ -377,7 +380,7 @@ def _own_data(run: Path, config: RunConfig) -> str:
     built_in = cached_corpus()
     if built_in is not None and open_tokens(built_in).hash == config.data_hash:
         return str(built_in)
-    raise UserError(f"{run} does not say where its text is; name the text to score: `flashlm-numba eval {run} DATA`.")
+    raise UserError(f"{run} does not say where its text is; {advice}.")
 
 
 def _source_documents(

@@ -61,9 +61,10 @@ def test_the_text_of_an_export_is_named(run, corpus, corpus_files, tmp_path):
     """An export does not know where its text is; --data says so, and the text to score may be another."""
     file = tmp_path / "one.safetensors"
     assert command("export", run, file).exit_code == 0
-    done = command("eval", file, "--memory", "ngrams")
-    assert done.exit_code == 1
-    assert "does not say where its text is" in done.stderr
+    for words in ([], [corpus], [corpus_files / "validation.jsonl"]):
+        done = command("eval", file, *words, "--memory", "ngrams")
+        assert done.exit_code == 1
+        assert "does not say where its text is; name the folder of its tokens with --data DIR." in done.stderr
     done = command("eval", file, corpus_files / "validation.jsonl", "--data", corpus, "--memory", "ngrams", "--json")
     assert done.exit_code == 0, done.output
     want = evaluate_run(run, memory=MemoryOptions())["memory"]["alone_nll"]
