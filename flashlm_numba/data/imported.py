@@ -89,10 +89,11 @@ class ImportedVocabulary(Vocabulary):
             names = {int(i): (str(name), "model") for name, i in pairs}
             for token in self._content.get("added_tokens") or ():
                 names[int(token["id"])] = str(token["content"]), "special" if token.get("special") else "added"
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):  # infinity is no int
             raise ValueError(f"it {_FORMAT}") from None
-        if names and not 0 <= min(names) <= max(names) < self.size:
-            raise ValueError(f"it has the id {max(names):,}, but the model has {self.size:,} tokens")
+        for i in (min(names, default=0), max(names, default=0)):
+            if not 0 <= i < self.size:
+                raise ValueError(f"it has the id {i:,}, but the model has {self.size:,} tokens")
         return names
 
     @property

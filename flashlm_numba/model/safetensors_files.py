@@ -102,6 +102,8 @@ def _header(path: Path) -> dict[str, Stored]:
         entries = [(name, entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()]
         if not all(type(n) is int and n >= 0 for _, _, shape, low, high in entries for n in (*shape, low, high)):
             raise ValueError
+        if not all(isinstance(dtype, str) for _, dtype, *_ in entries):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a safetensors file: its header cannot be read; restore it.") from None
     found = {}

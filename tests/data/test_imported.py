@@ -106,6 +106,8 @@ def test_a_tokens_bytes_follow_from_the_decoder(decoder, name, expected):
         ('{"model": {"vocab": 3}}', "is not in the format"),
         ('{"model": {"vocab": {"a": 99}}}', "it has the id 99, but the model has 40 tokens"),
         ('{"model": {"vocab": {"a": 0}}}', "cannot be used"),
+        ('{"model": {"vocab": {"a": -1, "b": 2}}}', "it has the id -1, but the model has 40 tokens"),
+        ('{"model": {"vocab": {"a": 1e400}}}', "is not in the format"),
         (tokenizer_json(), "but the model has 40 tokens"),
     ],
 )

@@ -157,6 +157,7 @@ def test_a_header_that_is_none(folder):
         b"{}x",
         b'{"a": 1}',
         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}',
         b"\xff{",
     ):
         path.write_bytes(len(text).to_bytes(8, "little") + text)
