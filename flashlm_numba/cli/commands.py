@@ -405,6 +405,8 @@ def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
             click.echo(f"{key}:")
             for name, item in value.items():
                 click.echo(f"  {name:<28} {_show(item)}")
+        elif key == "receptive_field" and value is None:
+            click.echo(f"{key:<30} the whole text")
         else:
             echo(f"{key:<30} {_show(value)}")
 

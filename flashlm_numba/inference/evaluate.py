@@ -293,10 +293,6 @@ def evaluate_run(
             "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
         )
     vocabulary = loaded.vocabulary
-    counted = None
-    if memory is not None:
-        trained_on = own_data or _own_data(run, loaded.run, "name the folder of its tokens with --data DIR")
-        counted = count_memory(open_run_tokens(trained_on, run, loaded.run.data_hash), memory, progress)
     sizes = {"documents": 0, "bytes": 0}
     total = None
     if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
@@ -319,6 +315,10 @@ def evaluate_run(
             raise UserError(f"{data} is a run, not a text; name the text to score.")
         options = {"subset": subset, "column": column, "lines": lines, "skip_missing": skip_missing}
         documents, name = _source_documents(data, sizes, vocabulary, progress.note, **options), data
+    counted = None
+    if memory is not None:  # last, since it takes long
+        trained_on = own_data or _own_data(run, loaded.run, "name the folder of its tokens with --data DIR")
+        counted = count_memory(open_run_tokens(trained_on, run, loaded.run.data_hash), memory, progress)
     with Display() as display, display.tokens("scoring", total):
         found = score(
             loaded.model,
@@ -389,20 +389,25 @@ def _source_documents(
     """Token ids (n,) int32 of each document of a source; adds documents and UTF-8 bytes to sizes.
 
     options : arguments of sources.resolve
+    Raises UserError at once if the source cannot be found.
     """
     from flashlm_numba.data.sources import resolve
 
     found = resolve(source, **options)
     vocabulary.load()
     roles = ("validation",) if "validation" in found.roles else found.roles
-    for text in itertools.chain.from_iterable(found.documents(role, note=note) for role in roles):
-        if not text or text.isspace():  # as in `prepare`
-            continue
-        ids = np.array(vocabulary.encode(text), np.int32)
-        if len(ids):
-            sizes["documents"] += 1
-            sizes["bytes"] += len(text.encode("utf-8", "surrogatepass"))
-            yield ids
+
+    def documents() -> Iterator[np.ndarray]:
+        for text in itertools.chain.from_iterable(found.documents(role, note=note) for role in roles):
+            if not text or text.isspace():  # as in `prepare`
+                continue
+            ids = np.array(vocabulary.encode(text), np.int32)
+            if len(ids):
+                sizes["documents"] += 1
+                sizes["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+                yield ids
+
+    return documents()
 
 
 def validation_subset(split: Split, tokens: int) -> list[np.ndarray]:

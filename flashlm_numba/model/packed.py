@@ -31,7 +31,7 @@ from flashlm_numba.model.config import ROWS
 from flashlm_numba.model.parameters import EMBEDDING
 from flashlm_numba.model.rounded_rows import round_rows, widen_rows
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import parse_json, replace, sync_file, sync_folder
+from flashlm_numba.system.files import parse_json, replace, sync_file, sync_folder, usual_mode
 
 FORMAT = "flashlm-numba packed 3"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
@@ -152,6 +152,7 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(stored, temporary, metadata=metadata)
+        temporary.chmod(usual_mode())  # the library's file is for its owner alone
         with temporary.open("rb+") as file:
             sync_file(file)
         replace(temporary, path)

@@ -87,4 +87,7 @@ def from_recipe(name: str, settings: Iterable[str] = (), shape: str | None = Non
     if shape is not None and shape not in SHAPES:
         raise UserError(f"There is no model '{shape}'; the models are {', '.join(SHAPES)}.")
     run = RECIPES[name]
+    if shape is not None and run.model.linear == "bitlinear" != SHAPES[shape].linear:
+        fitting = ", ".join(other for other, model in SHAPES.items() if model.linear == "bitlinear")
+        raise UserError(f"The model '{shape}' is no MatMul-free LM, which {name} trains; these are {fitting}.")
     return with_settings(run if shape is None else replace(run, model=SHAPES[shape]), settings)

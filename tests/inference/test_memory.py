@@ -7,10 +7,12 @@ import pytest
 from helpers import command
 
 from flashlm_numba.data.shards import open_tokens
+from flashlm_numba.inference import evaluate
 from flashlm_numba.inference.evaluate import evaluate_run, token_nll
 from flashlm_numba.kernels.ngram_counts import count_ngrams
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import MemoryOptions
+from flashlm_numba.system.errors import UserError
 
 
 def expected(run, corpus, options):
@@ -76,3 +78,9 @@ def test_the_text_of_an_export_is_named(run, corpus, corpus_files, tmp_path):
 )
 def test_options_that_do_not_fit_are_refused(run, words):
     assert command("eval", run, *words).exit_code == 2
+
+
+def test_what_cannot_be_scored_is_refused_before_counting(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "count_memory", None)
+    with pytest.raises(UserError, match="missing"):
+        evaluate_run(run, str(tmp_path / "missing.txt"), memory=MemoryOptions())

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import shutil
+import stat
 import zlib
 
 import numpy as np
@@ -241,3 +243,13 @@ def test_a_tokenizer_that_is_cut_or_endless_is_refused(monkeypatch):
     ):
         with pytest.raises(ValueError, match=why):
             packed.decompressed(text)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_a_file_may_be_read_by_those_who_may_read_any_new_file(run, tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert _run("export", run, tmp_path / "one.safetensors").exit_code == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "one.safetensors").stat().st_mode) == 0o644

@@ -54,3 +54,10 @@ def test_mmf_recipe_has_the_size_of_v3():
     trunk = sum(math.prod(shape) for shape in parameter_shapes(mmf.model).values())
     head = mmf.model.vocab_size * mmf.model.dim + mmf.model.dim
     assert trunk + head == pytest.approx(13_555_969, rel=0.01)
+
+
+def test_a_recipe_of_the_matmul_free_lm_takes_no_other_kind_of_model():
+    with pytest.raises(UserError, match="'nano' is no MatMul-free LM, which mmf trains; these are mmf, paper"):
+        from_recipe("mmf", shape="nano")
+    assert from_recipe("mmf", shape="paper-370m").model.dim == 1024
+    assert from_recipe("default", shape="mmf").model.linear == "bitlinear"
