@@ -32,6 +32,7 @@ WINDOW = 2_048  # positions per window, overlap included
 BATCH = 4_096  # positions per batch
 THREADS_PER_WINDOW = 16  # that a window keeps busy: the channel groups of a convolution
 SMOOTHING = 0.1  # label smoothing of --smoothed, as in FlashLM v3's published losses
+_NAME_TOKENS = "name the folder of its tokens with --data DIR"
 _POOL = 128  # windows that are sorted by length and then divided into batches
 _SMOOTHED_ROWS = 64  # rows per (rows, V) table of probabilities
 
@@ -298,7 +299,7 @@ def evaluate_run(
     if (subset is not None or lines or skip_missing or column != "text") and (data is None or is_prepared(data)):
         raise UserError("subset, lines, column and skip_missing apply to a source; leave them out for prepared data.")
     if data is None or is_prepared(data):
-        advice = f"name the text to score: `flashlm-numba eval {run} DATA`"
+        advice = _NAME_TOKENS if memory else f"name the text to score: `flashlm-numba eval {run} DATA`"
         where = data or str(own_data or _own_data(run, loaded.run, advice))
         tokens = open_run_tokens(where, run, loaded.run.data_hash) if data is None else open_tokens(where)
         if tokens.vocabulary.hash != vocabulary.hash:
@@ -317,7 +318,7 @@ def evaluate_run(
         documents, name = _source_documents(data, sizes, vocabulary, progress.note, **options), data
     counted = None
     if memory is not None:  # last, since it takes long
-        trained_on = own_data or _own_data(run, loaded.run, "name the folder of its tokens with --data DIR")
+        trained_on = own_data or _own_data(run, loaded.run, _NAME_TOKENS)
         counted = count_memory(open_run_tokens(trained_on, run, loaded.run.data_hash), memory, progress)
     with Display() as display, display.tokens("scoring", total):
         found = score(
