@@ -66,7 +66,7 @@ def count_memory(tokens: TokenData, options: MemoryOptions, progress: Progress) 
         raise UserError(f"The training text has {split.n_tokens:,} tokens; fewer than {MOST_TOKENS:,} can be counted.")
     tokens.verify("train")
     began = time.perf_counter()
-    with progress.functions("counting n-grams", ORDER - 1) as bar:
+    with progress.tokens("counting n-grams", (ORDER - 1) * split.n_tokens) as bar:  # all, once for every length
         try:
             model = count_ngrams(
                 split.ids(),
@@ -74,7 +74,7 @@ def count_memory(tokens: TokenData, options: MemoryOptions, progress: Progress) 
                 tokens.vocabulary.eot,
                 order=ORDER,
                 least=options.least,
-                progress=lambda length: bar.advance(1),
+                progress=lambda length: bar.advance(split.n_tokens),
             )
         except MemoryError:
             raise UserError(
