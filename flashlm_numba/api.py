@@ -345,7 +345,7 @@ class TrainedModel:
         self.model.sync_weights()
         ids = np.array([self.vocabulary.start, *self.vocabulary.encode(text)], np.int32)
         _, h = self.model.prefill(ids)
-        p = self.head.distribution(h)[0]
+        p = self.model.head_after(ids).distribution(h)[0]
         order = np.argsort(-p, kind="stable")[: max(k, 0)]
         return [(self._text(int(token)), float(p[token])) for token in order]
 

@@ -19,7 +19,7 @@ from numba import prange
 
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
-from flashlm_numba.kernels.ngrams import NgramModel, NgramTables
+from flashlm_numba.kernels.ngrams import ALONE, MOST_COUNTED, NgramModel, NgramTables
 
 MOST_TOKENS = 2**31 - 2  # positions are int32
 LEAST_DISCOUNT = 0.1
@@ -48,6 +48,7 @@ class _Counted(NamedTuple):
     tokens: np.ndarray  # (U,) uint16 or uint32
     counts: np.ndarray  # (U,) int32: occurrences
     last: np.ndarray  # (U,) int32: the position where the first of them ends
+    alone: np.ndarray  # (U,) uint8: 1 if all occurrences are in one document
     ends: np.ndarray  # (T,) int32: the n-gram that ends at each position, or -1
 
 
@@ -119,7 +120,7 @@ def _group(groups, spare, digits, before, text, barrier, bits, bounds):
 
 
 @helper
-def _list_some(counted, after, groups, before, offsets, begin, end):
+def _list_some(counted, after, groups, before, offsets, documents, begin, end):
     for context in range(begin, end):
         low, gram, place = before.first[context], counted.starts[context] - 1, offsets[context]
         for i in range(low, low + groups.sizes[context]):
@@ -127,7 +128,9 @@ def _list_some(counted, after, groups, before, offsets, begin, end):
             if i == low or token != groups.keys[i - 1] >> 32:
                 gram += 1
                 counted.tokens[gram], counted.counts[gram], counted.last[gram] = token, 0, position
-                after.first[gram] = place
+                counted.alone[gram], after.first[gram] = 1, place
+            elif documents[position] != documents[counted.last[gram]]:
+                counted.alone[gram] = 0
             counted.counts[gram] += 1
             counted.ends[position] = gram
             after.places[place] = position
@@ -135,11 +138,11 @@ def _list_some(counted, after, groups, before, offsets, begin, end):
 
 
 @kernel
-def _list(counted, after, groups, before, offsets, bounds):
-    """Write what the groups contain; offsets (Q,): in after.places."""
+def _list(counted, after, groups, before, offsets, documents, bounds):
+    """Write what the groups contain; offsets (Q,): in after.places; documents (T,) int32: of each position."""
     for index in prange(bounds.shape[0] - 1):
         thread = np.int64(index)
-        _list_some(counted, after, groups, before, offsets, bounds[thread], bounds[thread + 1])
+        _list_some(counted, after, groups, before, offsets, documents, bounds[thread], bounds[thread + 1])
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
@@ -147,7 +150,9 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
-def _longer(text: np.ndarray, before: _Places, vocab_size: int, barrier: int) -> tuple[_Counted, _Places]:
+def _longer(
+    text: np.ndarray, documents: np.ndarray, before: _Places, vocab_size: int, barrier: int
+) -> tuple[_Counted, _Places]:
     """The n-grams one token longer than those of `before`."""
     size, contexts, threads = len(before.places), len(before.first) - 1, numba.get_num_threads()
     shares = [thread * size // threads for thread in range(1, threads)]
@@ -163,10 +168,11 @@ def _longer(text: np.ndarray, before: _Places, vocab_size: int, barrier: int) ->
         np.empty(grams, np.uint16 if vocab_size <= 2**16 else np.uint32),
         np.empty(grams, np.int32),
         np.empty(grams, np.int32),
+        np.empty(grams, np.uint8),
         np.full(len(text), -1, np.int32),
     )
     after = _Places(np.empty(int(offsets[-1]), np.int32), np.full(grams + 1, offsets[-1], np.int64))
-    _list(counted, after, groups, before, offsets, bounds)
+    _list(counted, after, groups, before, offsets, documents, bounds)
     return counted, after
 
 
@@ -222,24 +228,28 @@ class _Smoothed(NamedTuple):
 
     starts: np.ndarray  # (Q + 1,) int64
     tokens: np.ndarray  # (U,)
+    counts: np.ndarray  # (U,) uint8
     alpha: np.ndarray  # (U,) float32
     gamma: np.ndarray  # (Q,) float32: of the contexts
     kept: np.ndarray  # (U,) bool
+    discounts: np.ndarray  # (4,) float64
 
 
 def _smoothed(counted: _Counted, counts: np.ndarray, least: int) -> _Smoothed:
     grams, contexts = len(counted.tokens), len(counted.starts) - 1
+    counts, discounts = counts.astype(np.int32, copy=False), _discounts(counts)
     found = _Smoothed(
         counted.starts,
         counted.tokens,
+        np.minimum(counts, MOST_COUNTED).astype(np.uint8) | counted.alone * np.uint8(ALONE),
         np.empty(grams, np.float32),
         np.empty(contexts, np.float32),
         np.empty(grams, np.bool_),
+        discounts,
     )
-    discounts, threads = _discounts(counts), numba.get_num_threads()
-    counts = counts.astype(np.int32, copy=False)
+    threads, occurrences = numba.get_num_threads(), counted.counts
     _smooth(
-        found.alpha, found.gamma, found.kept, found.starts, counts, counted.counts, discounts, np.int64(least), threads
+        found.alpha, found.gamma, found.kept, found.starts, counts, occurrences, discounts, np.int64(least), threads
     )
     return found
 
@@ -268,9 +278,11 @@ def _joined(unigram: np.ndarray, lengths: list[_Smoothed]) -> NgramTables:
     return NgramTables(
         unigram,
         np.concatenate([found.tokens[found.kept] for found in lengths]),
+        np.concatenate([found.counts[found.kept] for found in lengths]),
         np.concatenate([found.alpha[found.kept] for found in lengths]),
         np.concatenate(gammas),
         np.concatenate([*starts, np.array([offset])]),
+        np.stack([found.discounts for found in lengths]),
     )
 
 
@@ -292,7 +304,7 @@ def count_ngrams(
     order : N, at least 2
     least : n-grams of three and more tokens that occur less often are left out; gamma takes over their share
     progress : called with each length once it is counted
-    It uses as many threads as Numba, and about 32 bytes per token of the text and 24 per n-gram of memory. Raises
+    It uses as many threads as Numba, and about 36 bytes per token of the text and 26 per n-gram of memory. Raises
     ValueError if text is not of the vocabulary or has 2**31 - 2 tokens or more, or an option is out of range.
     """
     if order < 2:
@@ -304,6 +316,8 @@ def count_ngrams(
     _check.indices("count_ngrams", "text", text, vocab_size)
     least = min(least, MOST_TOKENS)  # nothing occurs more often
     text = np.concatenate([np.array([end_of_text], np.int32), text], dtype=np.int32)
+    documents = np.cumsum(text == end_of_text, dtype=np.int32)
+    documents -= text == end_of_text  # the token that ends a document is its own
     first = _starts(np.bincount(text, minlength=vocab_size))
     before = _Places(np.empty(len(text), np.int32), first)
     _sort_by_token(before.places, first[:-1].copy(), text)
@@ -311,7 +325,7 @@ def count_ngrams(
     unigram, shorter = np.empty(0, np.float32), None
     for n in range(2, order + 1):
         # of a context only the first token may be end_of_text
-        counted, before = _longer(text, before, vocab_size, -1 if n == 2 else end_of_text)
+        counted, before = _longer(text, documents, before, vocab_size, -1 if n == 2 else end_of_text)
         if shorter is None:
             unigram = _unigram(np.bincount(text[counted.last], minlength=vocab_size))
         else:

@@ -20,20 +20,42 @@ def ngram_counts(text: list[int], order: int, end_of_text: int) -> list[Counter]
     return counts
 
 
-def kneser_ney(text: list[int], vocab_size: int, end_of_text: int, order: int, least: int = 1):
-    """A function (context, token) -> probability; see ngrams.count_ngrams."""
-    counts = ngram_counts(text, order, end_of_text)
+def _used(counts: list[Counter], end_of_text: int) -> list[dict]:
+    """What the formulas count of the n-grams of each length: occurrences, or different tokens before them."""
     used: list[dict] = []
-    for n in range(1, order + 1):
-        if n == order:
-            used.append(dict(counts[n - 1]))
+    for n, found in enumerate(counts, 1):
+        if n == len(counts):
+            used.append(dict(found))
             continue
         before = defaultdict(set)
         for gram in counts[n]:
             before[gram[1:]].add(gram[0])
-        begins = {g: c for g, c in counts[n - 1].items() if n > 1 and g[0] == end_of_text}
-        used.append({g: begins.get(g, len(before[g])) for g in counts[n - 1]})
+        begins = {g: c for g, c in found.items() if n > 1 and g[0] == end_of_text}
+        used.append({g: begins.get(g, len(before[g])) for g in found})
+    return used
+
+
+def kneser_ney(
+    text: list[int], vocab_size: int, end_of_text: int, order: int, least: int = 1, without: int | None = None
+):
+    """A function (context, token) -> probability; see ngrams.count_ngrams.
+
+    without : position in the text; see NgramModel.without_document
+    """
+    counts, alone = ngram_counts(text, order, end_of_text), set()
+    used = _used(counts, end_of_text)
     discounts = [_discounts(list(u.values())) for u in used]
+    if without is not None:
+        begin = max((t + 1 for t in range(without) if text[t] == end_of_text), default=0)
+        end = next((t for t in range(without, len(text)) if text[t] == end_of_text), len(text) - 1)
+        own = ngram_counts(text[begin : end + 1], order, end_of_text)
+        alone = {gram for n in range(1, order) for gram, c in own[n].items() if c == counts[n][gram]}
+        document = [end_of_text, *text[begin : without + 1]]
+        for n in range(2, min(order, len(document)) + 1):
+            gram = tuple(document[len(document) - n :])
+            counts[n - 1][gram] -= counts[n - 1][gram] if gram in alone else 1
+            counts[n - 1] += Counter()  # drops what does not occur any more
+        used = used[:1] + _used(counts, end_of_text)[1:]
     followers: list[dict] = [defaultdict(dict) for _ in range(order)]
     for n in range(2, order + 1):
         for gram, count in used[n - 1].items():
@@ -52,7 +74,7 @@ def kneser_ney(text: list[int], vocab_size: int, end_of_text: int, order: int, l
                 break
             h = tuple(context[len(context) - n + 1 :])
             found = followers[n - 1].get(h)
-            if not found or not kept(h):
+            if not found or not kept(h) or h in alone:
                 continue
             total = sum(found.values())
             alpha = {w: (c - discounts[n - 1](c)) / total for w, c in found.items() if kept((*h, w))}

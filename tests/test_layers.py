@@ -12,12 +12,13 @@ LAYERS = {
     "system": 1,
     "data": 2,
     "heads": 2,
-    "model": 3,
-    "inference": 4,
-    "training": 5,
-    "api": 6,
-    "cli": 7,
-    "__main__": 8,
+    "memory": 3,
+    "model": 4,
+    "inference": 5,
+    "training": 6,
+    "api": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 
 

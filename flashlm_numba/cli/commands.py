@@ -18,7 +18,8 @@ import click
 from flashlm_numba.cli import options
 from flashlm_numba.cli.options import Number, PathOrSource, Text, echo, use_threads
 from flashlm_numba.cli.train_command import train
-from flashlm_numba.model.config import MEMORIES, ROWS, MemoryOptions
+from flashlm_numba.memory.config import MEMORIES
+from flashlm_numba.model.config import ROWS
 from flashlm_numba.system.display import peak_rss_mb, plural
 
 if TYPE_CHECKING:
@@ -129,21 +130,18 @@ def prepare(
 @click.option(
     "--memory",
     type=click.Choice(MEMORIES),
-    help="Also score a mixture with the n-grams of the text that RUN was trained on.",
+    help="ngrams: if RUN has no memory, also score a mixture with the n-grams of the text that it was trained on. "
+    "none: score the model without its memory.",
 )
 @click.option(
     "--memory-weight",
     type=Number(min=0, max=1),
-    default=MemoryOptions.weight,
-    show_default=True,
-    help="Share of the memory in the mixture.",
+    help="Share of the memory in the mixture, for a RUN without a memory. Default: 0.4.",
 )
 @click.option(
     "--memory-least",
     type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Leave out n-grams of three and more tokens that occur less often.",
+    help="Leave out n-grams of three and more tokens that occur less often, for a RUN without a memory. Default: 1.",
 )
 @options.threads
 @options.json
@@ -160,8 +158,8 @@ def evaluate(
     ema: bool,
     checkpoint: str | None,
     memory: str | None,
-    memory_weight: float,
-    memory_least: int,
+    memory_weight: float | None,
+    memory_least: int | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -172,12 +170,14 @@ def evaluate(
     Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file
     written by `export`.
     """
-    if data is not None and own_data is not None and memory is None:
+    given: dict[str, Any] = {"share": memory_weight, "least": memory_least}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if data is not None and own_data is not None and memory != "ngrams":
         raise click.UsageError("DATA is the text to score, and --data the text of RUN; give only one of the two.")
-    if memory is None and (memory_least, memory_weight) != (MemoryOptions.least, MemoryOptions.weight):
+    if chosen and memory != "ngrams":
         raise click.UsageError("--memory-weight and --memory-least need --memory ngrams.")
     from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
-    from flashlm_numba.inference.evaluate import evaluate_run
+    from flashlm_numba.inference.evaluate import CountedMemory, evaluate_run
 
     use_threads(threads)
     result = evaluate_run(
@@ -192,7 +192,8 @@ def evaluate(
         lines=lines,
         skip_missing=skip_missing,
         own_data=own_data,
-        memory=None if memory is None else MemoryOptions(memory_least, memory_weight),
+        memory=CountedMemory(**chosen) if memory == "ngrams" else None,
+        alone=memory == "none",
     )
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
@@ -212,16 +213,16 @@ def evaluate(
         f"scored         {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
         f"{plural(result['documents'], 'document')} of {result['data']}"
     )
-    if memory is not None:
-        found = result["memory"]
+    if found := result.get("memory"):
+        counted = found["weight"] is not None
+        parts = {"with n-grams": "", "without them": "head_", "n-grams alone": "alone_"}
+        for label, prefix in list(parts.items())[0 if counted else 1 :]:
+            note = f", at a weight of {found['weight']:g}" if label == "with n-grams" else ""
+            nll, bits = found[f"{prefix}nll"], found[f"{prefix}bits_per_byte"]
+            click.echo(f"{label:<14} {nll:.4f} nats per token, {bits:.4f} bits per byte{note}")
         click.echo(
-            f"with n-grams   {found['nll']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte, "
-            f"at a weight of {found['weight']:g}; the n-grams alone {found['alone_nll']:.4f} and "
-            f"{found['alone_bits_per_byte']:.4f}"
-        )
-        click.echo(
-            f"n-grams        {found['ngrams']:,} of up to {found['order']} tokens, {found['bytes'] / 1e6:,.0f} MB, "
-            f"counted in {found['seconds']:.1f} s"
+            f"n-grams        {found['ngrams']:,} of up to {found['order']} tokens, {found['bytes'] / 1e6:,.0f} MB"
+            + (f", counted in {found['seconds']:.1f} s" if counted else "")
         )
     click.echo("causal         yes: changing a token changes no earlier hidden state, bit for bit")
 
@@ -348,9 +349,10 @@ def _stats(drawn: list[float]) -> str:
     help="Precision of the embedding's rows, which are most of the file. int8 and int4 round them. float keeps them, "
     "and the exported model then computes exactly the same results as RUN.",
 )
+@click.option("--no-memory", is_flag=True, help="Leave out the memory of RUN. The model then predicts without it.")
 @options.ema
 @options.checkpoint
-def export(run: Path, file: Path, rows: str, ema: bool, checkpoint: str | None) -> None:
+def export(run: Path, file: Path, rows: str, no_memory: bool, ema: bool, checkpoint: str | None) -> None:
     """Write the model in RUN to one FILE (.safetensors), to store or to share.
 
     The file packs ternary weights into 1.6 bits each, rounds the rows of the embedding, and stores all other weights
@@ -358,7 +360,7 @@ def export(run: Path, file: Path, rows: str, ema: bool, checkpoint: str | None) 
     """
     from flashlm_numba.model.export import export_run
 
-    size = export_run(run, file, checkpoint, ema=ema, rows=rows).stat().st_size
+    size = export_run(run, file, checkpoint, ema=ema, rows=rows, memory=not no_memory).stat().st_size
     echo(f"{file}: {size / 1e6:,.1f} MB with {rows} rows")
 
 

@@ -11,6 +11,7 @@ import click
 from flashlm_numba.cli import options
 from flashlm_numba.cli.options import HeadName, Number, PathOrSource, use_threads
 from flashlm_numba.heads import HEADS, head_class
+from flashlm_numba.memory.config import MEMORIES
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe, names_head
 from flashlm_numba.model.shapes import SHAPES
@@ -52,6 +53,12 @@ from flashlm_numba.model.shapes import SHAPES
     metavar="RUN|EXPORT",
     help="Start from the trained weights of a run, of one of its checkpoints, or of a file written by `export`, with "
     "their model and head. The schedule and the optimiser's state are new. DATA needs the same vocabulary.",
+)
+@click.option(
+    "--memory",
+    type=click.Choice(MEMORIES),
+    help="ngrams: count the n-grams of the training text and train the model beside them; its probabilities are then "
+    "those of both, mixed. Default: none.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Train for this many optimiser steps.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Train on at least this many tokens.")
@@ -98,6 +105,7 @@ def train(
     recipe: str | None,
     shape: str | None,
     init: Path | None,
+    memory: str | None,
     steps: int | None,
     tokens: int | None,
     minutes: float | None,
@@ -126,6 +134,7 @@ def train(
                 "--recipe": recipe,
                 "--model": shape,
                 "--init": init,
+                "--memory": memory,
                 "--out": out,
                 "--seed": seed,
                 "--embeddings": embeddings,
@@ -143,6 +152,10 @@ def train(
         raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
     if checkpoint is not None:
         raise click.UsageError("--checkpoint selects where --resume continues; give --resume RUN too.")
+    if memory is not None:
+        if any(setting.partition("=")[0].strip() in ("memory", "memory.memory") for setting in settings):
+            raise click.UsageError("--set memory repeats an option; give only one of the two.")
+        settings = (f"memory.memory={memory}", *settings)
     run, any_head = _run_settings(head, tree, recipe, shape, init, embeddings, settings)
     if seed is not None:
         run = replace(run, seed=seed)

@@ -11,21 +11,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 
-from flashlm_numba.inference.memory import Memory, count_memory
+from flashlm_numba.memory.counting import count_tokens
+from flashlm_numba.memory.gate import Recalled
+from flashlm_numba.memory.ngrams import FixedMemory, Memory
 from flashlm_numba.system.display import TERMINAL, Note, Progress
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split
     from flashlm_numba.data.tokenizer import Vocabulary
-    from flashlm_numba.model.config import MemoryOptions, RunConfig
+    from flashlm_numba.model.config import RunConfig
     from flashlm_numba.model.model import Model
 
 WINDOW = 2_048  # positions per window, overlap included
@@ -38,14 +40,26 @@ _SMOOTHED_ROWS = 64  # rows per (rows, V) table of probabilities
 
 
 @dataclass(frozen=True)
+class CountedMemory:
+    """A memory beside a model that was trained without one: n-grams counted anew, with the same share everywhere.
+
+    least : n-grams of three and more tokens that occur less often are left out
+    share : of the memory in the mixture, from 0 to 1; the default is the best single one on the textbooks
+    """
+
+    least: int = 1
+    share: float = 0.4
+
+
+@dataclass(frozen=True)
 class Scores:
     """Sums over the scored tokens."""
 
     tokens: int
-    nll: float  # sum of -ln p(token), nats
-    spread: float | None  # sum over tokens of the mean of -ln p over all V tokens; None unless asked for
-    memory_nll: float | None = None  # as nll, of the memory alone, and
-    mixed_nll: float | None = None  # of the mixture; None without a memory
+    nll: float  # sum of -ln p(token), nats; of the mixture, if there is a memory
+    spread: float | None = None  # sum over tokens of the mean of -ln p over all V tokens; None unless asked for
+    head_nll: float | None = None  # as nll, of the head alone, and
+    memory_nll: float | None = None  # of the memory alone; None without a memory
 
     @property
     def mean_nll(self) -> float:
@@ -76,7 +90,7 @@ class Window:
     ids: np.ndarray  # (L,) int32 inputs
     targets: np.ndarray  # (L,) int32
     skip: int  # positions scored by an earlier window
-    memory: np.ndarray | None = None  # (L,) float32: p of the targets in the memory
+    recalled: Recalled | None = None  # what a memory says of the targets
 
 
 def windows(
@@ -87,7 +101,7 @@ def windows(
     field : the model's receptive field in tokens, the current one included. A later window starts field - 1 positions
         before the first position that it scores, so it contains the receptive field of every scored position. None:
         windows follow one another, to be read with one state.
-    memory : gives every window its probabilities
+    memory : tells every window about its targets
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
@@ -97,11 +111,11 @@ def windows(
         raise ValueError(f"windows: window must be at least the receptive field {field}, got {window}")
     targets = np.asarray(document, np.int32)
     ids = np.concatenate([np.array([eot], np.int32), targets[:-1]])
-    known = memory.model.probability(targets)[0] if memory else None
+    known = memory.recall(targets) if memory else None
     start, scored = 0, 0
     while scored < len(targets):
         end = min(start + window, len(targets))
-        part = None if known is None else known[start:end]
+        part = None if known is None else known.at(slice(start, end))
         yield Window(ids[start:end], targets[start:end], scored - start, part)
         scored = end
         start = end - (field - 1)
@@ -122,28 +136,31 @@ def score(
 
     eot : id of the end of text;  smoothed : also sum -ln p over all V tokens (slow: V values per position)
     window, batch : positions per window and per batch; they change the result only by rounding
-    memory : also sum -ln p of its mixture with the model
+    memory : whose mixture with the head is scored; default: the model's own, if it has one
     progress : called with the number of tokens just scored
     The cost is a forward pass over L / (L - field + 1) times the tokens, where L is the window.
     """
     model.sync_weights()
+    memory = memory or model.memory
     field = model.config.receptive_field
     window = max(window, 2 * (field or 0))
     least = -(-numba.get_num_threads() // THREADS_PER_WINDOW)
-    tokens, nll, spread, memory_nll, mixed_nll = 0, 0.0, 0.0, 0.0, 0.0
+    tokens, nll, spread, head_nll, memory_nll = 0, 0.0, 0.0, 0.0, 0.0
 
     def count(h: np.ndarray, items: list[Window]) -> None:
         """h (n, C), the scored positions of these windows"""
-        nonlocal tokens, nll, spread, memory_nll, mixed_nll
+        nonlocal tokens, nll, spread, head_nll, memory_nll
         want = np.concatenate([item.targets[item.skip :] for item in items])
         log_prob = model.head.log_prob(h, want)
-        nll -= float(np.sum(log_prob, dtype=np.float64))
         if smoothed:
             spread += _spread(model, h)
         if memory is not None:
-            known = np.concatenate([item.memory[item.skip :] for item in items if item.memory is not None])
-            memory_nll -= float(np.sum(np.log(known), dtype=np.float64))
-            mixed_nll -= float(np.sum(memory.mixed(log_prob, known)))
+            parts = [item.recalled.at(slice(item.skip, None)) for item in items if item.recalled is not None]
+            known = Recalled(*map(np.concatenate, zip(*parts, strict=True)))
+            head_nll -= float(np.sum(log_prob, dtype=np.float64))
+            memory_nll -= float(np.sum(np.log(known.probability), dtype=np.float64))
+            log_prob = memory.mixed(h, log_prob, known)
+        nll -= float(np.sum(log_prob, dtype=np.float64))
         tokens += len(want)
         if progress is not None:
             progress(len(want))
@@ -164,8 +181,7 @@ def score(
             ids[row, : len(item.ids)] = item.ids
             rows.append(np.arange(item.skip, len(item.ids)) + row * length)
         count(model.forward(ids)[np.concatenate(rows)], group)
-    with_memory = (memory_nll, mixed_nll) if memory else (None, None)
-    return Scores(tokens, nll, spread if smoothed else None, *with_memory)
+    return Scores(tokens, nll, spread if smoothed else None, *((head_nll, memory_nll) if memory else ()))
 
 
 def _continued(
@@ -181,14 +197,16 @@ def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
     """-ln p of each token of one document (n,), in order, (n,) float64, nats. The rule is that of score()."""
     model.sync_weights()
     field = model.config.receptive_field
-    found = []
+    pieces: Iterable[tuple[np.ndarray, Window]]
     if field is None:
-        for h, item in _continued(model, document, WINDOW, eot):
-            found.append(-model.head.log_prob(h, item.targets).astype(np.float64))
-        return np.concatenate(found) if found else np.empty(0)
-    for window in windows(document, field, max(WINDOW, 2 * field), eot):
-        h = model.forward(window.ids[None])[window.skip :]
-        found.append(-model.head.log_prob(h, window.targets[window.skip :]).astype(np.float64))
+        pieces = _continued(model, document, WINDOW, eot, model.memory)
+    else:
+        parts = windows(document, field, max(WINDOW, 2 * field), eot, model.memory)
+        pieces = ((model.forward(part.ids[None])[part.skip :], part) for part in parts)
+    found = []
+    for h, item in pieces:
+        recalled = None if item.recalled is None else item.recalled.at(slice(item.skip, None))
+        found.append(-model.log_prob(h, item.targets[item.skip :], recalled).astype(np.float64))
     return np.concatenate(found) if found else np.empty(0)
 
 
@@ -264,7 +282,8 @@ def evaluate_run(
     lines: bool = False,
     skip_missing: bool = False,
     own_data: Path | None = None,
-    memory: MemoryOptions | None = None,
+    memory: CountedMemory | None = None,
+    alone: bool = False,
     progress: Progress = TERMINAL,
 ) -> dict[str, Any]:
     """Score a run's model. Returns the object that `eval --json` prints.
@@ -276,7 +295,8 @@ def evaluate_run(
     subset, column, lines, skip_missing : options of a source, as in `prepare`;  progress : as in load_model
     own_data : folder of the data that the run was trained on, if they have moved; instead of data, unless there is a
         memory
-    memory : also score the model's mixture with a memory of n-grams of the text that the run was trained on
+    memory : also score the mixture with n-grams of the text that the run was trained on, for a run without a memory
+    alone : score the head without the run's memory
     Raises UserError if the run, its checkpoint or the data cannot be used, or if the data hold no text.
     """
     from flashlm_numba.data.builtin import open_run_tokens
@@ -293,6 +313,10 @@ def evaluate_run(
             f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
             "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
         )
+    if alone:
+        loaded.model.memory = None
+    elif memory is not None and loaded.model.memory is not None:
+        raise UserError(f"{run} has a memory of its own; leave out --memory-weight and --memory-least.")
     vocabulary = loaded.vocabulary
     sizes = {"documents": 0, "bytes": 0}
     total = None
@@ -316,17 +340,22 @@ def evaluate_run(
             raise UserError(f"{data} is a run, not a text; name the text to score.")
         options = {"subset": subset, "column": column, "lines": lines, "skip_missing": skip_missing}
         documents, name = _source_documents(data, sizes, vocabulary, progress.note, **options), data
-    counted = None
+    beside: Memory | None = loaded.model.memory
+    told: dict[str, float | None] = {"weight": None, "seconds": None}
     if memory is not None:  # last, since it takes long
         trained_on = own_data or _own_data(run, loaded.run, _NAME_TOKENS)
-        counted = count_memory(open_run_tokens(trained_on, run, loaded.run.data_hash), memory, progress)
+        text = open_run_tokens(trained_on, run, loaded.run.data_hash)
+        text.verify("train")
+        ngrams, seconds = count_tokens(text, memory.least, progress)
+        beside = FixedMemory(ngrams, memory.share)
+        told = {"weight": memory.share, "seconds": seconds}
     with Display() as display, display.tokens("scoring", total):
         found = score(
             loaded.model,
             documents,
             eot=vocabulary.start,
             smoothed=smoothed,
-            memory=counted,
+            memory=beside,
             progress=lambda count: display.advance(count),
         )
     if not found.tokens:
@@ -335,11 +364,13 @@ def evaluate_run(
         raise UserError(
             f"The NLL of {name} is {found.nll}: the model's weights are too large; use an earlier checkpoint."
         )
+    # beside a run without a memory the mixture is reported apart
+    main = found if memory is None or found.head_nll is None else replace(found, nll=found.head_nll)
     return {
-        "nll": found.mean_nll,
-        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,  # JSON has no infinity
-        "bits_per_byte": found.bits_per_byte(sizes["bytes"]),
-        "smoothed_loss": found.smoothed_loss,
+        "nll": main.mean_nll,
+        "perplexity": main.perplexity if math.isfinite(main.perplexity) else None,  # JSON has no infinity
+        "bits_per_byte": main.bits_per_byte(sizes["bytes"]),
+        "smoothed_loss": main.smoothed_loss,
         "tokens": found.tokens,
         **sizes,
         "data": name,
@@ -349,22 +380,19 @@ def evaluate_run(
         "rows": loaded.state.get("rows", "float"),  # arithmetic of the embedding's rows
         "vocabulary": vocabulary.name,
         "causal": True,  # a model that is not causal gets no score
-        **({"memory": _with_memory(found, counted, sizes["bytes"])} if counted else {}),
+        **({"memory": _with_memory(found, sizes["bytes"], beside, told)} if beside else {}),
     }
 
 
-def _with_memory(found: Scores, memory: Memory, utf8_bytes: int) -> dict[str, Any]:
-    """The mixture's and the memory's own NLL and bits per byte, and what the memory is."""
-    assert found.mixed_nll is not None
+def _with_memory(found: Scores, utf8_bytes: int, memory: Memory, more: dict[str, Any]) -> dict[str, Any]:
+    """NLL and bits per byte of the mixture, of the head and of the memory alone, and what the memory is."""
+    assert found.head_nll is not None
     assert found.memory_nll is not None
-    mixed, alone = (Scores(found.tokens, nll, None) for nll in (found.mixed_nll, found.memory_nll))
-    return {
-        "nll": mixed.mean_nll,
-        "bits_per_byte": mixed.bits_per_byte(utf8_bytes),
-        "alone_nll": alone.mean_nll,
-        "alone_bits_per_byte": alone.bits_per_byte(utf8_bytes),
-        **memory.describe(),
-    }
+    scores: dict[str, Any] = {}
+    for prefix, nll in (("", found.nll), ("head_", found.head_nll), ("alone_", found.memory_nll)):
+        part = Scores(found.tokens, nll)
+        scores |= {f"{prefix}nll": part.mean_nll, f"{prefix}bits_per_byte": part.bits_per_byte(utf8_bytes)}
+    return scores | memory.describe() | more
 
 
 def _own_data(run: Path, config: RunConfig, advice: str) -> str:

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from flashlm_numba.data.tokenizer import Vocabulary
 
 
+REMEMBERED = 16  # last tokens of a text that a memory may look at
+
+
 class Generator(Protocol):
     """What generation needs of a model: Model has it, and PackedModel."""
 
     @property
     def head(self) -> Any:
         """Its head, or what samples in its place."""
+
+    def head_after(self, ids: np.ndarray) -> Any:
+        """See Model."""
 
     def sync_weights(self) -> None:
         """See Model."""
@@ -56,17 +62,20 @@ def generate_ids(
     check_settings(temperature, top_k, top_p, model.head.vocab_size)
     model.sync_weights()
     state, h = model.prefill(np.array(context, np.int32))
+    recent = np.array(context[-REMEMBERED:], np.int32)
     while True:
         only = allowed()
+        head = model.head_after(recent)
         try:
             if only is None:
-                token = int(model.head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+                token = int(head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
             else:
-                token = sample_allowed(model.head, h, only, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+                token = sample_allowed(head, h, only, rng, temperature=temperature, top_k=top_k, top_p=top_p)
         except ValueError as error:
             raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
         yield token
         h = model.decode_step(state, token)
+        recent = np.append(recent[-REMEMBERED + 1 :], np.int32(token))
 
 
 class Utf8Stream:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.data.vocabularies import read_vocabulary, vocabulary_of
 from flashlm_numba.heads import Head, head_class
 from flashlm_numba.heads.sampling import KINDS
+from flashlm_numba.memory.files import from_tensors, map_ngrams
+from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model import checkpoint, data_place, packed
 from flashlm_numba.model.config import ACTIVATIONS, RunConfig
 from flashlm_numba.model.model import Model
@@ -25,7 +27,10 @@ from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import TERMINAL, Note, Progress
 from flashlm_numba.system.errors import UserError
 
-_HEAD = "head."  # prefix of the head's parameters in the model's parameter names
+if TYPE_CHECKING:
+    from flashlm_numba.kernels.ngrams import NgramModel
+
+_HEAD, _MEMORY = "head.", "memory."  # prefixes of the head's and the gate's parameters in the model's names
 
 # parts of the kernels (training/kernel_tasks.py) that a use of a model calls
 _PARTS = {
@@ -38,6 +43,7 @@ _PARTS = {
         *("{linear}decoding", "{head}-whole"),  # the samples
     ),
     "memory": ("ngrams",),  # beside the model
+    "mixed": ("{head}", "{head}-whole"),  # with it, among the likeliest tokens
     "float": ("{float}",),
     "int8": ("{int8}",),
     "packed": ("bitlinear-packed",),  # generation by a PackedModel, with KINDS of sampling
@@ -78,6 +84,8 @@ def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     names |= {kind: kind for kind in ACTIVATIONS}
     if run.model.linear == "bitlinear":  # the arithmetic is the same with both activations
         names |= dict.fromkeys(("activations", *ACTIVATIONS), "bitlinear") | {"linear": "bitlinear-"}
+    if run.memory.memory == "ngrams":
+        uses = [*uses, "memory", *["mixed"] * ("likeliest" in uses)]
     return list(dict.fromkeys(part.format(**names) for use in uses for part in _PARTS[use]))
 
 
@@ -141,7 +149,7 @@ def read_trained(path: Path, checkpoint_name: str | None = None, *, ema: bool = 
     vocabulary = checked_vocabulary(read_vocabulary(path, run.tokenizer_hash), run, path)
     found = checkpoint.find(path, checkpoint_name)
     state = checkpoint.check_state(checkpoint.load_state(found), found, run.model_hash)
-    tensors = checkpoint.load(found, "model")
+    tensors = checkpoint.load(found, "model") | memory_of(run, path)
     if ema:
         if "ema.safetensors" not in state["files"]:
             raise UserError(f"{path} has no EMA of its weights; leave out --ema.")
@@ -158,11 +166,21 @@ def checked_vocabulary(vocabulary: Vocabulary, run: RunConfig, where: Path) -> V
     )
 
 
+def memory_of(run: RunConfig, folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a run's memory, beside those of a checkpoint. Raises UserError if they are missing or damaged."""
+    return map_ngrams(folder, run.memory_hash) if run.memory.memory == "ngrams" else {}
+
+
 def new_model(
-    run: RunConfig, data: TokenData, note: Note, meanwhile: Callable[[], None] = lambda: None
+    run: RunConfig,
+    data: TokenData,
+    note: Note,
+    meanwhile: Callable[[], None] = lambda: None,
+    ngrams: NgramModel | None = None,
 ) -> tuple[Model, float]:
     """A model before its first step, which depends only on settings and data, and the seconds that building it took.
 
+    ngrams : of the training text, for a memory
     meanwhile : called while another process computes the initial embedding; its time is not counted
     An initial embedding from the cache counts with the seconds that computing it took. A run's clock therefore does
     not depend on earlier runs.
@@ -179,7 +197,8 @@ def new_model(
     if rows is not None and order is not None:
         rows = rows[order]
     parameters = initial_parameters(run.model, run.seed, rows)
-    model = Model(run.model, parameters, _head_maker(run, constants, counts))
+    memory = None if ngrams is None else GatedMemory(ngrams, run.model.dim)
+    model = Model(run.model, parameters, _head_maker(run, constants, counts), memory)
     return model, seconds + time.perf_counter() - began
 
 
@@ -189,13 +208,27 @@ def model_from(run: RunConfig, tensors: dict[str, np.ndarray], counts: np.ndarra
     counts : (V,) token counts of the training text, needed for training; without them a sampled head becomes dense
     """
     try:
-        return Model(run.model, tensors, _head_maker(run, tensors, counts))
+        return Model(run.model, tensors, _head_maker(run, tensors, counts), _memory_from(run, tensors))
     except (ValueError, KeyError, OverflowError) as error:
         raise UserError(f"The weights do not fit the stored settings ({error}); restore the file.") from None
 
 
+def _memory_from(run: RunConfig, tensors: dict[str, np.ndarray]) -> GatedMemory | None:
+    """The memory among a model's tensors, with its trained gate."""
+    if run.memory.memory == "none":
+        return None
+    ngrams = from_tensors(tensors)
+    if ngrams is None or ngrams.vocab_size != run.model.vocab_size:
+        raise ValueError("there are no n-grams of its vocabulary")
+    gate = {name.removeprefix(_MEMORY): value for name, value in tensors.items() if name.startswith(_MEMORY)}
+    return GatedMemory(ngrams, run.model.dim, gate)
+
+
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
-    """The tensors of model.safetensors: the parameters, and the head's constants, which depend on the data."""
+    """The tensors of model.safetensors: the parameters, and the head's constants, which depend on the data.
+
+    Those of the n-grams, which never change, are in a file of their own; see memory_of.
+    """
     return model.parameters | model.head.constants()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from flashlm_numba.heads.config import HeadConfig
+from flashlm_numba.memory.config import MemoryConfig
 from flashlm_numba.model.mixers import MIXERS
 from flashlm_numba.system.fields import in_range as _in
 from flashlm_numba.system.fields import one_of as _one_of
@@ -20,7 +21,6 @@ from flashlm_numba.system.fields import one_of as _one_of
 ACTIVATIONS = ("float", "int8")
 LINEARS = ("ternary", "bitlinear")
 ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
-MEMORIES = ("ngrams",)
 
 
 @dataclass(frozen=True)
@@ -189,20 +189,25 @@ class RunConfig:
     data_absolute: str = field(default="", metadata={"optional": True})
     data_hash: str = ""  # SHA-256 over the shards, so that a resumed run reads the same tokens
     tokenizer_hash: str = ""  # SHA-256 of tokenizer.json, the vocabulary that the ids belong to
+    # SHA-256 of ngrams.safetensors, the counted n-grams, if the run has a memory
+    memory_hash: str = field(default="", metadata={"optional": True})
     init: str = ""  # checkpoint or exported file with the weights that the run starts from; empty: new weights
     model: ModelConfig = ModelConfig()
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    memory: MemoryConfig = field(default=MemoryConfig(), metadata={"optional": True})
     plan: Plan = Plan()
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 (hex) of the settings of model and head, on which the meaning of the weights depends."""
-        sections = {"model": dataclasses.asdict(self.model), "head": dataclasses.asdict(self.head)}
+        """SHA-256 (hex) of the settings of model, head and memory, on which the meaning of the weights depends."""
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("model", "head", "memory")}
         for item in dataclasses.fields(self.model):  # a setting that earlier versions lacked counts once it is used
             if item.metadata.get("optional") and sections["model"][item.name] == item.default:
                 del sections["model"][item.name]
+        if self.memory.memory == "none":
+            del sections["memory"]
         return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -236,16 +241,4 @@ class RunConfig:
         return self.training.embedding_init not in ("corpus", "random")
 
 
-SECTIONS = ("model", "head", "optimizer", "training")  # sections of RunConfig that `--set` can change
-
-
-@dataclass(frozen=True)
-class MemoryOptions:
-    """A memory of the training text beside the model: see inference/memory.py.
-
-    least : n-grams of three and more tokens that occur less often are left out
-    weight : share of the memory in the mixture, from 0 to 1; the default is the best single one on the textbooks
-    """
-
-    least: int = 1
-    weight: float = 0.4
+SECTIONS = ("model", "head", "optimizer", "training", "memory")  # sections of RunConfig that `--set` can change

@@ -52,6 +52,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
         },
         "peak_memory_mb": None if peak is None else round(peak),  # peak of this process, with the model loaded
         **({"tree": None} | loaded.model.head.describe(lambda: _counts(run))),  # the JSON has the key for every head
+        "memory": None if loaded.model.memory is None else loaded.model.memory.describe(),
         "receptive_field": run.model.receptive_field,
         "checkpoint": path.name,
         "trained": {

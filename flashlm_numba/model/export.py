@@ -7,6 +7,8 @@ from pathlib import Path
 
 from flashlm_numba.kernels.bitlinear import absmean_ternary
 from flashlm_numba.kernels.ternary import ternarize
+from flashlm_numba.memory.config import MemoryConfig
+from flashlm_numba.memory.files import to_tensors
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import load_model, tensors_of
 from flashlm_numba.model.parameters import ternary_names
@@ -21,11 +23,13 @@ def export_run(
     *,
     ema: bool = False,
     rows: str = "int8",
+    memory: bool = True,
     progress: Progress = TERMINAL,
 ) -> Path:
     """Write a run's model to one file with packed ternary weights. eval, generate and info read it like a run.
 
     rows : arithmetic of the embedding's rows: "int8" or "int4", with rounding; or "float", exactly those of the run
+    memory : whether the file holds the run's memory too, if it has one; without it, the model is its head alone
     The file contains no path of this machine; it identifies the training text by hash only. Returns out.
     Raises UserError if the run cannot be read, or if out exists or cannot be written.
     """
@@ -35,6 +39,10 @@ def export_run(
         raise UserError(f"{out} already exists; choose another file, or remove it.")
     loaded = load_model(folder, checkpoint_name, ema=ema, uses=["read"], progress=progress)
     tensors = tensors_of(loaded.model)
+    if loaded.model.memory is not None and memory:
+        tensors |= to_tensors(loaded.model.memory.model)
+    elif loaded.model.memory is not None:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("memory.")}
     threshold = loaded.run.model.ternary_threshold
     ternary = ternary_names(loaded.run.model)
     scales = {}
@@ -50,7 +58,9 @@ def export_run(
     if start not in ("corpus", "random") and not start.startswith("hf:"):
         start = Path(start).name  # without the path on this machine
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
-    run = dataclasses.replace(loaded.run, data="", data_absolute="", init=Path(loaded.run.init).name, training=training)
+    run = loaded.run if memory else dataclasses.replace(loaded.run, memory=MemoryConfig())
+    run = dataclasses.replace(run, data="", data_absolute="", memory_hash="", training=training)
+    run = dataclasses.replace(run, init=Path(loaded.run.init).name)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
     packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json(), rows, scales)
     return out

@@ -12,6 +12,7 @@ from flashlm_numba.model.sizes import in_units
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.memory import machine_bytes
 
+COUNTING = 115  # bytes per token of a text whose n-grams are counted, at the peak
 PROGRAM = 200_000_000  # bytes of Python, the libraries and the compiled kernels
 
 
@@ -43,9 +44,17 @@ def training_bytes(run: RunConfig) -> int:
     return total + head.training_bytes(run.head, model.vocab_size, model.dim, positions)
 
 
-def check_memory(run: RunConfig) -> int:
-    """The result of training_bytes. Raises UserError if the machine has less."""
+def check_memory(run: RunConfig, tokens: int = 0) -> int:
+    """The result of training_bytes. Raises UserError if the machine has less.
+
+    tokens : of the training text, which are counted first if the run has a memory
+    """
     needed, has = training_bytes(run), machine_bytes()
+    if has is not None and run.memory.memory != "none" and tokens * COUNTING > has:
+        raise UserError(
+            f"Counting the n-grams of {tokens:,} tokens takes about {in_units(tokens * COUNTING)} of memory, and this "
+            f"machine has {in_units(has)}; leave out --memory."
+        )
     if has is not None and needed > has:
         raise UserError(
             f"Training this model takes about {in_units(needed)} of memory, and this machine has {in_units(has)}; "

@@ -17,6 +17,9 @@ from flashlm_numba.heads import Head
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels.embedding import embedding_backward, zero
 from flashlm_numba.kernels.ngram_copy import scatter_copies
+from flashlm_numba.memory.gate import Recalled
+from flashlm_numba.memory.mixed_head import MixedHead
+from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.parameters import EMBEDDING, parameter_shapes
 from flashlm_numba.model.trunks import TRUNKS
@@ -46,6 +49,7 @@ class Model:
         config: ModelConfig,
         parameters: dict[str, np.ndarray],
         make_head: Callable[[np.ndarray, np.ndarray], Head],
+        memory: GatedMemory | None = None,
     ) -> None:
         self.config = config
         for name, shape in parameter_shapes(config).items():
@@ -59,6 +63,11 @@ class Model:
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
+        self.memory = memory
+        if memory is not None:
+            for name, value in memory.gate.parameters.items():
+                self.parameters[f"memory.{name}"] = value
+                self.gradients[f"memory.{name}"] = memory.gate.gradients[name]
         self._trunk = TRUNKS[config.linear](config)
         self._weights = self._trunk.weights
         self._embedding = for_reading(self.parameters[EMBEDDING])
@@ -107,7 +116,7 @@ class Model:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of the next token (B, T, V) float32 for ids (B, T), of any type of integer. For tests and small input.
 
-        A softmax over the last axis gives the probabilities. Those of a tree are log-probabilities already. If
+        A softmax over the last axis gives the probabilities. Those of a tree or with a memory are log-probabilities. If
         parameters have changed, call sync_weights first. Raises ValueError if ids are no matrix of ids in [0, V).
         """
         ids = np.asarray(ids)
@@ -116,8 +125,17 @@ class Model:
         _check.indices("Model.logits", "ids", ids, self.config.vocab_size, "the data use another vocabulary")
         if not ids.size:
             return np.zeros((*ids.shape, self.config.vocab_size), np.float32)
-        h = self.forward(np.ascontiguousarray(ids, np.int32))
-        return self.head.logits(h).reshape(*ids.shape, self.config.vocab_size)
+        ids = np.ascontiguousarray(ids, np.int32)
+        h = self.forward(ids)
+        if self.memory is None:
+            return self.head.logits(h).reshape(*ids.shape, self.config.vocab_size)
+        out = np.empty((*ids.shape, self.config.vocab_size), np.float32)
+        for index in np.ndindex(ids.shape):
+            row, t = index
+            at = row * ids.shape[1] + t
+            p = self.memory.beside(self.head, ids[row, : t + 1]).distribution(h[at : at + 1])
+            np.log(np.maximum(p[0], np.float32(1e-45)), out=out[index])
+        return out
 
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
@@ -237,6 +255,29 @@ class Model:
                 self._trunk_backward(buffers, dh, accumulate=True)
                 self._embedding_backward(buffers, rows, dh)
 
+    def _head_pass(
+        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, recalled: Recalled | None, accumulate: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Head.forward_backward, with the nll of the mixture if there is a memory, whose gate is trained too."""
+        if self.memory is None or recalled is None:
+            return self.head.forward_backward(h, targets, weights, accumulate=accumulate)
+        return self.memory.gate.forward_backward(self.head, h, targets, weights, recalled, accumulate=accumulate)
+
+    def log_prob(self, h: np.ndarray, targets: np.ndarray, recalled: Recalled | None = None) -> np.ndarray:
+        """Natural logarithm of each target's probability (N,), for hidden states h (N, C) and targets (N,) int32.
+
+        recalled : what the memory says of the targets, if the model has one; None: the head's probability alone
+        """
+        own = self.head.log_prob(h, targets)
+        return own if self.memory is None or recalled is None else self.memory.mixed(h, own, recalled)
+
+    def head_after(self, ids: np.ndarray) -> Head | MixedHead:
+        """What predicts the token after a text, ids (n,) int32: the head, or its mixture with the memory.
+
+        Its methods take the text's last hidden state (1, C).
+        """
+        return self.head if self.memory is None else self.memory.beside(self.head, ids)
+
     def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray) -> None:
         """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
         w, gradient, dx = self._weights, self.gradients[EMBEDDING], buffers.gradients.dx
@@ -250,7 +291,7 @@ class Model:
         for name, gradient in self.gradients.items():
             if name in named:
                 np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
-            elif not accumulate and name != EMBEDDING and not name.startswith("head."):
+            elif not accumulate and name != EMBEDDING and not name.startswith(("head.", "memory.")):
                 gradient[...] = 0  # of the router, which has none
 
     def loss_and_grad(
@@ -275,15 +316,17 @@ class Model:
             h = self._trunk.forward(buffers, self._embedding, rows)
             after_forward = time.perf_counter()
             flat = targets.reshape(-1)
+            recalled = None if self.memory is None else self.memory.recall_in_training(ids, targets)
             if weights.all():
-                loss, nll, dh = self.head.forward_backward(h, flat, weights, accumulate=accumulate)
+                loss, nll, dh = self._head_pass(h, flat, weights, recalled, accumulate)
             else:
                 kept = np.flatnonzero(weights)
-                loss, nll, dh_kept = self.head.forward_backward(
+                loss, nll, dh_kept = self._head_pass(
                     np.ascontiguousarray(h[kept]),
                     np.ascontiguousarray(flat[kept]),
                     weights[kept],
-                    accumulate=accumulate,
+                    None if recalled is None else recalled.at(kept),
+                    accumulate,
                 )
                 dh = np.zeros_like(h)
                 dh[kept] = dh_kept

@@ -140,6 +140,10 @@ class PackedModel:
         """Feed one token id to a state. Returns its hidden state (1, C) float32."""
         return self.read(state, np.array([token], np.int32))
 
+    def head_after(self, ids: np.ndarray) -> PackedHead:
+        """The head, whatever the text."""
+        return self.head
+
     def sync_weights(self) -> None:
         """Does nothing: the weights do not change."""
 

@@ -140,7 +140,8 @@ class _Places:
 def serves(run: RunConfig) -> bool:
     """Whether a PackedModel can be made of an exported model with these settings."""
     ends = run.head.name == "bitlinear" and not run.head.log_prior and run.head.soft_cap is None
-    return ends and run.model.linear == "bitlinear" and not run.model.ngram_copy_orders
+    alone = not run.model.ngram_copy_orders and run.memory.memory == "none"
+    return ends and alone and run.model.linear == "bitlinear"
 
 
 def load_for_generation(

@@ -6,16 +6,22 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashlm_numba.heads import head_class
+from flashlm_numba.memory.files import to_tensors
+from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.build import model_from, read_trained
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import model_parameters
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.system.errors import UserError
+
+if TYPE_CHECKING:
+    from flashlm_numba.kernels.ngrams import NgramModel
 
 # settings of model and head that do not change what trained weights mean
 FREE = {
@@ -48,8 +54,10 @@ def settings_from(recipe: RunConfig, settings: Iterable[str], path: Path) -> Run
     return run
 
 
-def first_model(run: RunConfig, counts: np.ndarray) -> Model:
-    """The model that run.init names, to be trained further. counts : (V,) token counts of the training text
+def first_model(run: RunConfig, counts: np.ndarray, ngrams: NgramModel | None = None) -> Model:
+    """The model that run.init names, to be trained further.
+
+    counts : (V,) token counts of the training text;  ngrams : of the same text, for a memory
 
     A run's ternary matrices continue with their float32 weights. An exported file has only -1, 0 and +1, which become
     as large as a new matrix's weights, so that training can change them; their ternary values stay the same.
@@ -67,6 +75,9 @@ def first_model(run: RunConfig, counts: np.ndarray) -> Model:
                 tensors[name] *= np.float32(parameter.std / max(share, 1e-9) ** 0.5)
         for name in head_class(run.head.name).ternary:
             _untie_scale(tensors[f"head.{name}"])
+    if ngrams is not None:
+        gate = GatedMemory(ngrams, run.model.dim).gate.parameters
+        tensors = {f"memory.{name}": value for name, value in gate.items()} | tensors | to_tensors(ngrams)
     return model_from(run, tensors, counts)
 
 

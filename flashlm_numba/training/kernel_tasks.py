@@ -202,6 +202,9 @@ def _ngrams() -> None:
         model = count_ngrams(text, vocab_size, 0)
         model.probability(text)
         model.distribution(text)
+        model.context_class(text)
+        model.draw(text, 0.5)
+        model.without_document(text[None, :-1].copy(), text[None, 1:].copy())
 
 
 def _hidden() -> np.ndarray:

@@ -122,8 +122,11 @@ class Optimizer:
         return describe_groups(self.params, self._rules)
 
     def grad_norm(self, frozen: Collection[str] = ()) -> float:
-        """Global norm of the gradients, without those of frozen tensors; not finite if a gradient is not."""
-        names = self._active(self.params, frozen)
+        """Global norm of the gradients, without those of frozen tensors; not finite if one of these is not.
+
+        The gate of a memory does not count, since it learns beside the model and must not change the model's steps.
+        """
+        names = [name for name in self._active(self.params, frozen) if not name.startswith("memory.")]
         return math.sqrt(math.fsum(sum_of_squares(self.grads[name]) for name in names))
 
     def step(

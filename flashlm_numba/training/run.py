@@ -17,6 +17,7 @@ from flashlm_numba.data.tokenizer import TOKENIZER
 from flashlm_numba.data.vocabularies import write_vocabulary
 from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
+from flashlm_numba.memory.files import NGRAMS, write_ngrams
 from flashlm_numba.model import build, checkpoint, data_place, sizes
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.memory import check_memory, training_bytes
@@ -121,20 +122,29 @@ def _with_data(
     tokens = open_tokens(source)
     run = replace(run, threads=threads, data=str(source.resolve()), data_hash=tokens.hash)
     run = inputs.with_vocabulary_of(tokens, run, any_head)
-    check_memory(run)
+    check_memory(run, tokens.train.n_tokens)
     tokens.verify(progress=progress)
     inputs.check(run, tokens)
     return run, tokens
 
 
+def _store_memory(session: Session) -> None:
+    """Write the n-grams of a run that has a memory."""
+    if session.model.memory is not None:
+        digest = write_ngrams(session.folder, session.model.memory.model)
+        session.run = replace(session.run, memory_hash=digest)
+
+
 def _store_settings(session: Session) -> None:
-    """Write the vocabulary and the settings of a new run, or nothing if the disk is full."""
+    """Write the vocabulary, the memory and the settings of a new run, or nothing if the disk is full."""
     folder = session.folder
     write_vocabulary(folder, session.data.vocabulary)
     try:
+        _store_memory(session)
         write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
     except BaseException:
-        (folder / TOKENIZER).unlink(missing_ok=True)
+        for made in (TOKENIZER, NGRAMS):
+            (folder / made).unlink(missing_ok=True)
         raise
 
 
@@ -148,7 +158,7 @@ def _describe(session: Session) -> None:
         f"({run.tokens_until(run.plan.steps):,} tokens) on {run.threads} thread{'s' * (run.threads > 1)}, "
         f"in {session.folder}"
     )
-    for line in (*_sizes(session), *session.optimizer.summary().splitlines()):
+    for line in (*_sizes(session), *_memory_size(session), *session.optimizer.summary().splitlines()):
         session.progress.note("  " + line)
 
 
@@ -166,13 +176,22 @@ def _sizes(session: Session) -> list[str]:
     ]
 
 
+def _memory_size(session: Session) -> list[str]:
+    """A line with the size of the memory, if there is one."""
+    if session.model.memory is None:
+        return []
+    found = session.model.memory.describe()
+    size = sizes.in_units(found["bytes"])
+    return [f"memory: {found['ngrams']:,} n-grams of up to {found['order']} tokens, {size}"]
+
+
 def _train_new(session: Session) -> int:
     """Train. If memory does not suffice for the first step, free the folder for smaller settings."""
     try:
         return train(session)
     except MemoryError:
         if not session.clock.step:  # nothing has been trained
-            for made in ("config.json", "metrics.jsonl", TOKENIZER):
+            for made in ("config.json", "metrics.jsonl", TOKENIZER, NGRAMS):
                 (session.folder / made).unlink(missing_ok=True)
         raise
 
@@ -221,7 +240,9 @@ def resume_run(
         if not _lengthen(session, length):
             return Finished(folder, 0)
         rehearse(session, length.minutes, began)
-        if path is not None:
+        if path is None:
+            _store_memory(session)
+        else:
             session.optimizer.load_state_dict(checkpoint.load(path, "optimizer"))
         _drop_later(session, path)
         write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())

@@ -10,6 +10,7 @@ import numpy as np
 
 from flashlm_numba.data.shards import TokenData
 from flashlm_numba.inference.evaluate import validation_subset
+from flashlm_numba.memory.counting import count_tokens
 from flashlm_numba.model import build, checkpoint, trained
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.compiled import Compilation
@@ -48,19 +49,23 @@ class Session:
 
 
 def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progress, compilation: Compilation) -> Session:
-    """A run before its first step. Its clock counts the time that building a new model took.
+    """A run before its first step. Its clock counts the time that counting n-grams and building a new model took.
 
     Raises UserError if the weights that the run starts from cannot be used.
     """
+    ngrams, counting = None, 0.0
+    if run.memory.memory == "ngrams":
+        compilation.wait()
+        ngrams, counting = count_tokens(data, run.memory.memory_least, progress)
     if run.init:
         compilation.wait()
         progress.note(f"Starting from the weights in {run.init}.")
-        model, seconds = trained.first_model(run, data.train.counts(run.model.vocab_size)), 0.0
+        model, seconds = trained.first_model(run, data.train.counts(run.model.vocab_size), ngrams), 0.0
     else:
-        model, seconds = build.new_model(run, data, progress.note, compilation.wait)
+        model, seconds = build.new_model(run, data, progress.note, compilation.wait, ngrams)
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}
     session = _session(run, folder, data, model, ema, progress)
-    session.clock.seconds = seconds
+    session.clock.seconds = counting + seconds
     return session
 
 
@@ -75,7 +80,7 @@ def restored_session(
     progress.note(f"Reading {path}.")
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     counts = data.train.counts(run.model.vocab_size)
-    model = build.model_from(run, checkpoint.load(path, "model"), counts)
+    model = build.model_from(run, checkpoint.load(path, "model") | build.memory_of(run, folder), counts)
     ema = checkpoint.load(path, "ema") if run.training.ema else {}
     if ema and {name: (a.shape, a.dtype) for name, a in ema.items()} != {
         name: (a.shape, a.dtype) for name, a in model.parameters.items()

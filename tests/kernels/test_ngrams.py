@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flashlm_numba.kernels import ngram_counts
 from flashlm_numba.kernels.ngram_counts import count_ngrams
-from flashlm_numba.kernels.ngrams import NgramModel, NgramTables
+from flashlm_numba.kernels.ngrams import OFTEN, WIDE, NgramModel, NgramTables, class_count
 from flashlm_numba.kernels.reference_ngrams import kneser_ney
 
 
@@ -22,6 +22,25 @@ def texts(draw):
     return vocab, text.astype(draw(st.sampled_from([np.uint16, np.int32, np.int64])))
 
 
+@given(texts(), st.integers(2, 5), st.integers(1, 2))
+def test_tokens_are_drawn_with_their_probabilities(counted, order, least):
+    vocab, text = counted
+    model = count_ngrams(text, vocab, vocab - 1, order=order, least=least)
+    ids = text[: len(text) // 2].astype(np.int32)
+    points = 400
+    drawn = [model.draw(ids, (i + 0.5) / points) for i in range(points)]
+    # each probability is a sum of at most `order` intervals, whose ends miss a point each
+    np.testing.assert_allclose(
+        np.bincount(drawn, minlength=vocab) / points, model.distribution(ids), atol=2 * order / points
+    )
+    assert 0 <= model.draw(ids, np.nextafter(1.0, 0.0)) < vocab
+
+
+def length_of(known):
+    """Tokens of the longest context known, from its class."""
+    return (known - 1) // (OFTEN * WIDE) + 1
+
+
 @given(texts(), st.integers(2, 6), st.integers(1, 3), texts())
 def test_probabilities_are_those_of_the_definition(counted, order, least, scored):
     vocab, text = counted
@@ -29,11 +48,11 @@ def test_probabilities_are_those_of_the_definition(counted, order, least, scored
     model = count_ngrams(text, vocab, end, order=order, least=least)
     truth = kneser_ney(text.tolist(), vocab, end, order, least)
     ids = np.minimum(scored[1], end).astype(np.int32)
-    found, longest = model.probability(ids)
+    found, classes = model.probability(ids)
     context = [end]
     for t, token in enumerate(ids.tolist()):
         np.testing.assert_allclose(found[t], truth(context, token), rtol=2e-5, atol=1e-7)
-        assert longest[t] <= min(order - 1, len(context))
+        assert length_of(classes[t]) <= min(order - 1, len(context))
         context = [end] if token == end else [*context, token]
 
 
@@ -43,11 +62,74 @@ def test_the_probabilities_of_all_tokens_sum_to_one_after_any_context(counted, o
     model = count_ngrams(text, vocab, vocab - 1, order=order, least=least)
     ids = text[:20].astype(np.int32)
     for t in range(len(ids) + 1):
-        all_of_them = model.distribution(ids[:t])
+        all_of_them, known = model.distribution(ids[:t]), model.context_class(ids[:t])
         assert (all_of_them >= 0).all()
         assert all_of_them.sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
         if t < len(ids):
-            assert model.probability(ids[: t + 1])[0][t] == pytest.approx(all_of_them[ids[t]], rel=1e-6, abs=1e-9)
+            value, classes = model.probability(ids[: t + 1])
+            assert value[t] == pytest.approx(all_of_them[ids[t]], rel=1e-6, abs=1e-9)
+            assert classes[t] == known < class_count(order)
+
+
+@given(texts(), st.integers(2, 5), st.data())
+def test_without_its_document_a_token_is_predicted_by_the_others(counted, order, data):
+    vocab, text = counted
+    end = vocab - 1
+    model = count_ngrams(text, vocab, end, order=order)
+    ids = np.concatenate([[end], text]).astype(np.int32)
+    if len(ids) < 2:
+        return
+    found, classes = model.without_document(ids[None, :-1].copy(), ids[None, 1:].copy())
+    assert ((classes >= 0) & (classes < class_count(order))).all()
+    for t in data.draw(st.lists(st.integers(0, len(text) - 1), max_size=6)):
+        without = kneser_ney(text.tolist(), vocab, end, order, without=t)
+        begin = max((i for i in range(t) if text[i] == end), default=-1) + 1
+        context = [end, *text[begin:t].tolist()]
+        np.testing.assert_allclose(found[0, t], without(context, int(text[t])), rtol=2e-4, atol=1e-6)
+        longest = length_of(classes[0, t])
+        if longest > 1:
+            assert _documents_with(text, end, context[-longest:]) > 1
+
+
+def _documents_with(text, end, tokens):
+    """The number of documents that hold these tokens."""
+    documents = np.split(text, np.flatnonzero(text == end) + 1)
+    n, tokens = len(tokens), [int(token) for token in tokens]
+    padded = [[end, *document.tolist()] for document in documents]
+    return sum(any(one[i : i + n] == tokens for i in range(len(one) - n + 1)) for one in padded)
+
+
+def test_a_text_of_one_document_knows_only_what_is_common_without_it():
+    text = np.tile(np.arange(5, dtype=np.int32), 6)
+    model = count_ngrams(text, 6, 5)
+    found, classes = model.without_document(text[None, :-1].copy(), text[None, 1:].copy())
+    np.testing.assert_allclose(found[0, 1:], model.tables.unigram[text[2:]], rtol=1e-6)
+    assert (length_of(classes) <= 1).all()
+
+
+@given(texts(), st.integers(2, 5))
+def test_a_sequence_knows_nothing_before_it(counted, order):
+    """From the N - 1st token on, what comes before the sequence does not matter."""
+    vocab, text = counted
+    model = count_ngrams(text, vocab, vocab - 1, order=order)
+    if len(text) < 12:
+        return
+    ids, targets = text[:-1].astype(np.int32), text[1:].astype(np.int32)
+    whole = model.without_document(ids[None], targets[None])
+    parts = model.without_document(np.stack([ids[2:7], ids[4:9]]), np.stack([targets[2:7], targets[4:9]]))
+    for some, all_of_them in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(some[0, order - 2 :], all_of_them[0, order:7])
+        np.testing.assert_array_equal(some[1, order - 2 :], all_of_them[0, order + 2 : 9])
+    assert model.without_document(np.zeros((0, 3), np.int32), np.zeros((0, 3), np.int32))[0].shape == (0, 3)
+
+
+def test_counts_beyond_a_byte_stay_as_they_are():
+    text = np.tile(np.append(np.tile([0, 1], 10), 2), 60).astype(np.int32)  # 60 documents
+    model = count_ngrams(text, 3, 2)
+    assert (model.tables.counts & 127).max() == 127
+    ids, targets = text[None, 420:440].copy(), text[None, 421:441].copy()
+    found = model.without_document(ids, targets)[0][0]
+    np.testing.assert_allclose(found[5:], model.probability(text)[0][426:441], rtol=2e-2)
 
 
 def test_a_text_that_contains_itself_leaves_something_for_every_token():
@@ -86,7 +168,7 @@ def test_a_large_vocabulary_sums_to_one_and_knows_its_contexts():
     for t in (0, 1, 7, 1_000, len(text) - 1):
         assert model.distribution(text[:t]).sum(dtype=np.float64) == pytest.approx(1, abs=1e-4)
     assert model.tables.tokens.dtype == np.uint16
-    longest = model.probability(text)[1]
+    longest = length_of(model.probability(text)[1])
     inside = (text != 50_256) & (np.roll(text, 1) != 50_256)
     assert longest.max() == 4
     assert (longest[4:][inside[4:]] > 1).all()  # every context of two tokens was counted
@@ -96,9 +178,9 @@ def test_a_vocabulary_beyond_16_bits():
     text = np.array([70_000, 69_999, 70_000, 69_999, 70_001], np.int32)
     model = count_ngrams(text, 70_002, 70_001, order=3)
     assert model.tables.tokens.dtype == np.uint32
-    value, longest = model.probability(text[:4])
+    value, classes = model.probability(text[:4])
     assert value[1] > 0.4
-    assert longest.tolist() == [1, 2, 2, 2]
+    assert length_of(classes).tolist() == [1, 2, 2, 2]
 
 
 @pytest.mark.skipif(numba.config.DISABLE_JIT, reason="one thread is as good as another")
@@ -142,6 +224,10 @@ def test_wrong_arguments_are_refused():
     model = count_ngrams(np.array([0, 1]), 2, 1)
     with pytest.raises(ValueError, match=r"ids must be in \[0, 2\), got 2"):
         model.probability(np.array([2], np.int32))
+    one, two = np.zeros((1, 1), np.int32), np.full((1, 1), 2, np.int32)
+    for ids, targets in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match=r"must be in \[0, 2\), got 2"):
+            model.without_document(ids, targets)
 
 
 def test_tables_may_be_read_only():

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from flashlm_numba.model import checkpoint
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.tensors import read_tensors, write_tensors
 
 
 def _tensors(seed=0):
@@ -41,7 +42,7 @@ def test_write_safetensors_is_read_by_the_package(tmp_path_factory, dtypes, seed
         for i, dtype in enumerate(dtypes)
     }
     path = tmp_path_factory.mktemp("safetensors") / "x.safetensors"
-    checkpoint.write_safetensors(path, tensors)
+    write_tensors(path, tensors)
     read = load_file(path)
     assert set(read) == set(tensors)
     for name, want in tensors.items():
@@ -58,7 +59,7 @@ def test_save_and_load_give_the_same_bits_and_keep_three(tmp_path):
     assert found.name == "step-20"
     state = checkpoint.load_state(found)
     assert (state["step"], state["seconds"]) == (20, 30.0)
-    tensors = checkpoint.read_safetensors(found / "model.safetensors")
+    tensors = read_tensors(found / "model.safetensors")
     for name, want in _tensors(20).items():
         assert tensors[name].tobytes() == want.tobytes()
     assert checkpoint.find(tmp_path, "10").name == checkpoint.find(tmp_path, "step-10").name == "step-10"
@@ -95,7 +96,7 @@ def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, when
 
         monkeypatch.setattr(os, "replace", replace)
     else:
-        function = "write_safetensors" if when == "model.safetensors" else "write_text"
+        function = "write_tensors" if when == "model.safetensors" else "write_text"
 
         def die(path, *rest):
             path.write_bytes(b"half")
@@ -117,7 +118,7 @@ def test_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, monkey
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(UserError, match=r"step 2 could not be written .* No space left on device"):
         _save(tmp_path, 2)
     assert os.listdir(tmp_path / "checkpoints") == ["step-1"]

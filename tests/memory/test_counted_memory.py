@@ -8,10 +8,9 @@ from helpers import command
 
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.inference import evaluate
-from flashlm_numba.inference.evaluate import evaluate_run, token_nll
+from flashlm_numba.inference.evaluate import CountedMemory, evaluate_run, token_nll
 from flashlm_numba.kernels.ngram_counts import count_ngrams
 from flashlm_numba.model.build import load_model
-from flashlm_numba.model.config import MemoryOptions
 from flashlm_numba.system.errors import UserError
 
 
@@ -24,16 +23,17 @@ def expected(run, corpus, options):
     for document in tokens.validation.documents():
         known = model.probability(document)[0].astype(np.float64)
         mine = np.exp(-token_nll(loaded.model, document, eot=eot))
-        mixed.append(-np.log(options.weight * known + (1 - options.weight) * mine))
+        mixed.append(-np.log(options.share * known + (1 - options.share) * mine))
         alone.append(-np.log(known))
     return np.concatenate(mixed).mean(), np.concatenate(alone).mean()
 
 
-@pytest.mark.parametrize("options", [MemoryOptions(), MemoryOptions(2, 0.9)], ids=["default", "pruned"])
+@pytest.mark.parametrize("options", [CountedMemory(), CountedMemory(2, 0.9)], ids=["default", "pruned"])
 def test_the_mixture_is_scored_beside_the_model(run, corpus, options):
     plain = evaluate_run(run)
     found = evaluate_run(run, memory=options)
     memory = found.pop("memory")
+    assert memory["head_nll"] == plain["nll"]
     assert found == plain  # what is said of the model alone stays
     mixed, alone = expected(run, corpus, options)
     assert memory["nll"] == pytest.approx(mixed, rel=1e-5)
@@ -44,7 +44,7 @@ def test_the_mixture_is_scored_beside_the_model(run, corpus, options):
 
 @pytest.mark.parametrize(("weight", "same"), [(0.0, "nll"), (1.0, "alone_nll")])
 def test_a_weight_of_none_or_all(run, weight, same):
-    memory = evaluate_run(run, memory=MemoryOptions(weight=weight))["memory"]
+    memory = evaluate_run(run, memory=CountedMemory(share=weight))["memory"]
     want = evaluate_run(run)["nll"] if same == "nll" else memory["alone_nll"]
     assert memory["nll"] == pytest.approx(want, rel=1e-6)
 
@@ -69,7 +69,7 @@ def test_the_text_of_an_export_is_named(run, corpus, corpus_files, tmp_path):
         assert "does not say where its text is; name the folder of its tokens with --data DIR." in done.stderr
     done = command("eval", file, corpus_files / "validation.jsonl", "--data", corpus, "--memory", "ngrams", "--json")
     assert done.exit_code == 0, done.output
-    want = evaluate_run(run, memory=MemoryOptions())["memory"]["alone_nll"]
+    want = evaluate_run(run, memory=CountedMemory())["memory"]["alone_nll"]
     assert json.loads(done.stdout)["memory"]["alone_nll"] == pytest.approx(want, rel=1e-6)
 
 
@@ -81,6 +81,6 @@ def test_options_that_do_not_fit_are_refused(run, words):
 
 
 def test_what_cannot_be_scored_is_refused_before_counting(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "count_memory", None)
+    monkeypatch.setattr(evaluate, "count_tokens", None)
     with pytest.raises(UserError, match="missing"):
-        evaluate_run(run, str(tmp_path / "missing.txt"), memory=MemoryOptions())
+        evaluate_run(run, str(tmp_path / "missing.txt"), memory=CountedMemory())
