@@ -1,5 +1,6 @@
 """Drawing from logits in compiled code: the same choice as the plain rule in flashlm_numba/heads/sampling.py."""
 
+import numba
 import numpy as np
 import pytest
 from helpers import assert_as_accurate
@@ -151,11 +152,12 @@ def test_the_dense_head_draws_by_its_distribution(int8):
     head = DenseHead(rng.standard_normal((8, 4), np.float32))
     if int8:
         head.use_int8()
-    h = np.tile(rng.standard_normal((1, 4), np.float32), (20_000, 1))
+    draws, near = (1_000, 0.09) if numba.config.DISABLE_JIT else (20_000, 0.02)
+    h = np.tile(rng.standard_normal((1, 4), np.float32), (draws, 1))
     for settings in ({}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 2.0, "top_k": 5, "top_p": 0.8}):
         found = np.bincount(head.sample(h, np.random.default_rng(0), **settings), minlength=8) / len(h)
         plain = sample_rows(head.distribution(h), np.random.default_rng(1), **settings)
         want = np.bincount(plain, minlength=8) / len(h)
         assert np.count_nonzero(found) <= settings.get("top_k", 8)
-        assert np.abs(found - want).max() < 0.02
+        assert np.abs(found - want).max() < near
     assert (head.sample(h[:3], rng, temperature=0) == head.distribution(h[:1]).argmax()).all()
