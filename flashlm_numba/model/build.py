@@ -120,7 +120,7 @@ def load_model(
     progress : receives a note and a bar if kernels must be compiled
     Raises UserError if the checkpoint or the file is damaged, or if ema is True and the run has no EMA.
     """
-    trained = read_trained(folder, checkpoint_name, ema=ema)
+    trained = read_trained(folder, checkpoint_name, ema=ema, progress=progress)
     ensure_compiled(kernel_parts(trained.run, uses), progress)
     try:
         return Loaded(trained.run, model_from(trained.run, trained.tensors), trained.state, trained.vocabulary)
@@ -130,7 +130,9 @@ def load_model(
         raise UserError(f"{folder} cannot be used: {error}") from None
 
 
-def read_trained(path: Path, checkpoint_name: str | None = None, *, ema: bool = False) -> Trained:
+def read_trained(
+    path: Path, checkpoint_name: str | None = None, *, ema: bool = False, progress: Progress = TERMINAL
+) -> Trained:
     """Read the newest or named checkpoint of a run, or an exported file, without building the model.
 
     path : folder of a run or of one of its checkpoints, or exported file
@@ -139,6 +141,7 @@ def read_trained(path: Path, checkpoint_name: str | None = None, *, ema: bool = 
     if path.is_file():
         if checkpoint_name is not None or ema:
             raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")
+        packed.note_size(path, progress)
         config, tensors, state, tokenizer = packed.read(path)
         run = run_from_json(config, path)
         vocabulary = checked_vocabulary(vocabulary_of(tokenizer, run.tokenizer_hash, path), run, path)

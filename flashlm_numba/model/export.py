@@ -35,8 +35,7 @@ def export_run(
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file, already exported; give the folder of a run.")
-    if out.exists():
-        raise UserError(f"{out} already exists; choose another file, or remove it.")
+    packed.check_new(out)
     loaded = load_model(folder, checkpoint_name, ema=ema, uses=["read"], progress=progress)
     tensors = tensors_of(loaded.model)
     if loaded.model.memory is not None and memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from flashlm_numba.system.compiled import ensure_compiled
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 
+MANY = 30_000_000  # parameters that take more than a second or two
 _HEAD = "head.weight"
 _NO_BOUND = -200.0  # beside 0 its softmax is 0 in float32, so every bound is
 
@@ -31,10 +33,9 @@ def import_folder(folder: Path, out: Path, *, rows: str = "float", progress: Pro
     Returns out. Raises UserError if a file is missing, damaged or describes another model, or if out exists or cannot
     be written. Everything that can be refused is, before a tensor is read.
     """
-    if out.exists():
-        raise UserError(f"{out} already exists; choose another file, or remove it.")
     model = read_published(folder)
     places = located(folder, model, stored_tensors(folder))
+    packed.check_new(out)
     vocabulary = _vocabulary(folder, model, progress)
     run = RunConfig(
         recipe="mmf",
@@ -43,6 +44,9 @@ def import_folder(folder: Path, out: Path, *, rows: str = "float", progress: Pro
         head=HeadConfig(name="bitlinear"),
     )
     ensure_compiled(["bitlinear"], progress)
+    size = sum(math.prod(place.shape) for place in places.values())
+    if size > MANY:
+        progress.note(f"Packing {size:,} parameters ...")
     tensors, scales = _pack(run.model, places)
     if not model.has_bounds:
         tensors["lower_bounds"] = np.full((model.n_blocks, model.dim), _NO_BOUND, np.float32)

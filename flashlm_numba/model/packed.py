@@ -30,11 +30,14 @@ import numpy as np
 from flashlm_numba.model.config import ROWS
 from flashlm_numba.model.parameters import EMBEDDING
 from flashlm_numba.model.rounded_rows import round_rows, widen_rows
+from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import parse_json, replace, sync_file, sync_folder, usual_mode
+from flashlm_numba.system.files import parse_json, replace, sync_folder
+from flashlm_numba.system.tensors import write_tensors
 
 FORMAT = "flashlm-numba packed 3"
 SUFFIX = ".base3"  # suffix of a packed matrix's name
+LARGE = 150_000_000  # bytes
 MOST_TEXT = 1 << 28  # bytes of a tokenizer.json
 SCALE = ".scale"  # suffix of the name of a packed matrix's scale
 SCALES = EMBEDDING + ".scales"
@@ -114,6 +117,21 @@ def _digest(tensors: dict[str, np.ndarray], *texts: str) -> str:
     return digest.hex()
 
 
+def check_new(path: Path) -> None:
+    """Raise UserError if a new file cannot be written there, before the work for it is done."""
+    if os.path.lexists(path):  # also a link that leads nowhere
+        raise UserError(f"{path} already exists; choose another file, or remove it.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(
+            f"The model could not be written to {path}: {error.strerror or error}; choose another file."
+        ) from None
+
+
 def write(
     path: Path,
     tensors: dict[str, np.ndarray],
@@ -132,8 +150,6 @@ def write(
     rows : arithmetic of the embedding's rows, in ROWS
     Raises UserError if writing fails, or if the rows cannot be rounded.
     """
-    from safetensors.numpy import save_file
-
     stored = {name + SUFFIX: pack_base3(tensors[name]) for name in ternary}
     stored |= {name: value for name, value in tensors.items() if name not in ternary}
     stored |= {name + SCALE: np.array([value], np.float32) for name, value in (scales or {}).items()}
@@ -151,22 +167,24 @@ def write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, temporary, metadata=metadata)
-        temporary.chmod(usual_mode())  # the library's file is for its owner alone
-        with temporary.open("rb+") as file:
-            sync_file(file)
+        write_tensors(temporary, stored, metadata)
         replace(temporary, path)
         sync_folder(path.parent)
-    except Exception as error:  # safetensors has its own error for a full disk
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise UserError(
-            f"The model could not be written to {path}: {reason}; choose another file, or free some disk space."
+            f"The model could not be written to {path}: {error.strerror or error}; choose another file, or free some "
+            "disk space."
         ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def note_size(path: Path, progress: Progress) -> None:
+    """A note that a file is being read, if that takes more than a second or two."""
+    size = path.stat().st_size
+    if size > LARGE:
+        progress.note(f"Reading {path} ({size / 1e6:,.0f} MB) ...")
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any], str]:

@@ -162,6 +162,7 @@ def load_for_generation(
         return loaded.model, loaded.vocabulary
     own = ["packed" if use == "generate" else use for use in uses if use not in ACTIVATIONS]
     ensure_compiled(kernel_parts(run, own), progress)
+    packed.note_size(path, progress)
     model, _, tokenizer = read_packed_model(path)
     return model, checked_vocabulary(vocabulary_of(tokenizer, run.tokenizer_hash, path), run, path)
 

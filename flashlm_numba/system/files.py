@@ -55,13 +55,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def usual_mode() -> int:
-    """The permissions of a file that open() creates."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def sync_file(file: IO[Any]) -> None:
     """Sync everything written to an open file to disk."""
     file.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from flashlm_numba.system.files import parse_json, sync_file
 _DTYPES = {
     "float64": "F64",
     "int64": "I64",
+    "float16": "F16",
+    "int8": "I8",
     "float32": "F32",
     "int32": "I32",
     "uint32": "U32",
@@ -29,8 +32,8 @@ _DTYPES = {
 _NUMPY = {name: np.dtype(kind) for kind, name in _DTYPES.items()}
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
-    """Write a safetensors file and sync it to disk. Returns its SHA-256 (hex).
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file and sync it to disk. Returns its SHA-256 (hex). The same content gives the same bytes.
 
     The safetensors package copies every tensor to bytes before it writes. This function writes the arrays directly
     from memory and hashes them on the way, which saves 100 MB with the optimiser state of 13.6M parameters. Wide dtypes
@@ -38,7 +41,8 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> str:
     """
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in order:
         array = arrays[name]
         end = offset + array.nbytes
@@ -79,6 +83,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         header = parse_json(file.read(length))
     data = np.memmap(path, np.uint8, "r", offset=8 + length)
     found = {}
+    header.pop("__metadata__", None)
     for name, entry in header.items():
         low, high = entry["data_offsets"]
         found[name] = data[low:high].view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])

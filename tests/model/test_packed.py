@@ -141,6 +141,12 @@ def test_an_exported_model_tells_nothing_of_where_it_was_made(run, corpus, expor
     assert "does not say where its text is; name the text to score" in done.stderr
 
 
+def test_two_exports_of_a_run_are_the_same_bytes(run, exported, tmp_path):
+    again = tmp_path / "again.safetensors"
+    assert _run("export", run, again, "--rows", "float").exit_code == 0
+    assert again.read_bytes() == exported.read_bytes()
+
+
 def test_the_running_average_can_be_exported(run, corpus, tmp_path):
     path = tmp_path / "ema.safetensors"
     assert _run("export", run, path, "--ema", "--rows", "float").exit_code == 0
