@@ -73,7 +73,7 @@ class _Commands(click.Group):
             discard_output(sys.stdout)
             ctx.exit(1)
         except MemoryError as error:
-            say(f"Error: There is not enough memory ({error}); use smaller settings.")
+            say(f"Error: There is not enough memory ({error}); close other programs, or use a smaller model.")
             ctx.exit(1)
         except OSError as error:
             if error.filename is not None:  # a path that is too long, or belongs to another user

@@ -115,7 +115,10 @@ class ImportedVocabulary(Vocabulary):
 
     @functools.cached_property
     def _library(self) -> tokenizers.Tokenizer:
-        found = library_tokenizer(json.dumps(self._content, ensure_ascii=False))
+        content = self._content
+        if content["model"].get("dropout"):  # a chance for other tokens at every call, meant for training
+            content = content | {"model": content["model"] | {"dropout": None}}
+        found = library_tokenizer(json.dumps(content, ensure_ascii=False))
         found.no_truncation()
         found.no_padding()
         found.encode_special_tokens = True  # text that spells one stays text

@@ -82,6 +82,10 @@ class Vocabulary(ABC):
         """Text of the tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def lost(self) -> tuple[str, str] | None:
+        """A text that does not come back from its ids, and what comes back. None, except in an imported vocabulary."""
+        return None
+
 
 PIECE = 100_000  # characters per piece of a long text
 _SEAM = re.compile(r"\S(?=[ \n])")

@@ -313,6 +313,13 @@ def evaluate_run(
             f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
             "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
         )
+    if memory is not None and not loaded.run.data_hash:
+        raise UserError(f"{run} was imported, and its training text is not known; leave out --memory.")
+    if (lost := loaded.vocabulary.lost()) is not None:
+        progress.note(
+            f"The tokenizer of {run} does not keep every text ({lost[0]!r} comes back as {lost[1]!r}), so its bits per "
+            "byte are too low where that is lost."
+        )
     if alone:
         loaded.model.memory = None
     elif memory is not None and loaded.model.memory is not None:

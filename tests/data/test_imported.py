@@ -30,6 +30,13 @@ def test_it_encodes_as_the_library_and_gives_the_bytes_back():
     assert (found.size, found.start, found.eot) == (SIZE, 1, 2)
 
 
+def test_merges_are_not_dropped_at_random():
+    content = json.loads(tokenizer_json())
+    content["model"]["dropout"] = 0.9
+    found = vocabulary(content)
+    assert found.encode("the people") == vocabulary().encode("the people")
+
+
 def test_text_that_spells_a_special_token_stays_text():
     found = vocabulary()
     ids = found.encode("</s><s>")

@@ -182,6 +182,13 @@ def test_what_the_tokenizer_loses_is_named_once(tmp_path):
     done = run_import(folder, tmp_path / "out.safetensors")
     assert done.stderr.count("The tokenizer does not keep every text:") == 1
     assert command("generate", tmp_path / "out.safetensors", "--prompt", "the", "--max-tokens", 3).exit_code == 0
+    (tmp_path / "text.txt").write_text("the people, and a text.")
+    scored = command("eval", tmp_path / "out.safetensors", tmp_path / "text.txt")
+    assert scored.exit_code == 0
+    assert "so its bits per byte are too low where that is lost." in scored.stderr
+    asked = command("eval", tmp_path / "out.safetensors", tmp_path / "text.txt", "--memory", "ngrams")
+    assert asked.exit_code == 1
+    assert "was imported, and its training text is not known; leave out --memory." in asked.stderr
 
 
 def test_rounded_rows(imported, tmp_path):
@@ -201,6 +208,16 @@ def test_nothing_is_overwritten_and_nothing_is_left(imported, tmp_path):
     assert done.exit_code == 1
     assert "already exists; choose another file, or remove it." in done.stderr
     assert out.read_bytes() == before
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    assert "already exists" in command("import", folder, link).stderr
+    assert link.is_symlink()
+    link.unlink()
+    (tmp_path / "file").touch()
+    done = command("import", folder, tmp_path / "file" / "out")
+    assert done.exit_code == 1
+    assert "could not be written" in done.stderr
+    (tmp_path / "file").unlink()
     shape = SHAPES["small"]
     parameters = random_parameters(0, **shape)
     parameters["head.weight"][3, 3] = np.inf
