@@ -82,6 +82,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
                 "tokens": state["tokens"],
                 "nll": found["nll"],
                 "bits_per_byte": found["bits_per_byte"],
+                **_memory(found),
                 "text": written("--checkpoint", name),
             }
         )
@@ -89,6 +90,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     return {
         "nll": score["nll"],
         "bits_per_byte": score["bits_per_byte"],
+        **_memory(score),
         "scored_tokens": score["tokens"],
         "steps": last["step"],
         "tokens": last["tokens"],
@@ -98,6 +100,11 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         **({"marks": at_marks, "text": written()} if job.marks else {}),
         **({"note": "it was interrupted; its peak memory is that of the last part."} if resumed else {}),
     }
+
+
+def _memory(score: dict[str, Any]) -> dict[str, Any]:
+    """The scores of a memory and of the model without it, if there is one, and its size."""
+    return {"memory": score["memory"]} if "memory" in score else {}
 
 
 def check_same(run: Path, job: Job, data: Path) -> None:
