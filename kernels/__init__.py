@@ -4,6 +4,7 @@
     rmsnorm, glu    normalisation and gated linear unit of the trunk
     leaky_average   leaky average of the tokens so far
     ngram_copy      tokens that followed earlier occurrences of the last n tokens
+    copy_mixture    their shares in a mixture with a head
     ngram_index     the index in which decoding finds them
     ngrams          n-gram probabilities of a text: lookup in the smoothed tables
     ngram_counts    the tables: counting, modified Kneser-Ney smoothing
@@ -78,6 +79,7 @@ __all__ = [
     "bitlinear_head",
     "conv",
     "conv_mixer",
+    "copy_mixture",
     "decode",
     "dense_head",
     "dense_inference",

@@ -8,6 +8,7 @@ channel, to the trunk's input and to the hidden state:
 
     x[t] += gain_in * E[copy[t]],   h[t] += gain_out * E[copy[t]]
 
+In place of the latter, the copies can have shares beside the head (copy_mixture.py).
 If an order n is given a second time, it skips the last occurrence and uses the one before.
 Letters: B batch, T time, N = B*T rows, M a number of rows, V vocabulary, C channels.
 """
@@ -82,6 +83,48 @@ def _scatter_copies(dweight, dx, dh, rows, gain_in, gain_out, threads):
                     target[c] += gain_in[low + c] * source[c] + gain_out[low + c] * source_out[c]
 
 
+@helper
+def _copied_rows(out, left, rows, t, orders, skips, longest, reach):
+    """out (O,): what copied_row finds at t for each order and skip, in one search. Scratch: left (O,)."""
+    todo = orders.shape[0]
+    for o in range(todo):
+        out[o], left[o] = np.int32(-1), skips[o]
+    j = t - 1
+    while todo > 0 and j >= max(0, t - reach):
+        if rows[j] == rows[t]:
+            same = 1
+            while same < longest and j >= same and rows[j - same] == rows[t - same]:
+                same += 1
+            for o in range(orders.shape[0]):
+                if left[o] >= 0 and same >= orders[o]:
+                    left[o] -= 1
+                    if left[o] < 0:
+                        out[o] = rows[j + 1]
+                        todo -= 1
+        j -= 1
+
+
+@helper
+def _all_copies_share(first, last, out, left, rows, orders, skips, longest, reach):
+    """The positions first..last of all sequences."""
+    time = rows.shape[1]
+    for n in range(first, last):
+        _copied_rows(out[n // time, n % time], left, rows[n // time], n % time, orders, skips, longest, reach)
+
+
+@kernel
+def _all_copies(out, left, rows, orders, skips, longest, reach, threads):
+    for index in prange(threads):
+        thread, count = np.int64(index), rows.shape[0] * rows.shape[1]
+        first, last = thread * count // threads, (thread + 1) * count // threads
+        _all_copies_share(first, last, out, left[thread], rows, orders, skips, longest, reach)
+
+
+@serial_kernel
+def _last_copies(out, left, rows, orders, skips, longest, reach):
+    _copied_rows(out, left, rows, rows.shape[0] - 1, orders, skips, longest, reach)
+
+
 @serial_kernel
 def _ngram_copies(out, rows, order, skip, reach):
     for b in range(rows.shape[0]):
@@ -118,6 +161,45 @@ def ngram_copies(rows: np.ndarray, order: int, reach: int, skip: int = 0) -> np.
     out = np.empty_like(rows)
     _ngram_copies(out, rows, order, skip, reach)
     return out
+
+
+def all_copies(rows: np.ndarray, orders: Sequence[int], reach: int) -> np.ndarray:
+    """What ngram_copies finds for each of copy_kinds(orders), (B, T, O) int32, in one search, with all threads.
+
+    Raises ValueError if a shape, a dtype or a number is wrong.
+
+    >>> all_copies(np.array([[5, 6, 5, 7, 5, 6]], np.int32), (1, 2), 9)[0].tolist()
+    [[-1, -1], [-1, -1], [6, -1], [-1, -1], [7, -1], [5, 5]]
+    """
+    _check.array("all_copies", "rows", rows, (None, None), np.int32)
+    orders_of, skips = _kinds("all_copies", orders, reach)
+    threads = numba.get_num_threads()
+    out, left = np.empty((*rows.shape, len(orders)), np.int32), np.empty((threads, len(orders)), np.int64)
+    if out.size:
+        _all_copies(out, left, rows, orders_of, skips, int(orders_of.max()), reach, threads)
+    return out
+
+
+def last_copies(rows: np.ndarray, orders: Sequence[int], reach: int) -> np.ndarray:
+    """all_copies at the last position of one text (T,), T >= 1, (O,) int32, with one thread.
+
+    Raises ValueError if a shape, a dtype or a number is wrong.
+    """
+    _check.array("last_copies", "rows", rows, (None,), np.int32)
+    orders_of, skips = _kinds("last_copies", orders, reach)
+    if not len(rows):
+        raise ValueError("last_copies: rows must hold a token")
+    out, left = np.empty(len(orders), np.int32), np.empty(len(orders), np.int64)
+    _last_copies(out, left, rows, orders_of, skips, int(orders_of.max(initial=0)), reach)
+    return out
+
+
+def _kinds(where: str, orders: Sequence[int], reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """The orders and skips of copy_kinds (O,) int64."""
+    if reach < 1 or min(orders, default=1) < 1:
+        raise ValueError(f"{where}: orders and reach must be at least 1, got {list(orders)} and {reach}")
+    kinds = copy_kinds(orders)
+    return tuple(np.array([kind[i] for kind in kinds], np.int64) for i in range(2))  # type: ignore[return-value]
 
 
 def scatter_copies(

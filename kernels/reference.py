@@ -204,3 +204,29 @@ def dense_head_backward(weights, h, weight, targets, log_prior=None, label_smoot
         dlogits = dlogits * (1 - (capped / soft_cap) ** 2)
     dlogits = (dlogits * weights[:, None]).astype(h.dtype)
     return dlogits @ weight, dlogits.T @ h
+
+
+def copy_scores(h, embedding, copies, bias, hidden, match):
+    """Scores of the copies (N, O), -inf where copies is -1."""
+    scale = h.dtype.type(h.shape[1] ** -0.5)
+    scores = bias + (h @ hidden.T + match * np.einsum("nc,noc->no", h, embedding[copies])) * scale
+    return np.where(copies >= 0, scores, -np.inf).astype(h.dtype)
+
+
+def copy_scores_backward(dscores, h, embedding, copies, hidden, match):
+    """dh, dembedding, dbias, dhidden, dmatch."""
+    scale = h.dtype.type(h.shape[1] ** -0.5)
+    d = np.where(copies >= 0, dscores, 0).astype(h.dtype)
+    rows = embedding[copies]
+    dh = (d @ hidden + np.einsum("no,noc->nc", d * match, rows)) * scale
+    dembedding = np.zeros_like(embedding)
+    np.add.at(dembedding, copies, (d * match)[:, :, None] * h[:, None] * scale)
+    dmatch = (d * np.einsum("nc,noc->no", h, rows)).sum(0) * scale
+    return dh, dembedding, d.sum(0), d.T @ h * scale, dmatch
+
+
+def copy_shares(scores):
+    """The shares (N, O + 1) of the head and of the copies."""
+    scores = np.concatenate([np.zeros_like(scores[:, :1]), scores], axis=1)
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)

@@ -110,6 +110,23 @@ def _tree_head_sample(out, logits, slopes, h, uniforms, tree):
 
 
 @helper
+def _finished_logits(logits, slopes, x, span, tree):
+    """The logits of a node for x (1, C), in the first row of logits, and what makes them log p below the node."""
+    n_tokens, width = span.n_tokens, span.width
+    tokens, children = child_rows(span, tree)
+    row_products(logits[:, :n_tokens], x, tokens)
+    row_products(logits[:, n_tokens:width], x, children)
+    row = logits[0, :width]
+    token_prior, child_prior = child_priors(span, tree)
+    finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
+    top = row_max(row)
+    total = _ZERO
+    for k in range(width):
+        total += exp32(row[k] - top)
+    return -np.float64(top) - math.log(np.float64(total))
+
+
+@helper
 def _search(best, rows, keys, codes, logits, slopes, x, tree):
     """rows (k,) int64: the likeliest leaf rows for x (1, C), most likely first, and best (k,) float64, their log p.
 
@@ -120,17 +137,8 @@ def _search(best, rows, keys, codes, logits, slopes, x, tree):
     while True:
         span = span_of(tree.spans, m)
         n_tokens, width = span.n_tokens, span.width
-        tokens, children = child_rows(span, tree)
-        row_products(logits[:, :n_tokens], x, tokens)
-        row_products(logits[:, n_tokens:width], x, children)
+        shift = above + _finished_logits(logits, slopes, x, span, tree)
         row = logits[0, :width]
-        token_prior, child_prior = child_priors(span, tree)
-        finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
-        top = row_max(row)
-        total = _ZERO
-        for k in range(width):
-            total += exp32(row[k] - top)
-        shift = above - np.float64(top) - math.log(np.float64(total))
         for k in range(n_tokens):
             found = keep_largest(best, rows, found, np.float64(row[k]) + shift, span.token_start + k)
         for k in range(n_tokens, width):
@@ -150,6 +158,36 @@ def _search(best, rows, keys, codes, logits, slopes, x, tree):
 @serial_kernel
 def _tree_head_top(best, rows, keys, codes, logits, slopes, x, tree):
     _search(best, rows, keys, codes, logits, slopes, x, tree)
+
+
+@serial_kernel
+def _tree_head_log_prob(log_p, rows, nodes, shifts, logits, slopes, x, tree):
+    """log_p (K,) float64 of ascending leaf rows (K,) int32 for x (1, C).
+
+    A node is computed once, since those of neighbours follow one another. Scratch per level: nodes (D,) int64, shifts
+    (D,) float64, logits (D, widest); slopes (widest,).
+    """
+    for level in range(nodes.shape[0]):
+        nodes[level] = -1
+    for i in range(rows.shape[0]):
+        m, level, leaf, total = np.int64(0), 0, np.int64(rows[i]), 0.0
+        while m >= 0:
+            span = span_of(tree.spans, m)
+            if nodes[level] != m:
+                shifts[level] = _finished_logits(logits[level : level + 1], slopes, x, span, tree)
+                nodes[level] = m
+            total += shifts[level]
+            if leaf < span.token_end:
+                total += np.float64(logits[level, leaf - span.token_start])
+                m = np.int64(-1)
+            else:
+                child = span.child_start
+                while leaf >= tree.leaf_ends[child]:
+                    child += 1
+                total += np.float64(logits[level, span.n_tokens + child - span.child_start])
+                m = child
+            level += 1
+        log_p[i] = total
 
 
 @serial_kernel
@@ -225,6 +263,21 @@ class TreeSampler:
         log_p, rows = np.empty(count), np.empty(count, np.int64)
         _tree_head_top(log_p, rows, *self._scratch(), x, self._tree)
         return rows, log_p
+
+    def log_prob(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """log p of some leaf rows (K,) int32 for x (1, C), (K,) float64, by the arithmetic of `top`.
+
+        Raises ValueError if a shape, a dtype or a row is wrong.
+        """
+        _check.array("TreeSampler", "x", x, (1, self.dim))
+        _check.array("TreeSampler", "rows", rows, (None,), np.int32)
+        _check.indices("TreeSampler", "rows", rows, self.vocab_size)
+        order, log_p, found = np.argsort(rows), np.empty(len(rows)), np.empty(len(rows))
+        per_level = np.empty(self.depth, np.int64), np.empty(self.depth)
+        logits, slopes = (np.empty(shape, np.float32) for shape in ((self.depth, self._tree.widest), self._tree.widest))
+        _tree_head_log_prob(found, rows[order], *per_level, logits, slopes, x, self._tree)
+        log_p[order] = found
+        return log_p
 
     def draw_top(
         self, x: np.ndarray, count: int, uniform: float, temperature: float = 1.0, top_p: float | None = None

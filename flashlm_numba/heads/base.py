@@ -34,6 +34,7 @@ class Head(ABC):
     log_prior : (V,) float32 by token id, added to the logits and stored with the weights; or None
     own_settings : fields of HeadConfig that this head reads; they have no effect with other heads
     has_int8 : whether `use_int8` has an effect
+    has_search : whether `top` and `log_prob_of` compute only some of the tokens
     ternary : names in `parameters` of the matrices that the head evaluates as a scale times -1, 0 and +1, by
         kernels.bitlinear.absmean_ternary
     """
@@ -46,6 +47,7 @@ class Head(ABC):
     log_prior: np.ndarray | None = None
     own_settings: ClassVar[tuple[str, ...]] = ()
     has_int8: ClassVar[bool] = False
+    has_search: ClassVar[bool] = False
     ternary: ClassVar[tuple[str, ...]] = ()
 
     # --- from settings: methods in the order in which the class is used, and those for saving a head ---
@@ -139,6 +141,10 @@ class Head(ABC):
         accumulate : False replaces the previous gradients, including those of the shared rows
         """
 
+    def training_log_prob(self, h: np.ndarray, targets: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """-nll of the next forward_backward of h and targets, (n,) float32, at the positions `at` (n,)."""
+        return self.log_prob(np.ascontiguousarray(h[at]), targets[at])
+
     # --- evaluation and generation ---
 
     @abstractmethod
@@ -167,6 +173,19 @@ class Head(ABC):
         top_p: float | None = None,
     ) -> np.ndarray:
         """Sample one token id per row, (N,) int32, applying temperature, then top-k, then top-p."""
+
+    def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k = min(count, V) likeliest tokens for one x (C,), likeliest first.
+
+        Returns ids (k,) int32 and numbers (k,) float64: log p if has_search is True, else log p up to a constant.
+        """
+        logits = self.logits(x[None])[0].astype(np.float64)
+        ids = np.argsort(-logits, kind="stable")[:count].astype(np.int32)
+        return ids, logits[ids]
+
+    def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
+        return self.log_prob(np.repeat(x[None], len(tokens), axis=0), tokens).astype(np.float64)
 
     def use_int8(self) -> None:
         """From now on, sample with rows quantised to int8. Has no effect unless has_int8 is True."""

@@ -166,17 +166,38 @@ class SampledHead(DenseHead):
         with self._training.alone():
             return self._sampled(h, targets, weights, accumulate, self._uniform)
 
+    def training_log_prob(self, h: np.ndarray, targets: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """See Head.training_log_prob: by the candidates, except where forward_backward uses all tokens."""
+        if self._uniform is None:
+            return super().training_log_prob(h, targets, at)
+        targets = for_reading(targets)
+        check_targets("SampledHead", targets, self.vocab_size)
+        adopt_threads()
+        ids, rows, correction = self._candidate_rows(targets, self._uniform)
+        _, nll = kernels.dense_head_forward(
+            np.ascontiguousarray(h[at]),
+            rows,
+            np.searchsorted(ids, targets[at]).astype(np.int32),
+            log_prior=correction,
+            soft_cap=self.settings["soft_cap"],
+        )
+        return -nll
+
+    def _candidate_rows(self, targets: np.ndarray, uniform: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, rows and the addition to the logits of the candidates that `uniform` determines."""
+        ids, p = self.choose(targets, uniform)
+        correction = -np.log(p).astype(np.float32)
+        if self.log_prior is not None:
+            correction += self.log_prior[ids]
+        return ids, embedding_forward(self._weight, ids), correction
+
     def _sampled(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, accumulate: bool, uniform: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """forward_backward over the candidates that `uniform` determines."""
         if not accumulate:
             zero(self.dweight)
-        ids, p = self.choose(targets, uniform)
-        correction = -np.log(p).astype(np.float32)
-        if self.log_prior is not None:
-            correction += self.log_prior[ids]
-        rows = embedding_forward(self._weight, ids)
+        ids, rows, correction = self._candidate_rows(targets, uniform)
         drows = np.zeros_like(rows)
         most = max(self.candidates, min(len(h), self.vocab_size) + self.candidates // 2)
         self._few = kernels.scratch_for(self._few, max(most, len(ids)), rows.shape[1])

@@ -58,6 +58,7 @@ class TreeHead(Head):
     """
 
     name = "tree"
+    has_search = True
     own_settings = (
         "tree",
         "tree_clustering",
@@ -318,6 +319,10 @@ class TreeHead(Head):
         """
         rows, log_p = self._sampler.top(for_reading(x)[None], count)
         return self.tree.token_of_row[rows], log_p
+
+    def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """ln p of some tokens (K,) int32 for one x (C,), (K,) float64, by the arithmetic of `top`."""
+        return self._sampler.log_prob(for_reading(x)[None], self._rows(tokens))
 
     def sample(
         self,

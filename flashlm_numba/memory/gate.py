@@ -19,6 +19,7 @@ from flashlm_numba.kernels import _check
 
 if TYPE_CHECKING:
     from flashlm_numba.heads.base import Head
+    from flashlm_numba.heads.copy_mixture import CopyMixture
 
 
 class Recalled(NamedTuple):
@@ -66,7 +67,7 @@ class Gate:
 
     def forward_backward(
         self,
-        head: Head,
+        head: Head | CopyMixture,
         h: np.ndarray,
         targets: np.ndarray,
         weights: np.ndarray,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashlm_numba.heads.sampling import check_settings, sample_rows
-from flashlm_numba.heads.tree import TreeHead
 from flashlm_numba.memory.gate import Gate
 
 if TYPE_CHECKING:
     from flashlm_numba.heads.base import Head
+    from flashlm_numba.heads.copy_mixture import CopyMixture
     from flashlm_numba.kernels.ngrams import NgramModel
 
 
@@ -21,7 +21,7 @@ class MixedHead:
     ids : the text
     """
 
-    def __init__(self, head: Head, gate: Gate, ngrams: NgramModel, ids: np.ndarray) -> None:
+    def __init__(self, head: Head | CopyMixture, gate: Gate, ngrams: NgramModel, ids: np.ndarray) -> None:
         self.head, self.gate, self.ngrams, self.ids = head, gate, ngrams, ids
         self.vocab_size = head.vocab_size
         self._class = np.array([ngrams.context_class(ids)])
@@ -64,14 +64,14 @@ class MixedHead:
         The likeliest comes first, of equal ones the smaller id. The result is exact.
         """
         count = min(count, self.vocab_size)
-        if isinstance(self.head, TreeHead):
-            ids, p = self._candidates(x[None], self.head, count)
+        if self.head.has_search:
+            ids, p = self._candidates(x[None], count)
         else:  # a softmax needs the logits of all tokens in any case
             ids, p = np.arange(self.vocab_size), self.distribution(x[None])[0].astype(np.float64)
         order = np.lexsort((ids, -p))[:count]
         return ids[order].astype(np.int32), p[order]
 
-    def _candidates(self, h: np.ndarray, head: TreeHead, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _candidates(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, among them the `count` likeliest, and their probabilities.
 
         The head's m likeliest tokens bound its probability of all others. Of these only those are computed that the
@@ -80,7 +80,7 @@ class MixedHead:
         share, m = self.share(h), max(2 * count, 32)
         known = share * self.ngrams.distribution(self.ids).astype(np.float64)
         while True:
-            ids, log_p = head.top(h[0], m)
+            ids, log_p = self.head.top(h[0], m)
             p = (1 - share) * np.exp(log_p) + known[ids]
             if len(ids) == self.vocab_size:
                 return ids, p
@@ -88,6 +88,6 @@ class MixedHead:
             reach[ids] = -1
             more = np.flatnonzero(reach >= np.partition(p, -count)[-count]).astype(np.int32)
             if len(more) <= 2 * m:
-                own = np.exp(head.log_prob(np.repeat(h, len(more), axis=0), more).astype(np.float64))
+                own = np.exp(self.head.log_prob_of(h[0], more))
                 return np.concatenate([ids, more]), np.concatenate([p, (1 - share) * own + known[more]])
             m *= 8

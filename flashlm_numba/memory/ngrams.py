@@ -13,6 +13,7 @@ from flashlm_numba.memory.mixed_head import MixedHead
 
 if TYPE_CHECKING:
     from flashlm_numba.heads.base import Head
+    from flashlm_numba.heads.copy_mixture import CopyMixture
 
 ORDER = 5  # length of the longest n-grams
 
@@ -81,6 +82,6 @@ class GatedMemory(Memory):
         """For sequences (B, T) int32 from the text that was counted, as if their documents had not been counted."""
         return Recalled(*self.model.without_document(ids, targets)).flat()
 
-    def beside(self, head: Head, ids: np.ndarray) -> MixedHead:
+    def beside(self, head: Head | CopyMixture, ids: np.ndarray) -> MixedHead:
         """The head mixed with what the memory expects after a text, ids (n,) int32."""
         return MixedHead(head, self.gate, self.model, ids)
