@@ -64,7 +64,7 @@ class BitWeights(NamedTuple):
     copy_skip: np.ndarray  # (O,) int64
     copy_reach: int
     gain_in: np.ndarray  # (O, C)
-    gain_out: np.ndarray  # (O, C)
+    gain_out: np.ndarray  # (O, C); (0, C) where nothing is added to the output
 
 
 class BitActivations(NamedTuple):
@@ -129,7 +129,7 @@ class BitGradients(NamedTuple):
     gate_up_norm: np.ndarray  # (P, L, C)
     down_norm: np.ndarray  # (P, L, I)
     gain_in: np.ndarray  # (P, O, C)
-    gain_out: np.ndarray  # (P, O, C)
+    gain_out: np.ndarray  # (P, O, C), or (P, 0, C)
     bounds: np.ndarray  # (P or Q, L, C)
     value: np.ndarray  # (P or Q, L, C, C)
     forget: np.ndarray  # (P or Q, L, C, C)

@@ -186,7 +186,7 @@ def _end(unit, batch, activations, weights, work):
     low, high = unit.low, unit.high
     out, after = activations.out[low:high], activations.x[unit.layer + 1, low:high]
     call(work.norm, out, activations.rstd_out[low:high], after, weights.final_norm, weights.eps)
-    for o in range(weights.copy_order.shape[0]):
+    for o in range(weights.gain_out.shape[0]):
         add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
 
 
@@ -219,7 +219,7 @@ def bit_backward_thread(turn, batch, gradients, activations, scratch, weights, w
 def _end_backward(unit, batch, gradients, activations, weights):
     low, high, copy = unit.low, unit.high, unit.copy
     dx, dout, x = gradients.dx[low:high], batch.dout[low:high], activations.x[unit.layer + 1, low:high]
-    for o in range(activations.copies.shape[0]):
+    for o in range(gradients.gain_out.shape[1]):
         add_copies_backward(gradients.gain_out[copy, o], dout, batch.embedding, activations.copies[o, low:high])
     rstd = activations.rstd_out[low:high]
     rmsnorm_backward_rows(dx, gradients.final_norm[copy], dout, x, weights.final_norm, rstd, False)

@@ -80,7 +80,7 @@ class Weights(NamedTuple):
     copy_skip: np.ndarray  # (O,) int64: later occurrences that are passed over
     copy_reach: int  # tokens that an occurrence may lie back
     gain_in: np.ndarray  # (O, C): of the copies, at the input
-    gain_out: np.ndarray  # (O, C): at the output
+    gain_out: np.ndarray  # (O, C): at the output; (0, C) where nothing is added there
 
 
 class Activations(NamedTuple):
@@ -117,7 +117,7 @@ class Gradients(NamedTuple):
     norm2: np.ndarray  # (P, L, C)
     final_norm: np.ndarray  # (P, C)
     gain_in: np.ndarray  # (P, O, C)
-    gain_out: np.ndarray  # (P, O, C)
+    gain_out: np.ndarray  # (P, O, C), or (P, 0, C)
     gate_up: np.ndarray  # (P or Q, L, 2 I', C)
     down: np.ndarray  # (P or Q, L, C, I')
     pool: np.ndarray  # (any,): contains all but dx, and the mixer's

@@ -145,7 +145,7 @@ def _ffn(unit, batch, activations, scratch, weights, arithmetic, layers):
     if layer == layers - 1:
         out = activations.out[low:high]
         rmsnorm_rows(out, activations.rstd_out[low:high], after, weights.final_norm)
-        for o in range(weights.copy_order.shape[0]):
+        for o in range(weights.gain_out.shape[0]):
             add_copies(out, batch.embedding, activations.copies[o, low:high], weights.gain_out[o])
 
 
@@ -200,7 +200,7 @@ def backward_thread(
 def _final_norm_backward(unit, batch, gradients, activations, weights):
     low, high, copy = unit.low, unit.high, unit.copy
     dx, dout = gradients.dx[low:high], batch.dout[low:high]
-    for o in range(activations.copies.shape[0]):
+    for o in range(gradients.gain_out.shape[1]):
         add_copies_backward(gradients.gain_out[copy, o], dout, batch.embedding, activations.copies[o, low:high])
     rmsnorm_backward_rows(
         dx,

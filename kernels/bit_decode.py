@@ -58,7 +58,7 @@ class BitDecodeWeights(NamedTuple):
     copy_skip: np.ndarray  # (O,) int64
     copy_reach: int
     gain_in: np.ndarray  # (O, C)
-    gain_out: np.ndarray  # (O, C)
+    gain_out: np.ndarray  # (O, C); (0, C) where nothing is added to the output
     passes: int  # through all blocks
 
 
@@ -177,7 +177,7 @@ def _decode_step(embedding, row, position, *fields):
         norm, scale = weights.down_norm[block], weights.down_scale[block]
         _layer(x, state.hidden, norm, scale, weights.down_packed[block], 1, state)
     call(state.norm, state.out, state.rstd, x, weights.final_norm, weights.eps)
-    for o in range(copies):
+    for o in range(weights.gain_out.shape[0]):
         add_copies(state.out, embedding, state.copies[o : o + 1], weights.gain_out[o])
 
 

@@ -51,6 +51,7 @@ class BitConfig(NamedTuple):
     eps: float = 1e-6  # of all norms but the layers' own
     ngram_copy_orders: tuple[int, ...] = ()
     ngram_copy_reach: int = 0
+    copy_adds: bool = True  # whether copied rows are added to the output too
 
 
 def lower_bounds(parameter: np.ndarray) -> np.ndarray:
@@ -84,7 +85,7 @@ class BitTrunkWeights:
     """The trunk's weights in the kernels' layouts. The model sets them once per step.
 
     norm1, norm2, hidden_norm (L, C), final_norm (C,), bounds (L, C), gain_in, gain_out (O, C) float32 : written by the
-        model;  layers : the BitMatrices by name in LAYERS
+        model, gain_out (0, C) where nothing is added to the output;  layers : the BitMatrices by name in LAYERS
     """
 
     def __init__(self, config: BitConfig) -> None:
@@ -96,7 +97,8 @@ class BitTrunkWeights:
         self.layers = {name: BitMatrices(blocks, *shape, self.variant) for name, shape in shapes.items()}
         kinds = copy_kinds(config.ngram_copy_orders)
         self.copy_order, self.copy_skip = (np.array([kind[i] for kind in kinds], np.int64) for i in range(2))
-        self.gain_in, self.gain_out = (np.zeros((len(kinds), dim), np.float32) for _ in range(2))
+        self.gain_in = np.zeros((len(kinds), dim), np.float32)
+        self.gain_out = np.zeros((len(kinds) if config.copy_adds else 0, dim), np.float32)
 
     @property
     def n_layers(self) -> int:
@@ -140,7 +142,7 @@ def _new_gradients(weights: BitTrunkWeights, division: Division) -> BitGradients
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_NORMS, (copies.rows, blocks, dim))
     shapes |= {"final_norm": (copies.rows, dim)}
     shapes |= {f"{name}_norm": (copies.rows, *weights.layers[name].norms.shape) for name in LAYERS}
-    shapes |= dict.fromkeys(("gain_in", "gain_out"), (copies.rows, *weights.gain_in.shape))
+    shapes |= {"gain_in": (copies.rows, *weights.gain_in.shape), "gain_out": (copies.rows, *weights.gain_out.shape)}
     shapes |= {"bounds": (copies.sequences, blocks, dim)}
     shapes |= {name: (copies.sequences, blocks, *weights.layers[name].shape) for name in LAYERS}
     pool, segments, arrays = allocate(list(shapes.values()))

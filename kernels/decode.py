@@ -46,7 +46,7 @@ class DecodeWeights(NamedTuple):
     copy_skip: np.ndarray  # (O,) int64
     copy_reach: int
     gain_in: np.ndarray  # (O, C)
-    gain_out: np.ndarray  # (O, C)
+    gain_out: np.ndarray  # (O, C); (0, C) where nothing is added to the output
     passes: int  # through all blocks
 
 
@@ -168,7 +168,7 @@ def make_decode_step(mixer_step: Any, mixer_state: Any, mixer_weights: Any, name
             for c in range(dim):
                 x[0, c] += delta[c]
         rmsnorm_rows(state.out, state.rstd, x, weights.final_norm)
-        for o in range(copies):
+        for o in range(weights.gain_out.shape[0]):
             add_copies(state.out, embedding, state.copies[o : o + 1], weights.gain_out[o])
 
     decode_step.__name__ = decode_step.__qualname__ = f"_decode_step_{name}"

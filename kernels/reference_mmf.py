@@ -186,7 +186,7 @@ def trunk_forward(parameters, ids, *, n_passes=1, eps=1e-6, rounded=True, ngram_
         layers.append((number, x, rstd1, outs["gate"], h, forget, value, rstd_gate, post_mixer, rstd2, gate_up, saved))
         x = post_mixer + down
     out, rstd = rmsnorm(x, p["final_norm.weight"], eps)
-    for o, rows in enumerate(copies):
+    for o, rows in enumerate(copies if "ngram_copy.outputs.0.weight" in p else []):
         out = r.add_copies(out, e, rows, p[f"ngram_copy.outputs.{o}.weight"])
     return out, (p, ids, copies, bounds, shares, layers, x, rstd)
 
@@ -208,7 +208,7 @@ def trunk_backward(dout, saved):
         g[name] += dweight
         return dx
 
-    for o, rows in enumerate(copies):
+    for o, rows in enumerate(copies if "ngram_copy.outputs.0.weight" in p else []):
         name = f"ngram_copy.outputs.{o}.weight"
         g[name] += r.add_copies_backward(dout, de, e, rows, p[name])
     dx = norm("final_norm.weight", dout, x, rstd)

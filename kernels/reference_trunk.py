@@ -68,7 +68,7 @@ def trunk_forward(
         layers.append((block, x, rstd, mixer_in, mixed, m, post_mixer, n, rstd_n, gate_up, hidden))
         x = post_mixer + hidden @ p[f"{block}glu.down.weight"].T
     out, rstd = r.rmsnorm_forward(x, p["final_norm.weight"])
-    for o, rows in enumerate(copies):
+    for o, rows in enumerate(copies if "ngram_copy.outputs.0.weight" in p else []):
         out = r.add_copies(out, e, rows, p[f"ngram_copy.outputs.{o}.weight"])
     scales = mixer_residual_scale, ffn_residual_scale, leaky_decay
     return out, (p, groups, dilations, scales, ids, copies, layers, x, rstd)
@@ -79,7 +79,7 @@ def trunk_backward(dout, saved):
     p, groups, dilations, (mixer_residual_scale, ffn_residual_scale, leaky_decay), ids, copies, layers, x, rstd = saved
     g = {name: np.zeros_like(value) for name, value in p.items() if not name.startswith("router.")}
     e, de = p["embedding.weight"], g["embedding.weight"]
-    for o, rows in enumerate(copies):
+    for o, rows in enumerate(copies if "ngram_copy.outputs.0.weight" in p else []):
         name = f"ngram_copy.outputs.{o}.weight"
         g[name] += r.add_copies_backward(dout, de, e, rows, p[name])
     dx, g["final_norm.weight"] = r.rmsnorm_backward(dout, x, p["final_norm.weight"], rstd)

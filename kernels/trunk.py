@@ -56,12 +56,14 @@ class TrunkConfig(NamedTuple):
     ffn_residual_scale: float = 1.0
     ngram_copy_orders: tuple[int, ...] = ()
     ngram_copy_reach: int = 0
+    copy_adds: bool = True  # whether copied rows are added to the output too
 
 
 class TrunkWeights:
     """The trunk's weights in the kernels' layouts. The model sets them once per step and then calls pack.
 
-    norm1, norm2 (L, C), final_norm (C,), gain_in, gain_out (O, C) float32 : written by the model
+    norm1, norm2 (L, C), final_norm (C,), gain_in, gain_out (O, C) float32 : written by the model; gain_out (0, C) where
+        nothing is added to the output
     gate_up, down : TernaryMatrices (2 I', C) and (C, I'), where I' is I rounded up to whole registers, so that rows of
         activations begin at their boundaries; `gate`, `up` and `down_values` are views without the padding
     int8 : whether the inputs of ternary products are quantised to int8 per row, forward and backward
@@ -74,7 +76,8 @@ class TrunkWeights:
         self.final_norm = np.zeros(config.dim, np.float32)
         kinds = copy_kinds(config.ngram_copy_orders)
         self.copy_order, self.copy_skip = (np.array([kind[i] for kind in kinds], np.int64) for i in range(2))
-        self.gain_in, self.gain_out = (np.zeros((len(kinds), config.dim), np.float32) for _ in range(2))
+        self.gain_in = np.zeros((len(kinds), config.dim), np.float32)
+        self.gain_out = np.zeros((len(kinds) if config.copy_adds else 0, config.dim), np.float32)
         self.gate_up = TernaryMatrices(config.n_blocks, 2 * padded, config.dim)
         self.down = TernaryMatrices(config.n_blocks, config.dim, padded)
         self.gate = self.gate_up.values[:, : config.ffn_dim]

@@ -125,7 +125,7 @@ def reading_again(model: Model, context: list[int]) -> Callable[[int], None]:
     def run(count: int) -> None:
         for _ in range(count):
             h = model.forward(np.array([window], np.int32))[-1:]
-            window.append(int(model.head.sample(h, rng)[0]))
+            window.append(int(model.head_after(np.array(window, np.int32)).sample(h, rng)[0]))
             del window[0]
 
     return run

@@ -91,17 +91,23 @@ class Window:
     targets: np.ndarray  # (L,) int32
     skip: int  # positions scored by an earlier window
     recalled: Recalled | None = None  # what a memory says of the targets
+    copies: np.ndarray | None = None  # (L, O) int32: from Model.copied
 
 
 def windows(
-    document: np.ndarray, field: int | None, window: int, eot: int, memory: Memory | None = None
+    document: np.ndarray,
+    field: int | None,
+    window: int,
+    eot: int,
+    memory: Memory | None = None,
+    copied: Callable[[np.ndarray], np.ndarray | None] = lambda ids: None,
 ) -> Iterator[Window]:
     """Divide one document (n,) into windows of at most `window` positions that score each token exactly once.
 
     field : the model's receptive field in tokens, the current one included. A later window starts field - 1 positions
         before the first position that it scores, so it contains the receptive field of every scored position. None:
         windows follow one another, to be read with one state.
-    memory : tells every window about its targets
+    memory : tells every window about its targets;  copied : Model.copied
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
@@ -112,11 +118,13 @@ def windows(
     targets = np.asarray(document, np.int32)
     ids = np.concatenate([np.array([eot], np.int32), targets[:-1]])
     known = memory.recall(targets) if memory else None
+    copies = copied(ids[None])  # of the document, whose windows need not hold what is copied
     start, scored = 0, 0
     while scored < len(targets):
         end = min(start + window, len(targets))
-        part = None if known is None else known.at(slice(start, end))
-        yield Window(ids[start:end], targets[start:end], scored - start, part)
+        recalled = None if known is None else known.at(slice(start, end))
+        seen = None if copies is None else copies[start:end]
+        yield Window(ids[start:end], targets[start:end], scored - start, recalled, seen)
         scored = end
         start = end - (field - 1)
 
@@ -151,9 +159,10 @@ def score(
         """h (n, C), the scored positions of these windows"""
         nonlocal tokens, nll, spread, head_nll, memory_nll
         want = np.concatenate([item.targets[item.skip :] for item in items])
-        log_prob = model.head.log_prob(h, want)
+        copies = _copies_of(items)
+        log_prob = model.log_prob(h, want, copies=copies)
         if smoothed:
-            spread += _spread(model, h)
+            spread += _spread(model, h, copies)
         if memory is not None:
             parts = [item.recalled.at(slice(item.skip, None)) for item in items if item.recalled is not None]
             known = Recalled(*map(np.concatenate, zip(*parts, strict=True)))
@@ -171,7 +180,7 @@ def score(
                 for h, item in _continued(model, document, window, eot, memory):
                     count(h, [item])
             else:
-                yield from windows(document, field, window, eot, memory)
+                yield from windows(document, field, window, eot, memory, model.copied)
 
     for group in _batches(in_batches(), batch, least, window):
         length = padded_length(max(len(w.ids) for w in group), window)
@@ -189,7 +198,7 @@ def _continued(
 ) -> Iterator[tuple[np.ndarray, Window]]:
     """The windows of a document with their hidden states (L, C), each read with the state of the one before."""
     state = model.new_state()
-    for item in windows(document, None, window, eot, memory):
+    for item in windows(document, None, window, eot, memory, model.copied):
         yield model.read(state, item.ids), item
 
 
@@ -201,13 +210,20 @@ def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
     if field is None:
         pieces = _continued(model, document, WINDOW, eot, model.memory)
     else:
-        parts = windows(document, field, max(WINDOW, 2 * field), eot, model.memory)
+        parts = windows(document, field, max(WINDOW, 2 * field), eot, model.memory, model.copied)
         pieces = ((model.forward(part.ids[None])[part.skip :], part) for part in parts)
     found = []
     for h, item in pieces:
         recalled = None if item.recalled is None else item.recalled.at(slice(item.skip, None))
-        found.append(-model.log_prob(h, item.targets[item.skip :], recalled).astype(np.float64))
+        log_prob = model.log_prob(h, item.targets[item.skip :], recalled, _copies_of([item]))
+        found.append(-log_prob.astype(np.float64))
     return np.concatenate(found) if found else np.empty(0)
+
+
+def _copies_of(items: list[Window]) -> np.ndarray | None:
+    """What is copied at the scored positions of some windows, (N, O), or None."""
+    parts = [item.copies[item.skip :] for item in items if item.copies is not None]
+    return np.concatenate(parts) if parts else None
 
 
 def padded_length(length: int, window: int) -> int:
@@ -258,11 +274,12 @@ def is_causal(model: Model, length: int = 256) -> bool:
     return True
 
 
-def _spread(model: Model, h: np.ndarray) -> float:
-    """Mean of -ln p over all V tokens, summed over the rows of h (N, C)."""
+def _spread(model: Model, h: np.ndarray, copies: np.ndarray | None) -> float:
+    """Mean of -ln p over all V tokens, summed over the rows of h (N, C), where copies (N, O) are copied."""
     total = 0.0
     for start in range(0, len(h), _SMOOTHED_ROWS):
-        p = model.head.distribution(h[start : start + _SMOOTHED_ROWS])  # (rows, V)
+        some = slice(start, start + _SMOOTHED_ROWS)
+        p = model.head_at(None if copies is None else copies[some]).distribution(h[some])  # (rows, V)
         # a probability that underflowed counts as the smallest float32, e**-103
         np.maximum(p, np.float32(1e-45), out=p)
         total -= float(np.log(p, out=p).mean(axis=1, dtype=np.float64).sum())

@@ -26,6 +26,10 @@ class Generator(Protocol):
     def head(self) -> Any:
         """Its head, or what samples in its place."""
 
+    @property
+    def remembered(self) -> int:
+        """See Model."""
+
     def head_after(self, ids: np.ndarray) -> Any:
         """See Model."""
 
@@ -62,7 +66,8 @@ def generate_ids(
     check_settings(temperature, top_k, top_p, model.head.vocab_size)
     model.sync_weights()
     state, h = model.prefill(np.array(context, np.int32))
-    recent = np.array(context[-REMEMBERED:], np.int32)
+    most = max(REMEMBERED, model.remembered)
+    recent = np.array(context[-most:], np.int32)
     while True:
         only = allowed()
         head = model.head_after(recent)
@@ -75,7 +80,7 @@ def generate_ids(
             raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
         yield token
         h = model.decode_step(state, token)
-        recent = np.append(recent[-REMEMBERED + 1 :], np.int32(token))
+        recent = np.append(recent, np.int32(token))[-most:]
 
 
 class Utf8Stream:

@@ -35,11 +35,11 @@ _HEAD, _MEMORY = "head.", "memory."  # prefixes of the head's and the gate's par
 # parts of the kernels (training/kernel_tasks.py) that a use of a model calls
 _PARTS = {
     "read": ("{activations}",),
-    "score": ("{activations}", "{linear}forward", "{head}"),
-    "generate": ("{activations}", "{linear}forward", "{linear}decoding"),
+    "score": ("{activations}", "{linear}forward", "{copies}", "{head}"),
+    "generate": ("{activations}", "{linear}forward", "{linear}decoding", "{copies}"),
     "train": (
         *("{activations}", "{linear}forward", "{head}", "{linear}backward", "{activations}-backward"),
-        *("embedding", "optimizer"),
+        *("embedding", "{copies}", "optimizer"),
         *("{linear}decoding", "{head}-whole"),  # the samples
     ),
     "memory": ("ngrams",),  # beside the model
@@ -86,6 +86,7 @@ def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
         names |= dict.fromkeys(("activations", *ACTIVATIONS), "bitlinear") | {"linear": "bitlinear-"}
     if run.memory.memory == "ngrams":
         uses = [*uses, "memory", *["mixed"] * ("likeliest" in uses)]
+    names["copies"] = "copies" if run.model.copy_shares else names["activations"]  # else nothing more
     return list(dict.fromkeys(part.format(**names) for use in uses for part in _PARTS[use]))
 
 

@@ -21,6 +21,7 @@ from flashlm_numba.system.fields import one_of as _one_of
 ACTIVATIONS = ("float", "int8")
 LINEARS = ("ternary", "bitlinear")
 ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
+COPY_OUTPUTS = ("add", "mixture")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class ModelConfig:
     ffn_residual_scale: float = _in(1.0, 0, 1e3, open_low=True)  # multiplies the GLU's output before it is added
     ngram_copy_orders: tuple[int, ...] = ()  # n-gram lengths to match; k-th repetition: the k-th last occurrence
     ngram_copy_reach: int = _in(1024, 1, 8192)  # how many tokens back an earlier occurrence may end
+    # what the copies do at the output: their rows are added to h, or they have shares beside the head
+    # (heads/copy_mixture.py). Runs of earlier versions do not have it.
+    ngram_copy_output: str = _one_of("add", COPY_OUTPUTS, optional=True)  # n-gram copy at the output
     leaky_decay: float = _in(0.0, 0, 0.995)  # decay per token of the mixer's leaky average; 0: no leaky average
     ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude; larger weights become +1 or -1
     activations: str = _one_of("float", ACTIVATIONS)  # precision of the activations that ternary weights multiply
@@ -69,6 +73,16 @@ class ModelConfig:
             raise ValueError(
                 f"model.ngram_copy_orders must be at most 16 numbers from 1 to 16, such as [1,2], got {list(orders)}"
             )
+
+    @property
+    def copy_adds(self) -> bool:
+        """Whether copied rows are added to the hidden states."""
+        return self.ngram_copy_output == "add"
+
+    @property
+    def copy_shares(self) -> bool:
+        """Whether the copies have shares beside the head."""
+        return self.ngram_copy_output == "mixture" and bool(self.ngram_copy_orders)
 
     @property
     def receptive_field(self) -> int | None:

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from flashlm_numba.heads import Head
+from flashlm_numba.heads.copy_mixture import CopyMixture, CopyShares
 from flashlm_numba.kernels import _check
+from flashlm_numba.kernels.copy_mixture import CopyWeights
 from flashlm_numba.kernels.embedding import embedding_backward, zero
-from flashlm_numba.kernels.ngram_copy import scatter_copies
+from flashlm_numba.kernels.ngram_copy import all_copies, last_copies, scatter_copies
 from flashlm_numba.memory.gate import Recalled
 from flashlm_numba.memory.mixed_head import MixedHead
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
-from flashlm_numba.model.parameters import EMBEDDING, parameter_shapes
+from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, parameter_shapes
 from flashlm_numba.model.trunks import TRUNKS
 from flashlm_numba.system.arrays import for_reading
 from flashlm_numba.system.calls import Gate, OneCall, Pool
@@ -68,6 +70,14 @@ class Model:
             for name, value in memory.gate.parameters.items():
                 self.parameters[f"memory.{name}"] = value
                 self.gradients[f"memory.{name}"] = memory.gate.gradients[name]
+        self._copy_shares = None
+        if config.copy_shares:
+            weights, gradients = (
+                CopyWeights(*(arrays[COPY_SHARES + name] for name in CopyWeights._fields))
+                for arrays in (self.parameters, self.gradients)
+            )
+            tied = self.parameters[EMBEDDING], self.gradients[EMBEDDING]
+            self._copy_shares = CopyShares(weights, gradients, *tied, self.head.row_of_token)
         self._trunk = TRUNKS[config.linear](config)
         self._weights = self._trunk.weights
         self._embedding = for_reading(self.parameters[EMBEDDING])
@@ -116,8 +126,9 @@ class Model:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of the next token (B, T, V) float32 for ids (B, T), of any type of integer. For tests and small input.
 
-        A softmax over the last axis gives the probabilities. Those of a tree or with a memory are log-probabilities. If
-        parameters have changed, call sync_weights first. Raises ValueError if ids are no matrix of ids in [0, V).
+        A softmax over the last axis gives the probabilities. Those of a tree, of a mixture with the n-gram copies or
+        with a memory are log-probabilities already. If parameters have changed, call sync_weights first. Raises
+        ValueError if ids are no matrix of ids in [0, V).
         """
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -128,12 +139,12 @@ class Model:
         ids = np.ascontiguousarray(ids, np.int32)
         h = self.forward(ids)
         if self.memory is None:
-            return self.head.logits(h).reshape(*ids.shape, self.config.vocab_size)
+            return self.head_at(self.copied(ids)).logits(h).reshape(*ids.shape, self.config.vocab_size)
         out = np.empty((*ids.shape, self.config.vocab_size), np.float32)
         for index in np.ndindex(ids.shape):
             row, t = index
             at = row * ids.shape[1] + t
-            p = self.memory.beside(self.head, ids[row, : t + 1]).distribution(h[at : at + 1])
+            p = self.head_after(ids[row, : t + 1]).distribution(h[at : at + 1])
             np.log(np.maximum(p[0], np.float32(1e-45)), out=out[index])
         return out
 
@@ -256,34 +267,76 @@ class Model:
                 self._embedding_backward(buffers, rows, dh)
 
     def _head_pass(
-        self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, recalled: Recalled | None, accumulate: bool
+        self,
+        h: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        recalled: Recalled | None,
+        copies: np.ndarray | None,
+        accumulate: bool,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Head.forward_backward, with the nll of the mixture if there is a memory, whose gate is trained too."""
+        head = self.head_at(copies)
         if self.memory is None or recalled is None:
-            return self.head.forward_backward(h, targets, weights, accumulate=accumulate)
-        return self.memory.gate.forward_backward(self.head, h, targets, weights, recalled, accumulate=accumulate)
+            return head.forward_backward(h, targets, weights, accumulate=accumulate)
+        return self.memory.gate.forward_backward(head, h, targets, weights, recalled, accumulate=accumulate)
 
-    def log_prob(self, h: np.ndarray, targets: np.ndarray, recalled: Recalled | None = None) -> np.ndarray:
+    def log_prob(
+        self,
+        h: np.ndarray,
+        targets: np.ndarray,
+        recalled: Recalled | None = None,
+        copies: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Natural logarithm of each target's probability (N,), for hidden states h (N, C) and targets (N,) int32.
 
-        recalled : what the memory says of the targets, if the model has one; None: the head's probability alone
+        recalled : what the memory says of the targets, if the model has one; None: the probability without it
+        copies : what is copied at these positions (N, O), from copied; None: the head's probability without them
         """
-        own = self.head.log_prob(h, targets)
+        own = self.head_at(copies).log_prob(h, targets)
         return own if self.memory is None or recalled is None else self.memory.mixed(h, own, recalled)
 
-    def head_after(self, ids: np.ndarray) -> Head | MixedHead:
-        """What predicts the token after a text, ids (n,) int32: the head, or its mixture with the memory.
+    def copied(self, ids: np.ndarray) -> np.ndarray | None:
+        """The token ids (B*T, O) int32 that have shares beside the head at each position of ids (B, T), -1 for none.
 
-        Its methods take the text's last hidden state (1, C).
+        None if the model has no such shares. A position's copies depend on the ids up to it only.
         """
-        return self.head if self.memory is None else self.memory.beside(self.head, ids)
+        if self._copy_shares is None:
+            return None
+        adopt_threads()
+        found = all_copies(for_reading(ids), self.config.ngram_copy_orders, self.config.ngram_copy_reach)
+        return found.reshape(-1, found.shape[-1])
+
+    def head_at(self, copies: np.ndarray | None) -> Head | CopyMixture:
+        """The head, or its mixture with what is copied at some positions (N, O), from copied; without the memory."""
+        if self._copy_shares is None or copies is None:
+            return self.head
+        return CopyMixture(self.head, self._copy_shares, copies)
+
+    def head_after(self, ids: np.ndarray) -> Head | CopyMixture | MixedHead:
+        """What predicts the token after a text, ids (n,) int32: the head, mixed with the n-gram copies and the memory.
+
+        Its methods take the text's last hidden state (1, C). Of the copies, only the last `remembered` ids matter.
+        """
+        head: Head | CopyMixture = self.head
+        if self._copy_shares is not None:
+            recent = for_reading(ids)[-self.remembered :]
+            head = self.head_at(last_copies(recent, self.config.ngram_copy_orders, self.config.ngram_copy_reach)[None])
+        return head if self.memory is None else self.memory.beside(head, ids)
+
+    @property
+    def remembered(self) -> int:
+        """The last ids of a text in which head_after finds what is copied, at least 1."""
+        config = self.config
+        return config.ngram_copy_reach + max(config.ngram_copy_orders) if config.copy_shares else 1
 
     def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray) -> None:
         """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
         w, gradient, dx = self._weights, self.gradients[EMBEDDING], buffers.gradients.dx
         embedding_backward(gradient, dx, rows)
+        gain_out = w.gain_out if self.config.copy_adds else np.zeros_like(w.gain_in)
         for o, copies in enumerate(buffers.activations.copies):
-            scatter_copies(gradient, dx, dh, copies, w.gain_in[o], w.gain_out[o])
+            scatter_copies(gradient, dx, dh, copies, w.gain_in[o], gain_out[o])
 
     def _trunk_backward(self, buffers: Any, dh: np.ndarray, *, accumulate: bool) -> None:
         """Add the trunk's gradients to `gradients`, or replace all but the embedding's and the head's."""
@@ -291,7 +344,7 @@ class Model:
         for name, gradient in self.gradients.items():
             if name in named:
                 np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
-            elif not accumulate and name != EMBEDDING and not name.startswith(("head.", "memory.")):
+            elif not accumulate and name != EMBEDDING and not name.startswith(("head.", "memory.", COPY_SHARES)):
                 gradient[...] = 0  # of the router, which has none
 
     def loss_and_grad(
@@ -317,8 +370,9 @@ class Model:
             after_forward = time.perf_counter()
             flat = targets.reshape(-1)
             recalled = None if self.memory is None else self.memory.recall_in_training(ids, targets)
+            copies = self.copied(ids)
             if weights.all():
-                loss, nll, dh = self._head_pass(h, flat, weights, recalled, accumulate)
+                loss, nll, dh = self._head_pass(h, flat, weights, recalled, copies, accumulate)
             else:
                 kept = np.flatnonzero(weights)
                 loss, nll, dh_kept = self._head_pass(
@@ -326,6 +380,7 @@ class Model:
                     np.ascontiguousarray(flat[kept]),
                     weights[kept],
                     None if recalled is None else recalled.at(kept),
+                    None if copies is None else copies[kept],
                     accumulate,
                 )
                 dh = np.zeros_like(h)

@@ -140,6 +140,8 @@ class PackedModel:
         """Feed one token id to a state. Returns its hidden state (1, C) float32."""
         return self.read(state, np.array([token], np.int32))
 
+    remembered: ClassVar[int] = 1
+
     def head_after(self, ids: np.ndarray) -> PackedHead:
         """The head, whatever the text."""
         return self.head

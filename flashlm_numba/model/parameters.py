@@ -4,7 +4,7 @@ embedding.weight
 blocks.B.norm1.weight, blocks.B.mixer.*, blocks.B.norm2.weight, blocks.B.glu.{gate,up,down}.weight
     with linear=bitlinear blocks.B.glu.{gate_up,down}.{weight,norm.weight}
 router.{weight,bias} or, with linear=bitlinear, lower_bounds; final_norm.weight
-ngram_copy.{inputs,outputs}.O.weight
+ngram_copy.{inputs,outputs}.O.weight, or ngram_copy.inputs.O.weight and ngram_copy.mixture.{bias,hidden,match}
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from flashlm_numba.model.mixers import MIXERS, Parameter
 
 ENDS = ("inputs", "outputs")  # ends of the trunk, where copied rows are added
 EMBEDDING = "embedding.weight"
+COPY_SHARES = "ngram_copy.mixture."  # prefix of the names of kernels.copy_mixture.CopyWeights
+COPY_BIAS = -4.0  # initial one: a copy begins with a share of 1.8 %
 
 
 def _glu_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -41,8 +43,9 @@ def _glu_parameters(config: ModelConfig) -> dict[str, Parameter]:
 def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """Every parameter except the head's, in order, in PyTorch's layouts. Initial values follow FlashLM v3.
 
-    Norms start at one, and the gains of the leaky average and of the n-gram copy at zero. Convolutions, gate and up
-    have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small. With linear=bitlinear the
+    Norms start at one, and the gains of the leaky average and of the n-gram copy at zero. With
+    ngram_copy_output=mixture a copy starts with a share of exp(COPY_BIAS) beside the head's 1. Convolutions, gate and
+    up have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small. With linear=bitlinear the
     initial values are those of the MatMul-free LM's authors: 0.02, and what ends a branch 0.02 / sqrt(2 L).
     """
     c = config.dim
@@ -62,8 +65,16 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     else:
         found |= {"router.weight": Parameter((1, c), c**-0.5), "router.bias": Parameter((1,))}
     found["final_norm.weight"] = norm
-    orders = range(len(config.ngram_copy_orders))
-    return found | {f"ngram_copy.{end}.{o}.weight": Parameter((c,)) for end in ENDS for o in orders}
+    ways = len(config.ngram_copy_orders)
+    ends = ENDS if config.copy_adds else ENDS[:1]
+    found |= {f"ngram_copy.{end}.{o}.weight": Parameter((c,)) for end in ends for o in range(ways)}
+    if config.copy_shares:
+        found |= {
+            f"{COPY_SHARES}bias": Parameter((ways,), fill=COPY_BIAS),
+            f"{COPY_SHARES}hidden": Parameter((ways, c)),
+            f"{COPY_SHARES}match": Parameter((ways,)),
+        }
+    return found
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

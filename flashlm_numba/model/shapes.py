@@ -25,6 +25,7 @@ _DEFAULT = replace(
     ternary_threshold=0.5,
     activations="int8",
     ngram_copy_orders=(1, 1, 1, 2, 2, 3),
+    ngram_copy_output="mixture",
 )
 
 

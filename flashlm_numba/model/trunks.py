@@ -86,16 +86,17 @@ def _blocks(config: ModelConfig, parameters: Named) -> Iterator[tuple[int, Named
         yield block, {n.removeprefix(prefix): value for n, value in parameters.items() if n.startswith(prefix)}
 
 
-def _set_gains(config: ModelConfig, weights: Any, parameters: Named) -> None:
-    for o in range(len(config.ngram_copy_orders)):
-        weights.gain_in[o], weights.gain_out[o] = (parameters[f"ngram_copy.{end}.{o}.weight"] for end in ENDS)
+def _set_gains(weights: Any, parameters: Named) -> None:
+    for end, gains in zip(ENDS, (weights.gain_in, weights.gain_out), strict=True):
+        for o in range(len(gains)):
+            gains[o] = parameters[f"ngram_copy.{end}.{o}.weight"]
 
 
-def _gains(config: ModelConfig, inputs: np.ndarray, outputs: np.ndarray) -> Named:
+def _gains(inputs: np.ndarray, outputs: np.ndarray) -> Named:
     """The gradients of the n-gram copies by name."""
     named: Named = {}
-    for o in range(len(config.ngram_copy_orders)):
-        named |= {f"ngram_copy.{end}.{o}.weight": found[o] for end, found in zip(ENDS, (inputs, outputs), strict=True)}
+    for end, gains in zip(ENDS, (inputs, outputs), strict=True):
+        named |= {f"ngram_copy.{end}.{o}.weight": gain for o, gain in enumerate(gains)}
     return named
 
 
@@ -112,6 +113,7 @@ class TernaryTrunk:
             config.ffn_residual_scale,
             config.ngram_copy_orders,
             config.ngram_copy_reach,
+            config.copy_adds,
         )
         self.weights = TrunkWeights(trunk, MIXERS[config.mixer].build(config))
 
@@ -132,7 +134,7 @@ class TernaryTrunk:
             for name, matrices in w.mixer.matrices.items():
                 ternarize(for_reading(mixer[name]), matrices.values[b], threshold=share)
         w.final_norm[...] = parameters["final_norm.weight"]
-        _set_gains(self._config, w, parameters)
+        _set_gains(w, parameters)
         w.pack()
 
     def new_buffers(self, batch: int, time: int) -> TrunkBuffers:
@@ -158,7 +160,7 @@ class TernaryTrunk:
                 **{f"mixer.{name}": value for name, value in found.mixers[b].items()},
             }
             named |= {f"blocks.{b}.{name}": value for name, value in own.items()}
-        return named | _gains(self._config, found.gain_in, found.gain_out)
+        return named | _gains(found.gain_in, found.gain_out)
 
     def new_state(self) -> decode.DecodeState:
         """See Trunk."""
@@ -194,6 +196,7 @@ class BitTrunk:
                 config.norm_eps,
                 config.ngram_copy_orders,
                 config.ngram_copy_reach,
+                config.copy_adds,
             )
         )
         self._bounds = np.zeros((config.n_blocks, config.dim), np.float32)  # the parameter
@@ -212,7 +215,7 @@ class BitTrunk:
                 w.layers[field].norms[b] = block[f"{name}.norm.weight"]
         w.final_norm[...], self._bounds[...] = parameters["final_norm.weight"], parameters["lower_bounds"]
         w.bounds[...] = lower_bounds(self._bounds)
-        _set_gains(self._config, w, parameters)
+        _set_gains(w, parameters)
 
     def new_buffers(self, batch: int, time: int) -> BitBuffers:
         """See Trunk."""
@@ -234,7 +237,7 @@ class BitTrunk:
             fields |= {field: name, f"{field}_norm": f"{name}.norm"}
         for field, name in fields.items():
             named |= {f"blocks.{b}.{name}.weight": value for b, value in enumerate(found[field])}
-        return named | _gains(self._config, found["gain_in"], found["gain_out"])
+        return named | _gains(found["gain_in"], found["gain_out"])
 
     def new_state(self) -> bit_decode.BitDecodeState:
         """See Trunk."""

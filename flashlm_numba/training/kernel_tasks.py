@@ -156,6 +156,22 @@ def _embedding_gradient() -> None:
     scatter_copies(gradient, dx, dx, buffers.activations.copies[0], weights.gain_in[0], weights.gain_out[0])
 
 
+def _copies() -> None:
+    """The n-gram copies beside a head, for a text and for one token."""
+    from flashlm_numba.heads.copy_mixture import CopyShares
+    from flashlm_numba.kernels.copy_mixture import CopyWeights
+    from flashlm_numba.kernels.ngram_copy import all_copies, last_copies
+
+    ids, weight = np.zeros((1, 64), np.int32), np.zeros((5, CONFIG.dim), np.float32)
+    weights, gradients = (
+        CopyWeights(*(np.zeros(shape, np.float32) for shape in ((1,), (1, CONFIG.dim), (1,)))) for _ in range(2)
+    )
+    shares, h, copies = CopyShares(weights, gradients, weight, weight.copy()), _hidden(), all_copies(ids, (1,), 9)[0]
+    logs, matches = shares.log_shares(h, copies)
+    shares.backward(logs[:, 1:], matches, h, copies, np.zeros_like(h))
+    shares.log_shares(h[:1], last_copies(ids[0], (1,), 9)[None])
+
+
 def _optimizers(normuon: bool) -> None:
     """The update of the matrices, or that of everything else with the running average of the weights."""
     from flashlm_numba.kernels.ema import ema_update
@@ -224,6 +240,8 @@ def _sampling(name: str, kind: str) -> None:
         head.sample(h, rng, **options)
     if kind == "whole":
         head.distribution(h)
+    if kind == "likeliest" and head.has_search:
+        head.log_prob_of(h[0], head.top(h[0], 1)[0])
     if head.has_int8:
         head.use_int8()
         for options in SAMPLING[kind]:
@@ -261,6 +279,7 @@ TASKS: dict[str, Task] = {
     "bitlinear decoding": Task("bitlinear-decoding", _bit_decoding, 12, 20),
     "bitlinear packed": Task("bitlinear-packed", _bit_packed, 15, 40),
     "embedding's gradient": Task("embedding", _embedding_gradient, 2, 3),
+    "n-gram copies beside a head": Task("copies", _copies, 3, 15),
     "NorMuon": Task("optimizer", partial(_optimizers, normuon=True), 7, 21),
     "n-grams": Task("ngrams", _ngrams, 8, 30),
     "AdamW": Task("optimizer", partial(_optimizers, normuon=False), 5, 16),

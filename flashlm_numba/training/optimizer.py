@@ -35,8 +35,8 @@ def _has_gradient(name: str) -> bool:
 
 
 def _is_vector(name: str, value: np.ndarray) -> bool:
-    """Whether the parameter holds numbers per channel; lower_bounds has those of all blocks."""
-    return value.ndim == 1 or name == "lower_bounds"
+    """Whether the parameter holds numbers per channel; some have those of all blocks, or of all n-gram copies."""
+    return value.ndim == 1 or name in ("lower_bounds", "ngram_copy.mixture.hidden")
 
 
 def _is_matrix(name: str, value: np.ndarray) -> bool:

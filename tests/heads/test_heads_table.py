@@ -15,7 +15,8 @@ from flashlm_numba.model.recipes import from_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 # of a layout of 6 steps, so that a run that stops before is the same run
-SETTINGS = [part for setting in (*TINY[:4], "phases=6:2x16x2", *TINY[5:]) for part in ("--set", setting)]
+OWN = "phases=6:2x16x2", "ngram_copy_output=add"  # the loss is the head's alone
+SETTINGS = [part for setting in (*TINY[:4], *OWN, *TINY[5:]) for part in ("--set", setting)]
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from helpers import assert_as_accurate, import_torch
 
 from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.tree_shapes import build_tree
+from flashlm_numba.kernels import reference
 from flashlm_numba.kernels.reference_trunk import is_ternary
 from flashlm_numba.model.config import ModelConfig, OptimizerConfig
 from flashlm_numba.model.model import Model
-from flashlm_numba.model.parameters import initial_parameters
+from flashlm_numba.model.parameters import COPY_SHARES, initial_parameters
 from flashlm_numba.training.optimizer import Optimizer
 from flashlm_numba.training.schedule import lr_scale
 
@@ -248,6 +249,72 @@ def test_loss_and_every_gradient_of_the_tree_agree_with_autograd(shape, loss):
         if name.startswith("router"):
             assert not model.gradients[name].any()
         else:
+            assert np.abs(truth).max() > 0, name
+            assert_as_accurate(model.gradients[name], grads32[name], truth, 8, name)
+
+
+def baseline_mixture_gradients(config, parameters, dtype, tree, ids, targets, weights):
+    """Of the head's mixture with the n-gram copies. tree : None for the dense head"""
+    apart = ("head.", COPY_SHARES)
+    model = baseline(config, {name: x for name, x in parameters.items() if not name.startswith(apart)}, dtype)
+    own = {name: torch.from_numpy(x.copy()).to(dtype) for name, x in parameters.items() if name.startswith(apart)}
+    for value in own.values():
+        value.requires_grad_()
+    bias, hidden, match = (own[COPY_SHARES + name] for name in ("bias", "hidden", "match"))
+    kept = weights > 0
+    rows_of = np.arange(config.vocab_size) if tree is None else tree.row_of_token
+    h = model.hidden(torch.as_tensor(rows_of[ids], dtype=torch.int64))[torch.as_tensor(kept)]
+    orders = enumerate(config.ngram_copy_orders)
+    kinds = [(order, config.ngram_copy_orders[:i].count(order)) for i, order in orders]
+    found = [reference.ngram_copies(ids, order, config.ngram_copy_reach, skip).reshape(-1) for order, skip in kinds]
+    copies = np.stack(found, axis=1)[kept]
+    rows = model.embedding.weight[torch.as_tensor(rows_of[np.maximum(copies, 0)], dtype=torch.int64)]
+    scores = bias + (h @ hidden.T + match * (h[:, None] * rows).sum(-1)) / config.dim**0.5
+    scores = scores.masked_fill(torch.as_tensor(copies < 0), -torch.inf)
+    g = torch.cat([torch.zeros_like(scores[:, :1]), scores], dim=1).softmax(1)
+    flat = targets.reshape(-1)[kept]
+    if tree is None:
+        own_nll = model.losses(h, torch.as_tensor(flat, dtype=torch.int64))[0]
+    else:
+        own_nll = tree_loss(h, model.embedding.weight, own["head.nodes.weight"], tree, flat)[0]
+    hits = torch.as_tensor(copies == flat[:, None])
+    nll = -(g[:, 0] * torch.exp(-own_nll) + (g[:, 1:] * hits).sum(1)).log()
+    (nll * torch.as_tensor(weights[kept]).to(dtype)).sum().backward()
+    grads = model.grads_to_numpy() | {name: value.grad.numpy() for name, value in own.items()}
+    return nll.detach().numpy(), grads
+
+
+@pytest.mark.parametrize("shape", [None, "adaptive", "balanced"])
+def test_gradients_of_the_mixture_with_ngram_copies_agree_with_autograd(shape):
+    config, rng = dataclasses.replace(CONFIGS["ngram copy"], ngram_copy_output="mixture"), np.random.default_rng(3)
+    tree = None if shape is None else build_tree(shape, rng.integers(0, 50, config.vocab_size))
+    parameters = weights_away_from_the_threshold(config)
+    for name, value in parameters.items():
+        if name.startswith(COPY_SHARES):
+            value[...] = rng.standard_normal(value.shape)
+    if tree is not None:
+        parameters["head.nodes.weight"] = rng.standard_normal((tree.n_nodes - 1, config.dim)).astype(np.float32)
+    ids, targets = (tokens % 3 for tokens in batch(config, 1, 2, 40))  # so that every copy finds something
+    weights = rng.uniform(0, 0.01, ids.size).astype(np.float32)
+    weights[::3] = 0
+
+    own = {name: value.copy() for name, value in parameters.items()}
+
+    def make_head(w, dw):
+        return DenseHead(w, dw) if tree is None else TreeHead(tree, w, dw, nodes=own["head.nodes.weight"])
+
+    model = Model(config, own, make_head)
+    for name, gradient in model.gradients.items():  # what was there must go
+        gradient[...] = 0 if name.startswith("router") else 7
+    loss, nll, _ = model.loss_and_grad(ids, targets, weights, accumulate=False)
+    np.testing.assert_array_equal(loss, nll)
+    given = config, parameters
+    nll32, grads32 = baseline_mixture_gradients(*given, torch.float32, tree, ids, targets, weights)
+    nll64, grads64 = baseline_mixture_gradients(*given, torch.float64, tree, ids, targets, weights)
+    assert_as_accurate(nll, nll32, nll64, 8, "nll")
+    assert grads64.keys() == model.gradients.keys()
+    for name, truth in grads64.items():
+        if not name.startswith("router"):
             assert np.abs(truth).max() > 0, name
             assert_as_accurate(model.gradients[name], grads32[name], truth, 8, name)
 

@@ -69,7 +69,8 @@ def test_the_sizes_of_info_are_those_of_the_arrays():
     rows = 1_000 * (96 + 2)
     ternary = (96 * 96 + 3 * 96 * 256) // 4
     convolutions, norms = 4 * 3 * 2 * 96 * 8 * 4, 4 * (3 + 3 + 1) * 96  # of the block, of the mixer, the leaky average
-    assert found["packed"] == plain + rows + ternary + convolutions + norms + 4 * 12 * 96
+    copies = 4 * 6 * (96 + 96 + 2)  # gains at the input, and what shares are computed with
+    assert found["packed"] == plain + rows + ternary + convolutions + norms + copies
     rings = 2 * sum((3 * dilation + 1) * (96 + 4) for dilation in (1, 4, 12))
     assert found["decoding_state_int8"] > rings + 2 * 4 * 96 + 2 * 1_027 + 4 * 1_000
 

@@ -15,7 +15,7 @@ from flashlm_numba.kernels.reference_trunk import is_ternary, trunk_backward, tr
 from flashlm_numba.model import build as assemble
 from flashlm_numba.model.config import ModelConfig, OptimizerConfig
 from flashlm_numba.model.model import Model
-from flashlm_numba.model.parameters import initial_parameters
+from flashlm_numba.model.parameters import COPY_SHARES, initial_parameters
 from flashlm_numba.training.optimizer import Optimizer
 
 SHAPE = ModelConfig(vocab_size=61, dim=16, ffn_dim=24, groups=4, dilations=(1, 3), n_passes=2, leaky_decay=0.8)
@@ -150,6 +150,17 @@ def test_a_wrong_gradient_of_the_trunk_would_be_seen():
             assert_as_accurate(gradient * np.float32(1.001), plain[name], truth[name], MOST, name)
 
 
+def with_copies(model, parameters, ids, document, h, nll):
+    """nll (N,) of the head's mixture with the n-gram copies, for the head's own."""
+    orders, reach = model.config.ngram_copy_orders, model.config.ngram_copy_reach
+    kinds = [(order, orders[:o].count(order)) for o, order in enumerate(orders)]
+    copies = np.stack([reference.ngram_copies(ids, order, reach, skip)[0] for order, skip in kinds], axis=1)
+    rows = copies if model.head.row_of_token is None else np.where(copies < 0, -1, model.head.row_of_token[copies])
+    weights = (parameters[COPY_SHARES + name] for name in ("bias", "hidden", "match"))
+    shares = reference.copy_shares(reference.copy_scores(h, parameters["embedding.weight"], rows, *weights))
+    return -np.log(shares[:, 0] * np.exp(-nll) + (shares[:, 1:] * (copies == document[:, None])).sum(1))
+
+
 @pytest.mark.parametrize("head", ["tree", "dense"])
 def test_three_ways_to_the_nll_of_a_trained_run_agree(corpus, tmp_path, head):
     """By `eval`; by every probability of every token; and by NumPy in float64, document by document."""
@@ -168,7 +179,7 @@ def test_three_ways_to_the_nll_of_a_trained_run_agree(corpus, tmp_path, head):
     for document in documents:
         ids = np.concatenate([[eot], document[:-1]]).astype(np.int32)[None]
         h = model.forward(ids)
-        p = model.head.distribution(h).astype(np.float64)
+        p = model.head_at(model.copied(ids)).distribution(h).astype(np.float64)
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
         brute -= np.log(p[np.arange(len(document)), document]).sum()
         rows = ids if model.head.row_of_token is None else model.head.row_of_token[ids]
@@ -183,11 +194,11 @@ def test_three_ways_to_the_nll_of_a_trained_run_agree(corpus, tmp_path, head):
                 model.head.tree.spans,
                 prior=prior,
             )
-            exact -= log_p[np.arange(len(document)), columns].sum()
+            nll = -log_p[np.arange(len(document)), columns]
         else:
             _, nll, _ = reference.dense_head_forward(
                 wide, parameters["embedding.weight"], document, model.head.log_prior.astype(np.float64)
             )
-            exact += nll.sum()
+        exact += with_copies(model, parameters, ids, document, wide, nll).sum()
     assert by_rule == pytest.approx(exact, rel=1e-6)
     assert brute == pytest.approx(exact, rel=1e-5)

@@ -34,7 +34,9 @@ def test_every_part_is_needed_by_some_use():
 
 def test_generating_needs_no_backward_pass_and_no_other_head():
     run = from_recipe("default", ["head.name=tree", "activations=float"])
-    assert build.kernel_parts(run, ["generate", "whole"]) == ["float", "forward", "decoding", "tree-whole"]
+    assert build.kernel_parts(run, ["generate", "whole"]) == ["float", "forward", "decoding", "copies", "tree-whole"]
+    adding = from_recipe("default", ["head.name=tree", "activations=float", "ngram_copy_output=add"])
+    assert build.kernel_parts(adding, ["generate", "whole"]) == ["float", "forward", "decoding", "tree-whole"]
     assert build.kernel_parts(run, ["generate", "int8"])[-1] == "int8"
 
 

@@ -81,7 +81,7 @@ class NgramCopy(nn.Module):
         super().__init__()
         self.ngrams, self.reach = copy_kinds(config.ngram_copy_orders), config.ngram_copy_reach
         self.inputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
-        self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams)
+        self.outputs = nn.ModuleList(Gain(config.dim) for _ in self.ngrams if config.copy_adds)
 
     def forward(self, ids: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of ids (B, T): (B, T, C), and those of the copied tokens: (n-grams, B, T, C), zero without a copy.
@@ -197,7 +197,8 @@ class BaselineModel(nn.Module):
         for _ in range(self.config.n_passes):
             for block in self.blocks:
                 x = block(x)
-        return self.ngram_copy.add(self.final_norm(x), self.ngram_copy.outputs, copied).flatten(0, 1)
+        added = copied if self.config.copy_adds else copied[:0]
+        return self.ngram_copy.add(self.final_norm(x), self.ngram_copy.outputs, added).flatten(0, 1)
 
     def losses(
         self, h: Tensor, targets: Tensor, *, want_nll: bool = True, **options: Any
