@@ -15,6 +15,7 @@ from flashlm_numba.kernels._math import exp32, largest_magnitude, row_max
 
 SPAN = 64  # logits that are passed over at once where none of them is large enough
 BLOCK = 1024  # probabilities with a sum of their own, so that a draw need not go through all of them one by one
+LEAST_TEMPERATURE = 1e-300  # its inverse is finite; only equal logits are both likely at any such temperature
 
 
 @helper
@@ -144,12 +145,13 @@ def _draw_sorted(log_p, uniform, temperature, top_p):
     return draw_index(log_p, uniform, temperature, top_p)
 
 
-def check_drawing(temperature: float, top_p: float | None) -> None:
-    """Raise ValueError if a setting is out of range."""
+def checked_temperature(temperature: float, top_p: float | None) -> float:
+    """The temperature, or LEAST_TEMPERATURE if it is lower. Raises ValueError if a setting is out of range."""
     if not 0 < temperature < np.inf:
         raise ValueError(f"temperature must be a number above 0, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    return max(temperature, LEAST_TEMPERATURE)
 
 
 def largest(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +177,7 @@ def draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:
     Raises ValueError if temperature is not positive or the logits give no distribution.
     """
     _check.array("draw", "row", row, (None,))
-    check_drawing(temperature, None)
+    temperature = checked_temperature(temperature, None)
     index = _draw(row, np.empty(-(-len(row) // BLOCK)), uniform, temperature) if len(row) else -1
     if index < 0:
         raise ValueError("draw: the logits must be finite; nothing can be drawn from them")
@@ -188,7 +190,7 @@ def draw_sorted(log_p: np.ndarray, uniform: float, temperature: float = 1.0, top
     uniform : random number in [0, 1). Raises ValueError if a setting is out of range or there is no distribution.
     """
     _check.array("draw_sorted", "log_p", log_p, (None,), np.float64)
-    check_drawing(temperature, top_p)
+    temperature = checked_temperature(temperature, top_p)
     index = _draw_sorted(log_p.copy(), uniform, temperature, top_p or 1.0) if len(log_p) else -1
     if index < 0:
         raise ValueError("draw_sorted: the probabilities must be finite and not all zero")

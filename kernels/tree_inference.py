@@ -17,7 +17,7 @@ from flashlm_numba.kernels._blas import sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._microkernels import row_products
-from flashlm_numba.kernels.draw import check_drawing, draw_index, keep_largest, put_in_order, sift_down, sift_up
+from flashlm_numba.kernels.draw import checked_temperature, draw_index, keep_largest, put_in_order, sift_down, sift_up
 from flashlm_numba.kernels.tree_node import Tree, child_priors, child_rows, dot, finish_logits, node_products, span_of
 
 _ZERO = np.float32(0)
@@ -287,7 +287,7 @@ class TreeSampler:
         Raises ValueError if an argument is wrong or there is no distribution.
         """
         count = self._check_row(x, count)
-        check_drawing(temperature, top_p)
+        temperature = checked_temperature(temperature, top_p)
         log_p, rows = np.empty(count), np.empty(count, np.int64)
         row = _tree_head_draw_top(log_p, rows, *self._scratch(), x, self._tree, uniform, temperature, top_p or 1.0)
         if row < 0:

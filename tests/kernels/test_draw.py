@@ -7,7 +7,7 @@ from helpers import assert_as_accurate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_numba.heads import DenseHead
+from flashlm_numba.heads import DenseHead, TreeHead
 from flashlm_numba.heads.sampling import sample_rows
 from flashlm_numba.kernels import dense_inference, draw
 from flashlm_numba.kernels.ternary_gemv import quantize_rows
@@ -93,10 +93,15 @@ def test_settings_out_of_range_are_refused():
         draw.largest(row, 0)
 
 
-def test_an_extreme_temperature_takes_the_likeliest():
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 2e-311, 5e-324])
+def test_an_extreme_temperature_takes_the_likeliest(temperature):
     row = np.array([0, 3, 1], np.float32)
-    assert draw.draw(row.copy(), 0.999, 1e-45) == 1
-    assert draw.draw_sorted(np.array([-1.0, -2.0]), 0.999, 1e-300) == 0
+    assert draw.draw(row.copy(), 0.999, temperature) == 1
+    assert draw.draw_sorted(np.array([-1.0, -2.0]), 0.999, temperature) == 0
+    head, h = TreeHead(vocab_size=20, dim=4, seed=1), np.ones((1, 4), np.float32)
+    best = head.distribution(h).argmax()
+    for options in ({"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}, {}):
+        assert head.sample(h, np.random.default_rng(0), temperature, **options) == [best]
 
 
 @given(seeds, st.integers(0, 9), st.sampled_from([1, 15, 16, 17, 256, 300]))
