@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flashlm_numba.heads.config import HeadConfig
-from flashlm_numba.kernels import _check
+from flashlm_numba.kernels import _check, draw
 from flashlm_numba.system.calls import OneCall
 
 
@@ -24,9 +24,9 @@ class Head(ABC):
     In all methods h is (N, C) float32, targets are token ids (N,) int32, and weights (N,) float32 are each position's
     share of a step's loss. They are only read, and may be read-only.
 
-    Threads: `log_prob`, `sample`, `distribution` and `top` may be called from any number of threads at the same time.
-    `begin` and `forward_backward`, which change the head, raise RuntimeError while another forward_backward is in
-    flight. `use_int8` may be called at any time; calls in flight finish without it. Call `prepare`, and change
+    Threads: `log_prob`, `sample`, `distribution`, `likeliest` and `top` may be called from any number of threads at the
+    same time. `begin` and `forward_backward`, which change the head, raise RuntimeError while another forward_backward
+    is in flight. `use_int8` may be called at any time; calls in flight finish without it. Call `prepare`, and change
     parameters, only when no call is in flight.
 
     parameters, gradients : the head's arrays by name, without the rows that it shares with the embedding
@@ -163,6 +163,13 @@ class Head(ABC):
         with np.errstate(divide="ignore"):
             return np.log(self.distribution(h))
 
+    def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k = min(count, V) likeliest tokens after each row, likeliest first.
+
+        Returns ids (N, k) int32 and the logarithms of their probabilities (N, k) float64. Default: from `logits`.
+        """
+        return likeliest_of_logits(self.logits(h), count)
+
     @abstractmethod
     def sample(
         self,
@@ -192,6 +199,24 @@ class Head(ABC):
 
 
 # --- shared by the heads: argument checks, with the messages of kernels/_check.py, and options ---
+
+
+def likeliest_of_logits(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k = min(count, V) likeliest columns of each row of logits (N, V) float32, likeliest first.
+
+    Returns ids (N, k) int32 and the logarithms of their probabilities (N, k) float64. A logit of minus infinity counts
+    as -1e30. Raises ValueError if another one is not finite, or if count is below 1.
+
+    >>> ids, log_p = likeliest_of_logits(np.log(np.array([[0.25, 0.5, 0.25]], np.float32)), 1)
+    >>> ids.tolist(), np.exp(log_p).round(6).tolist()
+    ([[1]], [[0.5]])
+    """
+    k = min(count, logits.shape[1])
+    ids, log_p = np.empty((len(logits), k), np.int32), np.empty((len(logits), k))
+    for n, row in enumerate(np.maximum(logits, np.float32(-1e30))):
+        ids[n], log_p[n] = draw.largest(row, count)
+        log_p[n] -= np.log(np.exp(row - row.max()).sum(dtype=np.float64)) + row.max()
+    return ids, log_p
 
 
 def check_options(

@@ -324,6 +324,13 @@ class TreeHead(Head):
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64, by the arithmetic of `top`."""
         return self._sampler.log_prob(for_reading(x)[None], self._rows(tokens))
 
+    def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Head.likeliest. It uses best-first search."""
+        found = [self.top(x, count) for x in h]
+        k = min(count, self.vocab_size)
+        ids = np.array([ids for ids, _ in found], np.int32).reshape(-1, k)
+        return ids, np.array([log_p for _, log_p in found], np.float64).reshape(-1, k)
+
     def sample(
         self,
         h: np.ndarray,

@@ -35,6 +35,19 @@ class MixedHead:
         share = np.float32(self.share(h))
         return share * self.ngrams.distribution(self.ids)[None] + (1 - share) * self.head.distribution(h)
 
+    def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Natural logarithm of a target's probability, (1,) float64, for targets (1,) int32."""
+        share = self.share(h)
+        known = self.ngrams.distribution(self.ids)[targets].astype(np.float64)
+        with np.errstate(divide="ignore"):
+            return np.log(share * known + (1 - share) * np.exp(self.head.log_prob(h, targets).astype(np.float64)))
+
+    def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Head.likeliest."""
+        ids, p = self.top(h[0], count)
+        with np.errstate(divide="ignore"):
+            return ids[None], np.log(p)[None]
+
     def sample(
         self,
         h: np.ndarray,

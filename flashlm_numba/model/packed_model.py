@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from flashlm_numba.heads.base import likeliest_of_logits
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, draw
 from flashlm_numba.kernels.bit_packed import PackedTrunk, packed_outputs
@@ -22,6 +23,8 @@ from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.rounded_rows import round_rows, widen_rows
 from flashlm_numba.system.arrays import for_reading
 from flashlm_numba.system.threads import adopt_threads
+
+_SCORED_ROWS = 64  # of logits (rows, V) in memory
 
 
 class RoundedRows(NamedTuple):
@@ -68,6 +71,22 @@ class PackedHead:
         shares = np.exp(logits - logits.max(1, keepdims=True))
         return shares / shares.sum(1, keepdims=True)
 
+    def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Natural logarithm of each target's probability, (N,) float32, for h (N, C) and targets (N,) int32."""
+        _check.indices("PackedHead", "targets", targets, self.vocab_size, "check the tokenizer's vocabulary size")
+        out = np.empty(len(targets), np.float32)
+        for start in range(0, len(targets), _SCORED_ROWS):
+            part = slice(start, start + _SCORED_ROWS)
+            logits = self.logits(h[part]).astype(np.float64)
+            top = logits.max(1)
+            chosen = logits[np.arange(len(logits)), targets[part]]
+            out[part] = chosen - top - np.log(np.exp(logits - top[:, None]).sum(1))
+        return out
+
+    def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens after each row of h (N, C); see Head.likeliest."""
+        return likeliest_of_logits(self.logits(h), count)
+
     def use_int8(self) -> None:
         """Does nothing: the rows have 2 bits per weight."""
 
@@ -101,6 +120,8 @@ class PackedModel:
     Calls from several Python threads take turns, because each one uses all threads. Raises ValueError for a
     configuration with another trunk, or with the n-gram copy.
     """
+
+    memory: ClassVar[None] = None
 
     def __init__(self, config: ModelConfig, trunk: PackedTrunk, embedding: RoundedRows, head: PackedHead) -> None:
         if config.linear != "bitlinear" or config.ngram_copy_orders:
@@ -141,6 +162,10 @@ class PackedModel:
         return self.read(state, np.array([token], np.int32))
 
     remembered: ClassVar[int] = 1
+
+    def log_prob(self, h: np.ndarray, targets: np.ndarray, recalled: object = None) -> np.ndarray:
+        """Natural logarithm of each target's probability (N,); see Model.log_prob. There is no memory."""
+        return self.head.log_prob(h, targets)
 
     def head_after(self, ids: np.ndarray) -> PackedHead:
         """The head, whatever the text."""

@@ -36,6 +36,7 @@ HEADS = ("dense", "dense-int8", "sampled", "tree", "tree-rank", "bitlinear")
 METHODS = {
     "log_prob": lambda head, h, targets, seed: head.log_prob(h, targets),
     "distribution": lambda head, h, targets, seed: head.distribution(h[:2]),
+    "likeliest": lambda head, h, targets, seed: np.concatenate(head.likeliest(h[:2], 9), axis=1),
     "top": lambda head, h, targets, seed: np.concatenate(head.top(h[0], 9)),
     "descent": lambda head, h, targets, seed: head.sample(h[:4], np.random.default_rng(seed)),
     "top_k": lambda head, h, targets, seed: head.sample(h[:4], np.random.default_rng(seed), 0.8, top_k=40, top_p=0.9),
