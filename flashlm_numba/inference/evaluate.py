@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numba
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flashlm_numba.data.tokenizer import Vocabulary
     from flashlm_numba.model.config import RunConfig
     from flashlm_numba.model.model import Model
+    from flashlm_numba.model.packed_model import PackedModel
 
 WINDOW = 2_048  # positions per window, overlap included
 BATCH = 4_096  # positions per batch
@@ -194,7 +195,7 @@ def score(
 
 
 def _continued(
-    model: Model, document: np.ndarray, window: int, eot: int, memory: Memory | None = None
+    model: Model | PackedModel, document: np.ndarray, window: int, eot: int, memory: Memory | None = None
 ) -> Iterator[tuple[np.ndarray, Window]]:
     """The windows of a document with their hidden states (L, C), each read with the state of the one before."""
     state = model.new_state()
@@ -202,21 +203,32 @@ def _continued(
         yield model.read(state, item.ids), item
 
 
-def token_nll(model: Model, document: np.ndarray, *, eot: int) -> np.ndarray:
-    """-ln p of each token of one document (n,), in order, (n,) float64, nats. The rule is that of score()."""
-    model.sync_weights()
+def read_document(
+    model: Model | PackedModel, document: np.ndarray, *, eot: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Read one document part by part: the hidden states (n, C) that predict the next tokens, these tokens (n,) int32,
+    and ln p of each (n,) float64.
+
+    If parameters have changed, call sync_weights first. The first token is predicted from eot.
+    """
     field = model.config.receptive_field
     pieces: Iterable[tuple[np.ndarray, Window]]
     if field is None:
         pieces = _continued(model, document, WINDOW, eot, model.memory)
     else:
-        parts = windows(document, field, max(WINDOW, 2 * field), eot, model.memory, model.copied)
-        pieces = ((model.forward(part.ids[None])[part.skip :], part) for part in parts)
-    found = []
+        whole = cast("Model", model)
+        parts = windows(document, field, max(WINDOW, 2 * field), eot, model.memory, whole.copied)
+        pieces = ((whole.forward(part.ids[None])[part.skip :], part) for part in parts)
     for h, item in pieces:
         recalled = None if item.recalled is None else item.recalled.at(slice(item.skip, None))
-        log_prob = model.log_prob(h, item.targets[item.skip :], recalled, _copies_of([item]))
-        found.append(-log_prob.astype(np.float64))
+        targets = item.targets[item.skip :]
+        yield h, targets, model.log_prob(h, targets, recalled, _copies_of([item])).astype(np.float64)
+
+
+def token_nll(model: Model | PackedModel, document: np.ndarray, *, eot: int) -> np.ndarray:
+    """-ln p of each token of one document (n,), in order, (n,) float64, nats. The rule is that of score()."""
+    model.sync_weights()
+    found = [-log_prob for _, _, log_prob in read_document(model, document, eot=eot)]
     return np.concatenate(found) if found else np.empty(0)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -52,12 +54,14 @@ def generate_ids(
     top_k: int | None = None,
     top_p: float | None = None,
     allowed: Callable[[], np.ndarray | None] = lambda: None,
+    on_sample: Callable[[Any, np.ndarray, int], object] = lambda head, h, token: None,
 ) -> Iterator[int]:
     """Sample an endless sequence of token ids, each from the ids before it.
 
     context : the ids to start from, at least one; the end of text starts a new document
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token
     allowed : called before each token; the only tokens to sample from (V,) bool, or None for all
+    on_sample : called with the head, or what samples in its place, the hidden state (1, C), and the token sampled so
     One pass reads the context. After that, the cost per token does not depend on the length of the text.
     Raises ValueError if the context is empty or a setting is out of range, and UserError if no token can be sampled.
     """
@@ -78,6 +82,7 @@ def generate_ids(
                 token = sample_allowed(head, h, only, rng, temperature=temperature, top_k=top_k, top_p=top_p)
         except ValueError as error:
             raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
+        on_sample(head, h, token)
         yield token
         h = model.decode_step(state, token)
         recent = np.append(recent, np.int32(token))[-most:]
@@ -103,6 +108,83 @@ class Utf8Stream:
         return self._decoder.decode(b"", final=True)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A token of a continuation."""
+
+    token: int
+    text: str  # the characters that it completes; none at the end of text
+
+
+class Continuation:
+    """The tokens that continue a prompt, and their text in whole characters.
+
+    prompt : any text, or token ids; an empty one starts a new document. Generation continues exactly the characters of
+        a text, also a space at its end, which is a part of the next token (see healing.py). Ids are taken as they are.
+    ids : the prompt's tokens that the model reads, without the token that begins a text
+    pending : bytes of the prompt that the next tokens begin with
+    The other arguments are those of generate_ids. Iteration does not end; `end` gives the rest of the text.
+    """
+
+    def __init__(
+        self,
+        model: Generator,
+        vocabulary: Vocabulary,
+        prompt: str | list[int],
+        *,
+        rng: np.random.Generator,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        on_sample: Callable[[Any, np.ndarray, int], object] = lambda head, h, token: None,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._stream = Utf8Stream()
+        self._healing = healing = Healing(vocabulary, b"")
+        if isinstance(prompt, str):
+            text, healing.pending = split_prompt(prompt)
+            if healing.pending and not healing.allowed().any():  # a vocabulary that has no such tokens
+                text, healing.pending = prompt, b""
+            self.ids = vocabulary.encode(text)
+        else:
+            self.ids = prompt
+            self._stream.feed(vocabulary.decode_bytes(prompt))  # the last ids may hold the start of a character
+        self._tokens = generate_ids(
+            model,
+            context_of(vocabulary, self.ids),
+            rng=rng,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            # not self, since a circle of references would keep the decoding state until a garbage collection
+            allowed=lambda: healing.allowed() if healing.pending else None,
+            on_sample=on_sample,
+        )
+
+    @property
+    def pending(self) -> bytes:
+        """See the class."""
+        return self._healing.pending
+
+    def __iter__(self) -> Iterator[Sampled]:
+        return self
+
+    def __next__(self) -> Sampled:
+        token = next(self._tokens)
+        if token == self._vocabulary.eot:
+            return Sampled(token, "")
+        return Sampled(token, self._stream.feed(self._healing.take(self._vocabulary.decode_bytes([token]))))
+
+    def end(self) -> str:
+        """U+FFFD if the text ends within a character, else an empty text."""
+        return self._stream.end()
+
+
+def context_of(vocabulary: Vocabulary, ids: list[int]) -> list[int]:
+    """What the model reads before it continues these ids: they follow the token that begins a text, if none does."""
+    return ids if ids[:1] == [vocabulary.start] else [vocabulary.start, *ids]
+
+
 def generate_text(
     model: Generator,
     vocabulary: Vocabulary,
@@ -117,33 +199,24 @@ def generate_text(
 ) -> Iterator[str]:
     """Continue a prompt. Yields pieces of text without the prompt, as soon as their characters are complete.
 
-    prompt : any text; an empty one starts a new document. The text continues exactly its characters, also a space at
-        its end, which is a part of the next token (see healing.py)
     on_token : called after each sampled token
-    The text ends after max_tokens tokens or at the end of text. The other arguments are those of generate_ids.
+    The text ends after max_tokens tokens or at the end of text. The other arguments are those of Continuation.
     """
-    text, pending = split_prompt(prompt)
-    healing = Healing(vocabulary, pending)
-    if pending and not healing.allowed().any():  # a vocabulary that has no such tokens
-        text, healing.pending = prompt, b""
-    context = [vocabulary.start, *vocabulary.encode(text)]
-    stream = Utf8Stream()
-    tokens = generate_ids(
+    continuation = Continuation(
         model,
-        context,
+        vocabulary,
+        prompt,
         rng=np.random.default_rng(seed),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        allowed=lambda: healing.allowed() if healing.pending else None,
     )
-    for _, token in zip(range(max_tokens), tokens, strict=False):
+    for sampled in itertools.islice(continuation, max_tokens):
         on_token()
-        if token == vocabulary.eot:
+        if sampled.token == vocabulary.eot:
             break
-        piece = stream.feed(healing.take(vocabulary.decode_bytes([token])))
-        if piece:
-            yield piece
-    last = stream.end()
+        if sampled.text:
+            yield sampled.text
+    last = continuation.end()
     if last:
         yield last

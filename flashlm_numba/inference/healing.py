@@ -8,6 +8,7 @@ generated text still join without a gap.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,19 @@ def split_prompt(prompt: str) -> tuple[str, bytes]:
     return prompt[:-1], prompt[-1].encode("utf-8", "surrogatepass")
 
 
+@functools.lru_cache(maxsize=32)  # whitespace has few characters, and a look at every token takes milliseconds
+def agreeing_tokens(vocabulary: Vocabulary, want: bytes) -> np.ndarray:
+    """Whether each token (V,) bool, read-only, begins with these bytes, or is itself a beginning of them.
+
+    The end of text and tokens without bytes do not.
+    """
+    agrees = [bool(token) and (token.startswith(want) or want.startswith(token)) for token in vocabulary.token_bytes]
+    agrees[vocabulary.eot] = False
+    found = np.array(agrees)
+    found.flags.writeable = False
+    return found
+
+
 class Healing:
     """The bytes that the next tokens must begin with, until they have been generated.
 
@@ -41,14 +55,8 @@ class Healing:
         self.pending = pending
 
     def allowed(self) -> np.ndarray:
-        """Whether each token (V,) bool begins with the pending bytes, or is itself a beginning of them.
-
-        The end of text and tokens without bytes are not allowed.
-        """
-        want, tokens = self.pending, self._vocabulary.token_bytes
-        agrees = [bool(token) and (token.startswith(want) or want.startswith(token)) for token in tokens]
-        agrees[self._vocabulary.eot] = False
-        return np.array(agrees)
+        """The tokens (V,) bool that may follow; see agreeing_tokens."""
+        return agreeing_tokens(self._vocabulary, self.pending)
 
     def take(self, data: bytes) -> bytes:
         """The part of a token's bytes that comes after the pending ones, which become fewer by the token."""
