@@ -16,6 +16,7 @@ LAYERS = {
     "model": 4,
     "inference": 5,
     "training": 6,
+    "serving": 6,
     "api": 7,
     "cli": 8,
     "__main__": 9,

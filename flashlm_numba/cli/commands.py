@@ -17,6 +17,7 @@ import click
 
 from flashlm_numba.cli import options
 from flashlm_numba.cli.options import Number, PathOrSource, Text, echo, use_threads
+from flashlm_numba.cli.serve_command import serve
 from flashlm_numba.cli.train_command import train
 from flashlm_numba.memory.config import MEMORIES
 from flashlm_numba.model.config import ROWS
@@ -444,4 +445,4 @@ def _show(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-ALL = (prepare, train, evaluate, generate, export, import_model, info, doctor)
+ALL = (prepare, train, evaluate, generate, serve, export, import_model, info, doctor)

@@ -4,6 +4,7 @@
     flashlm-numba train [DATA] --head tree --minutes 20 --out RUN
     flashlm-numba eval RUN [DATA]
     flashlm-numba generate RUN --prompt TEXT
+    flashlm-numba serve RUN
     flashlm-numba info RUN
     flashlm-numba export RUN FILE
     flashlm-numba import FOLDER OUT

@@ -1,0 +1,110 @@
+"""The command `serve`: its options, and the server that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flashlm_numba.cli import options
+from flashlm_numba.cli.options import Number, Text
+from flashlm_numba.serving.limits import Limits
+from flashlm_numba.system.errors import UserError
+
+PACKAGES = ("starlette", "uvicorn", "h11")  # of the extra `serve`
+
+
+def _limit(name: str, kind: click.ParamType, text: str) -> Callable[[Any], Any]:
+    """The option of a field of Limits."""
+    option, default = f"--{name.replace('_', '-')}", getattr(Limits, name)
+    return click.option(option, type=kind, default=default, show_default=True, help=text)
+
+
+@click.command()
+@options.run
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Further name that requests may use for this server, without the port; may be repeated. * allows any. "
+    "localhost, 127.0.0.1, [::1] and --host are allowed.",
+)
+@click.option(
+    "--api-key",
+    envvar="FLASHLM_NUMBA_API_KEY",
+    show_envvar=True,
+    metavar="KEY",
+    help="Key that requests must have. Default: any key, or none.",
+)
+@click.option("--name", type=Text(), help="Name of the model in requests. Default: that of RUN.")
+@options.activations
+@options.ema
+@options.checkpoint
+@options.threads
+@_limit("streams", click.IntRange(min=1), "Texts generated at the same time.")
+@_limit("queue", click.IntRange(min=0), "Texts that wait until others have ended; a request for more gets status 429.")
+@_limit("max_tokens", click.IntRange(min=1), "Tokens that a text may have.")
+@_limit("prompt_tokens", click.IntRange(min=1), "Tokens of a prompt.")
+@_limit("request_tokens", click.IntRange(min=1), "Tokens of all texts of a request, their prompts included.")
+@_limit("body_bytes", click.IntRange(min=1), "Bytes of a request's body.")
+@_limit("connections", click.IntRange(min=1), "Open connections.")
+@_limit("seconds", Number(min=0, min_open=True), "Duration of a request, the time in the queue included.")
+@_limit("read_seconds", Number(min=0, min_open=True), "Time for a client to send a request or to take what is sent.")
+@_limit("drain_seconds", Number(min=0), "Time for requests to finish after Ctrl-C or SIGTERM.")
+def serve(
+    run: Path,
+    host: str,
+    port: int,
+    allowed_hosts: tuple[str, ...],
+    api_key: str | None,
+    name: str | None,
+    activations: str | None,
+    ema: bool,
+    checkpoint: str | None,
+    threads: int | None,
+    **limits: Any,
+) -> None:
+    """Serve the model in RUN to programs that use OpenAI's completions interface.
+
+    RUN may also be a file written by `export`. The page docs/serving.md shows requests. Ctrl-C and SIGTERM let the
+    requests in flight finish. The command needs the packages of `pip install 'flashlm-numba[serve]'`.
+    """
+    if api_key == "":
+        raise click.BadParameter("it is empty.", param_hint="'--api-key'")
+    check_packages()
+    from flashlm_numba.serving.served import load_served
+    from flashlm_numba.serving.server import allowed_by_default, bind, choose_threads, serve, url_of
+
+    served = load_served(run, checkpoint, ema=ema, activations=activations, name=name)
+    try:
+        workers = choose_threads(served, threads)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", param_hint="'--threads'") from None
+    with bind(host, port) as listening:
+        serve(
+            served,
+            listening,
+            Limits(**limits),
+            allowed_hosts=(*allowed_by_default(host), *allowed_hosts),
+            api_key=api_key,
+            workers=workers,
+            on_start=lambda: options.echo(f"{served.name} at {url_of(listening)}/v1"),
+        )
+
+
+def check_packages() -> None:
+    """Raise UserError if a package of the extra is missing."""
+    import importlib.util
+
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"`serve` needs {' and '.join(missing)}; install what is missing with `pip install 'flashlm-numba[serve]'`."
+        )
