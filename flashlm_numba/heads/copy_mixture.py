@@ -242,6 +242,15 @@ class CopyMixture:
         with np.errstate(divide="ignore"):
             return ids[order], np.log(p[order])
 
+    def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Head.likeliest."""
+        k = min(count, self.vocab_size)
+        ids, log_p = np.empty((len(h), k), np.int32), np.empty((len(h), k))
+        for n in range(len(h)):
+            here = CopyMixture(self.head, self.shares, self.copies[n : n + 1])
+            ids[n], log_p[n] = here.top(h[n], count)
+        return ids, log_p
+
 
 def _log_sum(logs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """ln of the sum of exp(logs) (N, O) over what is chosen (N, O) bool; -inf for nothing."""

@@ -163,8 +163,13 @@ class PackedModel:
 
     remembered: ClassVar[int] = 1
 
-    def log_prob(self, h: np.ndarray, targets: np.ndarray, recalled: object = None) -> np.ndarray:
-        """Natural logarithm of each target's probability (N,); see Model.log_prob. There is no memory."""
+    def copied(self, ids: np.ndarray) -> None:
+        """None: the model has no n-gram copies."""
+
+    def log_prob(
+        self, h: np.ndarray, targets: np.ndarray, recalled: object = None, copies: object = None
+    ) -> np.ndarray:
+        """Natural logarithm of each target's probability (N,); see Model.log_prob. There is nothing beside the head."""
         return self.head.log_prob(h, targets)
 
     def head_after(self, ids: np.ndarray) -> PackedHead:

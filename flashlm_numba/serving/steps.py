@@ -193,10 +193,10 @@ def _prompt_scores(served: Served, ids: list[int], count: int) -> Iterator[list[
 
 def _likeliest_in(served: Served, context: np.ndarray, t: int, h: np.ndarray, count: int) -> list[dict[str, float]]:
     """The likeliest tokens after the first t + 1 tokens of a context, after t + 2 and so on; h (N, C) predict them."""
-    if count == 0 or served.model.memory is None:
+    if count == 0 or served.model.head_after(context[:1]) is served.model.head:  # nothing but h matters
         return served.likeliest(served.model.head, h, count)
-    found = []
+    found, most = [], max(REMEMBERED, served.model.remembered)
     for n in range(len(h)):
-        head = served.model.head_after(context[max(0, t + n + 1 - REMEMBERED) : t + n + 1])
+        head = served.model.head_after(context[max(0, t + n + 1 - most) : t + n + 1])
         found += served.likeliest(head, h[n : n + 1], count)
     return found
