@@ -55,7 +55,7 @@ class CopyShares:
         logs = np.zeros((len(scores), scores.shape[1] + 1))
         logs[:, 1:] = scores
         top = logs.max(1, keepdims=True)  # at least the head's 0
-        with np.errstate(invalid="ignore"):  # infinite scores of a training that diverges
+        with _diverged():
             logs -= top + np.log(np.exp(logs - top).sum(1, keepdims=True))
         return logs, matches
 
@@ -117,14 +117,14 @@ class CopyMixture:
         h, hits = for_reading(h), self._hits(targets)
         logs, _ = self._log_shares(h)
         own = logs[:, 0] + self.head.log_prob(h, targets)
-        return np.logaddexp(own, _log_sum(logs[:, 1:], hits))
+        return _log_add(own, _log_sum(logs[:, 1:], hits))
 
     def training_log_prob(self, h: np.ndarray, targets: np.ndarray, at: np.ndarray) -> np.ndarray:
         """See Head.training_log_prob."""
         part = CopyMixture(self.head, self.shares, self.copies[at])
         logs, _ = part._log_shares(np.ascontiguousarray(h[at]))
         own = logs[:, 0] + self.head.training_log_prob(h, targets, at)
-        return np.logaddexp(own, _log_sum(logs[:, 1:], part._hits(targets[at])))
+        return _log_add(own, _log_sum(logs[:, 1:], part._hits(targets[at])))
 
     def forward_backward(
         self, h: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
@@ -145,11 +145,11 @@ class CopyMixture:
         part = np.ones(len(h))
         if len(hit):
             own = logs[hit, 0] + self.head.training_log_prob(h, targets, hit)
-            part[hit] = np.exp(own - np.logaddexp(own, copied[hit]))
+            part[hit] = np.exp(own - _log_add(own, copied[hit]))
         loss, plain, dh = self.head.forward_backward(
             h, targets, (weights * part).astype(np.float32), accumulate=accumulate
         )
-        nll = -np.logaddexp(logs[:, 0] - plain, copied)
+        nll = -_log_add(logs[:, 0] - plain, copied)
         found = np.exp(np.where(hits, logs[:, 1:] + nll[:, None], -np.inf))
         dscores = weights[:, None] * (np.exp(logs[:, 1:]) - found)
         self.shares.backward(dscores, matches, h, self.copies, dh, accumulate=accumulate)
@@ -250,6 +250,17 @@ class CopyMixture:
             here = CopyMixture(self.head, self.shares, self.copies[n : n + 1])
             ids[n], log_p[n] = here.top(h[n], count)
         return ids, log_p
+
+
+def _diverged() -> np.errstate:
+    """Where training has diverged, infinite numbers become NaN without a warning; the training loop reports them."""
+    return np.errstate(invalid="ignore")
+
+
+def _log_add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """ln(exp(a) + exp(b))."""
+    with _diverged():
+        return np.logaddexp(a, b)
 
 
 def _log_sum(logs: np.ndarray, chosen: np.ndarray) -> np.ndarray:

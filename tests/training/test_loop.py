@@ -91,7 +91,8 @@ def test_training_learns(tiny_run, corpus, tmp_path, case):
     )
     start(run, corpus, tmp_path, steps=30)
     values = [line["val_nll"] for line in read_log(tmp_path) if "val_nll" in line]
-    assert values[-1] < min(5.0, values[0] - 1.5)  # from about ln V, or from what the tree knows of the counts
+    # from about ln V, from what the tree knows of the counts, or from what the n-gram copies know
+    assert values[-1] < min(5.0, values[0] - 1)
 
 
 def test_ema_is_the_average_of_the_weights(tiny_run, corpus, tmp_path):
