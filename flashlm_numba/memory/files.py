@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from flashlm_numba.system.files import replace, sync_folder
 from flashlm_numba.system.tensors import map_tensors, write_tensors
 
 NGRAMS = "ngrams.safetensors"
+LONGEST = 16  # tokens of an n-gram
 PREFIX = "memory.ngrams."  # of the tables' names among a model's tensors
 
 
@@ -33,7 +35,46 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> NgramModel | None:
         end_of_text = int(tensors[PREFIX + "end_of_text"].item())
     except KeyError as error:
         raise ValueError(f"its n-grams lack {error}") from None
+    _check(tables)
+    if not 0 <= end_of_text < len(tables.unigram):
+        raise ValueError(f"the end of text {end_of_text} is no token of its n-grams")
     return NgramModel(len(tables.discounts) + 1, end_of_text, tables)
+
+
+def _check(tables: NgramTables) -> None:
+    """Raise ValueError unless a look-up stays within the tables, whoever wrote them: kernels do not check."""
+    grams, contexts, vocab = len(tables.tokens), len(tables.gamma), len(tables.unigram)
+    kinds = {name: (getattr(tables, name).dtype.name, getattr(tables, name).shape) for name in NgramTables._fields}
+    tokens = "uint16" if vocab <= 2**16 else "uint32"
+    wanted = {
+        "unigram": ("float32", (vocab,)),
+        "tokens": (tokens, (grams,)),
+        "counts": ("uint8", (grams,)),
+        "alpha": ("float32", (grams,)),
+        "gamma": ("float32", (contexts,)),
+        "starts": ("int64", (contexts + 1,)),
+        "discounts": ("float64", (len(tables.discounts), 4)),
+    }
+    if kinds != wanted or not 1 <= len(tables.discounts) < LONGEST or not vocab:
+        raise ValueError("the tables of its n-grams do not fit together")
+    starts, end = tables.starts, vocab
+    if starts[0] != 0 or starts[-1] != grams or not _all(starts, lambda part: (part[1:] >= part[:-1]).all(), overlap=1):
+        raise ValueError("the contexts of its n-grams are not in order")
+    for _ in range(len(tables.discounts) - 1):  # the n-grams of each length are contexts, but for the longest
+        end = vocab + int(starts[min(end, contexts)])
+    if end != contexts or not _all(tables.tokens, lambda part: (part < vocab).all()):
+        raise ValueError("its n-grams lead out of the tables")
+    shares = (tables.unigram, tables.alpha, tables.gamma, tables.discounts)
+    if not all(_all(values, lambda part: ((part >= 0) & (part <= 3)).all()) for values in shares):
+        raise ValueError("its n-grams have no probabilities")
+    if not _all(tables.gamma, lambda part: (part <= 1).all()):
+        raise ValueError("its n-grams have no probabilities")
+
+
+def _all(values: np.ndarray, holds: Callable[[np.ndarray], Any], overlap: int = 0) -> bool:
+    """Whether something holds for all parts of an array, without a temporary array of its size."""
+    step = 1 << 20
+    return all(bool(holds(values[start : start + step + overlap])) for start in range(0, max(len(values), 1), step))
 
 
 def write_ngrams(folder: Path, model: NgramModel) -> str:

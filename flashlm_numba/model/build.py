@@ -16,7 +16,7 @@ from flashlm_numba.data.tokenizer import Vocabulary
 from flashlm_numba.data.vocabularies import read_vocabulary, vocabulary_of
 from flashlm_numba.heads import Head, head_class
 from flashlm_numba.heads.sampling import KINDS
-from flashlm_numba.memory.files import from_tensors, map_ngrams
+from flashlm_numba.memory.files import NGRAMS, from_tensors, map_ngrams
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model import checkpoint, data_place, packed
 from flashlm_numba.model.config import ACTIVATIONS, RunConfig
@@ -153,7 +153,7 @@ def read_trained(
     vocabulary = checked_vocabulary(read_vocabulary(path, run.tokenizer_hash), run, path)
     found = checkpoint.find(path, checkpoint_name)
     state = checkpoint.check_state(checkpoint.load_state(found), found, run.model_hash)
-    tensors = checkpoint.load(found, "model") | memory_of(run, path)
+    tensors = checkpoint.load(found, "model") | memory_of(run, path, progress)
     if ema:
         if "ema.safetensors" not in state["files"]:
             raise UserError(f"{path} has no EMA of its weights; leave out --ema.")
@@ -170,9 +170,13 @@ def checked_vocabulary(vocabulary: Vocabulary, run: RunConfig, where: Path) -> V
     )
 
 
-def memory_of(run: RunConfig, folder: Path) -> dict[str, np.ndarray]:
+def memory_of(run: RunConfig, folder: Path, progress: Progress) -> dict[str, np.ndarray]:
     """The tensors of a run's memory, beside those of a checkpoint. Raises UserError if they are missing or damaged."""
-    return map_ngrams(folder, run.memory_hash) if run.memory.memory == "ngrams" else {}
+    if run.memory.memory == "none":
+        return {}
+    if (folder / NGRAMS).exists():
+        packed.note_size(folder / NGRAMS, progress)
+    return map_ngrams(folder, run.memory_hash)
 
 
 def new_model(

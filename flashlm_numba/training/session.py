@@ -80,7 +80,7 @@ def restored_session(
     progress.note(f"Reading {path}.")
     state = checkpoint.check_state(checkpoint.load_state(path), path, run.model_hash)
     counts = data.train.counts(run.model.vocab_size)
-    model = build.model_from(run, checkpoint.load(path, "model") | build.memory_of(run, folder), counts)
+    model = build.model_from(run, checkpoint.load(path, "model") | build.memory_of(run, folder, progress), counts)
     ema = checkpoint.load(path, "ema") if run.training.ema else {}
     if ema and {name: (a.shape, a.dtype) for name, a in ema.items()} != {
         name: (a.shape, a.dtype) for name, a in model.parameters.items()

@@ -16,6 +16,12 @@ V, C, THREADS = 700, 16, 4
 CALLS = 3 if numba.config.DISABLE_JIT else 150  # per thread
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """New Python threads use as many as this one, whatever the tests before have chosen: a tree's bits depend on it."""
+    set_threads(numba.get_num_threads())
+
+
 def head_named(name):
     rng = np.random.default_rng(0)
     weight, counts = rng.standard_normal((V, C), np.float32), np.arange(1, V + 1)

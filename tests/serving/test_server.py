@@ -402,7 +402,7 @@ def test_a_finished_request_leaves_nothing_behind(server):
             with opened(server, request_bytes({**ENDLESS, "max_tokens": 64})) as connection:
                 received(connection, b"data: ")
         server.wait(lambda engine: engine.running == 0)
-        server.wait(lambda engine: not any(isinstance(x, Continuation | Delta) for x in gc.get_objects()))
+        server.wait(lambda engine: not any(type(x) in (Continuation, Delta) for x in gc.get_objects()))
     finally:
         gc.enable()
 
