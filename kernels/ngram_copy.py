@@ -15,6 +15,7 @@ Letters: B batch, T time, N = B*T rows, M a number of rows, V vocabulary, C chan
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numba
@@ -196,6 +197,11 @@ def last_copies(rows: np.ndarray, orders: Sequence[int], reach: int) -> np.ndarr
 
 def _kinds(where: str, orders: Sequence[int], reach: int) -> tuple[np.ndarray, np.ndarray]:
     """The orders and skips of copy_kinds (O,) int64."""
+    return _kinds_of(where, tuple(orders), reach)
+
+
+@functools.lru_cache(maxsize=16)  # decoding asks for every token
+def _kinds_of(where: str, orders: tuple[int, ...], reach: int) -> tuple[np.ndarray, np.ndarray]:
     if reach < 1 or min(orders, default=1) < 1:
         raise ValueError(f"{where}: orders and reach must be at least 1, got {list(orders)} and {reach}")
     kinds = copy_kinds(orders)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head
+from flashlm_numba.heads.base import Head, likeliest_of_logits
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels.copy_mixture import CopyWeights, copy_scores, copy_scores_backward
@@ -228,14 +228,21 @@ class CopyMixture:
         The likeliest comes first, of equal ones the smaller id. The result is exact.
         """
         h, count = for_reading(x)[None], min(count, self.vocab_size)
-        if self.has_search:  # a mixture's likeliest tokens are among the head's and the copies
+        # a mixture's likeliest tokens are among the head's and the copies
+        if self.has_search:
             ids, log_p = self.head.top(x, count)
-            more = np.setdiff1d(self.copies[self.copies >= 0], ids).astype(np.int32)
-            ids = np.concatenate([ids, more])
-            p = np.exp(np.concatenate([log_p, self.head.log_prob_of(x, more)]))
         else:
-            ids, p = np.arange(self.vocab_size, dtype=np.int32), self.head.distribution(h)[0].astype(np.float64)
-        p = self._mixed(h, ids, p)
+            logits = self.head.logits(h)
+            (ids,), (log_p,) = likeliest_of_logits(logits, count)
+        found = set(ids.tolist())
+        more = np.array([token for token in {*self.copies[0].tolist()} if token >= 0 and token not in found], np.int32)
+        if len(more):
+            if self.has_search:
+                own = self.head.log_prob_of(x, more)
+            else:
+                own = logits[0, more] - (logits[0, ids[0]] - log_p[0])
+            ids, log_p = np.concatenate([ids, more]), np.concatenate([log_p, own])
+        p = self._mixed(h, ids, np.exp(log_p))
         if not np.isfinite(p).all():
             raise ValueError("CopyMixture: the probabilities must be finite to find the largest")
         order = np.lexsort((ids, -p))[:count]
