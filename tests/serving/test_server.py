@@ -391,7 +391,7 @@ def test_the_work_ends_when_the_client_goes_away(slow, start, stream):
 
 
 @pytest.mark.xfail(
-    reason="since the n-gram copies have shares, something keeps a continuation; to be found", strict=False
+    reason="something keeps a continuation since the copies have shares", strict=False
 )
 def test_a_finished_request_leaves_nothing_behind(server):
     """Nothing keeps a decoding state beyond a garbage collection."""
