@@ -390,9 +390,7 @@ def test_the_work_ends_when_the_client_goes_away(slow, start, stream):
     assert metrics(server)["cancelled_total"] == before + 3
 
 
-@pytest.mark.xfail(
-    reason="something keeps a continuation since the copies have shares", strict=False
-)
+@pytest.mark.xfail(reason="something keeps a continuation since the copies have shares", strict=False)
 def test_a_finished_request_leaves_nothing_behind(server):
     """Nothing keeps a decoding state beyond a garbage collection."""
     values = {"prompt": "the ", "max_tokens": 5, "logprobs": 2, "echo": True, "n": 2, "stop": "x"}
