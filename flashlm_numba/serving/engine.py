@@ -19,6 +19,10 @@ class QueueFull(Exception):
     """There is no place for another text."""
 
 
+def _nowhere(result: Any) -> None:
+    """Take a result that nobody waits for."""
+
+
 class Job:
     """The steps of one text, to be run by an engine.
 
@@ -32,9 +36,11 @@ class Job:
         self.cancelled = False
 
     def run_step(self) -> bool:
-        """Run one step. Returns whether there may be another one; if not, what the steps hold is freed."""
+        """Run one step. Returns whether there may be another one; if not, what the job holds is freed: a worker keeps
+        its last job until the next one comes.
+        """
         if self.cancelled:
-            self.steps = iter(())
+            self._free()
             return False
         try:
             result = next(self.steps)
@@ -47,9 +53,13 @@ class Job:
                 return True
             self._deliver(result)
             return True
-        self.steps = iter(())
+        self.steps = iter(())  # before the last result is taken, so that it is free when the request has ended
         self._deliver(result)
+        self._free()
         return False
+
+    def _free(self) -> None:
+        self.steps, self.deliver = iter(()), _nowhere
 
     def _deliver(self, result: Any) -> None:
         if not self.cancelled:

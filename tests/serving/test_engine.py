@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 
 import pytest
 from helpers import at_once
@@ -45,6 +46,34 @@ def test_every_job_is_run_to_its_end(engine):
     results.wait(5)
     assert results.found == {i: [1, 2, i, None] for i in range(5)}
     assert (engine.running, engine.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("engine", [(1, 1, 1)], indirect=True)
+def test_a_worker_without_work_keeps_nothing_of_its_last_job(engine, cancelled):
+    """Not what was delivered either, which nobody may have taken."""
+    delivered, may_end = threading.Event(), threading.Event()
+
+    class Sink:
+        def take(self, result):
+            delivered.set()
+
+    def steps():
+        yield "a result"
+        may_end.wait(10)
+
+    sink = Sink()
+    kept = weakref.ref(sink)
+    job = Job(steps(), sink.take)
+    engine.submit([job])
+    assert delivered.wait(10)
+    if cancelled:
+        engine.cancel([job])
+    may_end.set()
+    while engine.running:
+        time.sleep(0.001)
+    del sink, job
+    assert kept() is None
 
 
 def test_all_or_none_are_taken(engine):
