@@ -43,11 +43,11 @@ from flashlm_numba.kernels.ternary import unpack_ternary
 from flashlm_numba.kernels.ternary_gemv import best_variant
 from flashlm_numba.model.build import model_from
 from flashlm_numba.model.config import ModelConfig
-from flashlm_numba.model.memory import check_memory
 from flashlm_numba.model.packed_model import PackedModel, random_packed_model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.model.shapes import SHAPES
+from flashlm_numba.model.training_memory import check_memory
 from flashlm_numba.model.trunks import BitTrunk
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.memory import available_mb

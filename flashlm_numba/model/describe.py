@@ -12,9 +12,9 @@ from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import RunConfig
-from flashlm_numba.model.memory import training_bytes
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.sizes import device_bytes, parameters_by_part
+from flashlm_numba.model.training_memory import training_bytes
 from flashlm_numba.system.display import TERMINAL, Progress, peak_rss_mb
 from flashlm_numba.system.errors import UserError
 

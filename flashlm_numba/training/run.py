@@ -20,9 +20,9 @@ from flashlm_numba.inference.evaluate import score
 from flashlm_numba.memory.files import NGRAMS, write_ngrams
 from flashlm_numba.model import build, checkpoint, data_place, sizes
 from flashlm_numba.model.config import RunConfig
-from flashlm_numba.model.memory import check_memory, training_bytes
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.settings import check_run, with_settings
+from flashlm_numba.model.training_memory import check_memory, training_bytes
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY
 from helpers import command as _run
 
-from flashlm_numba.model import memory
+from flashlm_numba.model import training_memory
 
 
 def _settings(*settings):
@@ -126,7 +126,7 @@ def test_a_path_that_cannot_be_is_one_sentence(run, tmp_path, words):
 )
 def test_too_little_memory_is_one_sentence(corpus, tmp_path, monkeypatch, known, sentence):
     if not known:  # the system does not say how much there is
-        monkeypatch.setattr(memory, "machine_bytes", lambda: None)
+        monkeypatch.setattr(training_memory, "machine_bytes", lambda: None)
     words = ["train", corpus, "--steps", 1, "--out", tmp_path / "run", *_settings()]
     done = _run(*words, "--set", "phases=999999999999x64")
     assert done.exit_code == 1

@@ -8,7 +8,7 @@ from helpers import command
 
 from flashlm_numba.heads import HEADS, head_class
 from flashlm_numba.kernels.normuon import NorMuonWorkspace
-from flashlm_numba.model import memory
+from flashlm_numba.model import training_memory
 from flashlm_numba.model.build import model_from
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.recipes import from_recipe
@@ -62,12 +62,12 @@ def test_the_estimate_is_what_the_arrays_take(recipe, changed, threads):
     ) + state
     found += sum(value.nbytes for value in model.parameters.values()) if run.training.ema else 0
     head = head_class("dense").training_bytes(run.head, 3000, run.model.dim, phase.batch_size * phase.seq_len)
-    assert memory.training_bytes(run) - memory.PROGRAM - head == pytest.approx(found, rel=0.17)
+    assert training_memory.training_bytes(run) - training_memory.PROGRAM - head == pytest.approx(found, rel=0.17)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_model_that_is_too_large_is_refused_before_anything_is_made(head, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "machine_bytes", lambda: 16_000_000_000)
+    monkeypatch.setattr(training_memory, "machine_bytes", lambda: 16_000_000_000)
     for name in ("new_session", "open_run_tokens"):
         monkeypatch.setattr(f"flashlm_numba.training.run.{name}", None)  # calling it would be a TypeError
     out = tmp_path / "run"
@@ -80,16 +80,16 @@ def test_a_model_that_is_too_large_is_refused_before_anything_is_made(head, corp
 
 
 def test_a_resumed_run_is_refused_too(run, monkeypatch):
-    monkeypatch.setattr(memory, "machine_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(training_memory, "machine_bytes", lambda: 1_000_000)
     done = command("train", "--resume", run, "--steps", 9)
     assert done.exit_code == 1
     assert "and this machine has 1.0 MB;" in done.stderr
 
 
 def test_a_machine_that_does_not_say_refuses_nothing(monkeypatch):
-    monkeypatch.setattr(memory, "machine_bytes", lambda: None)
+    monkeypatch.setattr(training_memory, "machine_bytes", lambda: None)
     run = from_recipe("default", ["dim=16384"])
-    assert memory.check_memory(run) == memory.training_bytes(run)
+    assert training_memory.check_memory(run) == training_memory.training_bytes(run)
 
 
 def test_the_machine_has_what_the_system_says():
