@@ -12,7 +12,7 @@ from flashlm_numba.model.sizes import in_units
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.memory import machine_bytes
 
-COUNTING = 115  # bytes per token of a text whose n-grams are counted, at the peak
+COUNTING = 120  # bytes per token of a text whose n-grams are counted, at the peak
 PROGRAM = 200_000_000  # bytes of Python, the libraries and the compiled kernels
 
 

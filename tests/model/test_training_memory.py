@@ -13,6 +13,7 @@ from flashlm_numba.model.build import model_from
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.recipes import from_recipe
 from flashlm_numba.system import memory as machine
+from flashlm_numba.system.errors import UserError
 from flashlm_numba.training.optimizer import Optimizer
 
 
@@ -84,6 +85,20 @@ def test_a_resumed_run_is_refused_too(run, monkeypatch):
     done = command("train", "--resume", run, "--steps", 9)
     assert done.exit_code == 1
     assert "and this machine has 1.0 MB;" in done.stderr
+
+
+def test_a_text_whose_ngrams_do_not_fit_is_refused(corpus, tmp_path, monkeypatch):
+    run = from_recipe("default", ["memory=ngrams"])
+    monkeypatch.setattr(training_memory, "machine_bytes", lambda: 16_000_000_000)
+    training_memory.check_memory(run, 100_000_000)
+    with pytest.raises(UserError, match=r"Counting the n-grams of 1,000,000,000 tokens takes about .* leave out --mem"):
+        training_memory.check_memory(run, 1_000_000_000)
+    training_memory.check_memory(from_recipe("default"), 1_000_000_000)
+    monkeypatch.setattr(training_memory, "COUNTING", 10**12)
+    done = command("train", corpus, "--memory", "ngrams", "--steps", 1, "--out", tmp_path / "run")
+    assert done.exit_code == 1
+    assert "Counting the n-grams of" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_machine_that_does_not_say_refuses_nothing(monkeypatch):
