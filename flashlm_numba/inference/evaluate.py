@@ -352,7 +352,7 @@ def evaluate_run(
     if alone:
         loaded.model.memory = None
     elif memory is not None and loaded.model.memory is not None:
-        raise UserError(f"{run} has a memory of its own; leave out --memory-weight and --memory-least.")
+        raise UserError(f"{run} has a memory of its own, which is mixed in anyway; leave out --memory.")
     vocabulary = loaded.vocabulary
     sizes = {"documents": 0, "bytes": 0}
     total = None

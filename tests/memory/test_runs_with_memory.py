@@ -170,7 +170,7 @@ def test_a_least_count_without_a_memory_has_no_effect_and_is_refused(corpus, tmp
 def test_a_memory_of_its_own_takes_no_other(remembering):
     done = command("eval", remembering, "--memory", "ngrams", "--memory-weight", 0.5)
     assert done.exit_code == 1
-    assert "has a memory of its own" in done.stderr
+    assert "has a memory of its own, which is mixed in anyway; leave out --memory." in done.stderr
     none = command("eval", remembering, "--memory", "none")
     assert none.exit_code == 0
     assert "n-grams" not in none.stdout
