@@ -185,10 +185,10 @@ class Head(ABC):
         """The k = min(count, V) likeliest tokens for one x (C,), likeliest first.
 
         Returns ids (k,) int32 and numbers (k,) float64: log p if has_search is True, else log p up to a constant.
+        Default: the result of `likeliest`.
         """
-        logits = self.logits(x[None])[0].astype(np.float64)
-        ids = np.argsort(-logits, kind="stable")[:count].astype(np.int32)
-        return ids, logits[ids]
+        ids, log_p = self.likeliest(x[None], count)
+        return ids[0], log_p[0]
 
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
