@@ -205,7 +205,7 @@ def _kinds_of(where: str, orders: tuple[int, ...], reach: int) -> tuple[np.ndarr
     if reach < 1 or min(orders, default=1) < 1:
         raise ValueError(f"{where}: orders and reach must be at least 1, got {list(orders)} and {reach}")
     kinds = copy_kinds(orders)
-    return tuple(np.array([kind[i] for kind in kinds], np.int64) for i in range(2))  # type: ignore[return-value]
+    return np.array([order for order, _ in kinds], np.int64), np.array([skip for _, skip in kinds], np.int64)
 
 
 def scatter_copies(
