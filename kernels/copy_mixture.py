@@ -28,6 +28,7 @@ from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 FEW = 32  # positions up to which one thread computes the scores
 
 _ZERO = np.float32(0)
+_IN_ORDER = np.empty(0, np.int32)  # for row_of_token where row v belongs to token v
 
 
 class CopyWeights(NamedTuple):
@@ -101,6 +102,32 @@ def _copy_scores_backward(dh, dembedding, dhidden, dscores, h, embedding, copies
         _backward_columns(low, high, dh, dembedding, dhidden, dscores, h, embedding, copies, weights, scale)
 
 
+@serial_kernel
+def _copy_shares(shares, scores, matches, rows, x, embedding, copies, row_of_token, bias, hidden, match, scale):
+    """shares (O + 1,) float64 after one position; False if they are no distribution. Scratch: scores, matches, rows
+    (1, O).
+
+    The weights come one by one, since a NamedTuple costs more at every call than this takes.
+    """
+    for o in range(copies.shape[1]):
+        token = copies[0, o]
+        if token >= embedding.shape[0]:
+            return False
+        rows[0, o] = token if token < 0 or row_of_token.shape[0] == 0 else row_of_token[token]
+    _score_rows(scores, matches, x, embedding, rows, CopyWeights(bias, hidden, match), scale)
+    top = 0.0  # the head's
+    for o in range(rows.shape[1]):
+        top = max(top, np.float64(scores[0, o]))
+    shares[0] = math.exp(-top)
+    total = shares[0]
+    for o in range(rows.shape[1]):
+        shares[o + 1] = math.exp(np.float64(scores[0, o]) - top)
+        total += shares[o + 1]
+    for o in range(shares.shape[0]):
+        shares[o] /= total
+    return total < np.inf  # not if it is NaN
+
+
 def _check_inputs(
     where: str, h: np.ndarray, embedding: np.ndarray, copies: np.ndarray, weights: CopyWeights
 ) -> np.float32:
@@ -137,6 +164,32 @@ def copy_scores(
     else:
         _copy_scores(scores, matches, h, embedding, copies, weights, scale, numba.get_num_threads())
     return scores, matches
+
+
+def copy_shares(
+    x: np.ndarray, embedding: np.ndarray, copies: np.ndarray, row_of_token: np.ndarray | None, weights: CopyWeights
+) -> np.ndarray:
+    """The shares g (O + 1,) float64 after one position, the head's first, with one thread; they sum to one.
+
+    x (1, C) float32;  embedding, weights : as in copy_scores;  copies (1, O) int32: token ids, -1 for none
+    row_of_token : (V,) int32, the embedding's row of each token; None if row v belongs to token v
+    Raises ValueError if a shape, a dtype or a token is wrong, or if a score is not finite.
+
+    >>> weights = CopyWeights(*(np.zeros(shape, np.float32) for shape in ((2,), (2, 4), (2,))))
+    >>> x, embedding = np.ones((1, 4), np.float32), np.eye(4, dtype=np.float32)
+    >>> copy_shares(x, embedding, np.array([[3, -1]], np.int32), None, weights).tolist()
+    [0.5, 0.5, 0.0]
+    """
+    where, dim, ways = "copy_shares", embedding.shape[-1], len(weights.bias)
+    _check.array(where, "embedding", embedding, (None, dim))
+    _check.array(where, "x", x, (1, dim))
+    _check.array(where, "copies", copies, (1, ways), np.int32)
+    shares, scratch, rows = np.empty(ways + 1), np.empty((2, 1, ways), np.float32), np.empty((1, ways), np.int32)
+    order = _IN_ORDER if row_of_token is None else row_of_token
+    scale = np.float32(1 / math.sqrt(dim))
+    if not _copy_shares(shares, scratch[0], scratch[1], rows, x, embedding, copies, order, *weights, scale):
+        raise ValueError(f"copy_shares: copies must be below {len(embedding)} and the scores finite, got {copies}")
+    return shares
 
 
 def copy_scores_backward(

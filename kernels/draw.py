@@ -86,6 +86,19 @@ def _largest(keys, ids, row):
     return True
 
 
+@serial_kernel
+def _log_sum_exp(row):
+    """In blocks, so that the sum is as accurate as that of _draw."""
+    top, total, start = row_max(row), 0.0, 0
+    while start < row.shape[0]:
+        part, block = row[start : start + BLOCK], np.float32(0)
+        for i in range(part.shape[0]):
+            block += exp32(part[i] - top)
+        total += np.float64(block)
+        start += BLOCK
+    return np.float64(top) + math.log(total)
+
+
 @helper
 def _index_above(values, bar):
     """First index whose cumulative sum exceeds bar; the last index above zero if rounding leaves none."""
@@ -168,6 +181,16 @@ def largest(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     if not _largest(keys, ids, row):
         raise ValueError("largest: the logits must be finite; nothing can be chosen from them")
     return ids, keys
+
+
+def log_sum_exp(row: np.ndarray) -> float:
+    """ln of the sum of exp(row) for logits row (V,) float32; NaN or infinite if one of them is.
+
+    >>> round(math.exp(log_sum_exp(np.log(np.array([1, 2, 3], np.float32)))), 5)
+    6.0
+    """
+    _check.array("log_sum_exp", "row", row, (None,))
+    return float(_log_sum_exp(row)) if len(row) else -math.inf
 
 
 def draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:

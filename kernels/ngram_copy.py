@@ -173,11 +173,11 @@ def all_copies(rows: np.ndarray, orders: Sequence[int], reach: int) -> np.ndarra
     [[-1, -1], [-1, -1], [6, -1], [-1, -1], [7, -1], [5, 5]]
     """
     _check.array("all_copies", "rows", rows, (None, None), np.int32)
-    orders_of, skips = _kinds("all_copies", orders, reach)
+    orders_of, skips, longest = _kinds("all_copies", orders, reach)
     threads = numba.get_num_threads()
     out, left = np.empty((*rows.shape, len(orders)), np.int32), np.empty((threads, len(orders)), np.int64)
     if out.size:
-        _all_copies(out, left, rows, orders_of, skips, int(orders_of.max()), reach, threads)
+        _all_copies(out, left, rows, orders_of, skips, longest, reach, threads)
     return out
 
 
@@ -187,25 +187,26 @@ def last_copies(rows: np.ndarray, orders: Sequence[int], reach: int) -> np.ndarr
     Raises ValueError if a shape, a dtype or a number is wrong.
     """
     _check.array("last_copies", "rows", rows, (None,), np.int32)
-    orders_of, skips = _kinds("last_copies", orders, reach)
+    orders_of, skips, longest = _kinds("last_copies", orders, reach)
     if not len(rows):
         raise ValueError("last_copies: rows must hold a token")
     out, left = np.empty(len(orders), np.int32), np.empty(len(orders), np.int64)
-    _last_copies(out, left, rows, orders_of, skips, int(orders_of.max(initial=0)), reach)
+    _last_copies(out, left, rows, orders_of, skips, longest, reach)
     return out
 
 
-def _kinds(where: str, orders: Sequence[int], reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """The orders and skips of copy_kinds (O,) int64."""
+def _kinds(where: str, orders: Sequence[int], reach: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The orders and skips of copy_kinds (O,) int64, and the longest order."""
     return _kinds_of(where, tuple(orders), reach)
 
 
 @functools.lru_cache(maxsize=16)  # decoding asks for every token
-def _kinds_of(where: str, orders: tuple[int, ...], reach: int) -> tuple[np.ndarray, np.ndarray]:
+def _kinds_of(where: str, orders: tuple[int, ...], reach: int) -> tuple[np.ndarray, np.ndarray, int]:
     if reach < 1 or min(orders, default=1) < 1:
         raise ValueError(f"{where}: orders and reach must be at least 1, got {list(orders)} and {reach}")
     kinds = copy_kinds(orders)
-    return np.array([order for order, _ in kinds], np.int64), np.array([skip for _, skip in kinds], np.int64)
+    orders_of, skips = (np.array([kind[i] for kind in kinds], np.int64) for i in (0, 1))
+    return orders_of, skips, max(orders, default=0)
 
 
 def scatter_copies(

@@ -160,34 +160,85 @@ def _tree_head_top(best, rows, keys, codes, logits, slopes, x, tree):
     _search(best, rows, keys, codes, logits, slopes, x, tree)
 
 
+@helper
+def _leaf_log_prob(leaf, nodes, shifts, logits, slopes, x, tree):
+    """log p of a leaf row for x (1, C). Per level, nodes (D,) int64, shifts (D,) float64 and logits (D, widest) hold
+    the node that was computed last; scratch: slopes (widest,).
+    """
+    m, level, total = np.int64(0), 0, 0.0
+    while m >= 0:
+        span = span_of(tree.spans, m)
+        if nodes[level] != m:
+            shifts[level] = _finished_logits(logits[level : level + 1], slopes, x, span, tree)
+            nodes[level] = m
+        total += shifts[level]
+        if leaf < span.token_end:
+            total += np.float64(logits[level, leaf - span.token_start])
+            m = np.int64(-1)
+        else:
+            child = span.child_start
+            while leaf >= tree.leaf_ends[child]:
+                child += 1
+            total += np.float64(logits[level, span.n_tokens + child - span.child_start])
+            m = child
+        level += 1
+    return total
+
+
 @serial_kernel
 def _tree_head_log_prob(log_p, rows, nodes, shifts, logits, slopes, x, tree):
-    """log_p (K,) float64 of ascending leaf rows (K,) int32 for x (1, C).
+    """log_p (K,) float64 of ascending leaf rows (K,) int32 for x (1, C); neighbours share their nodes.
 
-    A node is computed once, since those of neighbours follow one another. Scratch per level: nodes (D,) int64, shifts
-    (D,) float64, logits (D, widest); slopes (widest,).
+    Scratch: see _leaf_log_prob.
     """
     for level in range(nodes.shape[0]):
         nodes[level] = -1
     for i in range(rows.shape[0]):
-        m, level, leaf, total = np.int64(0), 0, np.int64(rows[i]), 0.0
-        while m >= 0:
-            span = span_of(tree.spans, m)
-            if nodes[level] != m:
-                shifts[level] = _finished_logits(logits[level : level + 1], slopes, x, span, tree)
-                nodes[level] = m
-            total += shifts[level]
-            if leaf < span.token_end:
-                total += np.float64(logits[level, leaf - span.token_start])
-                m = np.int64(-1)
-            else:
-                child = span.child_start
-                while leaf >= tree.leaf_ends[child]:
-                    child += 1
-                total += np.float64(logits[level, span.n_tokens + child - span.child_start])
-                m = child
-            level += 1
-        log_p[i] = total
+        log_p[i] = _leaf_log_prob(np.int64(rows[i]), nodes, shifts, logits, slopes, x, tree)
+
+
+@serial_kernel
+def _tree_head_top_mixed(best, rows, keys, codes, nodes, shifts, logits, slopes, x, tree, copies, shares):
+    """The first k entries of rows (k + O,) int64 become the likeliest leaf rows of the mixture shares[0] * p +
+    sum over o of shares[o + 1] [row = copies[o]], and those of best (k + O,) float64 their log p.
+
+    copies (O,) int32: leaf rows, -1 for none;  shares (O + 1,) float64
+    Scratch: keys and codes as for _search, the rest as for _leaf_log_prob, but logits (D + 1, widest).
+    """
+    count, depth = best.shape[0] - copies.shape[0], nodes.shape[0]
+    # the mixture's likeliest rows are among the tree's and the copies
+    _search(best[:count], rows[:count], keys, codes, logits[depth:], slopes, x, tree)
+    for level in range(depth):
+        nodes[level] = -1
+    size = count
+    for o in range(copies.shape[0]):
+        row, known = np.int64(copies[o]), copies[o] < 0
+        for i in range(size):
+            known |= rows[i] == row
+        if not known:
+            rows[size] = row
+            best[size] = _leaf_log_prob(row, nodes, shifts, logits, slopes, x, tree)
+            size += 1
+    for i in range(size):
+        p = shares[0] * math.exp(best[i])
+        for o in range(copies.shape[0]):
+            if copies[o] == rows[i]:
+                p += shares[o + 1]
+        row, at = rows[i], i
+        while at > 0 and best[at - 1] < p:  # nearly in order already
+            best[at], rows[at] = best[at - 1], rows[at - 1]
+            at -= 1
+        best[at], rows[at] = p, row
+    for i in range(count):
+        best[i] = math.log(best[i]) if best[i] > 0 else -np.inf
+
+
+@serial_kernel
+def _tree_node(log_p, logits, slopes, x, m, tree):
+    """log_p (K,) float64 of the K children of node m for x (1, C). Scratch: logits (1, widest), slopes (widest,)."""
+    shift = _finished_logits(logits, slopes, x, span_of(tree.spans, m), tree)
+    for k in range(log_p.shape[0]):
+        log_p[k] = np.float64(logits[0, k]) + shift
 
 
 @serial_kernel
@@ -241,6 +292,11 @@ class TreeSampler:
         n, widest = len(self._tree.nodes), self._tree.widest
         return np.empty(n), np.empty(n, np.int64), np.empty((1, widest), np.float32), np.empty(widest, np.float32)
 
+    def _levels(self, more: int = 0) -> tuple[np.ndarray, ...]:
+        """Nodes, shifts and logits of the levels, with `more` rows of logits."""
+        shape = self.depth + more, self._tree.widest
+        return np.empty(self.depth, np.int64), np.empty(self.depth), np.empty(shape, np.float32)
+
     def sample(self, h: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Sample a leaf row for each h (N, C), (N,) int32, by descent: one softmax per level, without other branches.
 
@@ -264,6 +320,39 @@ class TreeSampler:
         _tree_head_top(log_p, rows, *self._scratch(), x, self._tree)
         return rows, log_p
 
+    def top_mixed(
+        self, x: np.ndarray, count: int, copies: np.ndarray, shares: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `top` finds for the mixture shares[0] * p(row) + sum over o of shares[o + 1] [row = copies[o]].
+
+        copies : (O,) int32, leaf rows, -1 for none;  shares : (O + 1,) float64
+        Raises ValueError if a shape, a dtype, a row or count is wrong.
+        """
+        count, ways = self._check_row(x, count), len(copies)
+        _check.array("TreeSampler.top_mixed", "copies", copies, (None,), np.int32)
+        _check.array("TreeSampler.top_mixed", "shares", shares, (ways + 1,), np.float64)
+        if ways and not -1 <= copies.min() <= copies.max() < self.vocab_size:
+            raise ValueError(f"TreeSampler.top_mixed: copies must be in [-1, {self.vocab_size}), got {copies}")
+        log_p, rows = np.empty(count + ways), np.empty(count + ways, np.int64)
+        keys, codes, _, slopes = self._scratch()
+        nodes, shifts, logits = self._levels(1)
+        _tree_head_top_mixed(log_p, rows, keys, codes, nodes, shifts, logits, slopes, x, self._tree, copies, shares)
+        return rows[:count], log_p[:count]
+
+    def node(self, x: np.ndarray, m: int) -> np.ndarray:
+        """log p of the children of node m, given that node, for x (1, C): its tokens, then its inner nodes.
+
+        Returns (K,) float64. Raises ValueError if a shape or dtype is wrong or there is no such node.
+        """
+        self._check_row(x, 1)
+        if not 0 <= m < len(self._tree.spans):
+            raise ValueError(f"TreeSampler.node: m must be in [0, {len(self._tree.spans)}), got {m}")
+        tokens, token_end, child, child_end = self._tree.spans[m][:4]
+        log_p = np.empty(token_end - tokens + child_end - child)
+        _, _, logits, slopes = self._scratch()
+        _tree_node(log_p, logits, slopes, x, m, self._tree)
+        return log_p
+
     def log_prob(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """log p of some leaf rows (K,) int32 for x (1, C), (K,) float64, by the arithmetic of `top`.
 
@@ -273,9 +362,7 @@ class TreeSampler:
         _check.array("TreeSampler", "rows", rows, (None,), np.int32)
         _check.indices("TreeSampler", "rows", rows, self.vocab_size)
         order, log_p, found = np.argsort(rows), np.empty(len(rows)), np.empty(len(rows))
-        per_level = np.empty(self.depth, np.int64), np.empty(self.depth)
-        logits, slopes = (np.empty(shape, np.float32) for shape in ((self.depth, self._tree.widest), self._tree.widest))
-        _tree_head_log_prob(found, rows[order], *per_level, logits, slopes, x, self._tree)
+        _tree_head_log_prob(found, rows[order], *self._levels(), self._scratch()[3], x, self._tree)
         log_p[order] = found
         return log_p
 

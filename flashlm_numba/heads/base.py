@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flashlm_numba.heads.config import HeadConfig
+from flashlm_numba.heads.decisions import NO_TOKENS, Decisions, OneDecision
 from flashlm_numba.kernels import _check, draw
 from flashlm_numba.system.calls import OneCall
 
@@ -190,6 +191,26 @@ class Head(ABC):
         ids, log_p = self.likeliest(x[None], count)
         return ids[0], log_p[0]
 
+    def top_mixed(
+        self, x: np.ndarray, count: int, tokens: np.ndarray, shares: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k = min(count, V) likeliest tokens of a mixture with some tokens for one x (C,), likeliest first.
+
+        The mixture is shares[0] * p(v) + sum over o of shares[o + 1] [v = tokens[o]].
+        tokens : (O,) int32 token ids, -1 for none;  shares : (O + 1,) float64
+        Returns ids (k,) int32 and their ln p (k,) float64. Default: from `distribution`.
+        """
+        p = self.distribution(x[None])[0].astype(np.float64)
+        return likeliest_of_mixture(np.arange(len(p), dtype=np.int32), p, tokens, shares, count)
+
+    def decisions(self, x: np.ndarray, tokens: np.ndarray = NO_TOKENS, shares: np.ndarray | None = None) -> Decisions:
+        """The choice of the token after one x (C,) as a sequence of decisions. The arguments are those of top_mixed.
+
+        The same arguments give the same bits. Default: one decision, by `distribution`.
+        """
+        p = self.distribution(x[None])[0].astype(np.float64)
+        return OneDecision(mixed_with(p, tokens, shares))
+
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
         return self.log_prob(np.repeat(x[None], len(tokens), axis=0), tokens).astype(np.float64)
@@ -217,6 +238,41 @@ def likeliest_of_logits(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.
         ids[n], log_p[n] = draw.largest(row, count)
         log_p[n] -= np.log(np.exp(row - row.max()).sum(dtype=np.float64)) + row.max()
     return ids, log_p
+
+
+def mixed_with(p: np.ndarray, tokens: np.ndarray, shares: np.ndarray | None) -> np.ndarray:
+    """shares[0] * p (V,) float64 with shares[1:] (O,) added at tokens (O,), -1 for none; p if there are no shares."""
+    if shares is None:
+        return p
+    p = shares[0] * p
+    found = tokens >= 0
+    np.add.at(p, tokens[found], shares[1:][found])
+    return p
+
+
+def likeliest_of_mixture(
+    ids: np.ndarray, p: np.ndarray, tokens: np.ndarray, shares: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The result of Head.top_mixed from different ids (K,), all that can be in it, and the head's p of them (K,).
+
+    Of equal tokens the smaller id comes first. Raises ValueError if a probability is not finite.
+
+    >>> ids, log_p = likeliest_of_mixture(np.arange(3), np.array([0.5, 0.3, 0.2]), np.array([2]), np.full(2, 0.5), 2)
+    >>> ids.tolist(), np.exp(log_p).round(6).tolist()
+    ([2, 0], [0.6, 0.25])
+    """
+    p = shares[0] * p
+    for token, share in zip(tokens.tolist(), shares[1:].tolist(), strict=True):
+        if token >= 0:
+            p[ids == token] += share
+    if not np.isfinite(p).all():
+        raise ValueError("the probabilities must be finite to find the largest")
+    if count < len(p):
+        kept = np.flatnonzero(p >= np.partition(p, -count)[-count])
+        ids, p = ids[kept], p[kept]
+    order = np.lexsort((ids, -p))[:count]
+    with np.errstate(divide="ignore"):
+        return ids[order].astype(np.int32), np.log(p[order])
 
 
 def check_options(

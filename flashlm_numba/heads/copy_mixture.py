@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head, likeliest_of_logits
+from flashlm_numba.heads.base import Head
+from flashlm_numba.heads.decisions import Decisions
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check
-from flashlm_numba.kernels.copy_mixture import CopyWeights, copy_scores, copy_scores_backward
+from flashlm_numba.kernels.copy_mixture import CopyWeights, copy_scores, copy_scores_backward, copy_shares
+from flashlm_numba.kernels.draw import draw_sorted
 from flashlm_numba.system.arrays import for_reading
 from flashlm_numba.system.threads import adopt_threads
 
@@ -37,7 +39,7 @@ class CopyShares:
     ) -> None:
         self._weights, self._embedding = CopyWeights(*map(for_reading, weights)), for_reading(embedding)
         self._gradients, self._dembedding = gradients, dembedding
-        self._row_of_token = row_of_token
+        self._row_of_token = for_reading(row_of_token)
 
     def _rows(self, copies: np.ndarray) -> np.ndarray:
         """The embedding's rows of the copies, -1 for none."""
@@ -58,6 +60,13 @@ class CopyShares:
         with _diverged():
             logs -= top + np.log(np.exp(logs - top).sum(1, keepdims=True))
         return logs, matches
+
+    def at(self, x: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        """g (O + 1,) float64 of one position, the head's share first, for x (1, C) and copies (1, O) as in log_shares.
+
+        Raises ValueError if they are not finite.
+        """
+        return copy_shares(x, self._embedding, copies, self._row_of_token, self._weights)
 
     def backward(
         self,
@@ -189,73 +198,62 @@ class CopyMixture:
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
         out = np.empty(len(h), np.int32)
         for n in range(len(h)):
-            here = CopyMixture(self.head, self.shares, self.copies[n : n + 1])
             if temperature == 0 or top_k is not None:
-                ids, log_p = here.top(h[n], top_k or 1)
-                out[n] = ids[sample_rows(np.exp(log_p)[None], rng, temperature, None, top_p)[0]]
+                ids, log_p = self._top(h[n : n + 1], n, top_k or 1)
+                out[n] = ids[0 if temperature == 0 else draw_sorted(log_p, rng.random(), temperature, top_p)]
             else:
-                out[n] = here._draw(h[n : n + 1], rng)
+                out[n] = self._draw(h[n : n + 1], n, rng)
         return out
 
-    def _draw(self, h: np.ndarray, rng: np.random.Generator) -> int:
-        """A token of the mixture after one position."""
-        shares = np.exp(self._log_shares(h)[0][0])
-        if not np.isfinite(shares).all():
-            raise ValueError("CopyMixture: h must be finite to sample from it")
-        chosen = int(np.searchsorted(np.cumsum(shares), rng.random() * shares.sum(), side="right"))
-        if chosen == 0 or chosen > self.copies.shape[1] or self.copies[0, chosen - 1] < 0:
-            return int(self.head.sample(h, rng)[0])
-        return int(self.copies[0, chosen - 1])
+    def _shares_at(self, x: np.ndarray, n: int) -> np.ndarray:
+        """The shares (O + 1,) float64 at position n, for its x (1, C)."""
+        return self.shares.at(x, self.copies[n : n + 1])
+
+    def _draw(self, x: np.ndarray, n: int, rng: np.random.Generator) -> int:
+        """A token of the mixture at position n, for its x (1, C)."""
+        bar, chosen = rng.random(), 0
+        for share in self._shares_at(x, n).tolist():
+            bar -= share
+            if bar < 0:
+                break
+            chosen += 1
+        if chosen == 0 or chosen > self.copies.shape[1] or self.copies[n, chosen - 1] < 0:
+            return int(self.head.sample(x, rng)[0])
+        return int(self.copies[n, chosen - 1])
 
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 after one position, (K,) float64, for x (C,)."""
-        p = np.exp(self.head.log_prob_of(x, tokens))
-        with np.errstate(divide="ignore"):
-            return np.log(self._mixed(for_reading(x)[None], tokens, p))
-
-    def _mixed(self, h: np.ndarray, ids: np.ndarray, p: np.ndarray) -> np.ndarray:
-        """p of some different tokens after one position, from the head's p of them (K,) float64, which is changed."""
-        shares = np.exp(self._log_shares(h)[0][0])
-        p *= shares[0]
+        x = for_reading(x)
+        shares = self._shares_at(x[None], 0)
+        p = shares[0] * np.exp(self.head.log_prob_of(x, tokens))
         for token, share in zip(self.copies[0], shares[1:], strict=True):
-            p[ids == token] += share  # of no token if nothing is copied
-        return p
+            p[tokens == token] += share  # of no token if nothing is copied
+        with np.errstate(divide="ignore"):
+            return np.log(p)
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The k = min(count, V) likeliest tokens after one position, for x (C,). Returns ids (k,) int32 and ln p (k,)
         float64.
 
-        The likeliest comes first, of equal ones the smaller id. The result is exact.
+        The likeliest comes first. The result is exact.
         """
-        h, count = for_reading(x)[None], min(count, self.vocab_size)
-        # a mixture's likeliest tokens are among the head's and the copies
-        if self.has_search:
-            ids, log_p = self.head.top(x, count)
-        else:
-            logits = self.head.logits(h)
-            (ids,), (log_p,) = likeliest_of_logits(logits, count)
-        found = set(ids.tolist())
-        more = np.array([token for token in {*self.copies[0].tolist()} if token >= 0 and token not in found], np.int32)
-        if len(more):
-            if self.has_search:
-                own = self.head.log_prob_of(x, more)
-            else:
-                own = logits[0, more] - (logits[0, ids[0]] - log_p[0])
-            ids, log_p = np.concatenate([ids, more]), np.concatenate([log_p, own])
-        p = self._mixed(h, ids, np.exp(log_p))
-        if not np.isfinite(p).all():
-            raise ValueError("CopyMixture: the probabilities must be finite to find the largest")
-        order = np.lexsort((ids, -p))[:count]
-        with np.errstate(divide="ignore"):
-            return ids[order], np.log(p[order])
+        return self._top(for_reading(x)[None], 0, count)
+
+    def decisions(self, x: np.ndarray) -> Decisions:
+        """The choice of the token after one position as a sequence of decisions, for x (C,); see Head.decisions."""
+        x = for_reading(x)
+        return self.head.decisions(x, self.copies[0], self._shares_at(x[None], 0))
+
+    def _top(self, x: np.ndarray, n: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The result of `top` at position n, for its x (1, C)."""
+        return self.head.top_mixed(x[0], count, self.copies[n], self._shares_at(x, n))
 
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See Head.likeliest."""
         k = min(count, self.vocab_size)
         ids, log_p = np.empty((len(h), k), np.int32), np.empty((len(h), k))
         for n in range(len(h)):
-            here = CopyMixture(self.head, self.shares, self.copies[n : n + 1])
-            ids[n], log_p[n] = here.top(h[n], count)
+            ids[n], log_p[n] = self._top(for_reading(h[n : n + 1]), n, count)
         return ids, log_p
 
 

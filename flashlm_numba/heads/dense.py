@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head, check_options, check_rows, loss_options, one_training_call
+from flashlm_numba.heads.base import (
+    Head,
+    check_options,
+    check_rows,
+    likeliest_of_mixture,
+    loss_options,
+    mixed_with,
+    one_training_call,
+)
 from flashlm_numba.heads.config import HeadConfig
+from flashlm_numba.heads.decisions import NO_TOKENS, Decisions, OneDecision
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, dense_inference, draw
 from flashlm_numba.kernels import dense_head as kernels
@@ -149,7 +158,7 @@ class DenseHead(Head):
             return self._finish(dense_inference.dense_logits(x, self._weight)[0], slice(None))
         logits = self._finish(dense_inference.dense_logits_int8(x, *int8)[0], slice(None))
         ids, _ = draw.largest(logits, RESCORED)
-        logits[ids] = self._finish(dense_inference.dense_logits(x, self.weight[ids])[0], ids)
+        logits[ids] = self._logits_of(x, ids)
         return logits
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,22 +167,45 @@ class DenseHead(Head):
         The largest comes first. The result is exact with int8 rows too: every token that rounding could have excluded
         is computed in float32.
         """
-        x, int8 = for_reading(x), self._int8
-        if int8 is None:
-            ids, values = draw.largest(self._logits(x[None], None), count)
-            return ids.astype(np.int32), values
+        return self._top(for_reading(x)[None], count)[:2]
+
+    def _top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The result of `top` for x (1, C), and the logits of all tokens (V,), which with int8 rows are rounded."""
+        if (int8 := self._int8) is None:
+            logits = self._logits(x, None)
+            ids, values = draw.largest(logits, count)
+            return ids.astype(np.int32), values, logits
         q, scales = int8
-        logits = dense_inference.dense_logits_int8(x[None], q, scales)[0]
+        logits = dense_inference.dense_logits_int8(x, q, scales)[0]
         reach = scales * np.float32(0.5001 * np.abs(x).sum(dtype=np.float64))  # bound of the rounding error
         # the cap and the prior are increasing functions of a logit, so bounds remain bounds
         if not np.isfinite(logits).all():
             raise ValueError("DenseHead: the logits must be finite to find the largest")
         lowest = draw.largest(self._finish(logits - reach, slice(None)), count)[1][-1]
         ids = np.flatnonzero(self._finish(logits + reach, slice(None)) >= lowest)
-        order, values = draw.largest(
-            self._finish(dense_inference.dense_logits(x[None], self.weight[ids])[0], ids), count
-        )
-        return ids[order].astype(np.int32), values
+        order, values = draw.largest(self._logits_of(x, ids), count)
+        return ids[order].astype(np.int32), values, self._finish(logits, slice(None))
+
+    def _logits_of(self, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """The logits of some tokens (K,) float32 for x (1, C), from the rows in float32."""
+        return self._finish(dense_inference.dense_logits(x, self.weight[ids])[0], ids)
+
+    def top_mixed(
+        self, x: np.ndarray, count: int, tokens: np.ndarray, shares: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See Head.top_mixed. With int8 rows, the sum over all tokens is that of rounded logits."""
+        x = for_reading(x)[None]
+        ids, values, logits = self._top(x, count)
+        more = np.setdiff1d(tokens[tokens >= 0], ids)
+        own = logits[more] if self._int8 is None else self._logits_of(x, more)
+        ids, values = np.concatenate([ids, more]), np.concatenate([values, own])
+        return likeliest_of_mixture(ids, np.exp(values - draw.log_sum_exp(logits)), tokens, shares, count)
+
+    def decisions(self, x: np.ndarray, tokens: np.ndarray = NO_TOKENS, shares: np.ndarray | None = None) -> Decisions:
+        """See Head.decisions: one. It is computed with one thread, since more could change the bits."""
+        logits = self._logits(for_reading(x)[None], None).astype(np.float64)
+        p = np.exp(logits - logits.max())
+        return OneDecision(mixed_with(p / p.sum(), tokens, shares))
 
     def _products(self, h: np.ndarray) -> np.ndarray:
         """The logits of h (N, C) before the cap and the prior, (N, V) float32."""

@@ -17,6 +17,7 @@ from flashlm_numba.heads.base import (
     one_training_call,
 )
 from flashlm_numba.heads.config import HeadConfig
+from flashlm_numba.heads.decisions import NO_TOKENS, Decisions, PathDecisions
 from flashlm_numba.heads.label_tree import Tree
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.heads.tree_nodes import default_rank, factor_nodes, init_nodes, node_log_prior
@@ -319,6 +320,30 @@ class TreeHead(Head):
         """
         rows, log_p = self._sampler.top(for_reading(x)[None], count)
         return self.tree.token_of_row[rows], log_p
+
+    def top_mixed(
+        self, x: np.ndarray, count: int, tokens: np.ndarray, shares: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See Head.top_mixed. It uses best-first search; which of equal tokens comes first is arbitrary."""
+        x = for_reading(x)
+        if not np.isfinite(x).all():
+            raise ValueError("TreeHead: h must be finite to find the likeliest tokens")
+        copies = np.where(tokens >= 0, self.row_of_token[tokens], np.int32(-1))
+        rows, log_p = self._sampler.top_mixed(x[None], count, copies, shares)
+        return self.tree.token_of_row[rows], log_p
+
+    def decisions(self, x: np.ndarray, tokens: np.ndarray = NO_TOKENS, shares: np.ndarray | None = None) -> Decisions:
+        """See Head.decisions: one at every node of the path."""
+        x = for_reading(x)[None]
+        rows = np.where(tokens >= 0, self.row_of_token[tokens], np.int32(-1))
+        return PathDecisions(
+            self.tree.spans,
+            self.tree.token_of_row,
+            self.row_of_token,
+            lambda m: self._sampler.node(x, m),
+            rows,
+            np.ones(1) if shares is None else shares,
+        )
 
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64, by the arithmetic of `top`."""

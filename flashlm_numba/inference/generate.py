@@ -70,11 +70,10 @@ def generate_ids(
     check_settings(temperature, top_k, top_p, model.head.vocab_size)
     model.sync_weights()
     state, h = model.prefill(np.array(context, np.int32))
-    most = max(REMEMBERED, model.remembered)
-    recent = np.array(context[-most:], np.int32)
+    recent = Recent(context, max(REMEMBERED, model.remembered))
     while True:
         only = allowed()
-        head = model.head_after(recent)
+        head = model.head_after(recent.ids)
         try:
             if only is None:
                 token = int(head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
@@ -85,7 +84,35 @@ def generate_ids(
         on_sample(head, h, token)
         yield token
         h = model.decode_step(state, token)
-        recent = np.append(recent, np.int32(token))[-most:]
+        recent.add(token)
+
+
+class Recent:
+    """The last ids of a text, at most `most` of them, in a buffer that is moved once in a while.
+
+    >>> recent = Recent([1, 2, 3], 2)
+    >>> recent.add(4)
+    >>> recent.ids.tolist()
+    [3, 4]
+    """
+
+    def __init__(self, ids: list[int], most: int) -> None:
+        last = ids[-most:]
+        self._buffer, self._most, self._end = np.empty(4 * most, np.int32), most, len(last)
+        self._buffer[: self._end] = last
+
+    @property
+    def ids(self) -> np.ndarray:
+        """A view (n,) int32, valid until `add`."""
+        return self._buffer[max(0, self._end - self._most) : self._end]
+
+    def add(self, token: int) -> None:
+        """Append an id."""
+        if self._end == len(self._buffer):
+            self._buffer[: self._most] = self.ids
+            self._end = self._most
+        self._buffer[self._end] = token
+        self._end += 1
 
 
 class Utf8Stream:

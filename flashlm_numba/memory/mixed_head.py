@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flashlm_numba.heads.decisions import Decisions, OneDecision
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.memory.gate import Gate
 
@@ -34,6 +35,10 @@ class MixedHead:
         """Probabilities of all tokens, (1, V) float32."""
         share = np.float32(self.share(h))
         return share * self.ngrams.distribution(self.ids)[None] + (1 - share) * self.head.distribution(h)
+
+    def decisions(self, x: np.ndarray) -> Decisions:
+        """The choice of the token for one x (C,) as a sequence of decisions: one, among all tokens."""
+        return OneDecision(self.distribution(x[None])[0])
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Natural logarithm of a target's probability, (1,) float64, for targets (1,) int32."""

@@ -169,7 +169,9 @@ def _copies() -> None:
     shares, h, copies = CopyShares(weights, gradients, weight, weight.copy()), _hidden(), all_copies(ids, (1,), 9)[0]
     logs, matches = shares.log_shares(h, copies)
     shares.backward(logs[:, 1:], matches, h, copies, np.zeros_like(h))
-    shares.log_shares(h[:1], last_copies(ids[0], (1,), 9)[None])
+    after = last_copies(ids[0], (1,), 9)[None]
+    shares.log_shares(h[:1], after)
+    shares.at(h[:1], after)
 
 
 def _optimizers(normuon: bool) -> None:
@@ -235,13 +237,19 @@ def _loss(name: str) -> None:
 
 
 def _sampling(name: str, kind: str) -> None:
+    from flashlm_numba.kernels.draw import draw_sorted
+
     head, h, rng = _head(name), _hidden()[:1], np.random.default_rng(0)
     for options in SAMPLING[kind]:
         head.sample(h, rng, **options)
     if kind == "whole":
         head.distribution(h)
-    if kind == "likeliest" and head.has_search:
-        head.log_prob_of(h[0], head.top(h[0], 1)[0])
+    if kind == "plain":
+        head.decisions(h[0]).probabilities()
+    if kind == "likeliest":  # beside copies or a memory too
+        ids, log_p = head.top_mixed(h[0], 4, np.zeros(1, np.int32), np.full(2, 0.5))
+        draw_sorted(log_p, 0.5)
+        head.log_prob_of(h[0], ids)
     if head.has_int8:
         head.use_int8()
         for options in SAMPLING[kind]:

@@ -52,6 +52,20 @@ def test_scores_match_reference(drawn):
 
 
 @given(shapes)
+def test_shares_match_reference(drawn):
+    h, embedding, copies, weights = scores_problem(*drawn)
+    row_of_token = np.random.default_rng(drawn[0]).permutation(len(embedding)).astype(np.int32)
+    for order in (None, row_of_token):
+        rows = copies if order is None else np.where(copies >= 0, order[copies], -1)
+        scores = reference.copy_scores(*wide(h, embedding), rows, *wide(*weights))
+        want = reference.copy_shares(scores) if copies.size else np.ones((len(h), 1))
+        for n in range(min(3, len(h))):
+            got = copy_mixture.copy_shares(h[n : n + 1], embedding, copies[n : n + 1], order, weights)
+            np.testing.assert_allclose(got, want[n], atol=2e-5)
+            np.testing.assert_allclose(got.sum(), 1, rtol=1e-12)
+
+
+@given(shapes)
 def test_gradients_of_scores_match_reference(drawn):
     h, embedding, copies, weights = scores_problem(*drawn)
     dscores = np.random.default_rng(drawn[0]).standard_normal(copies.shape).astype(np.float32)
@@ -266,6 +280,34 @@ def test_top_finds_the_likeliest_tokens(name, count):
         assert len(set(ids.tolist())) == len(ids) == min(count, VOCAB)
         np.testing.assert_allclose(np.exp(log_p), np.sort(p)[::-1][:count], atol=1e-6)
         np.testing.assert_allclose(np.exp(log_p), p[ids], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(st.integers(0, 2**32 - 1), st.integers(1, VOCAB + 3), st.integers(0, 5))
+def test_the_likeliest_of_a_mixture_with_any_tokens(name, seed, count, ways):
+    mixture, h, _ = make_mixture(name, seed=seed % 5, rows=1)
+    rng = np.random.default_rng(seed)
+    tokens, shares = rng.integers(-1, VOCAB, ways).astype(np.int32), rng.dirichlet(np.ones(ways + 1))
+    if seed % 3 == 0:
+        shares[0] = 0  # all others then have the probability 0
+    p = shares[0] * mixture.head.distribution(h)[0].astype(np.float64)
+    for token, share in zip(tokens, shares[1:], strict=True):
+        p[token] += share * (token >= 0)
+    for head in (mixture.head, Head):
+        ids, log_p = head.top_mixed(*([mixture.head] if head is Head else []), h[0], count, tokens, shares)
+        assert len(set(ids.tolist())) == len(ids) == min(count, VOCAB)
+        assert (ids.dtype, log_p.dtype) == (np.int32, np.float64)
+        np.testing.assert_allclose(np.exp(log_p), np.sort(p)[::-1][:count], atol=1e-6)
+        np.testing.assert_allclose(np.exp(log_p), p[ids], atol=1e-6)
+
+
+def test_the_likeliest_with_rounded_rows():
+    mixture, h, _ = make_mixture("dense", rows=1)
+    want = mixture.top(h[0], 7)
+    mixture.head.use_int8()
+    ids, log_p = mixture.top(h[0], 7)
+    np.testing.assert_array_equal(ids, want[0])
+    np.testing.assert_allclose(log_p, want[1], atol=0.02)  # their sum is of rounded logits
 
 
 @pytest.mark.parametrize("name", NAMES)

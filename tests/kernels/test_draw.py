@@ -30,6 +30,23 @@ def softmax(logits):
     return p / p.sum()
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5_000), st.sampled_from([0.1, 10.0, 1e4]))
+def test_the_sum_of_exponentials(seed, size, scale):
+    row = (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
+    wide = row.astype(np.float64)
+    want = wide.max() + np.log(np.exp(wide - wide.max()).sum())
+    np.testing.assert_allclose(draw.log_sum_exp(row), want, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_sum_of_exponentials_is_not_finite_with_such_a_logit(value):
+    assert draw.log_sum_exp(np.empty(0, np.float32)) == -np.inf
+    for at in (0, 70, 2_999):
+        row = np.zeros(3_000, np.float32)
+        row[at] = value
+        assert not np.isfinite(draw.log_sum_exp(row))
+
+
 @given(seeds, st.sampled_from([1, 2, 63, 64, 65, 1_023, 1_024, 1_025, 2_500]), st.integers(1, 3_000), st.booleans())
 def test_the_largest_are_found_in_order(seed, size, count, ties):
     rng = np.random.default_rng(seed)
