@@ -42,6 +42,7 @@ _PARTS = {
         *("embedding", "{copies}", "optimizer"),
         *("{linear}decoding", "{head}-whole"),  # the samples
     ),
+    "coding": ("{head}-plain", "{head}-whole"),  # token by token, with "generate"
     "memory": ("ngrams",),  # beside the model
     "mixed": ("{head}", "{head}-whole"),  # with it, among the likeliest tokens
     "float": ("{float}",),
@@ -77,8 +78,8 @@ def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     """The parts of the kernels for these uses of a run's model.
 
     uses : some of "read", "score", "train", and "generate" or "packed" with KINDS of sampling; "whole" also for the
-        probabilities of all tokens; "memory" for n-grams; "float" or "int8" for other activations than those of the
-        training
+        probabilities of all tokens; "coding" with "generate" for compression; "memory" for n-grams; "float" or "int8"
+        for other activations than those of the training
     """
     names = {"head": run.head.name, "activations": run.model.activations, "linear": ""}
     names |= {kind: kind for kind in ACTIVATIONS}

@@ -25,7 +25,7 @@ from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, parameter_shapes
 from flashlm_numba.model.trunks import TRUNKS
-from flashlm_numba.system.arrays import for_reading
+from flashlm_numba.system.arrays import for_reading, hash_of_arrays
 from flashlm_numba.system.calls import Gate, OneCall, Pool
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import adopt_threads
@@ -323,6 +323,15 @@ class Model:
             recent = for_reading(ids)[-self.remembered :]
             head = self.head_at(last_copies(recent, self.config.ngram_copy_orders, self.config.ngram_copy_reach)[None])
         return head if self.memory is None else self.memory.beside(head, ids)
+
+    def fingerprint(self) -> str:
+        """A hash of all that the model computes with, 16 hexadecimal digits.
+
+        Of a memory it covers the gate, which is trained with it, rather than a gigabyte of counts.
+        """
+        settings = repr(self.config).encode()
+        arrays: dict[str, Any] = {"config": np.frombuffer(settings, np.uint8)}
+        return hash_of_arrays(arrays | self.head.constants() | self.parameters)
 
     @property
     def remembered(self) -> int:

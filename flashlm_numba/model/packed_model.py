@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from flashlm_numba.heads.base import likeliest_of_logits
+from flashlm_numba.heads.decisions import Decisions, OneDecision
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, draw
 from flashlm_numba.kernels.bit_packed import PackedTrunk, packed_outputs
@@ -21,7 +22,7 @@ from flashlm_numba.kernels.bit_trunk import BitConfig
 from flashlm_numba.kernels.ternary import packed_width
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.rounded_rows import round_rows, widen_rows
-from flashlm_numba.system.arrays import for_reading
+from flashlm_numba.system.arrays import for_reading, hash_of_arrays
 from flashlm_numba.system.threads import adopt_threads
 
 _SCORED_ROWS = 64  # of logits (rows, V) in memory
@@ -70,6 +71,10 @@ class PackedHead:
         logits = self.logits(h)
         shares = np.exp(logits - logits.max(1, keepdims=True))
         return shares / shares.sum(1, keepdims=True)
+
+    def decisions(self, x: np.ndarray) -> Decisions:
+        """The choice of the token for one x (C,) as a sequence of decisions: one, among all tokens."""
+        return OneDecision(self.distribution(x[None])[0])
 
     def log_prob(self, h: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Natural logarithm of each target's probability, (N,) float32, for h (N, C) and targets (N,) int32."""
@@ -178,6 +183,13 @@ class PackedModel:
 
     def sync_weights(self) -> None:
         """Does nothing: the weights do not change."""
+
+    def fingerprint(self) -> str:
+        """A hash of all that the model computes with, 16 hexadecimal digits."""
+        arrays = {f"trunk.{name}": value for name, value in self.trunk.weights._asdict().items()}
+        arrays |= {"head.norm": self.head.norm, "head.packed": self.head.packed, "head.scale": self.head.scale}
+        arrays |= {"rows": self.embedding.codes, "scales": self.embedding.scales}
+        return hash_of_arrays(arrays)
 
     def use_activations(self, kind: str) -> None:
         """Does nothing: a BitLinear rounds its inputs to int8 in any case. Raises ValueError for an unknown kind."""

@@ -154,14 +154,14 @@ def load_for_generation(
 ) -> tuple[Model | PackedModel, Vocabulary]:
     """The model at path and its vocabulary, as by build.load_model; it stays packed if it can (serves).
 
-    uses : "generate", with KINDS of sampling, and "score" and another arithmetic of the activations, for which a packed
-        model needs no further kernels. Raises UserError as load_model.
+    uses : "generate", with KINDS of sampling, and "score", "coding" and another arithmetic of the activations, for
+        which a packed model needs no further kernels. Raises UserError as load_model.
     """
     run = None if ema or checkpoint_name is not None or not path.is_file() else _run_of(path)
     if run is None or not serves(run):
         loaded = load_model(path, checkpoint_name, ema=ema, uses=uses, progress=progress)
         return loaded.model, loaded.vocabulary
-    own = ["packed" if use == "generate" else use for use in uses if use not in (*ACTIVATIONS, "score")]
+    own = ["packed" if use == "generate" else use for use in uses if use not in (*ACTIVATIONS, "score", "coding")]
     ensure_compiled(kernel_parts(run, own), progress)
     packed.note_size(path, progress)
     model, _, tokenizer = read_packed_model(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,3 +43,20 @@ def for_reading(value: Any) -> Any:
     if not array.flags.aligned:
         return array.copy(order="K")
     return array if array.flags.writeable else np.asarray(_Memory(array))
+
+
+def hash_of_arrays(arrays: Mapping[str, Any]) -> str:
+    """A hash of names, dtypes, shapes and values, 16 hexadecimal digits, whatever the order of the names.
+
+    >>> hash_of_arrays({"a": np.zeros(2), "b": 1}) == hash_of_arrays({"b": 1, "a": np.zeros(2)})
+    True
+    >>> hash_of_arrays({"a": np.zeros(2)}) == hash_of_arrays({"a": np.zeros((1, 2))})
+    False
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(arrays.items()):
+        if value is not None:
+            array = np.ascontiguousarray(value)
+            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
