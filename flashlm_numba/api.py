@@ -12,7 +12,6 @@ long report to the `progress` argument. An error that the caller can correct rai
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
 from collections.abc import Iterator, Mapping
@@ -37,9 +36,9 @@ from flashlm_numba.model.trained import settings_from
 from flashlm_numba.system.arguments import whole
 from flashlm_numba.system.display import Progress
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import parse_json
 from flashlm_numba.system.paths import expanded
 from flashlm_numba.training import run as runs
+from flashlm_numba.training.metrics import read_metrics
 from flashlm_numba.training.plan import Length
 
 SILENT = Progress()
@@ -111,17 +110,7 @@ class Run:
 
         Raises UserError if there is no such file.
         """
-        try:
-            text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} has no log that can be read ({error.strerror}): train a run there."
-            ) from None
-        found = []
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError):  # torn by a crash
-                found.append(parse_json(line))
-        return found
+        return read_metrics(self.folder)
 
     def load(self, checkpoint: str | None = None, *, ema: bool = False) -> TrainedModel:
         """Load the model of the newest or the named checkpoint. With ema=True, use the EMA of its weights."""
@@ -164,6 +153,7 @@ def train(
     out: StrPath | None = None,
     seed: int | None = None,
     threads: int | None = None,
+    tensorboard: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Run:
     """Train a model on a prepared folder, by default on the built-in text. Returns the run.
@@ -173,6 +163,7 @@ def train(
     init : a run, a checkpoint or an exported file whose weights, model and head to start from
     settings : settings to change, as with `--set`, such as {"adamw_lr": 1e-3, "dilations": (1, 4)}
     out : folder of the run; default: a new folder in runs/
+    tensorboard : folder in which TensorBoard finds the values of every step
     progress : a Progress object that receives notes and steps; TERMINAL shows the progress bar of the command line
     An interrupt finishes the step, saves a checkpoint and returns a run with status 130.
     Raises UserError for anything that the caller can correct, and ValueError for more threads than there are.
@@ -196,6 +187,7 @@ def train(
         out=None if out is None else expanded(out),
         threads=None if threads is None else whole("threads", threads),
         any_head=init is None and not names_head(changes, run.head.name),
+        tensorboard=None if tensorboard is None else expanded(tensorboard),
         progress=progress,
     )
     return Run(done.folder, done.status)

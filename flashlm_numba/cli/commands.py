@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from flashlm_numba.cli import options
+from flashlm_numba.cli.compress_command import compress, decompress
 from flashlm_numba.cli.options import Number, PathOrSource, Text, echo, use_threads
+from flashlm_numba.cli.plot_command import plot
 from flashlm_numba.cli.serve_command import serve
 from flashlm_numba.cli.train_command import train
 from flashlm_numba.memory.config import MEMORIES
@@ -445,4 +447,4 @@ def _show(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-ALL = (prepare, train, evaluate, generate, serve, export, import_model, info, doctor)
+ALL = (prepare, train, plot, evaluate, generate, serve, export, import_model, compress, decompress, info, doctor)

@@ -2,12 +2,15 @@
 
     flashlm-numba prepare [SOURCE] --out DIR
     flashlm-numba train [DATA] --head tree --minutes 20 --out RUN
+    flashlm-numba plot RUN... --out FILE
     flashlm-numba eval RUN [DATA]
     flashlm-numba generate RUN --prompt TEXT
     flashlm-numba serve RUN
     flashlm-numba info RUN
     flashlm-numba export RUN FILE
     flashlm-numba import FOLDER OUT
+    flashlm-numba compress RUN FILE OUT
+    flashlm-numba decompress RUN FILE OUT
     flashlm-numba doctor
 
 This module imports only click. The numerical packages take a second to load, and `--help` must not wait for them.

@@ -85,6 +85,13 @@ from flashlm_numba.model.shapes import SHAPES
 )
 @options.threads
 @click.option(
+    "--tensorboard",
+    type=PathOrSource(path_type=Path),
+    metavar="DIR",
+    help="Also write the values of every step to DIR, for `tensorboard --logdir DIR`. Needs the package of "
+    "`pip install 'flashlm-numba[tensorboard]'`.",
+)
+@click.option(
     "--embeddings",
     metavar="PATH",
     help="Initialise the embedding from a GPT-2 checkpoint: a .safetensors file, or hf:openai-community/gpt2. "
@@ -115,6 +122,7 @@ def train(
     checkpoint: str | None,
     seed: int | None,
     threads: int | None,
+    tensorboard: Path | None,
     embeddings: str | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -146,7 +154,15 @@ def train(
         if threads is not None:
             use_threads(threads)  # reports a wrong number as a usage error
         length = Length(steps, tokens, minutes)
-        done = resume_run(resume, length, checkpoint_name=checkpoint, settings=settings, threads=threads, data=own_data)
+        done = resume_run(
+            resume,
+            length,
+            checkpoint_name=checkpoint,
+            settings=settings,
+            threads=threads,
+            data=own_data,
+            tensorboard=tensorboard,
+        )
         raise SystemExit(done.status)
     if own_data is not None:
         raise click.UsageError("--data is for --resume RUN; name the data of a new run without it.")
@@ -163,7 +179,15 @@ def train(
     from flashlm_numba.training.run import start_run
 
     length = Length(steps, tokens, minutes)
-    done = start_run(run, length, data=data, out=out, threads=use_threads(threads), any_head=any_head)
+    done = start_run(
+        run,
+        length,
+        data=data,
+        out=out,
+        threads=use_threads(threads),
+        any_head=any_head,
+        tensorboard=tensorboard,
+    )
     raise SystemExit(done.status)
 
 

@@ -33,6 +33,7 @@ from flashlm_numba.training.loop import train
 from flashlm_numba.training.plan import OWN_LENGTH, Length, plan_for, plan_minutes
 from flashlm_numba.training.session import Session, new_session, restored_session
 from flashlm_numba.training.step import train_step
+from flashlm_numba.training.tensorboard import TensorBoard, check_package
 
 # settings that --resume may change: what is written and how often, and learning rates, for use after a divergence
 CHANGEABLE = {
@@ -67,6 +68,7 @@ def start_run(
     out: Path | None = None,
     threads: int | None = None,
     any_head: bool = False,
+    tensorboard: Path | None = None,
     progress: Progress | None = TERMINAL,
 ) -> Finished:
     """Train a new run.
@@ -75,10 +77,13 @@ def start_run(
     data : a prepared folder; None for the built-in text;  out : folder of the run; default: a new folder in runs/
     threads : default: all that this process may use;  progress : receives notes and steps; None: shows nothing
     any_head : the run's head is only the recipe's default, so a small vocabulary gets the dense head
+    tensorboard : folder in which a folder with the run's name receives the values of every step, for TensorBoard
     Raises UserError for any error that the user can correct, and ValueError for more threads than there are.
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
+    if tensorboard is not None:
+        check_package()
     if data is not None:  # before the head is named and compiled
         run = inputs.with_vocabulary_of(open_tokens(inputs.training_data(data, progress)), run, any_head)
     check_run(run)
@@ -99,6 +104,7 @@ def start_run(
             rehearse(session, length.minutes, began)
             _store_settings(session)
             _describe(session)
+            _watch(session, tensorboard)
             return Finished(folder, _train_new(session))
 
 
@@ -185,6 +191,12 @@ def _memory_size(session: Session) -> list[str]:
     return [f"memory: {found['ngrams']:,} n-grams of up to {found['order']} tokens, {size}"]
 
 
+def _watch(session: Session, tensorboard: Path | None) -> None:
+    """Write the values of the session's steps for TensorBoard too, if there is a folder for them."""
+    if tensorboard is not None:
+        session.progress = TensorBoard(session.progress, tensorboard / session.folder.absolute().name)
+
+
 def _train_new(session: Session) -> int:
     """Train. If memory does not suffice for the first step, free the folder for smaller settings."""
     try:
@@ -207,18 +219,21 @@ def resume_run(
     settings: tuple[str, ...] = (),
     threads: int | None = None,
     data: Path | None = None,
+    tensorboard: Path | None = None,
     progress: Progress | None = TERMINAL,
 ) -> Finished:
     """Resume a run from its newest checkpoint, or from the named one.
 
     length : default: the run's plan;  settings : key=value texts for settings in CHANGEABLE
     threads : default: the number that the run used, or all that this process may use if these are fewer
-    data : folder of the tokens that the run was trained on, if they have moved
+    data : folder of the tokens that the run was trained on, if they have moved;  tensorboard : as in start_run
     progress : receives notes and steps; None: shows nothing
     Raises UserError and ValueError as start_run does.
     """
     began = time.perf_counter()
     progress = Progress() if progress is None else progress
+    if tensorboard is not None:
+        check_package()
     run = build.read_config(folder)
     if data is not None:
         run = replace(run, data=str(data.resolve()))
@@ -246,6 +261,7 @@ def resume_run(
             session.optimizer.load_state_dict(checkpoint.load(path, "optimizer"))
         _drop_later(session, path)
         write_text(folder / "config.json", data_place.stored(session.run, folder).to_json())
+        _watch(session, tensorboard)
         progress.note(f"Resuming from step {session.clock.step:,} of {session.run.plan.steps:,}.")
         return Finished(folder, train(session))
 
