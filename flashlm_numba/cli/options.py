@@ -65,7 +65,11 @@ threads = click.option(
     type=click.IntRange(min=1),
     help="Number of threads. Default: every core that this process may use.",
 )
-checkpoint = click.option("--checkpoint", metavar="step-N", help="Checkpoint of the run to load. Default: the newest.")
+checkpoint = click.option(
+    "--checkpoint",
+    metavar="step-N",
+    help="Checkpoint of the run. Default: the best on the validation text, or, with --resume, the newest.",
+)
 ema = click.option("--ema", is_flag=True, help="Use the EMA of the weights, if the run has one (recipe v3).")
 own_data = click.option(
     "--data",

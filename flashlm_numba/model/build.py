@@ -115,7 +115,7 @@ def load_model(
     uses: Collection[str] = ANY_USE,
     progress: Progress = TERMINAL,
 ) -> Loaded:
-    """Load the model of a run's newest or named checkpoint. With ema=True, use the EMA of its weights.
+    """Load the model of a run's best or named checkpoint, as checkpoint.find_best. With ema=True, use its EMA.
 
     folder : folder of a run, or file written by export_run
     uses : what the model is for, as in kernel_parts; the kernels for it are compiled if they are not already
@@ -135,7 +135,7 @@ def load_model(
 def read_trained(
     path: Path, checkpoint_name: str | None = None, *, ema: bool = False, progress: Progress = TERMINAL
 ) -> Trained:
-    """Read the newest or named checkpoint of a run, or an exported file, without building the model.
+    """Read the best or named checkpoint of a run, or an exported file, without building the model.
 
     path : folder of a run or of one of its checkpoints, or exported file
     Raises UserError as load_model does.
@@ -152,7 +152,9 @@ def read_trained(
         path, checkpoint_name = path.absolute().parent.parent, path.name
     run = read_config(path)
     vocabulary = checked_vocabulary(read_vocabulary(path, run.tokenizer_hash), run, path)
-    found = checkpoint.find(path, checkpoint_name)
+    found = checkpoint.find_best(path, checkpoint_name)
+    if checkpoint_name is None and checkpoint.later_than(path, int(found.name.removeprefix("step-"))):
+        progress.note(f"Using {found.name}, the best on the validation text; --checkpoint selects a later one.")
     state = checkpoint.check_state(checkpoint.load_state(found), found, run.model_hash)
     tensors = checkpoint.load(found, "model") | memory_of(run, path, progress)
     if ema:

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,32 @@ from flashlm_numba.system.tensors import read_tensors, write_tensors
 KEEP = 3  # number of recent checkpoints that a run keeps
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a run's validations have shown: a later loss above the best one means that training on made it worse."""
+
+    best_step: int
+    best_nll: float
+    last_step: int  # the last step that was validated
+
+    def after(self, step: int, nll: float) -> Validation:
+        """With the validation of one more step."""
+        return Validation(step, nll, step) if nll < self.best_nll else replace_fields(self, last_step=step)
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether a later step was worse than the best one."""
+        return self.best_step != self.last_step
+
+
 def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: dict[str, Any]) -> Path:
     """Write RUN/checkpoints/step-<step> and delete old checkpoints. Returns its path.
 
     files : file name (without .safetensors) -> tensors
-    state : JSON values for state.json; "keep": true marks a checkpoint that is never deleted
-    The newest KEEP checkpoints and the marked ones remain. The folder gets its name only when every byte is on disk.
+    state : JSON values for state.json; "keep": true marks a checkpoint that is never deleted, and "validation" is a
+        Validation as a dict, or None
+    The newest KEEP checkpoints, the marked ones and the best remain. The folder gets its name only when every byte is
+    on disk.
     Raises UserError if writing fails.
     """
     parent = run / "checkpoints"
@@ -53,9 +75,11 @@ def save(run: Path, step: int, files: dict[str, dict[str, np.ndarray]], state: d
         sync_folder(parent)
         for left_over in parent.glob(".tmp-*"):
             shutil.rmtree(left_over)
+        best = (validation := state.get("validation")) and validation["best_step"]
         passing = [step for step in _steps(run) if not _marked(parent / f"step-{step}")]
         for old in passing[:-KEEP]:
-            _remove(parent / f"step-{old}")
+            if old != best:
+                _remove(parent / f"step-{old}")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -111,6 +135,27 @@ def find(run: Path, name: str | None = None) -> Path:
         return checkpoint
     which = "The newest checkpoint" if step == steps[-1] else "The checkpoint"
     raise UserError(f"{which} {checkpoint} is damaged ({reason}); {_remedy(checkpoint)}.")
+
+
+def find_best(run: Path, name: str | None = None) -> Path:
+    """The checkpoint to use if none is named: the best on the validation text, if later ones were worse, else the
+    newest. It is checked, and a name is taken, as by find.
+    """
+    steps = _steps(run)
+    if name is None and steps and (validation := validation_of(run / "checkpoints" / f"step-{steps[-1]}")):
+        name = f"step-{validation.best_step}" if validation.has_passed else None
+    return find(run, name)
+
+
+def validation_of(checkpoint: Path) -> Validation | None:
+    """The Validation in a checkpoint's state; None if there was none yet, or its state.json is damaged."""
+    try:
+        state = load_state(checkpoint)
+        if _hash({key: value for key, value in state.items() if key != "sha256"}) != state["sha256"]:
+            return None
+        return Validation(**state["validation"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _remedy(checkpoint: Path) -> str:

@@ -28,7 +28,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
     n_ternary = sum(parameters[name].size for name in ternary)
     n_parameters = sum(value.size for value in parameters.values())
     rows = loaded.state.get("rows", "float")
-    path = folder if folder.is_file() else checkpoint.find(folder, checkpoint_name)
+    path = folder if folder.is_file() else checkpoint.find_best(folder, checkpoint_name)
     files = [path] if path.is_file() else list(path.iterdir())
     peak = peak_rss_mb()
     return {

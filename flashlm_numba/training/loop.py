@@ -73,12 +73,13 @@ def train(session: Session) -> int:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
             progress.step(line, seconds_left=(run.tokens_until(last) - clock.tokens) * spent / phase.tokens)
-            checkpoints.after_step(is_last=step == last)
+            checkpoints.after_step(is_best=_is_best(session), is_last=step == last)
         if caught and clock.step < last:
             checkpoints.before_stopping()
     if clock.step < last:
         progress.note(f"Stopped after step {clock.step:,}, saved; resume with: flashlm-numba train --resume {folder}")
         return 128 + caught[0]
+    _note_best(session)
     progress.note(f"Done: {folder}")
     return 0
 
@@ -118,9 +119,26 @@ def _validate(session: Session) -> dict[str, float]:
         raise UserError(f"The NLL of the validation text is {text}, so training has diverged.")
     step, tokens = session.clock.step, sum(map(len, session.subset))
     session.progress.note(f"step {step:,}: NLL on a fixed {tokens:,}-token subset of the validation text {text}")
+    best = session.validation or checkpoint.Validation(step, values["val_nll"], step)
+    session.validation = best.after(step, values["val_nll"])
     if session.run.training.sample_tokens:
         _write_sample(session)
     return values
+
+
+def _is_best(session: Session) -> bool:
+    """Whether this step was validated, better than all before."""
+    return session.validation is not None and session.validation.best_step == session.clock.step
+
+
+def _note_best(session: Session) -> None:
+    """Note if the last weights are not those that other commands use."""
+    best = session.validation
+    if best is not None and best.has_passed:
+        session.progress.note(
+            f"The validation text was predicted best after step {best.best_step:,} (NLL {best.best_nll:.4f}); eval, "
+            f"generate and export use that checkpoint. For the last one give --checkpoint step-{session.clock.step}."
+        )
 
 
 def _validation_nll(session: Session) -> float:
@@ -165,13 +183,13 @@ class _Checkpoints:
         # time of the last check; the initial embedding and the tree may already take longer than a mark
         self.seen_seconds = clock.seconds if clock.step else 0.0
 
-    def after_step(self, *, is_last: bool) -> None:
-        """Write a checkpoint if one is due."""
+    def after_step(self, *, is_best: bool, is_last: bool) -> None:
+        """Write a checkpoint if one is due, or if this step is the best or the last."""
         clock, every = self.session.clock, self.session.run.training.checkpoint_every
         keep = self._minute_passed()
         self.seen_seconds = clock.seconds
         due = _every(every, clock.step) if every else clock.seconds - self.saved_seconds >= CHECKPOINT_SECONDS
-        if due or keep or is_last:
+        if due or keep or is_best or is_last:
             self._save(keep)
 
     def before_stopping(self) -> None:
@@ -214,6 +232,7 @@ def _contents(session: Session, keep: bool) -> tuple[dict[str, dict[str, np.ndar
         "generators": {"seed": session.run.seed},  # all random numbers are functions of (seed, step)
         "data_position": session.clock.step,
         "keep": keep,
+        "validation": None if session.validation is None else dataclasses.asdict(session.validation),
         "model_hash": session.run.model_hash,
         "samples_bytes": samples.stat().st_size if samples.exists() else 0,
     }

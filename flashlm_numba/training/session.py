@@ -12,6 +12,7 @@ from flashlm_numba.data.shards import TokenData
 from flashlm_numba.inference.evaluate import validation_subset
 from flashlm_numba.memory.counting import count_tokens
 from flashlm_numba.model import build, checkpoint, trained
+from flashlm_numba.model.checkpoint import Validation
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.compiled import Compilation
 from flashlm_numba.system.display import Progress
@@ -45,6 +46,7 @@ class Session:
     ema: dict[str, np.ndarray]  # EMA of the parameters; empty if the run has none
     progress: Progress = field(default_factory=Progress)  # receives notes and steps
     clock: Clock = field(default_factory=Clock)
+    validation: Validation | None = None  # None before the first one
     subset: list[np.ndarray] = field(default_factory=list)  # the validation documents
 
 
@@ -88,6 +90,7 @@ def restored_session(
         raise UserError(f"The EMA in {path} does not fit this model's weights; use another checkpoint.")
     session = _session(run, folder, data, model, ema, progress)
     session.clock = Clock(state["step"], state["tokens"], state["seconds"])
+    session.validation = checkpoint.validation_of(path)
     return session
 
 
