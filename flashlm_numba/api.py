@@ -27,6 +27,7 @@ from flashlm_numba.data.splits import SplitChoice
 from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
 from flashlm_numba.heads import Head
 from flashlm_numba.heads.sampling import check_settings
+from flashlm_numba.inference.compress import compress, decompress
 from flashlm_numba.inference.evaluate import token_nll
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.model import build
@@ -215,7 +216,7 @@ def load(
     loaded = build.load_model(path, checkpoint, ema=ema, progress=progress)
     if activations is not None:
         loaded.model.use_activations(activations)
-    return TrainedModel(loaded)
+    return TrainedModel(loaded, activations)
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,11 @@ class Score:
 
 
 class TrainedModel:
-    """A trained model. It continues a text, scores a text, and lists the likeliest next tokens."""
+    """A trained model. It continues a text, scores a text, lists the likeliest next tokens, and compresses files."""
 
-    def __init__(self, loaded: build.Loaded) -> None:
+    def __init__(self, loaded: build.Loaded, activations: str | None = None) -> None:
         self.config: RunConfig = loaded.run
+        self._activations = activations or loaded.run.model.activations
         self.trained: dict[str, Any] = {name: loaded.state[name] for name in ("step", "tokens", "seconds")}
         self.model = loaded.model
         self.vocabulary = loaded.vocabulary
@@ -340,6 +342,20 @@ class TrainedModel:
         p = self.model.head_after(ids).distribution(h)[0]
         order = np.argsort(-p, kind="stable")[: max(k, 0)]
         return [(self._text(int(token)), float(p[token])) for token in order]
+
+    def compress(self, data: bytes) -> bytes:
+        """The bytes of a file, compressed with the model's probabilities, as `flashlm-numba compress` does.
+
+        Raises UserError if the package of the extra `compress` is missing.
+        """
+        return compress(self.model, self.vocabulary, data, activations=self._activations, progress=SILENT).data
+
+    def decompress(self, data: bytes) -> bytes:
+        """The file that `compress` took. Raises UserError if data is damaged or of another model."""
+        try:
+            return decompress(data, self.model, self.vocabulary, progress=SILENT)
+        finally:
+            self.model.use_activations(self._activations)  # data may have named another arithmetic
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of the next token (B, T, V) float32 for token ids (B, T), any type of integer. For small inputs.

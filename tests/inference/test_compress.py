@@ -185,6 +185,17 @@ def test_another_machine_is_named_if_the_file_does_not_come_back(models, monkeyp
         coding.decompress(packed[:-8] + b"\0" * 8, model, vocabulary, progress=SILENT)
 
 
+def test_the_methods_of_a_loaded_model(runs):
+    data = TEXT.encode()
+    exact, rounded = (fl.load(runs["tree"], activations=kind) for kind in ("float", "int8"))
+    packed = exact.compress(data)
+    assert coding.read_header(packed).activations == "float"
+    text = rounded.generate("The people", max_tokens=9, seed=1)
+    assert rounded.decompress(packed) == data
+    assert rounded.generate("The people", max_tokens=9, seed=1) == text  # in its own arithmetic again
+    assert rounded.compress(data) != packed
+
+
 # --- the commands ---
 
 
