@@ -3,6 +3,7 @@
 import gzip
 import re
 
+import numba
 import numpy as np
 import pytest
 from helpers import TINY, command
@@ -150,6 +151,17 @@ def test_sections_are_the_file_in_turn(data):
     assert all(part for part, _ in found[1:])
     for part, ids in found:
         assert ids is None or b"".join(vocabulary.token_bytes[token] for token in ids) == part
+
+
+@pytest.mark.parametrize("name", ["tree", "dense", "memory", "mmf", "packed"])
+def test_the_number_of_threads_does_not_matter(name, models, threads):
+    model, vocabulary = models[name]
+    files = []
+    for count in (1, numba.config.NUMBA_NUM_THREADS):
+        threads(count)
+        found = coding.compress(model, vocabulary, TEXT.encode(), activations=model.config.activations, progress=SILENT)
+        files.append(found.data)
+    assert files[0] == files[1]
 
 
 def test_every_damaged_byte_is_noticed(models):
