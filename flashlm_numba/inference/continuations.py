@@ -1,0 +1,85 @@
+"""Scoring continuations of a context: their probability, and whether temperature 0 generates them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashlm_numba.inference.generate import REMEMBERED
+from flashlm_numba.memory.gate import Recalled
+from flashlm_numba.model.model import Model
+from flashlm_numba.model.packed_model import PackedModel
+from flashlm_numba.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScoredContinuation:
+    """The score of a continuation."""
+
+    log_prob: float  # sum of ln p over its tokens
+    greedy: bool  # whether every token is the likeliest after the tokens before it
+
+
+def score_continuations(
+    model: Model | PackedModel, context: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> list[ScoredContinuation]:
+    """Score continuations of one context. The model reads the context once.
+
+    context : ids of a text, from the one that begins it;  continuations : ids; no ids have the probability 1
+    If parameters have changed, call sync_weights first. The hidden states are those of generation. Raises ValueError if
+    the context is empty, and UserError if the model's weights give no probabilities.
+    """
+    if not any(len(ids) for ids in continuations):
+        return [ScoredContinuation(0.0, True)] * len(continuations)
+    before = np.array(context, np.int32)
+    state, first = model.prefill(before)
+    targets = [np.array(ids, np.int32) for ids in continuations]
+    hidden = [first[: len(ids)] for ids in targets]  # (n, C): they predict the targets
+    for n, ids in enumerate(targets):
+        if len(ids) > 1:
+            hidden[n] = np.concatenate([first, model.read(model.copy_state(state), ids[:-1])])
+    log_probs = _log_probs(model, before, hidden, targets)
+    try:
+        likeliest = _likeliest(model, before, first)
+        greedy = [
+            not len(ids) or (int(ids[0]) == likeliest and _rest_is_greedy(model, before, ids, h))
+            for ids, h in zip(targets, hidden, strict=True)
+        ]
+    except ValueError as error:
+        raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
+    return [ScoredContinuation(float(part.sum()), each) for part, each in zip(log_probs, greedy, strict=True)]
+
+
+def _log_probs(
+    model: Model | PackedModel, before: np.ndarray, hidden: list[np.ndarray], targets: list[np.ndarray]
+) -> list[np.ndarray]:
+    """ln p of the targets of each continuation, (n,) float64. The head is asked once, since it reads all its rows."""
+    copies, recalled = [], []
+    for ids in targets:
+        # the last ids of a text are all that its copies and its memory depend on
+        text = np.concatenate([before, ids])[-(max(REMEMBERED, model.remembered) + len(ids)) :]
+        new = slice(len(text) - len(ids), None)
+        if (found := model.copied(text[None])) is not None:
+            copies.append(found[new.start - 1 : -1])
+        if model.memory is not None:
+            recalled.append(model.memory.recall(text).at(new))
+    log_prob = model.log_prob(
+        np.concatenate(hidden),
+        np.concatenate(targets),
+        Recalled(*map(np.concatenate, zip(*recalled, strict=True))) if recalled else None,
+        np.concatenate(copies) if copies else None,
+    )
+    return np.split(log_prob.astype(np.float64), np.cumsum([len(ids) for ids in targets])[:-1])
+
+
+def _likeliest(model: Model | PackedModel, text: np.ndarray, h: np.ndarray) -> int:
+    """The token that temperature 0 generates after a text, for its last hidden state (1, C)."""
+    head = model.head_after(text[-max(REMEMBERED, model.remembered) :])
+    return int(head.sample(h, np.random.default_rng(0), temperature=0)[0])
+
+
+def _rest_is_greedy(model: Model | PackedModel, before: np.ndarray, ids: np.ndarray, h: np.ndarray) -> bool:
+    """Whether the second and later ids (n,), which h (n, C) predict, are each the likeliest."""
+    return all(ids[n] == _likeliest(model, np.concatenate([before, ids[:n]]), h[n : n + 1]) for n in range(1, len(ids)))
