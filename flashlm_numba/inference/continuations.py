@@ -56,15 +56,20 @@ def _log_probs(
     model: Model | PackedModel, before: np.ndarray, hidden: list[np.ndarray], targets: list[np.ndarray]
 ) -> list[np.ndarray]:
     """ln p of the targets of each continuation, (n,) float64. The head is asked once, since it reads all its rows."""
+    # the copies, and the memory, at a token depend on the last ids before it
+    start = before[-max(REMEMBERED, model.remembered) :]
+    texts = np.zeros((len(targets), len(start) + max(map(len, targets))), np.int32)
+    texts[:, : len(start)] = start
+    for text, ids in zip(texts, targets, strict=True):
+        text[len(start) : len(start) + len(ids)] = ids  # what follows is padding, which changes nothing before it
     copies, recalled = [], []
-    for ids in targets:
-        # the last ids of a text are all that its copies and its memory depend on
-        text = np.concatenate([before, ids])[-(max(REMEMBERED, model.remembered) + len(ids)) :]
-        new = slice(len(text) - len(ids), None)
-        if (found := model.copied(text[None])) is not None:
-            copies.append(found[new.start - 1 : -1])
-        if model.memory is not None:
-            recalled.append(model.memory.recall(text).at(new))
+    if (found := model.copied(texts)) is not None:
+        at = found.reshape(*texts.shape, -1)[:, len(start) - 1 :]
+        copies = [part[: len(ids)] for part, ids in zip(at, targets, strict=True)]
+    if model.memory is not None:
+        for text, ids in zip(texts, targets, strict=True):
+            known = model.memory.recall(text[: len(start) + len(ids)])
+            recalled.append(known.at(slice(len(start), None)))
     log_prob = model.log_prob(
         np.concatenate(hidden),
         np.concatenate(targets),

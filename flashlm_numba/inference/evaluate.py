@@ -338,6 +338,15 @@ def is_causal(model: Model, length: int = 256) -> bool:
     return True
 
 
+def check_causal(model: Model, run: Path) -> None:
+    """Raise UserError if a later token changes the prediction of an earlier one."""
+    if not is_causal(model):
+        raise UserError(
+            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
+            "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
+        )
+
+
 def _spread(model: Model, h: np.ndarray, copies: np.ndarray | None) -> float:
     """Mean of -ln p over all V tokens, summed over the rows of h (N, C), where copies (N, O) are copied."""
     total = 0.0
@@ -389,11 +398,7 @@ def evaluate_run(
     loaded = load_model(run, checkpoint_name, ema=ema, uses=uses, progress=progress)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
-    if not is_causal(loaded.model):
-        raise UserError(
-            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
-            "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
-        )
+    check_causal(loaded.model, run)
     if memory is not None and not loaded.run.data_hash:
         raise UserError(f"{run} was imported, and its training text is not known; leave out --memory.")
     if (lost := loaded.vocabulary.lost()) is not None:

@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from flashlm_numba.data.documents import quiet_datasets, reason
 from flashlm_numba.heads.sampling import KINDS, check_settings
 from flashlm_numba.inference.continuations import score_continuations
-from flashlm_numba.inference.evaluate import document_nll
+from flashlm_numba.inference.evaluate import check_causal, document_nll
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.packed_reading import load_for_generation
@@ -130,9 +130,11 @@ class FlashLM(LM):
         self.model, self.vocabulary = load_for_generation(place, checkpoint, ema=ema, uses=uses, progress=progress)
         if activations is not None:
             self.model.use_activations(activations)
-        if memory == "none" and isinstance(self.model, Model):
-            self.model.memory = None
         self.model.sync_weights()
+        if isinstance(self.model, Model):
+            check_causal(self.model, place)
+            if memory == "none":
+                self.model.memory = None
         self.vocabulary.load()
         self.vocabulary.encode("a")  # refuses a vocabulary without a tokenizer
         self._progress, self._seed, self._sampled = progress, seed, 0
@@ -240,7 +242,14 @@ def evaluate_tasks(
     quiet_datasets()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = _load_tasks(names, folder, progress)
-    for task in tasks["tasks"].values():  # as the harness does without options
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"The task {name} runs the code that a model writes; use the harness's own command (docs/harness.md)."
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"The task {name} needs a model that sees or hears; leave it out.")
+        # as the harness does without options
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
@@ -272,7 +281,8 @@ def _load_tasks(names: Sequence[str], folder: Path | None, progress: Progress) -
         raise UserError(f"There is no folder {folder}; name one that holds YAML files of tasks.")
     paths = None if folder is None else str(folder)
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if not all(name in manager.all_tasks or _is_file(name) for name in names):
+    # groups and tags may hold the harness's own tasks too
+    if not all(name in manager.all_subtasks or _is_file(name) for name in names):
         progress.note("Reading the names of the harness's tasks, which takes up to a minute.")
         manager = TaskManager(include_path=paths)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}

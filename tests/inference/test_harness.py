@@ -316,19 +316,49 @@ def test_a_task_without_its_data_is_one_sentence(run, tasks):
     assert "needs its data set" in done.stderr
 
 
-def test_a_wrong_name_names_the_nearest(run, tasks, monkeypatch):
-    start = TaskManager.__init__  # the harness's own 11,000 files take half a minute
-    monkeypatch.setattr(
-        TaskManager,
-        "__init__",
-        lambda self, include_path, include_defaults=False: start(self, None, include_path, False),
-    )
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """The harness without its own 14,000 files, which take half a minute. Tells whether they were asked for."""
+    start, asked = TaskManager.__init__, []
+
+    def begin(self, include_path=None, include_defaults=True):
+        asked.append(include_defaults)
+        start(self, include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(TaskManager, "__init__", begin)
+    return asked
+
+
+def test_a_wrong_name_names_the_nearest(run, tasks, few_tasks):
     done = run_tasks(run, tasks[0], "--lm-eval", "local_choise")
     assert done.exit_code == 1
     assert "There is no task local_choise" in done.stderr
     assert "the nearest are local_choice" in done.stderr
+    assert any(few_tasks)
     done = command("eval", run, "--lm-eval", "x", "--lm-eval-path", tasks[0] / "nothing")
     assert "There is no folder" in done.stderr
+
+
+def test_a_group_of_tasks(run, tasks, few_tasks, tmp_path):
+    folder, _ = tasks
+    group = "group: both\ntask: [local_choice]\naggregate_metric_list:\n  - metric: acc\n"
+    for path in folder.glob("*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "both.yaml").write_text(group, encoding="utf-8")
+    done = run_tasks(run, tmp_path, "--lm-eval", "both", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["groups"]["both"]["acc,none"] == found["results"]["local_choice"]["acc,none"]
+    assert few_tasks[-1]  # a group may hold the harness's own tasks
+    assert "|both" in run_tasks(run, tmp_path, "--lm-eval", "both").stdout
+
+
+def test_a_task_that_runs_code_is_refused(run, tasks, few_tasks, tmp_path):
+    text = (tasks[0] / "generation.yaml").read_text(encoding="utf-8")
+    (tmp_path / "code.yaml").write_text(text + "unsafe_code: true\n", encoding="utf-8")
+    done = run_tasks(run, tmp_path, "--lm-eval", "local_generation")
+    assert done.exit_code == 1
+    assert "runs the code that a model writes" in done.stderr
 
 
 @pytest.mark.parametrize(
