@@ -1,5 +1,6 @@
 """Hypothesis profiles: dev, ci (the same examples on every run), and nojit for `make test-nojit`."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from hypothesis import HealthCheck, settings
 
 collect_ignore = ["kernels"]  # its doctests run as flashlm_numba.kernels; as kernels every module would load twice
+if importlib.util.find_spec("lm_eval") is None:  # of the extra `eval`
+    collect_ignore.append("flashlm_numba/inference/harness.py")
 
 settings.register_profile("dev", deadline=None, max_examples=20)
 # first calls compile, so no deadline; the same examples on every run

@@ -24,6 +24,7 @@ from flashlm_numba.cli.train_command import train
 from flashlm_numba.memory.config import MEMORIES
 from flashlm_numba.model.config import ROWS
 from flashlm_numba.system.display import peak_rss_mb, plural
+from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
     from flashlm_numba.model.model import Model
@@ -146,6 +147,22 @@ def prepare(
     type=click.IntRange(min=1),
     help="Leave out n-grams of three and more tokens that occur less often, for a RUN without a memory. Default: 1.",
 )
+@click.option(
+    "--lm-eval",
+    "tasks",
+    type=Text(),
+    metavar="TASKS",
+    help="Instead of a text, run these tasks of lm-evaluation-harness, with commas between their names "
+    "(docs/harness.md).",
+)
+@click.option(
+    "--lm-eval-path",
+    "tasks_folder",
+    type=PathOrSource(path_type=Path),
+    metavar="DIR",
+    help="Folder with the YAML files of further tasks for --lm-eval.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="With --lm-eval, documents per task. Default: all.")
 @options.threads
 @options.json
 def evaluate(
@@ -163,6 +180,9 @@ def evaluate(
     memory: str | None,
     memory_weight: float | None,
     memory_least: int | None,
+    tasks: str | None,
+    tasks_folder: Path | None,
+    limit: int | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -179,6 +199,18 @@ def evaluate(
         raise click.UsageError("DATA is the text to score, and --data the text of RUN; give only one of the two.")
     if chosen and memory != "ngrams":
         raise click.UsageError("--memory-weight and --memory-least need --memory ngrams.")
+    if tasks is not None:
+        texts = (data, own_data, subset, column) != (None, None, None, "text") or smoothed or lines or skip_missing
+        if texts or memory == "ngrams":
+            raise click.UsageError(
+                "--lm-eval runs tasks instead of scoring a text; leave out DATA, the options of a text, --smoothed and "
+                "--memory ngrams."
+            )
+        model = {"checkpoint": checkpoint, "ema": ema, "activations": activations, "memory": memory, "threads": threads}
+        _run_tasks(run, tasks, tasks_folder, limit, as_json, model)
+        return
+    if tasks_folder is not None or limit is not None:
+        raise click.UsageError("--lm-eval-path and --limit need --lm-eval.")
     from flashlm_numba.data.vocabularies import DEFAULT_VOCABULARY
     from flashlm_numba.inference.evaluate import CountedMemory, evaluate_run
 
@@ -228,6 +260,25 @@ def evaluate(
             + (f", counted in {found['seconds']:.1f} s" if counted else "")
         )
     click.echo("causal         yes: changing a token changes no earlier hidden state, bit for bit")
+
+
+def _run_tasks(
+    run: Path, tasks: str, folder: Path | None, limit: int | None, as_json: bool, model: dict[str, Any]
+) -> None:
+    """Run tasks of lm-evaluation-harness and print their results. model : options of FlashLM"""
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--lm-eval needs lm_eval; install it with `pip install 'flashlm-numba[eval]'`.")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise click.BadParameter("it names no task.", param_hint="'--lm-eval'")
+    from flashlm_numba.inference.harness import evaluate_tasks
+
+    use_threads(model["threads"])
+    results = evaluate_tasks(run, names, folder=folder, limit=limit, **model)
+    table = results.pop("table")
+    click.echo(json.dumps(results, allow_nan=False) if as_json else table)
 
 
 @click.command()

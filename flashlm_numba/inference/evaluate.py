@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,7 @@ import numpy as np
 from flashlm_numba.memory.counting import count_tokens
 from flashlm_numba.memory.gate import Recalled
 from flashlm_numba.memory.ngrams import FixedMemory, Memory
+from flashlm_numba.model.packed_model import PackedModel
 from flashlm_numba.system.display import TERMINAL, Note, Progress
 from flashlm_numba.system.errors import UserError
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from flashlm_numba.data.tokenizer import Vocabulary
     from flashlm_numba.model.config import RunConfig
     from flashlm_numba.model.model import Model
-    from flashlm_numba.model.packed_model import PackedModel
 
 WINDOW = 2_048  # positions per window, overlap included
 BATCH = 4_096  # positions per batch
@@ -93,6 +93,7 @@ class Window:
     skip: int  # positions scored by an earlier window
     recalled: Recalled | None = None  # what a memory says of the targets
     copies: np.ndarray | None = None  # (L, O) int32: from Model.copied
+    document: int = 0  # number of the document
 
 
 def windows(
@@ -102,13 +103,14 @@ def windows(
     eot: int,
     memory: Memory | None = None,
     copied: Callable[[np.ndarray], np.ndarray | None] = lambda ids: None,
+    number: int = 0,
 ) -> Iterator[Window]:
     """Divide one document (n,) into windows of at most `window` positions that score each token exactly once.
 
     field : the model's receptive field in tokens, the current one included. A later window starts field - 1 positions
         before the first position that it scores, so it contains the receptive field of every scored position. None:
         windows follow one another, to be read with one state.
-    memory : tells every window about its targets;  copied : Model.copied
+    memory : tells every window about its targets;  copied : Model.copied;  number : of the document
 
     >>> [(len(w.ids), w.skip) for w in windows(np.arange(10, dtype=np.int32), field=3, window=6, eot=99)]
     [(6, 0), (6, 2)]
@@ -125,7 +127,7 @@ def windows(
         end = min(start + window, len(targets))
         recalled = None if known is None else known.at(slice(start, end))
         seen = None if copies is None else copies[start:end]
-        yield Window(ids[start:end], targets[start:end], scored - start, recalled, seen)
+        yield Window(ids[start:end], targets[start:end], scored - start, recalled, seen, number)
         scored = end
         start = end - (field - 1)
 
@@ -151,9 +153,6 @@ def score(
     """
     model.sync_weights()
     memory = memory or model.memory
-    field = model.config.receptive_field
-    window = max(window, 2 * (field or 0))
-    least = -(-numba.get_num_threads() // THREADS_PER_WINDOW)
     tokens, nll, spread, head_nll, memory_nll = 0, 0.0, 0.0, 0.0, 0.0
 
     def count(h: np.ndarray, items: list[Window]) -> None:
@@ -164,9 +163,8 @@ def score(
         log_prob = model.log_prob(h, want, copies=copies)
         if smoothed:
             spread += _spread(model, h, copies)
-        if memory is not None:
-            parts = [item.recalled.at(slice(item.skip, None)) for item in items if item.recalled is not None]
-            known = Recalled(*map(np.concatenate, zip(*parts, strict=True)))
+        known = _recalled_of(items)
+        if memory is not None and known is not None:
             head_nll -= float(np.sum(log_prob, dtype=np.float64))
             memory_nll -= float(np.sum(np.log(known.probability), dtype=np.float64))
             log_prob = memory.mixed(h, log_prob, known)
@@ -175,13 +173,57 @@ def score(
         if progress is not None:
             progress(len(want))
 
+    _read(model, documents, count, eot, memory, window, batch)
+    return Scores(tokens, nll, spread if smoothed else None, *((head_nll, memory_nll) if memory else ()))
+
+
+def document_nll(
+    model: Model | PackedModel,
+    documents: Sequence[np.ndarray],
+    *,
+    eot: int,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> np.ndarray:
+    """Score each document (n,) by itself: the sum of -ln p over its tokens, (D,) float64, nats.
+
+    The rule, and the batches, are those of score(). progress : called with the number of tokens just scored
+    """
+    model.sync_weights()
+    nll = np.zeros(len(documents))
+
+    def count(h: np.ndarray, items: list[Window]) -> None:
+        targets = np.concatenate([item.targets[item.skip :] for item in items])
+        log_prob = model.log_prob(h, targets, _recalled_of(items), _copies_of(items))
+        ends = np.cumsum([len(item.targets) - item.skip for item in items])
+        for item, part in zip(items, np.split(log_prob, ends[:-1]), strict=True):
+            nll[item.document] -= float(np.sum(part, dtype=np.float64))
+        progress(len(targets))
+
+    _read(model, documents, count, eot, model.memory)
+    return nll
+
+
+def _read(
+    model: Model | PackedModel,
+    documents: Iterable[np.ndarray],
+    count: Callable[[np.ndarray, list[Window]], None],
+    eot: int,
+    memory: Memory | None,
+    window: int = WINDOW,
+    batch: int = BATCH,
+) -> None:
+    """Call count with some windows and the hidden states (n, C) of their scored positions until all have been read."""
+    field = model.config.receptive_field
+    window = max(window, 2 * (field or 0))
+    least = -(-numba.get_num_threads() // THREADS_PER_WINDOW)
+
     def in_batches() -> Iterator[Window]:
-        for document in documents:
-            if field is None and len(document) > window:
-                for h, item in _continued(model, document, window, eot, memory):
+        for number, document in enumerate(documents):
+            if field is None and (len(document) > window or isinstance(model, PackedModel)):
+                for h, item in _continued(model, document, window, eot, memory, number):
                     count(h, [item])
             else:
-                yield from windows(document, field, window, eot, memory, model.copied)
+                yield from windows(document, field, window, eot, memory, model.copied, number)
 
     for group in _batches(in_batches(), batch, least, window):
         length = padded_length(max(len(w.ids) for w in group), window)
@@ -190,16 +232,20 @@ def score(
         for row, item in enumerate(group):
             ids[row, : len(item.ids)] = item.ids
             rows.append(np.arange(item.skip, len(item.ids)) + row * length)
-        count(model.forward(ids)[np.concatenate(rows)], group)
-    return Scores(tokens, nll, spread if smoothed else None, *((head_nll, memory_nll) if memory else ()))
+        count(cast("Model", model).forward(ids)[np.concatenate(rows)], group)
 
 
 def _continued(
-    model: Model | PackedModel, document: np.ndarray, window: int, eot: int, memory: Memory | None = None
+    model: Model | PackedModel,
+    document: np.ndarray,
+    window: int,
+    eot: int,
+    memory: Memory | None = None,
+    number: int = 0,
 ) -> Iterator[tuple[np.ndarray, Window]]:
     """The windows of a document with their hidden states (L, C), each read with the state of the one before."""
     state = model.new_state()
-    for item in windows(document, None, window, eot, memory, model.copied):
+    for item in windows(document, None, window, eot, memory, model.copied, number):
         yield model.read(state, item.ids), item
 
 
@@ -236,6 +282,12 @@ def _copies_of(items: list[Window]) -> np.ndarray | None:
     """What is copied at the scored positions of some windows, (N, O), or None."""
     parts = [item.copies[item.skip :] for item in items if item.copies is not None]
     return np.concatenate(parts) if parts else None
+
+
+def _recalled_of(items: list[Window]) -> Recalled | None:
+    """What a memory says of the scored targets of some windows, or None."""
+    parts = [item.recalled.at(slice(item.skip, None)) for item in items if item.recalled is not None]
+    return Recalled(*map(np.concatenate, zip(*parts, strict=True))) if parts else None
 
 
 def padded_length(length: int, window: int) -> int:
@@ -284,6 +336,15 @@ def is_causal(model: Model, length: int = 256) -> bool:
         if not np.array_equal(model.forward(changed)[:at].view(np.uint32), before[:at].view(np.uint32)):
             return False
     return True
+
+
+def check_causal(model: Model, run: Path) -> None:
+    """Raise UserError if a later token changes the prediction of an earlier one."""
+    if not is_causal(model):
+        raise UserError(
+            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
+            "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
+        )
 
 
 def _spread(model: Model, h: np.ndarray, copies: np.ndarray | None) -> float:
@@ -337,11 +398,7 @@ def evaluate_run(
     loaded = load_model(run, checkpoint_name, ema=ema, uses=uses, progress=progress)
     activations = activations or loaded.run.model.activations
     loaded.model.use_activations(activations)
-    if not is_causal(loaded.model):
-        raise UserError(
-            f"In the model of {run} a later token changes the prediction of an earlier one, so its NLL would be "
-            "meaningless. The kernels must be wrong on this machine; run `flashlm-numba doctor`."
-        )
+    check_causal(loaded.model, run)
     if memory is not None and not loaded.run.data_hash:
         raise UserError(f"{run} was imported, and its training text is not known; leave out --memory.")
     if (lost := loaded.vocabulary.lost()) is not None:

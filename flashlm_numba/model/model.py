@@ -6,6 +6,7 @@ Letters: B batch, T time, N = B*T positions, V vocabulary, C channels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -234,6 +235,14 @@ class Model:
             with self._buffers_for(1, len(some)) as buffers:
                 h[start : start + READ_TOKENS] = self._trunk.read(state, buffers, self._embedding, some)
         return h
+
+    def copy_state(self, state: Any) -> Any:
+        """A copy of a decoding state, which continues the text in another way. It shares the weights."""
+        own = {name: getattr(state, name) for name in ("state", "mixer_state") if hasattr(state, name)}
+        for name, parts in own.items():
+            arrays = {key: part.copy() for key, part in parts._asdict().items() if isinstance(part, np.ndarray)}
+            own[name] = parts._replace(**arrays)
+        return dataclasses.replace(state, **own, calls=[])
 
     def decode_step(self, state: Any, token: int) -> np.ndarray:
         """Feed one token id to a state from prefill or new_state. Returns the hidden state (1, C) float32.

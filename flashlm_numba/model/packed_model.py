@@ -162,6 +162,10 @@ class PackedModel:
         state = self.new_state()
         return state, self.read(state, ids)[-1:]
 
+    def copy_state(self, state: np.ndarray) -> np.ndarray:
+        """A copy of a decoding state, which continues the text in another way."""
+        return state.copy()
+
     def decode_step(self, state: np.ndarray, token: int) -> np.ndarray:
         """Feed one token id to a state. Returns its hidden state (1, C) float32."""
         return self.read(state, np.array([token], np.int32))

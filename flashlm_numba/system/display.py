@@ -106,8 +106,13 @@ class Progress:
         """A context in which `total` functions are compiled; label names the operation."""
         yield self
 
+    @contextlib.contextmanager
+    def texts(self, label: str, total: int) -> Iterator[Progress]:
+        """A context in which `total` texts are processed; label names the operation."""
+        yield self
+
     def advance(self, count: int) -> None:
-        """`count` more tokens or functions are done."""
+        """`count` more tokens, functions or texts are done."""
 
     def stopping(self) -> None:
         """A signal asks to stop after this step. The signal handler calls this method, so it must not use print."""
@@ -187,10 +192,19 @@ class Display(Progress):
         finally:
             self._stop()
 
+    @contextlib.contextmanager
+    def texts(self, label: str, total: int) -> Iterator[Display]:
+        """Show a bar over `total` texts; `advance` moves it."""
+        self._start(label, total, 0, "texts")
+        try:
+            yield self
+        finally:
+            self._stop()
+
     def advance(self, count: int) -> None:
-        """Add `count` tokens or functions to those done."""
+        """Add `count` tokens, functions or texts to those done."""
         self._done += count
-        self._update("functions" if self._noun == "functions" else f"{self._done:,} {self._noun}", force=False)
+        self._update(f"{self._done:,} tokens" if self._noun == "tokens" else self._noun, force=False)
 
     def _start(self, label: str, total: int, done: int, noun: str = "tokens") -> None:
         self._total, self._done, self._label, self._noun = total, done, label, noun
