@@ -16,7 +16,7 @@ class StandInHub:
 
     def __init__(self):
         self.repositories, self.requests = {}, []
-        self.private = set()  # readable only with the token
+        self.private, self.gated = set(), set()  # readable only with the token; and by nobody yet
         self.token = "hf_secret"
         self.created = {}  # what was asked of each new repository
         self.cut = None  # name of a file whose first transfers end early
@@ -49,6 +49,13 @@ def _handler(hub):
             if self.command != "HEAD":
                 self.wfile.write(data)
 
+        def answer_text(self, status, text):
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
         def refuse(self, status, code, text):
             self.answer(status, {"error": text}, {"X-Error-Code": code, "X-Error-Message": text})
 
@@ -59,6 +66,8 @@ def _handler(hub):
             """The files of a repository at a revision, or None after a refusal."""
             if name not in hub.repositories or (name in hub.private and not self.is_known()):
                 self.refuse(404 if self.is_known() else 401, "RepoNotFound", "Repository not found")
+            elif name in hub.gated:
+                self.refuse(403, "GatedRepo", "Access to this model is restricted")
             elif revision not in ("main", hub.sha(name)):
                 self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             else:
@@ -125,7 +134,13 @@ def _handler(hub):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             parts = path.strip("/").split("/")
             if path == "/api/validate-yaml":
-                self.answer(200, {"errors": [], "warnings": []})
+                content = json.loads(body)["content"]
+                is_listed = any(f"\nlicense: {name}\n" in content for name in ("unknown", "other", "mit"))
+                why = '"license" must be one of [mit, ...]'
+                if not is_listed and self.headers.get("accept") == "text/plain":
+                    self.answer_text(400, why)
+                else:
+                    self.answer(200 if is_listed else 400, {"errors": [] if is_listed else [{"message": why}]})
             elif not self.is_known():
                 self.refuse(401, "", "Invalid username or password.")
             elif path == "/api/repos/create":

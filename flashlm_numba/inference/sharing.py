@@ -10,7 +10,7 @@ from flashlm_numba.data.manifest import MANIFEST, Manifest
 from flashlm_numba.data.tokenizer import TOKENIZER
 from flashlm_numba.inference.evaluate import evaluate_run
 from flashlm_numba.model import hub
-from flashlm_numba.model.build import read_config, read_trained
+from flashlm_numba.model.build import load_model, read_config, read_trained
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.describe import describe_run
 from flashlm_numba.model.export import export_run
@@ -85,7 +85,7 @@ def push_folder(
         raise UserError(
             f"{folder} has no {missing[0]}; give a folder written by `flashlm-numba export RUN --hub {folder}`."
         )
-    read_trained(checked_file(folder), progress=progress)  # a model that others could not read is not pushed
+    load_model(checked_file(folder), uses=["read"], progress=progress)  # what others could not read is not pushed
     sizes = {file: (folder / file).stat().st_size for file in FILES}
     if not dry_run:
         hub.upload(folder, name, FILES, private=private, message="Upload a model of flashlm-numba", progress=progress)

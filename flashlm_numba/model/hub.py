@@ -56,30 +56,35 @@ def download(repository: Repository, files: tuple[str, ...], progress: Progress)
     Raises UserError if there is no such repository or file, or if the hub cannot be reached and the cache lacks it.
     """
     hub = quiet_hub()
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import errors
 
     name, wanted = repository.name, {"revision": repository.revision, "allow_patterns": list(files)}
     try:  # one request first, because the download has no time limit and retries for long
         info = hub.HfApi().model_info(name, revision=repository.revision, timeout=HUB_TIMEOUT, files_metadata=True)
-    except RevisionNotFoundError:
+    except errors.GatedRepoError:
+        raise UserError(f"{name} is open to some only; ask for access at {target_of(name)}, and {_LOG_IN}.") from None
+    except errors.RevisionNotFoundError:
         raise UserError(
             f"{name} has no revision '{repository.revision}' on Hugging Face; check the spelling."
         ) from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise UserError(
             f"There is no model {name} on Hugging Face that you may read; check the spelling, or, if it is private, "
             f"{_LOG_IN}."
         ) from None
     except Exception as error:  # many kinds: no network, a proxy, a server that is down
-        if isinstance(error, HfHubHTTPError) and _status(error) in (401, 403):
+        if isinstance(error, errors.HfHubHTTPError) and _status(error) in (401, 403):
             raise UserError(f"You may not read {name} on Hugging Face ({reason(error)}); {_LOG_IN}.") from None
         try:
-            return Path(hub.snapshot_download(name, local_files_only=True, **wanted))
+            kept = Path(hub.snapshot_download(name, local_files_only=True, **wanted))
         except Exception:
             raise UserError(
                 f"Hugging Face cannot be reached ({reason(error)}), and {repository} has not been downloaded before; "
                 "check the connection, or give a folder on this machine."
             ) from None
+        if not isinstance(error, errors.OfflineModeIsEnabled):
+            progress.note(f"Hugging Face cannot be reached ({reason(error)}); {repository} is as last downloaded.")
+        return kept
     sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or () if entry.rfilename in files}
     if files[0] not in sizes:
         raise UserError(f"{name} on Hugging Face has no {files[0]}, so it is no model of this program; name another.")
@@ -109,35 +114,49 @@ def target_of(name: str) -> str:
 def upload(folder: Path, name: str, files: tuple[str, ...], *, private: bool, message: str, progress: Progress) -> None:
     """Upload files of a folder to the repository USER/NAME, which is created if there is none.
 
+    files : names; README.md, the model card, is one of them
     private : who may read a new repository;  message : of the commit
-    Raises UserError if there is no token, if it does not allow this, or if the hub cannot be reached.
+    Raises UserError if there is no token, if it does not allow this, if the hub refuses the card's metadata, or if it
+    cannot be reached.
     """
     hub = quiet_hub()
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import errors
 
     if not hub.get_token():
         raise UserError(f"There is no token to push to Hugging Face with; {_LOG_IN}.")
     api = hub.HfApi()
     try:
-        with contextlib.suppress(RepositoryNotFoundError):  # first a request with a time limit, as for downloads
+        with contextlib.suppress(errors.RepositoryNotFoundError):  # first a request with a time limit, as for downloads
             api.model_info(name, timeout=HUB_TIMEOUT)
+        _check_card(hub, folder / "README.md")  # or the repository would be created, and stay empty
         with _bars(hub, progress):
             api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message=message)
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if _status(error) in (401, 403):
             raise UserError(
                 f"Your token does not allow to write to {name} on Hugging Face ({reason(error)}); {_LOG_IN}, with a "
                 "token that may write."
             ) from None
         raise UserError(f"{name} could not be pushed to Hugging Face ({reason(error)}); try again.") from None
-    except OfflineModeIsEnabled:
+    except UserError:
+        raise
+    except errors.OfflineModeIsEnabled:
         raise UserError("The variable HF_HUB_OFFLINE forbids requests; unset it to push.") from None
     except Exception as error:  # many kinds: no network, a proxy, a file that became unreadable
         raise UserError(
             f"{name} could not be pushed to Hugging Face ({reason(error)}); check the connection and run the same "
             "command again."
         ) from None
+
+
+def _check_card(hub: Any, path: Path) -> None:
+    """Ask the hub whether it takes a model card. Raises UserError if it does not."""
+    try:
+        hub.ModelCard.load(path).validate()
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"Hugging Face refuses the metadata in {path} ({why}); correct them.") from None
 
 
 def _status(error: Any) -> int | None:

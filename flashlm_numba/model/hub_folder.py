@@ -32,8 +32,9 @@ _AGAIN = "export or copy the folder again"
 
 
 def is_hub_folder(path: Path) -> bool:
-    """Whether a path is a folder with a model in a file; a run has its models in checkpoints, each with a state."""
-    return any((path / name).is_file() for name in (ONE, SUMS)) and not (path / "state.json").exists()
+    """Whether a path is a folder with a model in a file, and neither a run nor a checkpoint."""
+    is_run = (path / "checkpoints").is_dir() or (path / "state.json").exists()
+    return not is_run and any((path / name).is_file() for name in (ONE, SUMS))
 
 
 def is_exported(path: Path) -> bool:

@@ -45,7 +45,9 @@ def licence_of(facts: Facts) -> dict[str, str]:
     known = facts.licence or (facts.text and facts.text.licence)
     if not known:
         return {"license": UNKNOWN}
-    return {"license": known} if is_licence(known) else {"license": "other", "license_name": printable(known)}
+    if is_licence(known):
+        return {"license": known}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", known.lower()).strip("-")}
 
 
 def card_text(facts: Facts) -> str:

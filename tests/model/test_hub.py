@@ -140,7 +140,9 @@ def test_what_was_downloaded_is_used_when_the_hub_cannot_be_reached(hub, monkeyp
     with socket.socket() as closed:  # a port that nobody listens at
         closed.bind(("127.0.0.1", 0))
         point_to(f"http://127.0.0.1:{closed.getsockname()[1]}", monkeypatch)
-        assert generated(f"hf:{NAME}") == text
+        done = command("generate", f"hf:{NAME}", *WORDS)
+        assert done.stdout == text
+        assert f"hf:{NAME} is as last downloaded" in done.stderr
         sentence = refused(["generate", "hf:somebody/other"], "Hugging Face cannot be reached (")
         assert "hf:somebody/other has not been downloaded before; check the connection, or give a folder" in sentence
         assert sentence.count("\n") == 1
@@ -154,6 +156,8 @@ def test_a_private_model_needs_the_token(hub, monkeypatch):
         assert sentence.count("\n") == 1
     monkeypatch.setenv("HF_TOKEN", hub.token)
     generated(f"hf:{NAME}")
+    hub.gated.add(NAME)
+    refused(["generate", f"hf:{NAME}"], f"{NAME} is open to some only; ask for access at {hub.url}/{NAME}, and log in")
 
 
 def test_a_repository_without_a_model_of_this_program_is_refused(hub):
@@ -231,6 +235,10 @@ def test_a_push_that_cannot_be_is_one_sentence(hub, run, folder, tmp_path, monke
         data[-1] ^= name == "README.md"
         (damaged / name).write_bytes(data)
     told([damaged, "me/mine", "--dry-run"], f"{damaged / 'README.md'} is damaged")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert command("export", run, "--hub", tmp_path / "odd", "--license", "odd-1").exit_code == 0
+    told([tmp_path / "odd", "me/mine"], 'README.md ("license" must be one of [mit, ...]); correct them')
+    assert "me/mine" not in hub.repositories
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     told([folder, "me/mine"], "Your token does not allow to write to me/mine on Hugging Face")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

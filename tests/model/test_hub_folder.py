@@ -23,6 +23,8 @@ from flashlm_numba.data.documents import without_surrogates
 from flashlm_numba.data.vocabularies import vocabulary_named
 from flashlm_numba.model.hub_folder import FILES
 from flashlm_numba.model.model_card import licence_of
+from flashlm_numba.model.packed_model import PackedModel
+from flashlm_numba.model.packed_reading import load_for_generation
 from flashlm_numba.serving.served import load_served, name_of
 
 
@@ -167,7 +169,7 @@ class WithLicence:
         (None, None, {"license": "unknown"}),
         (None, "odc-by", {"license": "odc-by"}),
         ("mit", "odc-by", {"license": "mit"}),
-        (None, "public domain (works)", {"license": "other", "license_name": "public domain (works)"}),
+        (None, "public domain (works)", {"license": "other", "license_name": "public-domain-works"}),
     ],
 )
 def test_the_licence_is_the_chosen_one_or_that_of_the_text(chosen, of_text, expected):
@@ -199,6 +201,28 @@ def test_rounded_rows_are_those_of_the_exported_file(run, corpus, tmp_path):
     assert scores[0] == scores[1]
     assert scores[0]["rows"] == "int8"
     assert "| embedding's rows | int8" in (out / "README.md").read_text()
+
+
+def test_a_run_that_holds_its_export_stays_a_run(run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    assert command("export", copied, copied / "model.safetensors").exit_code == 0
+    assert json.loads(command("info", copied, "--json").stdout)["checkpoint"] == "step-3"
+    assert command("train", "--resume", copied, "--steps", 4).exit_code == 0
+
+
+def test_a_matmul_free_lm_is_read_packed(corpus, tmp_path):
+    small = ["--set", "dim=16", "--set", "ffn_dim=24", "--set", "n_blocks=1", "--set", "phases=2x16"]
+    small += ["--set", "sample_tokens=0", "--set", "validate_every=0"]
+    done = command("train", corpus, "--recipe", "mmf", "--steps", 1, "--out", tmp_path / "run", *small)
+    assert done.exit_code == 0, done.output
+    out = export(tmp_path / "run", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["MatMulFreeLM"]
+    assert "| context | the whole text |" in (out / "README.md").read_text()
+    model, _ = load_for_generation(out, uses=["generate"], progress=fl.Progress())
+    assert isinstance(model, PackedModel)
+    words = ["--prompt", "The people", "--max-tokens", 9, "--seed", 3]
+    assert command("export", tmp_path / "run", tmp_path / "one.safetensors").exit_code == 0
+    assert command("generate", out, *words).stdout == command("generate", tmp_path / "one.safetensors", *words).stdout
 
 
 def test_the_names_of_a_served_model():
