@@ -366,6 +366,7 @@ def _stats(drawn: list[float]) -> str:
     help="Precision of the embedding's rows, which are most of the file. int8 and int4 round them. float keeps them, "
     "and the exported model then computes exactly the same results as RUN.",
 )
+@options.own_data
 @click.option("--no-memory", is_flag=True, help="Leave out the memory of RUN. The model then predicts without it.")
 @options.ema
 @options.checkpoint
@@ -374,6 +375,7 @@ def export(
     file: Path | None,
     hub: Path | None,
     licence: str | None,
+    own_data: Path | None,
     rows: str,
     no_memory: bool,
     ema: bool,
@@ -384,23 +386,25 @@ def export(
     The file packs ternary weights into 1.6 bits each, rounds the rows of the embedding, and stores all other weights
     in full precision. It names the arithmetic of the rows, and `eval` and `generate` compute with that.
     """
-    options: dict[str, Any] = {"ema": ema, "rows": rows, "memory": not no_memory}
+    choices: dict[str, Any] = {"ema": ema, "rows": rows, "memory": not no_memory}
     if hub is not None:
         if file is not None:
             raise click.UsageError("Give FILE or --hub DIR, not both.")
-        _export_folder(run, hub, checkpoint, licence, options)
+        _export_folder(run, hub, checkpoint, licence, own_data, choices)
         return
     if file is None:
         raise click.UsageError("Give FILE or --hub DIR, the place for the model.")
-    if licence is not None:
-        raise click.UsageError("--license is for the card of --hub DIR; leave it out.")
+    if licence is not None or own_data is not None:
+        raise click.UsageError("--license and --data are for the card of --hub DIR; leave them out.")
     from flashlm_numba.model.export import export_run
 
-    size = export_run(run, file, checkpoint, **options).stat().st_size
+    size = export_run(run, file, checkpoint, **choices).stat().st_size
     echo(f"{file}: {size / 1e6:,.1f} MB with {rows} rows")
 
 
-def _export_folder(run: Path, folder: Path, checkpoint: str | None, licence: str | None, options: Any) -> None:
+def _export_folder(
+    run: Path, folder: Path, checkpoint: str | None, licence: str | None, data: Path | None, choices: dict[str, Any]
+) -> None:
     """`export --hub`."""
     from flashlm_numba.inference.sharing import export_folder
     from flashlm_numba.model.model_card import is_licence
@@ -411,9 +415,9 @@ def _export_folder(run: Path, folder: Path, checkpoint: str | None, licence: str
             f"'{licence}' is no identifier of a licence; write one such as mit, apache-2.0, cc-by-4.0 or other.",
             param_hint="'--license'",
         )
-    found = export_folder(run, folder, checkpoint, licence=licence, **options)
+    found = export_folder(run, folder, checkpoint, licence=licence, data=data, **choices)
     size = sum(path.stat().st_size for path in found.iterdir())
-    echo(f"{folder}: {size / 1e6:,.1f} MB with {options['rows']} rows")
+    echo(f"{folder}: {size / 1e6:,.1f} MB with {choices['rows']} rows")
     echo(f"upload it with: flashlm-numba push {folder} USER/NAME")
 
 

@@ -43,14 +43,16 @@ def export_folder(
     rows: str = "int8",
     memory: bool = True,
     licence: str | None = None,
+    data: Path | None = None,
     progress: Progress = TERMINAL,
 ) -> Path:
     """Write a run's model as a folder for the Hugging Face hub, whole or not at all. Returns out.
 
     licence : identifier of the model's licence; default: that of the training text, if it is known
+    data : folder of the tokens that the run was trained on, if they have moved
     The other arguments are those of export_run. If the run's tokens are still there, the exported model is scored on
     their validation documents for the card. The folder contains no path of this machine.
-    Raises UserError if the run cannot be read, or if out is not empty or cannot be written.
+    Raises UserError if the run cannot be read, if data holds other tokens, or if out is not empty or cannot be written.
     """
     if is_exported(run):
         raise UserError(f"{run} is already exported; give the folder of a run.")
@@ -60,7 +62,7 @@ def export_folder(
     with writing_to(out, "choose another folder, or free some disk space"):
         temporary.mkdir(parents=True)
         try:
-            _write(run, temporary, out.name, checkpoint_name, ema, rows, memory, licence, progress)
+            _write(run, temporary, out.name, checkpoint_name, ema, rows, memory, licence, data, progress)
             sync_folder(temporary)
             if out.exists():
                 out.rmdir()
@@ -112,20 +114,24 @@ def _write(
     rows: str,
     memory: bool,
     licence: str | None,
+    data: Path | None,
     progress: Progress,
 ) -> None:
     """Write all files into a new folder. name : of the model"""
+    own = read_config(run.parent.parent if run.absolute().parent.name == "checkpoints" else run)
+    tokens = data or Path(own.data)
+    text = _training_text(own, tokens)
+    if data is not None and text is None:
+        raise UserError(f"{data} does not hold the tokens that {run} was trained on; name their folder.")
     file = export_run(run, folder / ONE, checkpoint_name, ema=ema, rows=rows, memory=memory, progress=progress)
     trained = read_trained(file, progress=progress)
-    own = read_config(run.parent.parent if run.absolute().parent.name == "checkpoints" else run)
-    text = _training_text(own)
     base = hub.repository_of(trained.run.init)
     facts = Facts(
         name=printable(name),
         description=describe_run(file, progress=progress),
         seed=trained.run.seed,
         text=text,
-        scores=None if text is None else _scores(file, Path(own.data), progress),
+        scores=None if text is None else _scores(file, tokens, progress),
         licence=licence,
         base=None if base is None else base.name,
     )
@@ -140,12 +146,10 @@ def _write(
     write_text(folder / SUMS, sums_text(folder))
 
 
-def _training_text(run: RunConfig) -> Manifest | None:
-    """The manifest of the tokens that a run was trained on, if they are still there."""
-    if not run.data:
-        return None
+def _training_text(run: RunConfig, tokens: Path) -> Manifest | None:
+    """The manifest of a folder of tokens, if they are those that a run was trained on."""
     try:
-        found = Manifest.read(Path(run.data) / MANIFEST)
+        found = Manifest.read(tokens / MANIFEST)
     except UserError:
         return None
     return found if found.hash == run.data_hash else None

@@ -88,10 +88,11 @@ def download(repository: Repository, files: tuple[str, ...], progress: Progress)
     sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or () if entry.rfilename in files}
     if files[0] not in sizes:
         raise UserError(f"{name} on Hugging Face has no {files[0]}, so it is no model of this program; name another.")
-    if not isinstance(hub.try_to_load_from_cache(name, files[0], revision=info.sha), str):
+    is_new = not isinstance(hub.try_to_load_from_cache(name, files[0], revision=info.sha), str)
+    if is_new:
         progress.note(f"Downloading {repository} ({sum(sizes.values()) / 1e6:,.1f} MB) ...")
     try:
-        with _bars(hub, progress):
+        with _bars(hub, progress if is_new else Progress()):
             return Path(hub.snapshot_download(name, **wanted))
     except Exception as error:  # a connection that breaks, a full disk
         raise UserError(

@@ -153,6 +153,23 @@ def test_a_card_without_the_training_text_leaves_out_what_is_unknown(run, corpus
     assert all(b"/nowhere/secret" not in path.read_bytes() for path in out.iterdir())
 
 
+def test_tokens_that_have_moved_can_be_named(run, corpus, tmp_path):
+    moved, tokens = Path(shutil.copytree(run, tmp_path / "moved")), Path(shutil.copytree(corpus, tmp_path / "tokens"))
+    config = json.loads((moved / "config.json").read_text()) | {"data": "", "data_absolute": ""}
+    (moved / "config.json").write_text(json.dumps(config))
+    out = export(moved, tmp_path / "out", "--data", tokens)
+    assert "## Evaluation" in (out / "README.md").read_text()
+    done = command("export", moved, "--hub", tmp_path / "other", "--data", tmp_path)
+    assert done.exit_code == 1
+    assert f"{tmp_path} does not hold the tokens that {moved} was trained on" in done.stderr
+    path = tokens / "validation-00000.bin"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0" * 4)
+    done = command("export", moved, "--hub", tmp_path / "third", "--data", tokens)
+    assert done.exit_code == 0, done.output
+    assert f"The model card has no scores: {path} is damaged" in done.stderr
+    assert "## Evaluation" not in (tmp_path / "third" / "README.md").read_text()
+
+
 class Text:
     def __init__(self, licence):
         self.licence = licence
@@ -343,7 +360,7 @@ def test_only_an_empty_folder_is_replaced(run, tmp_path, monkeypatch):
     [
         ([], "Give FILE or --hub DIR"),
         (["x.safetensors", "--hub", "x"], "Give FILE or --hub DIR, not both"),
-        (["x.safetensors", "--license", "mit"], "--license is for the card of --hub DIR"),
+        (["x.safetensors", "--license", "mit"], "--license and --data are for the card of --hub DIR"),
         (["--hub", "x", "--license", "my own!"], "is no identifier of a licence"),
         (["--hub", ""], "it is empty"),
     ],
