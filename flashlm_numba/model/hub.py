@@ -61,6 +61,8 @@ def download(repository: Repository, files: tuple[str, ...], progress: Progress)
     name, wanted = repository.name, {"revision": repository.revision, "allow_patterns": list(files)}
     try:  # one request first, because the download has no time limit and retries for long
         info = hub.HfApi().model_info(name, revision=repository.revision, timeout=HUB_TIMEOUT, files_metadata=True)
+    except errors.HFValidationError as error:
+        raise UserError(f"{repository} names no model on Hugging Face ({reason(error)}); check the spelling.") from None
     except errors.GatedRepoError:
         raise UserError(f"{name} is open to some only; ask for access at {target_of(name)}, and {_LOG_IN}.") from None
     except errors.RevisionNotFoundError:

@@ -22,6 +22,12 @@ NAME = "somebody/tiny"
 WORDS = ("--prompt", "The people", "--max-tokens", 9, "--seed", 3)
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b--c", "a/.b", "a/" + "b" * 99])
+def test_names_that_the_hub_does_not_have_are_told_without_asking(name, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: pytest.fail("the hub was asked"))
+    assert refused(["generate", f"hf:{name}"], f"hf:{name} names no model on Hugging Face (").count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("hub") / "tiny"
