@@ -161,7 +161,7 @@ def train(
 
     steps, tokens, minutes : length of the run; give at most one. Default: the recipe's length, or 20 minutes
     model : shape of the model, such as "nano"; default: the recipe's
-    init : a run, a checkpoint or an exported file whose weights, model and head to start from
+    init : a run, a checkpoint, an exported file or folder, or hf:USER/NAME, whose weights, model and head to start from
     settings : settings to change, as with `--set`, such as {"adamw_lr": 1e-3, "dilations": (1, 4)}
     out : folder of the run; default: a new folder in runs/
     tensorboard : folder in which TensorBoard finds the values of every step
@@ -177,7 +177,7 @@ def train(
     if init is None:
         run = from_recipe(recipe, changes, model)
     elif model is None:
-        run = settings_from(from_recipe(recipe), changes, expanded(init))
+        run = settings_from(from_recipe(recipe), changes, expanded(init), progress)
     else:
         raise UserError("Give only one of model and init: trained weights have their own shape.")
     run = run if seed is None else replace(run, seed=whole("seed", seed, 0))
@@ -204,7 +204,8 @@ def load(
 ) -> TrainedModel:
     """Load a trained model.
 
-    path : folder of a run, folder of one of its checkpoints, or file written by `export`
+    path : folder of a run, or of one of its checkpoints; file or folder written by `export`; or hf:USER/NAME, to
+        download a model from the Hugging Face hub
     checkpoint : its name, such as "step-500";  ema : use the EMA of the weights
     activations : "float" or "int8", the arithmetic of the ternary layers; default: as the model was trained
     progress : receives a note and a bar if kernels must be compiled first, which takes up to a minute

@@ -190,8 +190,8 @@ def evaluate(
 
     DATA is a prepared folder or any source that `prepare` takes. Of a prepared folder the command scores the
     validation documents. Of a source it scores the files named as validation, or all documents if there are none.
-    Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file
-    written by `export`.
+    Without DATA it scores the validation documents of the data that RUN was trained on. RUN may also be a file or a
+    folder written by `export`, or hf:USER/NAME on the Hugging Face hub.
     """
     given: dict[str, Any] = {"share": memory_weight, "least": memory_least}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -338,7 +338,8 @@ def generate(
 ) -> None:
     """Continue a text with the model in RUN, printed while it is generated.
 
-    RUN may also be a file written by `export`. Sampling applies temperature, then top-k, then top-p.
+    RUN may also be a file or a folder written by `export`, or hf:USER/NAME on the Hugging Face hub. Sampling applies
+    temperature, then top-k, then top-p.
     """
     from flashlm_numba.heads.sampling import kinds_of_sampling
     from flashlm_numba.inference.generate import generate_text
@@ -394,7 +395,22 @@ def _stats(drawn: list[float]) -> str:
 
 @click.command()
 @options.run
-@click.argument("file", type=PathOrSource(path_type=Path))
+@click.argument("file", required=False, type=PathOrSource(path_type=Path))
+@click.option(
+    "--hub",
+    metavar="DIR",
+    type=PathOrSource(path_type=Path),
+    help="Write a folder for the Hugging Face hub instead of FILE, with a model card and checksums (docs/sharing.md). "
+    "DIR must be new or empty.",
+)
+@click.option(
+    "--license",
+    "licence",
+    type=Text(),
+    metavar="ID",
+    help="Licence of the model in the card of --hub, such as apache-2.0. Default: that of the training text, if it is "
+    "known.",
+)
 @click.option(
     "--rows",
     type=click.Choice(ROWS),
@@ -403,19 +419,78 @@ def _stats(drawn: list[float]) -> str:
     help="Precision of the embedding's rows, which are most of the file. int8 and int4 round them. float keeps them, "
     "and the exported model then computes exactly the same results as RUN.",
 )
+@options.own_data
 @click.option("--no-memory", is_flag=True, help="Leave out the memory of RUN. The model then predicts without it.")
 @options.ema
 @options.checkpoint
-def export(run: Path, file: Path, rows: str, no_memory: bool, ema: bool, checkpoint: str | None) -> None:
-    """Write the model in RUN to one FILE (.safetensors), to store or to share.
+def export(
+    run: Path,
+    file: Path | None,
+    hub: Path | None,
+    licence: str | None,
+    own_data: Path | None,
+    rows: str,
+    no_memory: bool,
+    ema: bool,
+    checkpoint: str | None,
+) -> None:
+    """Write the model in RUN to one FILE (.safetensors), or to a folder for the Hugging Face hub (--hub).
 
     The file packs ternary weights into 1.6 bits each, rounds the rows of the embedding, and stores all other weights
     in full precision. It names the arithmetic of the rows, and `eval` and `generate` compute with that.
     """
+    choices: dict[str, Any] = {"ema": ema, "rows": rows, "memory": not no_memory}
+    if hub is not None:
+        if file is not None:
+            raise click.UsageError("Give FILE or --hub DIR, not both.")
+        _export_folder(run, hub, checkpoint, licence, own_data, choices)
+        return
+    if file is None:
+        raise click.UsageError("Give FILE or --hub DIR, the place for the model.")
+    if licence is not None or own_data is not None:
+        raise click.UsageError("--license and --data are for the card of --hub DIR; leave them out.")
     from flashlm_numba.model.export import export_run
 
-    size = export_run(run, file, checkpoint, ema=ema, rows=rows, memory=not no_memory).stat().st_size
+    size = export_run(run, file, checkpoint, **choices).stat().st_size
     echo(f"{file}: {size / 1e6:,.1f} MB with {rows} rows")
+
+
+def _export_folder(
+    run: Path, folder: Path, checkpoint: str | None, licence: str | None, data: Path | None, choices: dict[str, Any]
+) -> None:
+    """`export --hub`."""
+    from flashlm_numba.inference.sharing import export_folder
+    from flashlm_numba.model.model_card import is_licence
+
+    licence = licence and licence.lower()
+    if licence is not None and not is_licence(licence):
+        raise click.BadParameter(
+            f"'{licence}' is no identifier of a licence; write one such as mit, apache-2.0, cc-by-4.0 or other.",
+            param_hint="'--license'",
+        )
+    found = export_folder(run, folder, checkpoint, licence=licence, data=data, **choices)
+    size = sum(path.stat().st_size for path in found.iterdir())
+    echo(f"{folder}: {size / 1e6:,.1f} MB with {choices['rows']} rows")
+    echo(f"upload it with: flashlm-numba push {folder} USER/NAME")
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=PathOrSource(path_type=Path))
+@click.argument("name", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="If the repository is new, let only its owner read it.")
+@click.option("--dry-run", is_flag=True, help="Check everything and list the files, but upload nothing.")
+def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
+    """Upload DIR, a folder written by `export --hub`, to the model repository USER/NAME on the Hugging Face hub.
+
+    The repository is created if there is none. All commands then read the model as hf:USER/NAME. Uploading needs a
+    token that may write: log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from flashlm_numba.inference.sharing import push_folder
+
+    target, sizes = push_folder(folder, name, private=private, dry_run=dry_run)
+    for file, size in sizes.items():
+        click.echo(f"{file:<24} {size:>14,} bytes")
+    echo(f"{'would be uploaded' if dry_run else 'uploaded'} to {target}{' (private if new)' if private else ''}")
 
 
 @click.command("import")
@@ -448,7 +523,7 @@ def import_model(folder: Path, file: Path, rows: str) -> None:
 def info(run: Path, checkpoint: str | None, as_json: bool) -> None:
     """Describe RUN: parameters, sizes, shape of the tree, training progress.
 
-    RUN may also be a file written by `export`.
+    RUN may also be a file or a folder written by `export`, or hf:USER/NAME on the Hugging Face hub.
     """
     from flashlm_numba.model.describe import describe_run
 
@@ -498,4 +573,7 @@ def _show(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-ALL = (prepare, train, plot, evaluate, generate, serve, export, import_model, compress, decompress, info, doctor)
+ALL = (
+    *(prepare, train, plot, evaluate, generate, serve, export, push, import_model, compress, decompress),
+    *(info, doctor),
+)

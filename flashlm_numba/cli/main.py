@@ -8,6 +8,8 @@
     flashlm-numba serve RUN
     flashlm-numba info RUN
     flashlm-numba export RUN FILE
+    flashlm-numba export RUN --hub DIR
+    flashlm-numba push DIR USER/NAME
     flashlm-numba import FOLDER OUT
     flashlm-numba compress RUN FILE OUT
     flashlm-numba decompress RUN FILE OUT

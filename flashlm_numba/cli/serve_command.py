@@ -73,8 +73,9 @@ def serve(
 ) -> None:
     """Serve the model in RUN to programs that use OpenAI's completions interface.
 
-    RUN may also be a file written by `export`. The page docs/serving.md shows requests. Ctrl-C and SIGTERM let the
-    requests in flight finish. The command needs the packages of `pip install 'flashlm-numba[serve]'`.
+    RUN may also be a file or a folder written by `export`, or hf:USER/NAME on the Hugging Face hub. The page
+    docs/serving.md shows requests. Ctrl-C and SIGTERM let the requests in flight finish. The command needs the packages
+    of `pip install 'flashlm-numba[serve]'`.
     """
     if api_key == "":
         raise click.BadParameter("it is empty.", param_hint="'--api-key'")

@@ -51,8 +51,9 @@ from flashlm_numba.model.shapes import SHAPES
     "--init",
     type=PathOrSource(path_type=Path),
     metavar="RUN|EXPORT",
-    help="Start from the trained weights of a run, of one of its checkpoints, or of a file written by `export`, with "
-    "their model and head. The schedule and the optimiser's state are new. DATA needs the same vocabulary.",
+    help="Start from the trained weights of a run, of one of its checkpoints, of a file or folder written by `export`, "
+    "or of hf:USER/NAME on the Hugging Face hub, with their model and head. The schedule and the optimiser's state are "
+    "new. DATA needs the same vocabulary.",
 )
 @click.option(
     "--memory",

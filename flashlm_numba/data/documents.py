@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.hub import quiet_hub
 
 ROLES = ("train", "validation", "test")
 ALL = "all"  # role of documents that are not divided into splits
@@ -109,15 +109,13 @@ def role_of(name: str) -> str | None:
 
 def quiet_datasets() -> Any:
     """Import `datasets` without its progress bars, log lines and download counter (a request per load)."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    quiet_hub()
     import datasets
-    import huggingface_hub
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.config.TORCH_AVAILABLE = False  # otherwise it imports an installed torch: 2 s and 200 MB
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL + 1)  # below this it logs every error
-    huggingface_hub.utils.logging.set_verbosity_error()
     return datasets
 
 

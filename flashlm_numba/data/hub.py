@@ -20,10 +20,9 @@ from flashlm_numba.data.documents import (
     role_of,
     without_surrogates,
 )
-from flashlm_numba.system.cache import set_hub_home
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.system.hub import HUB_TIMEOUT, quiet_hub
 
-HUB_TIMEOUT = 10.0  # seconds for the request that tests whether the hub can be reached
 SEEN = 1000  # rows: a file of which none of the first has the column is taken for one without it
 RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)  # waits before reopening a broken stream, in addition to those of `datasets`
 
@@ -124,7 +123,6 @@ class HubDataset(Source):
 
     def _parts(self, role: str) -> Iterator[tuple[int, Any]]:
         """Number and rows of every file of a role."""
-        set_hub_home()
         datasets = quiet_datasets()
         part = 0
         for split in self.splits[role]:
@@ -140,14 +138,12 @@ def resolve_dataset(name: str, subset: str | None, column: str, *, skip_missing:
 
     Raises UserError if the dataset or the subset does not exist, or if the hub cannot be reached.
     """
-    set_hub_home()
     datasets = quiet_datasets()
-    import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     # One request first, because `datasets` retries a failing request for half a minute.
     try:
-        info = huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+        info = quiet_hub().HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"{name} is neither a local file or folder nor a public dataset on Hugging Face: check the spelling "

@@ -20,6 +20,7 @@ from flashlm_numba.memory.files import NGRAMS, from_tensors, map_ngrams
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model import checkpoint, data_place, packed
 from flashlm_numba.model.config import ACTIVATIONS, RunConfig
+from flashlm_numba.model.hub_folder import exported_file, is_hub_folder
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
 from flashlm_numba.model.settings import run_from_json
@@ -97,6 +98,8 @@ def read_config(folder: Path) -> RunConfig:
     Raises UserError if they are missing or invalid.
     """
     path = folder / "config.json"
+    if is_hub_folder(folder):
+        raise UserError(f"{folder} holds an exported model, which cannot be resumed; start from it with --init.")
     try:
         return data_place.located(run_from_json(path.read_text(encoding="utf-8"), path), folder)
     except FileNotFoundError:
@@ -117,11 +120,12 @@ def load_model(
 ) -> Loaded:
     """Load the model of a run's best or named checkpoint, as checkpoint.find_best. With ema=True, use its EMA.
 
-    folder : folder of a run, or file written by export_run
+    folder : folder of a run; or file or folder written by `export`, or hf:USER/NAME
     uses : what the model is for, as in kernel_parts; the kernels for it are compiled if they are not already
     progress : receives a note and a bar if kernels must be compiled
     Raises UserError if the checkpoint or the file is damaged, or if ema is True and the run has no EMA.
     """
+    folder = exported_file(folder, progress)
     trained = read_trained(folder, checkpoint_name, ema=ema, progress=progress)
     ensure_compiled(kernel_parts(trained.run, uses), progress)
     try:
@@ -137,9 +141,10 @@ def read_trained(
 ) -> Trained:
     """Read the best or named checkpoint of a run, or an exported file, without building the model.
 
-    path : folder of a run or of one of its checkpoints, or exported file
+    path : folder of a run or of one of its checkpoints; or file or folder written by `export`, or hf:USER/NAME
     Raises UserError as load_model does.
     """
+    path = exported_file(path, progress)
     if path.is_file():
         if checkpoint_name is not None or ema:
             raise UserError(f"{path} holds one model; leave out --checkpoint and --ema, or give the folder of a run.")

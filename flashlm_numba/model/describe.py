@@ -12,6 +12,7 @@ from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model import checkpoint
 from flashlm_numba.model.build import load_model
 from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.hub_folder import exported_file
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.sizes import device_bytes, parameters_by_part
 from flashlm_numba.model.training_memory import training_bytes
@@ -21,6 +22,7 @@ from flashlm_numba.system.errors import UserError
 
 def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: Progress = TERMINAL) -> dict[str, Any]:
     """The description that `info` shows: parameters per group, sizes, shape of the tree, training progress."""
+    name, folder = str(folder), exported_file(folder, progress)
     loaded = load_model(folder, checkpoint_name, uses=["read"], progress=progress)
     run, parameters = loaded.run, loaded.model.parameters
     shapes = {name: value.shape for name, value in parameters.items()}
@@ -32,7 +34,7 @@ def describe_run(folder: Path, checkpoint_name: str | None = None, *, progress: 
     files = [path] if path.is_file() else list(path.iterdir())
     peak = peak_rss_mb()
     return {
-        "run": str(folder),
+        "run": name,
         "recipe": run.recipe,
         "head": run.head.name,
         "activations": run.model.activations,

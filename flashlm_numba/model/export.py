@@ -11,6 +11,8 @@ from flashlm_numba.memory.config import MemoryConfig
 from flashlm_numba.memory.files import to_tensors
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import load_model, tensors_of
+from flashlm_numba.model.hub import repository_of
+from flashlm_numba.model.hub_folder import is_exported
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
@@ -33,8 +35,8 @@ def export_run(
     The file contains no path of this machine; it identifies the training text by hash only. Returns out.
     Raises UserError if the run cannot be read, or if out exists or cannot be written.
     """
-    if folder.is_file():
-        raise UserError(f"{folder} is a file, already exported; give the folder of a run.")
+    if is_exported(folder):
+        raise UserError(f"{folder} is already exported; give the folder of a run.")
     packed.check_new(out)
     loaded = load_model(folder, checkpoint_name, ema=ema, uses=["read"], progress=progress)
     tensors = tensors_of(loaded.model)
@@ -59,7 +61,8 @@ def export_run(
     training = dataclasses.replace(loaded.run.training, embedding_init=start)
     run = loaded.run if memory else dataclasses.replace(loaded.run, memory=MemoryConfig())
     run = dataclasses.replace(run, data="", data_absolute="", memory_hash="", training=training)
-    run = dataclasses.replace(run, init=Path(loaded.run.init).name)
+    if repository_of(run.init) is None:
+        run = dataclasses.replace(run, init=Path(run.init).name)
     state = {name: loaded.state[name] for name in ("step", "tokens", "seconds")} | {"ema": ema}
     packed.write(out, tensors, ternary, run.to_json(), state, loaded.vocabulary.to_json(), rows, scales)
     return out

@@ -20,6 +20,7 @@ from flashlm_numba.kernels.ternary import packed_width
 from flashlm_numba.model import packed
 from flashlm_numba.model.build import checked_vocabulary, kernel_parts, load_model
 from flashlm_numba.model.config import ACTIVATIONS, ROWS, ModelConfig, RunConfig
+from flashlm_numba.model.hub_folder import exported_file
 from flashlm_numba.model.mixers import BIT_LAYERS
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.packed_model import PackedHead, PackedModel, RoundedRows
@@ -157,6 +158,7 @@ def load_for_generation(
     uses : "generate", with KINDS of sampling, and "score", "coding" and another arithmetic of the activations, for
         which a packed model needs no further kernels. Raises UserError as load_model.
     """
+    path = exported_file(path, progress)
     run = None if ema or checkpoint_name is not None or not path.is_file() else _run_of(path)
     if run is None or not serves(run):
         loaded = load_model(path, checkpoint_name, ema=ema, uses=uses, progress=progress)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from scipy import linalg
 
-from flashlm_numba.data.hub import HUB_TIMEOUT
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import parse_json
+from flashlm_numba.system.hub import HUB_TIMEOUT, quiet_hub
 from flashlm_numba.system.paths import expanded
 
 PADDING = 1_024  # a padded vocabulary has fewer unused rows at its end; 50,304 to 51,200 rows are common
@@ -102,17 +102,17 @@ def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _download(source: str) -> Path:
     """model.safetensors of `hf:NAME`, from the Hugging Face cache without asking the hub, or else from the hub."""
-    import huggingface_hub
+    hub = quiet_hub()
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = source.removeprefix("hf:")
     try:
         try:
-            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors", local_files_only=True))
+            return Path(hub.hf_hub_download(name, "model.safetensors", local_files_only=True))
         except LocalEntryNotFoundError:
             # one request first, because the download retries a failing request for half a minute
-            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
-            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors"))
+            hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+            return Path(hub.hf_hub_download(name, "model.safetensors"))
     except Exception as error:  # dozens of kinds: no network, no such repository, gated, full disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -15,9 +15,11 @@ from flashlm_numba.memory.files import to_tensors
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.build import model_from, read_trained
 from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.hub_folder import exported_file, pinned
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import model_parameters
 from flashlm_numba.model.settings import with_settings
+from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,14 +32,16 @@ FREE = {
 }
 
 
-def settings_from(recipe: RunConfig, settings: Iterable[str], path: Path) -> RunConfig:
+def settings_from(recipe: RunConfig, settings: Iterable[str], path: Path, progress: Progress = TERMINAL) -> RunConfig:
     """The settings of a run that starts from the trained weights at path, with their model and head.
 
-    path : a run, one of its checkpoints, or an exported file;  settings : key=value texts, which change the recipe
+    path : a run, one of its checkpoints, an exported file or folder, or hf:USER/NAME
+    settings : key=value texts, which change the recipe
     Raises UserError if there are no weights, or if a setting would change what they mean.
     """
-    trained = read_trained(path)
-    own, where = trained.run, str(trained.path.resolve())
+    file = exported_file(path, progress)
+    trained = read_trained(file, progress=progress)
+    own, where = trained.run, pinned(path, trained.path)
     start = replace(recipe, model=own.model, head=own.head, tokenizer_hash=own.tokenizer_hash, init=where)
     run = with_settings(start, settings)
     changed = [

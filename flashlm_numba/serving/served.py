@@ -9,6 +9,8 @@ import numpy as np
 
 from flashlm_numba.data.tokenizer import END_OF_TEXT, Vocabulary
 from flashlm_numba.heads.sampling import KINDS
+from flashlm_numba.model.hub import repository_of
+from flashlm_numba.model.hub_folder import exported_file
 from flashlm_numba.model.packed_model import PackedModel
 from flashlm_numba.model.packed_reading import load_for_generation
 from flashlm_numba.system.display import TERMINAL, Progress
@@ -98,28 +100,31 @@ def load_served(
     name: str | None = None,
     progress: Progress = TERMINAL,
 ) -> Served:
-    """Load the model at path: a run, one of its checkpoints, or an exported file.
+    """Load the model at path: a run, one of its checkpoints, an exported file or folder, or hf:USER/NAME.
 
     checkpoint, ema, activations : as for `generate`
     name : as requests name the model; default: that of the run or the file
     Raises UserError if there is no model, or if its vocabulary has no text.
     """
+    file = exported_file(path, progress)
     uses = ["generate", "score", *KINDS, *filter(None, [activations])]
-    model, vocabulary = load_for_generation(path, checkpoint, ema=ema, uses=uses, progress=progress)
+    model, vocabulary = load_for_generation(file, checkpoint, ema=ema, uses=uses, progress=progress)
     if activations is not None:
         model.use_activations(activations)
     vocabulary.load()
     vocabulary.encode("a")  # refuses a vocabulary without a tokenizer
     _ = vocabulary.token_bytes  # built here rather than by the first request
-    return Served(model, vocabulary, name or name_of(path), int(path.stat().st_mtime))
+    return Served(model, vocabulary, name or name_of(path), int(file.stat().st_mtime))
 
 
 def name_of(path: Path) -> str:
-    """The name of a run, or of an exported file without its suffix.
+    """The name of a run, of an exported file without its suffix, or of a model on the hub.
 
     >>> name_of(Path("runs/mine/checkpoints/step-5")), name_of(Path("exports/mine.safetensors"))
     ('mine', 'mine')
     """
+    if (repository := repository_of(path)) is not None:
+        return repository.name.partition("/")[2]
     path = path.absolute()
     if path.parent.name == "checkpoints":
         path = path.parent.parent

@@ -163,7 +163,7 @@ def test_the_running_average_can_be_exported(run, corpus, tmp_path):
     ("arguments", "sentence"),
     [
         (["export", "RUN", "FILE"], "already exists; choose another file"),
-        (["export", "FILE", "NEW"], "is a file, already exported; give the folder of a run"),
+        (["export", "FILE", "NEW"], "is already exported; give the folder of a run"),
         (["export", "RUN", "NEW", "--checkpoint", "step-9"], "it has step-1, step-2, step-3."),
         (["export", "RUN", f"{__file__}/x"], "could not be written"),
         (["eval", "FILE", "--checkpoint", "step-1"], "holds one model; leave out --checkpoint and --ema"),
