@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head, likeliest_of_logits
+from flashlm_numba.heads.base import Head, Part, likeliest_of_logits
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels.copy_mixture import CopyWeights, copy_scores, copy_scores_backward
@@ -212,6 +212,14 @@ class CopyMixture:
         p = np.exp(self.head.log_prob_of(x, tokens))
         with np.errstate(divide="ignore"):
             return np.log(self._mixed(for_reading(x)[None], tokens, p))
+
+    def parts(self, h: np.ndarray, token: int) -> list[Part]:
+        """See Head.parts: the head's parts, and the copies."""
+        shares = np.exp(self._log_shares(for_reading(h))[0][0])
+        hits, copied = self._hits(np.array([token], np.int32))[0], float(shares[1:].sum())
+        probability = float(shares[1:][hits].sum()) / copied if copied > 0 else 0.0
+        own = [part._replace(share=part.share * float(shares[0])) for part in self.head.parts(h, token)]
+        return [*own, Part("copies", copied, probability)]
 
     def _mixed(self, h: np.ndarray, ids: np.ndarray, p: np.ndarray) -> np.ndarray:
         """p of some different tokens after one position, from the head's p of them (K,) float64, which is changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,14 @@ __all__ = ["TreeHead"]
 
 
 NEVER = -1e30  # finite log probability of an impossible token
+
+
+class Descent(NamedTuple):
+    """A node on a token's path from the root, and the softmax over its children, of which tokens come first."""
+
+    node: int
+    chosen: int  # index of the child on the path
+    log_p: np.ndarray  # (children,) float64: ln p of each child, given the node
 
 
 class TreeHead(Head):
@@ -323,6 +331,25 @@ class TreeHead(Head):
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64, by the arithmetic of `top`."""
         return self._sampler.log_prob(for_reading(x)[None], self._rows(tokens))
+
+    def descent(self, x: np.ndarray, token: int) -> list[Descent]:
+        """The nodes of a token's path for one x (C,), the root first. The chosen children's log_p add up to ln p.
+
+        It is for showing how a probability comes about, and computes in float64.
+        """
+        found, h, tree = [], np.asarray(x, np.float64), self.tree
+        priors = self._prior.get("log_prior"), self._prior.get("node_log_prior")
+        for node, chosen in tree.path(token):
+            tokens = slice(int(tree.token_start[node]), int(tree.token_end[node]))
+            children = slice(int(tree.child_start[node]) - 1, int(tree.child_end[node]) - 1)  # node m has row m - 1
+            logits = np.concatenate([self.weight[tokens] @ h, self.nodes[children] @ h])
+            if self.soft_cap is not None:
+                logits = self.soft_cap * np.tanh(logits / self.soft_cap)
+            if priors[0] is not None and priors[1] is not None:
+                logits += np.concatenate([priors[0][tokens], priors[1][children]])
+            top = logits.max()
+            found.append(Descent(node, chosen, logits - top - np.log(np.exp(logits - top).sum())))
+        return found
 
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See Head.likeliest. It uses best-first search."""
