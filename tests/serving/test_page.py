@@ -22,6 +22,7 @@ needs_chromium = pytest.mark.skipif(
 )
 PHONE = {"width": 360, "height": 740}
 TEXT = "the people of this nation have seen peace and war, ünïcode 🙂"
+ENDLESS = {"prompt": "the", "max_tokens": 4000, "temperature": 1, "seed": 1}  # long before the model ends it
 LONG_NAME = "tree-" + "20261130" * 9
 
 # the pairs of text and background on the page whose contrast is below WCAG's level AA
@@ -183,7 +184,8 @@ def test_a_text_is_written(visit, server):
 def test_writing_streams_and_stops(visit, slow, start):
     server = start(slow, Limits())
     page = visit(server)
-    page.fill("#max-tokens", "4000")
+    for name, value in ENDLESS.items():
+        page.fill(f"#{name.replace('_', '-')}", str(value))
     page.press("#prompt", "Control+Enter")
     page.locator("#written > span").nth(20).wait_for()
     wait_for(page, "#rate", r"^\d+ tokens/s$")
@@ -316,7 +318,7 @@ def test_errors_of_the_server_are_sentences(visit, served, start):
 @needs_chromium
 def test_a_stream_that_ends_early_is_told_of(visit, slow, start):
     page = visit(start(slow, Limits(seconds=0.5)))
-    write(page, max_tokens=4000)
+    write(page, **ENDLESS)
     assert text_of(page, "#error") == "The texts were not complete within 0.5 seconds; ask for fewer tokens."
     assert text_of(page, "#write-status").startswith("Not complete: ")
     assert page.locator("#written > span").count() > 5
@@ -402,8 +404,9 @@ def test_many_runs_have_few_curves(visit, start, served, tmp_path):
     page.click("#tab-runs")
     page.locator("#chart path.curve").nth(3).wait_for()
     assert page.locator("#runs-table input:checked").count() == 4
-    for _ in range(2):
-        page.locator("#runs-table input:not(:checked)").first.check()
+    unchecked = page.locator("#runs-table tr:has(input:not(:checked)) td:first-child").all_text_contents()
+    for name in unchecked[:2]:
+        page.get_by_label(name.strip()).check()
     page.locator("#chart path.curve").nth(5).wait_for()
     assert page.locator("#runs-table input:disabled").count() == 3
     colours = page.locator("#chart path.curve").evaluate_all("all => all.map((e) => e.classList[1])")
@@ -453,7 +456,7 @@ def test_contrast(visit, start, served, tmp_path, scheme):
 
 @needs_chromium
 def test_a_phone_needs_no_horizontal_scrolling(visit, start, served, tmp_path):
-    log(tmp_path / LONG_NAME, line(123_456, val_nll=4.5), line(123_457))
+    log(tmp_path / LONG_NAME, line(5, val_nll=7.25), line(123_456, nll=3.25))
     page = visit(start(served, Limits(), runs=tmp_path), viewport=PHONE, has_touch=True, is_mobile=True)
     for view in every_view(page):
         assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"], view

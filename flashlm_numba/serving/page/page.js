@@ -482,7 +482,9 @@ $("score-form").addEventListener("submit", async (event) => {
 
 const runs = new Map(); // by name: whether its curve is shown, its points, the lines read so far
 let watching = null;
+let listed = []; // the runs as the server listed them last
 let refreshing = false;
+let again = false; // whether something was chosen meanwhile
 
 async function json(path) {
   return (await request(path)).json();
@@ -515,11 +517,12 @@ async function follow(name, run) {
 }
 
 async function refresh() {
+  again = refreshing;
   if (refreshing) return;
   refreshing = true;
   try {
     const answer = await json("runs");
-    const list = answer.runs ?? [];
+    const list = (listed = answer.runs ?? []);
     const names = new Set(list.map((run) => run.name));
     for (const name of runs.keys()) if (!names.has(name)) runs.delete(name);
     for (const { name } of list)
@@ -535,6 +538,7 @@ async function refresh() {
     tell(error);
   }
   refreshing = false;
+  if (again) refresh();
 }
 
 /** Give the runs that are shown a colour of their own; the others lose theirs. */
@@ -560,37 +564,40 @@ function state(run) {
   return "stopped";
 }
 
+/** The row of a run, made once, so that a refresh takes neither the focus nor a click away. */
+function rowOf(name, own) {
+  if (!own.row) {
+    const box = make("input", { type: "checkbox" });
+    box.addEventListener("change", () => {
+      own.shown = box.checked;
+      colours();
+      table(listed);
+      chart();
+      refresh();
+    });
+    const line = make("line", { x1: 0, x2: 32, y1: 6, y2: 6, "stroke-width": 3 });
+    const swatch = make("svg", { class: "swatch", viewBox: "0 0 32 11", "aria-hidden": "true" }, line);
+    const cells = [0, 1, 2, 3].map(() => make("td"));
+    own.row = make("tr", {}, make("td", {}, make("label", {}, box, ` ${name} `, swatch)), ...cells);
+    Object.assign(own, { box, line, cells });
+  }
+  return own.row;
+}
+
 function table(list) {
   const body = $("runs-table").tBodies[0];
-  const focused = document.activeElement?.dataset?.run;
   const shown = (value, digits) => (isNumber(value) ? value.toFixed(digits) : "–");
   const full = [...runs.values()].filter((run) => run.shown).length >= MOST_CURVES;
-  body.replaceChildren(
-    ...list.map((run) => {
-      const own = runs.get(run.name);
-      const box = make("input", { type: "checkbox", "data-run": run.name });
-      box.checked = own.shown;
-      box.disabled = full && !own.shown;
-      box.addEventListener("change", () => {
-        own.shown = box.checked;
-        colours();
-        table(list);
-        refresh();
-      });
-      const swatch = own.colour === null ? "" : make("svg", { class: "swatch", viewBox: "0 0 32 11", "aria-hidden": "true" },
-        make("line", { class: `c${own.colour}`, x1: 0, x2: 32, y1: 6, y2: 6, "stroke-width": 3 }));
-      return make(
-        "tr",
-        {},
-        make("td", {}, make("label", {}, box, " ", run.name, " ", swatch)),
-        make("td", {}, isNumber(run.step) ? whole(run.step) : "–"),
-        make("td", {}, shown(run.nll ?? run.loss, 3)),
-        make("td", {}, shown(run.val_nll, 3)),
-        make("td", {}, state(run)),
-      );
-    }),
-  );
-  if (focused !== undefined) [...body.querySelectorAll("input")].find((box) => box.dataset.run === focused)?.focus();
+  const rows = list.map((run) => rowOf(run.name, runs.get(run.name)));
+  if (rows.length !== body.rows.length || rows.some((row, i) => row !== body.rows[i])) body.replaceChildren(...rows);
+  for (const run of list) {
+    const own = runs.get(run.name);
+    own.box.checked = own.shown;
+    own.box.disabled = full && !own.shown;
+    own.line.setAttribute("class", own.colour === null ? "" : `c${own.colour}`);
+    const texts = [isNumber(run.step) ? whole(run.step) : "–", shown(run.nll ?? run.loss, 3), shown(run.val_nll, 3), state(run)];
+    texts.forEach((text, i) => (own.cells[i].textContent = text));
+  }
 }
 
 /** Round numbers between two numbers. */
@@ -658,7 +665,8 @@ function chart() {
   svg.append(make("clipPath", { id: "area" }, area), inside);
   for (const one of series) {
     const path = one.line.map(([x, y], i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-    if (path) inside.append(make("path", { class: `curve c${one.colour}`, d: path }));
+    // a single step is a dot
+    if (path) inside.append(make("path", { class: `curve c${one.colour}`, d: `${path}h0` }));
     for (const [x, y] of one.validation) inside.append(make("circle", { class: `point c${one.colour}`, cx: px(x), cy: py(y), r: 4.5 }));
   }
   const names = series.map((one) => one.name).join(", ");
