@@ -23,7 +23,13 @@ def _limit(name: str, kind: click.ParamType, text: str) -> Callable[[Any], Any]:
 
 
 @click.command()
-@options.run
+@click.argument("run", required=False, type=options.PathOrSource(path_type=Path))
+@click.option(
+    "--runs",
+    metavar="FOLDER",
+    type=options.PathOrSource(path_type=Path, exists=True, file_okay=False),
+    help="Folder of runs whose curves the page draws, while they train too.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
 @click.option(
     "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="Port; 0 takes a free one."
@@ -59,7 +65,8 @@ def _limit(name: str, kind: click.ParamType, text: str) -> Callable[[Any], Any]:
 @_limit("read_seconds", Number(min=0, min_open=True), "Time for a client to send a request or to take what is sent.")
 @_limit("drain_seconds", Number(min=0), "Time for requests to finish after Ctrl-C or SIGTERM.")
 def serve(
-    run: Path,
+    run: Path | None,
+    runs: Path | None,
     host: str,
     port: int,
     allowed_hosts: tuple[str, ...],
@@ -71,19 +78,26 @@ def serve(
     threads: int | None,
     **limits: Any,
 ) -> None:
-    """Serve the model in RUN to programs that use OpenAI's completions interface.
+    """Serve the model in RUN to a browser, and to programs that use OpenAI's completions interface.
 
-    RUN may also be a file or a folder written by `export`, or hf:USER/NAME on the Hugging Face hub. The page
-    docs/serving.md shows requests. Ctrl-C and SIGTERM let the requests in flight finish. The command needs the packages
-    of `pip install 'flashlm-numba[serve]'`.
+    RUN may also be a file or a folder written by `export`, hf:USER/NAME on the Hugging Face hub, or a folder of runs to
+    watch, as with --runs. The page docs/serving.md shows requests and the page. Ctrl-C and SIGTERM let the requests in
+    flight finish. The command needs the packages of `pip install 'flashlm-numba[serve]'`.
     """
     if api_key == "":
         raise click.BadParameter("it is empty.", param_hint="'--api-key'")
+    if run is not None and runs is None and holds_runs(run):
+        run, runs = None, run
+    if run is None and runs is None:
+        raise click.UsageError("Give a RUN to serve, a folder of runs to watch with --runs, or both.")
     check_packages()
+    from flashlm_numba.serving.runs import Runs
     from flashlm_numba.serving.served import load_served
     from flashlm_numba.serving.server import allowed_by_default, bind, choose_threads, serve, url_of
 
-    served = load_served(run, checkpoint, ema=ema, activations=activations, name=name)
+    served = None
+    if run is not None:
+        served = load_served(run, checkpoint, ema=ema, activations=activations, name=name)
     try:
         workers = choose_threads(served, threads)
     except ValueError as error:
@@ -96,8 +110,26 @@ def serve(
             allowed_hosts=(*allowed_by_default(host), *allowed_hosts),
             api_key=api_key,
             workers=workers,
-            on_start=lambda: options.echo(f"{served.name} at {url_of(listening)}/v1"),
+            runs=None if runs is None else Runs(runs),
+            on_start=lambda: tell(None if served is None else served.name, runs, url_of(listening)),
         )
+
+
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is no run, and has folders that are runs."""
+    return not (folder / "config.json").exists() and any(folder.glob("*/metrics.jsonl"))
+
+
+def tell(name: str | None, runs: Path | None, url: str) -> None:
+    """Print where the model and the page are.
+
+    >>> tell("mine", Path("runs"), "http://127.0.0.1:8000")
+    mine at http://127.0.0.1:8000/v1
+    page with the runs in runs at http://127.0.0.1:8000
+    """
+    if name is not None:
+        options.echo(f"{name} at {url}/v1")
+    options.echo(f"page with the runs in {runs} at {url}" if runs else f"page at {url}")
 
 
 def check_packages() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,18 @@ from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.decisions import NO_TOKENS, Decisions, OneDecision
 from flashlm_numba.kernels import _check, draw
 from flashlm_numba.system.calls import OneCall
+
+
+class Part(NamedTuple):
+    """A part of what predicts a token. The token's probability is the sum of share * probability over the parts.
+
+    name : "head", "copies" or "memory";  share : of the part in the mixture
+    probability : that the part alone gives to the token
+    """
+
+    name: str
+    share: float
+    probability: float
 
 
 class Head(ABC):
@@ -215,6 +227,10 @@ class Head(ABC):
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
         return self.log_prob(np.repeat(x[None], len(tokens), axis=0), tokens).astype(np.float64)
 
+    def parts(self, h: np.ndarray, token: int) -> list[Part]:
+        """The parts of a token's probability after one position, for h (1, C). A head alone is one part."""
+        return [head_part(self, h, token)]
+
     def use_int8(self) -> None:
         """From now on, sample with rows quantised to int8. Has no effect unless has_int8 is True."""
 
@@ -273,6 +289,11 @@ def likeliest_of_mixture(
     order = np.lexsort((ids, -p))[:count]
     with np.errstate(divide="ignore"):
         return ids[order].astype(np.int32), np.log(p[order])
+
+
+def head_part(head: Any, h: np.ndarray, token: int) -> Part:
+    """The only part where a head is not mixed with anything. See Head.parts."""
+    return Part("head", 1.0, float(np.exp(np.float64(head.log_prob(h, np.array([token], np.int32))[0]))))
 
 
 def check_options(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashlm_numba.heads.base import Head
+from flashlm_numba.heads.base import Head, Part
 from flashlm_numba.heads.decisions import Decisions
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check
@@ -230,6 +230,14 @@ class CopyMixture:
             p[tokens == token] += share  # of no token if nothing is copied
         with np.errstate(divide="ignore"):
             return np.log(p)
+
+    def parts(self, h: np.ndarray, token: int) -> list[Part]:
+        """See Head.parts: the head's parts, and the copies."""
+        shares, hits = self._shares_at(for_reading(h), 0), self._hits(np.array([token], np.int32))[0]
+        copied = float(shares[1:].sum())
+        probability = float(shares[1:][hits].sum()) / copied if copied > 0 else 0.0
+        own = [part._replace(share=part.share * float(shares[0])) for part in self.head.parts(h, token)]
+        return [*own, Part("copies", copied, probability)]
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The k = min(count, V) likeliest tokens after one position, for x (C,). Returns ids (k,) int32 and ln p (k,)

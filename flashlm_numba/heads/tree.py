@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,14 @@ __all__ = ["TreeHead"]
 
 
 NEVER = -1e30  # finite log probability of an impossible token
+
+
+class Descent(NamedTuple):
+    """A node on a token's path from the root, and the softmax over its children, of which tokens come first."""
+
+    node: int
+    chosen: int  # index of the child on the path
+    log_p: np.ndarray  # (children,) float64: ln p of each child, given the node
 
 
 class TreeHead(Head):
@@ -348,6 +356,11 @@ class TreeHead(Head):
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64, by the arithmetic of `top`."""
         return self._sampler.log_prob(for_reading(x)[None], self._rows(tokens))
+
+    def descent(self, x: np.ndarray, token: int) -> list[Descent]:
+        """The nodes of a token's path for one x (C,), the root first. The chosen children's log_p add up to ln p."""
+        x = for_reading(x)[None]
+        return [Descent(node, chosen, self._sampler.node(x, node)) for node, chosen in self.tree.path(token)]
 
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See Head.likeliest. It uses best-first search."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flashlm_numba.heads.base import Part
 from flashlm_numba.heads.decisions import Decisions, OneDecision
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.memory.gate import Gate
@@ -52,6 +53,12 @@ class MixedHead:
         ids, p = self.top(h[0], count)
         with np.errstate(divide="ignore"):
             return ids[None], np.log(p)[None]
+
+    def parts(self, h: np.ndarray, token: int) -> list[Part]:
+        """See Head.parts: the parts of what the memory is mixed with, and the memory."""
+        share = self.share(h)
+        own = [part._replace(share=part.share * (1 - share)) for part in self.head.parts(h, token)]
+        return [*own, Part("memory", share, float(self.ngrams.distribution(self.ids)[token]))]
 
     def sample(
         self,

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from flashlm_numba.heads.base import likeliest_of_logits
+from flashlm_numba.heads.base import Part, head_part, likeliest_of_logits
 from flashlm_numba.heads.decisions import Decisions, OneDecision
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, draw
@@ -91,6 +91,10 @@ class PackedHead:
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The likeliest tokens after each row of h (N, C); see Head.likeliest."""
         return likeliest_of_logits(self.logits(h), count)
+
+    def parts(self, h: np.ndarray, token: int) -> list[Part]:
+        """The only part of a token's probability, for h (1, C); see Head.parts."""
+        return [head_part(self, h, token)]
 
     def use_int8(self) -> None:
         """Does nothing: the rows have 2 bits per weight."""

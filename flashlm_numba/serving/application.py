@@ -6,9 +6,10 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -18,15 +19,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashlm_numba.serving.api_error import ApiError
+from flashlm_numba.serving.api_error import ApiError, refused
 from flashlm_numba.serving.encoding import json_bytes, json_text
 from flashlm_numba.serving.engine import Engine, Job, QueueFull
 from flashlm_numba.serving.guard import INTERNAL, LOOPBACK, Guard, error_response
+from flashlm_numba.serving.inspection import inspection_steps
 from flashlm_numba.serving.limits import Limits
 from flashlm_numba.serving.metrics import CONTENT_TYPE, Metrics
 from flashlm_numba.serving.outbox import Outbox
-from flashlm_numba.serving.request import CompletionRequest, parse
+from flashlm_numba.serving.page_files import PATHS, PageFiles
+from flashlm_numba.serving.request import CompletionRequest, parse, parse_inspection
 from flashlm_numba.serving.responses import DONE, Completion, event, merged, model_object
+from flashlm_numba.serving.runs import Runs
 from flashlm_numba.serving.served import Served
 from flashlm_numba.serving.steps import Delta, steps
 from flashlm_numba.system.errors import UserError
@@ -36,7 +40,8 @@ EVENT_PAUSE = 0.01  # seconds between events of a stream, at least: tokens that 
 PAUSE = 0.1  # seconds in which an answer that is not streamed lets results gather
 LAST_WORDS = 1.0  # seconds that a client has to take the event that ends its stream early
 NO_RETRY = {"x-should-retry": "false"}  # asks OpenAI's clients not to send the same request again
-PAGES = ("/v1/completions", "/v1/models", "/health", "/metrics")
+PAGES = ("/", "/v1/completions", "/v1/models", "/inspect", "/runs", "/health", "/metrics")
+LARGEST_LINE = 10**9  # of a run's log
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -47,16 +52,25 @@ STREAM_HEADERS = [
 class Service:
     """A model behind the interface: its engine, its limits and its counts.
 
+    served : the model; None: a server that only shows runs
+    runs : the folder of runs that the page shows, if there is one
     stopping : set when the server no longer accepts requests;  cut : set when those in flight must end
     """
 
-    def __init__(self, served: Served, limits: Limits, *, workers: int) -> None:
-        self.served, self.limits, self.metrics = served, limits, Metrics()
+    def __init__(self, served: Served | None, limits: Limits, *, workers: int, runs: Runs | None = None) -> None:
+        self._served, self.runs, self.limits, self.metrics = served, runs, limits, Metrics()
         self.engine = Engine(workers, limits.streams, limits.queue)
         self.connections: Collection[object] = ()  # the open ones; the server sets it
         self.stopping = False
         self.cut = asyncio.Event()
         self._pool = ThreadPoolExecutor(PARSERS, thread_name_prefix="parse")
+
+    @property
+    def served(self) -> Served:
+        """The model. Raises ApiError if there is none."""
+        if self._served is None:
+            raise ApiError(404, "This server has no model; it only shows runs.", code="model_not_found")
+        return self._served
 
     def close(self) -> None:
         """End all threads."""
@@ -65,6 +79,7 @@ class Service:
 
     def application(self, *, allowed_hosts: Collection[str] = LOOPBACK, api_key: str | None = None) -> ASGIApp:
         """The application. The arguments are those of Guard."""
+        page = PageFiles().response
         routes = [
             Route("/v1/completions", _Completions(self), methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -72,6 +87,10 @@ class Service:
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
             Route("/metrics", self._metrics_page),
+            Route("/inspect", _Inspections(self), methods=["POST"]),
+            Route("/runs", self._runs),
+            Route("/runs/{name}/metrics", self._run_metrics),
+            *(Route(path, page) for path in PATHS),
         ]
         app = Starlette(
             routes=routes,
@@ -79,11 +98,16 @@ class Service:
         )
         app.router.redirect_slashes = False
         return Guard(
-            app, self.metrics, allowed_hosts=allowed_hosts, api_key=api_key, paths=PAGES, open_paths=("/health",)
+            app,
+            self.metrics,
+            allowed_hosts=allowed_hosts,
+            api_key=api_key,
+            paths=PAGES,
+            open_paths=("/health", *PATHS),  # the page asks for the key
         )
 
     async def _models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [model_object(self.served)]})
+        return _json({"object": "list", "data": [model_object(self._served)] if self._served else []})
 
     async def _model(self, request: Request) -> Response:
         if request.path_params["name"] != self.served.name:
@@ -98,16 +122,53 @@ class Service:
     async def _health(self, request: Request) -> Response:
         if self.stopping:
             raise ApiError(503, "The server is stopping.")
-        return _json({"status": "ok", "model": self.served.name})
+        return _json({"status": "ok", "model": self._served.name if self._served else None})
 
     async def _metrics_page(self, request: Request) -> Response:
         return Response(self.metrics.text(self.engine, len(self.connections)), headers={"content-type": CONTENT_TYPE})
 
-    # --- completions ---
+    # --- runs ---
+
+    async def _runs(self, request: Request) -> Response:
+        """The list of runs; null without a folder, which is no error, since the page asks."""
+        if self.runs is None:
+            return _json({"runs": None})
+        return await self._in_pool(lambda runs: runs.list())
+
+    async def _run_metrics(self, request: Request) -> Response:
+        after = request.query_params.get("after", "0")
+        if not (after.isascii() and after.isdecimal() and len(after) < 11 and int(after) <= LARGEST_LINE):
+            raise refused("after", f"after must be a whole number between 0 and {LARGEST_LINE:,}.")
+        name = request.path_params["name"]
+        return await self._in_pool(lambda runs: runs.metrics(name, int(after)))
+
+    async def _in_pool(self, work: Callable[[Runs], object]) -> Response:
+        """An answer about the runs, whose files are read in another thread."""
+        runs = self.runs
+        if runs is None:
+            raise ApiError(404, "This server shows no runs; its option --runs names a folder.", code="no_runs")
+        body = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: json_bytes(work(runs)))
+        return Response(body, media_type="application/json")
+
+    # --- texts and tokens ---
 
     async def parsed(self, body: bytes) -> CompletionRequest:
         """The request in a body, checked in another thread, since a long prompt takes a while."""
         work = partial(parse, body, model=self.served.name, vocabulary=self.served.vocabulary, limits=self.limits)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def parsed_inspection(self, body: bytes) -> list[int]:
+        """The token ids in a body of /inspect, checked in another thread too."""
+        served = self.served
+
+        def work() -> list[int]:
+            return parse_inspection(
+                body,
+                vocab_size=served.vocabulary.size,
+                token_of_name=lambda name: served.token_of_name.get(name),
+                limits=self.limits,
+            )
+
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def full(self) -> ApiError:
@@ -143,30 +204,42 @@ def seed_of(seed: int | None, index: int) -> int | list[int]:
     return seed if index == 0 else [seed, index]
 
 
-class _Completions:
-    """The page that generates and scores. It is no function of a Request, because it watches the connection."""
+class _Writer(Protocol):
+    """What writes the response to a request whose jobs run."""
+
+    async def write(self) -> None:
+        """Write the whole response. Raises ApiError if nothing was sent before the error."""
+
+    async def end_early(self, error: ApiError) -> None:
+        """Tell of an error, if it is not too late; raise it if nothing was sent."""
+
+
+class _Work:
+    """A page whose answers the engine computes. It is no function of a Request, because it watches the connection."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+
+    async def _begin(self, body: bytes, outbox: Outbox, began: float, send: Send) -> tuple[list[Job], _Writer]:
+        """The jobs of a request, and what writes their results. Raises ApiError for a wrong one."""
+        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, began = self._service, time.monotonic()
         if service.stopping:
             raise ApiError(503, "The server is stopping.")
+        _ = service.served  # there is one
         if not service.engine.free():
             raise service.full()
         body = await read_body(Headers(scope=scope), receive, service.limits)
         if body is None:
             return
-        request = await service.parsed(body)
         outbox = Outbox(asyncio.get_running_loop())
-        jobs = service.jobs(request, outbox)
+        jobs, answer = await self._begin(body, outbox, began, send)
         try:
             service.engine.submit(jobs)
         except QueueFull:
             raise service.full() from None
-        service.metrics.prompt_tokens += request.prompt_tokens
-        answer = _Answer(service, request, outbox, began, len(jobs), send)
         writing = asyncio.ensure_future(answer.write())
         gone = asyncio.ensure_future(disconnected(receive))
         cut = asyncio.ensure_future(service.cut.wait())
@@ -186,6 +259,56 @@ class _Completions:
             await _ended(writing, gone, cut)
 
 
+class _Completions(_Work):
+    """The page that generates and scores."""
+
+    async def _begin(self, body: bytes, outbox: Outbox, began: float, send: Send) -> tuple[list[Job], _Writer]:
+        service = self._service
+        request = await service.parsed(body)
+        jobs = service.jobs(request, outbox)
+        return jobs, _Answer(service, request, outbox, began, len(jobs), send)
+
+
+class _Inspections(_Work):
+    """The page that shows how one token's probability comes about."""
+
+    async def _begin(self, body: bytes, outbox: Outbox, began: float, send: Send) -> tuple[list[Job], _Writer]:
+        ids = await self._service.parsed_inspection(body)
+        job = Job(inspection_steps(self._service.served, ids), partial(outbox.put, 0))
+        return [job], _OneResult(outbox, send)
+
+
+class _OneResult:
+    """The response that is the only result of one job."""
+
+    def __init__(self, outbox: Outbox, send: Send) -> None:
+        self._outbox, self._send = outbox, send
+        self._started = False
+
+    async def write(self) -> None:
+        """See _Writer."""
+        found: Any = None
+        while True:
+            for _, result in await self._outbox.take(PAUSE):
+                if result is None:
+                    body = json_bytes(found)
+                    self._started = True
+                    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+                    await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await self._send({"type": "http.response.body", "body": body})
+                    return
+                if isinstance(result, UserError):
+                    raise ApiError(500, str(result))
+                if isinstance(result, Exception):
+                    raise result
+                found = result
+
+    async def end_early(self, error: ApiError) -> None:
+        """See _Writer."""
+        if not self._started:
+            raise error
+
+
 class _Answer:
     """The response to a request for completions."""
 
@@ -200,6 +323,7 @@ class _Answer:
 
     async def write(self) -> None:
         """Write the whole response. Raises ApiError if nothing was sent before the error."""
+        self._service.metrics.prompt_tokens += self._request.prompt_tokens
         if not self._request.stream:
             await self._write_whole()
             return

@@ -1,4 +1,4 @@
-"""The body of a request for completions, parsed and checked. Every check of a parameter is in this file.
+"""The bodies of requests, parsed and checked. Every check of a parameter is in this file.
 
 A parameter that this server does not support is refused, unless it has the value that changes nothing. null stands for
 the default everywhere, as in OpenAI's interface.
@@ -7,7 +7,7 @@ the default everywhere, as in OpenAI's interface.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -119,6 +119,38 @@ def parse(body: bytes, *, model: str, vocabulary: Vocabulary, limits: Limits) ->
         stream=stream,
         include_usage=include_usage,
     )
+
+
+def parse_inspection(
+    body: bytes, *, vocab_size: int, token_of_name: Callable[[str], int | None], limits: Limits
+) -> list[int]:
+    """The ids in a body of /inspect: a text's tokens, the last of which is asked about. Raises ApiError as `parse`.
+
+    token_of_name : the id of a token as lists of log-probabilities name it, or None
+    """
+    values = _object(body)
+    unknown = sorted(name for name in values if name != "tokens")
+    if unknown:
+        raise refused(_cut(unknown[0]), f"There is no parameter {_cut(unknown[0])!r}; /inspect has tokens.")
+    tokens, kinds = values.get("tokens"), "tokens must be a list of token ids, or of names as in logprobs.tokens"
+    if not isinstance(tokens, list) or not tokens:
+        raise refused("tokens", f"{kinds}, got {'an empty list' if tokens == [] else _shown(tokens)}.")
+    most = limits.prompt_tokens + limits.max_tokens
+    if len(tokens) > most:
+        raise refused(
+            "tokens", f"tokens may have at most {most:,} of them, got {len(tokens):,}.", code="context_length_exceeded"
+        )
+    if all(isinstance(token, str) for token in tokens):
+        ids = []
+        for name in tokens:
+            found = token_of_name(name)
+            if found is None:
+                raise refused("tokens", f"The model has no token {_shown(name)}.")
+            ids.append(found)
+        return ids
+    if not all(type(token) is int for token in tokens):
+        raise refused("tokens", f"{kinds}, not a mixture.")
+    return _ids(tokens, vocab_size, "tokens")
 
 
 # --- JSON ---
@@ -296,8 +328,8 @@ def _prompts(value: Any, n: int, vocabulary: Vocabulary, limits: Limits) -> tupl
     return tuple(prompts)
 
 
-def _ids(ids: Collection[int], vocab_size: int) -> list[int]:
+def _ids(ids: Collection[int], vocab_size: int, name: str = "prompt") -> list[int]:
     wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
     if wrong is not None:
-        raise refused("prompt", f"Token ids must be between 0 and {vocab_size - 1:,}, got {_shown(wrong)}.")
+        raise refused(name, f"Token ids must be between 0 and {vocab_size - 1:,}, got {_shown(wrong)}.")
     return list(ids)

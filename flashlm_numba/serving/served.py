@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ class Served:
                     name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
             self._names[token] = name
         return name
+
+    @functools.cached_property
+    def token_of_name(self) -> dict[str, int]:
+        """The id of each token by its name; of several with one name, the first."""
+        return {self.token_name(token): token for token in reversed(range(self.vocabulary.size))}
 
     def likeliest(self, head: Any, h: np.ndarray, count: int) -> list[dict[str, float]]:
         """The names of the likeliest tokens after each row of h (N, C), and the logarithms of their probabilities.

@@ -16,6 +16,7 @@ from flashlm_numba.serving.application import Service
 from flashlm_numba.serving.connection import Connection
 from flashlm_numba.serving.guard import LOOPBACK
 from flashlm_numba.serving.limits import Limits
+from flashlm_numba.serving.runs import Runs
 from flashlm_numba.serving.served import Served
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import available_threads, set_threads
@@ -61,13 +62,15 @@ def allowed_by_default(host: str) -> tuple[str, ...]:
     return LOOPBACK if name in LOOPBACK else (*LOOPBACK, name)
 
 
-def choose_threads(served: Served, threads: int | None) -> int:
-    """Divide the threads for a model, and return the number of workers.
+def choose_threads(served: Served | None, threads: int | None) -> int:
+    """Divide the threads for a model, and return the number of workers: 1 without a model.
 
     Decoding a token is serial, so each worker has one thread, and as many texts advance as there are threads. A model
     that uses all threads in every call has one worker. threads : default: every core
     Raises ValueError for more threads than this machine has.
     """
+    if served is None:
+        return 1
     threads = threads or available_threads()
     workers = 1 if served.uses_all_threads else threads
     set_threads(threads)  # refuses too many
@@ -155,20 +158,21 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    served: Served,
+    served: Served | None,
     listening: socket.socket,
     limits: Limits,
     *,
     allowed_hosts: Collection[str],
     api_key: str | None = None,
     workers: int,
+    runs: Runs | None = None,
     on_start: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Serve a model until a signal comes.
+    """Serve a model, the page and a folder of runs until a signal comes.
 
     allowed_hosts, api_key : as in Guard;  workers : from choose_threads;  on_start : called when connections are taken
     """
-    service = Service(served, limits, workers=workers)
+    service = Service(served, limits, workers=workers, runs=runs)
     try:
         Server(service, allowed_hosts=allowed_hosts, api_key=api_key, on_start=on_start).run([listening])
     finally:

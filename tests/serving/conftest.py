@@ -16,6 +16,7 @@ import flashlm_numba as fl
 from flashlm_numba.serving.application import Service
 from flashlm_numba.serving.guard import LOOPBACK
 from flashlm_numba.serving.limits import Limits
+from flashlm_numba.serving.runs import Runs
 from flashlm_numba.serving.served import FixedModel, Served, load_served
 from flashlm_numba.serving.server import Server, bind, choose_threads, url_of
 from flashlm_numba.system.threads import set_threads
@@ -59,10 +60,10 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(served, limits, **options):
+def live(served, limits, runs=None, **options):
     listening, started = bind("127.0.0.1", 0), queue.SimpleQueue()
     before = numba.get_num_threads()
-    service = Service(served, limits, workers=choose_threads(served, min(2, before)))
+    service = Service(served, limits, workers=choose_threads(served, min(2, before)), runs=runs and Runs(runs))
     options = {"allowed_hosts": LOOPBACK, "on_start": lambda: started.put(asyncio.get_running_loop()), **options}
     server = Server(service, **options)
     thread = threading.Thread(target=server.run, args=([listening],))

@@ -58,7 +58,7 @@ def received(connection, until=None):
 def test_pages(server):
     assert server.ask("GET", "/health")[2] == {"status": "ok", "model": "tiny"}
     for method, path, status, message in [
-        ("GET", "/", 404, "There is no page '/'; the pages are /v1/completions, "),
+        ("GET", "/no", 404, "There is no page '/no'; the pages are /, /v1/completions, "),
         ("GET", "/v1/models/", 404, "has the model 'tiny' only"),
         ("GET", "/v1/completions/", 404, "There is no page"),
         ("GET", "/%ff\x7f", 404, "There is no page"),

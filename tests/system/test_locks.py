@@ -16,13 +16,13 @@ from flashlm_numba.data import writer
 from flashlm_numba.model import checkpoint
 from flashlm_numba.system import errors, locks
 from flashlm_numba.system.errors import PlaceWarning, UserError
-from flashlm_numba.system.locks import LockedError, locked
+from flashlm_numba.system.locks import LockedError, is_locked, locked
 
 NO_LOCKS = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
 OTHER = """
 import fcntl, os, sys, time, warnings
 from pathlib import Path
-from flashlm_numba.system.locks import LockedError, locked
+from flashlm_numba.system.locks import LockedError, is_locked, locked
 def refuse(*arguments):
     raise OSError(int(sys.argv[2]), "No locks available")
 fcntl.flock = refuse
@@ -172,3 +172,16 @@ def test_another_error_of_locking_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(OSError, match="Input/output"), locked(Path(tmp_path / ".lock")):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists the locks")
+def test_a_lock_is_seen_without_being_touched(tmp_path):
+    path = tmp_path / "lock"
+    assert is_locked(path) is False
+    assert not path.exists()
+    for _ in range(2):
+        with locked(path):
+            assert is_locked(path) is True
+        assert is_locked(path) is False
+    (tmp_path / "lock.held").write_text("")  # of a file system without locks
+    assert is_locked(path) is True
