@@ -358,7 +358,7 @@ class TreeHead(Head):
         return self._sampler.log_prob(for_reading(x)[None], self._rows(tokens))
 
     def descent(self, x: np.ndarray, token: int) -> list[Descent]:
-        """The nodes of a token's path for one x (C,), the root first. The chosen children's log_p add up to ln p."""
+        """The nodes of a token's path for one x (C,), the root first. The log_p of the chosen children add to ln p."""
         x = for_reading(x)[None]
         return [Descent(node, chosen, self._sampler.node(x, node)) for node, chosen in self.tree.path(token)]
 
