@@ -58,7 +58,9 @@ def settings_from(recipe: RunConfig, settings: Iterable[str], path: Path, progre
     return run
 
 
-def first_model(run: RunConfig, counts: np.ndarray, ngrams: NgramModel | None = None) -> Model:
+def first_model(
+    run: RunConfig, counts: np.ndarray, ngrams: NgramModel | None = None, progress: Progress = TERMINAL
+) -> Model:
     """The model that run.init names, to be trained further.
 
     counts : (V,) token counts of the training text;  ngrams : of the same text, for a memory
@@ -67,7 +69,7 @@ def first_model(run: RunConfig, counts: np.ndarray, ngrams: NgramModel | None = 
     as large as a new matrix's weights, so that training can change them; their ternary values stay the same.
     Raises UserError if the weights cannot be read or do not fit.
     """
-    trained = read_trained(Path(run.init))
+    trained = read_trained(Path(run.init), progress=progress)
     tensors = trained.tensors
     if trained.path.is_file():
         for name, parameter in model_parameters(run.model).items():

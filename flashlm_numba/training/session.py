@@ -62,7 +62,7 @@ def new_session(run: RunConfig, folder: Path, data: TokenData, progress: Progres
     if run.init:
         compilation.wait()
         progress.note(f"Starting from the weights in {run.init}.")
-        model, seconds = trained.first_model(run, data.train.counts(run.model.vocab_size), ngrams), 0.0
+        model, seconds = trained.first_model(run, data.train.counts(run.model.vocab_size), ngrams, progress), 0.0
     else:
         model, seconds = build.new_model(run, data, progress.note, compilation.wait, ngrams)
     ema = {name: value.copy() for name, value in model.parameters.items()} if run.training.ema else {}

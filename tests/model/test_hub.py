@@ -113,8 +113,10 @@ def test_a_revision_is_a_branch_or_a_commit(hub):
     assert refused(["info", f"hf:{NAME}@v2"], f"{NAME} has no revision 'v2' on Hugging Face").count("\n") == 1
 
 
-def test_the_library_downloads_without_a_word(hub, capfd):
+def test_the_library_downloads_without_a_word(hub, corpus, tmp_path, capfd):
     fl.load(f"hf:{NAME}")
+    settings = {"phases": "2x16", "validate_every": 0, "sample_tokens": 0}
+    fl.train(corpus, init=f"hf:{NAME}", steps=1, out=tmp_path / "run", settings=settings)
     assert capfd.readouterr() == ("", "")
 
 
