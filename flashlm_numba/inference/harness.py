@@ -5,9 +5,11 @@ Importing this module needs the package lm_eval, which the extra `eval` installs
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from flashlm_numba.inference.evaluate import check_causal, document_nll
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.packed_reading import load_for_generation
+from flashlm_numba.system.cache import set_hub_home
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.paths import expanded, printable
@@ -162,6 +165,8 @@ class FlashLM(LM):
         documents = [np.array(ids, np.int32) for ids in self.vocabulary.encode_batch(texts)]
         with self._bar(disable_tqdm).tokens("scoring", sum(map(len, documents))) as bar:
             nll = document_nll(self.model, documents, eot=self.vocabulary.start, progress=bar.advance)
+        if not np.isfinite(nll).all():
+            raise UserError("The NLL is not finite: the model's weights are too large; use an earlier checkpoint.")
         answers = [0.0 - float(value) for value in nll]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
@@ -210,14 +215,16 @@ class FlashLM(LM):
         """The ids of contexts and continuations, as the harness's own models divide them.
 
         Both are encoded as one text, and the continuation begins after as many ids as its context has alone. The
-        context's last spaces belong to the continuation, where they are the beginning of a token.
+        context's last spaces belong to the continuation, where they are the beginning of a token. A continuation that
+        is not empty has at least the last id, also where that holds the end of the context.
         """
         contexts = [context.rstrip() for context, _ in pairs]
         encode = self.vocabulary.encode_batch
         unique = list(dict.fromkeys(contexts))
         sizes = dict(zip(unique, map(len, encode(unique)), strict=True))
-        for context, ids in zip(contexts, encode([context + rest for context, rest in pairs]), strict=True):
-            size = min(sizes[context], len(ids))
+        texts = [context + rest for context, rest in pairs]
+        for context, text, ids in zip(contexts, texts, encode(texts), strict=True):
+            size = len(ids) if text == context else min(sizes[context], len(ids) - 1)
             yield ids[:size], ids[size:]
 
 
@@ -236,11 +243,13 @@ def evaluate_tasks(
     limit : of documents per task;  options : of FlashLM
     Raises UserError if a task is not there or cannot be read, and as FlashLM.
     """
+    set_hub_home()
+    quiet_datasets()
     from lm_eval import evaluate
     from lm_eval.utils import make_table
 
-    quiet_datasets()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = FlashLM(run, progress=progress, **options)
     tasks = _load_tasks(names, folder, progress)
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -253,8 +262,8 @@ def evaluate_tasks(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
-    model = FlashLM(run, progress=progress, **options)
-    results = evaluate(lm=model, task_dict=tasks, limit=limit, log_samples=False)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints notes, where the results go
+        results = evaluate(lm=model, task_dict=tasks, limit=limit, log_samples=False)
     tables = [make_table(results, column) for column in ("results", "groups") if results.get(column)]
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     return _json({name: results[name] for name in kept if name in results}) | {"table": "\n".join(tables)}
@@ -311,8 +320,6 @@ def _is_file(name: str) -> bool:
 
 
 if __name__ == "__main__":  # the harness's own command, which then knows the model
-    import sys
-
     from lm_eval.__main__ import cli_evaluate
 
     try:

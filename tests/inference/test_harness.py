@@ -64,6 +64,16 @@ metric_list:
   - metric: acc_norm
 """,
     ),
+    "last_word": (
+        "loglikelihood",
+        """\
+doc_to_text: "{{text}}"
+doc_to_target: " {{choices[0]}}"
+metric_list:
+  - metric: perplexity
+  - metric: acc
+""",
+    ),
     "generation": (
         "generate_until",
         """\
@@ -175,6 +185,20 @@ def test_the_choice_is_the_likeliest_continuation(run, model, tasks):
         assert found[f"{name},none"] == pytest.approx(count / len(rows))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the harness forks to estimate an error
+def test_the_perplexity_of_the_last_words(run, model, tasks):
+    folder, rows = tasks
+    done = run_tasks(run, folder, "--lm-eval", "local_last_word", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["results"]["local_last_word"]  # nothing else is printed there
+    nll = []
+    for row in rows:
+        before = len(model.score(row["text"]).tokens)
+        nll.append(model.score(f"{row['text']} {row['choices'][0]}").token_nll[before:].sum())
+    assert found["perplexity,none"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+    assert found["acc,none"] == 0  # an untrained model
+
+
 def test_generated_texts_are_those_of_generate(run, tasks):
     folder, rows = tasks
     done = run_tasks(run, folder, "--lm-eval", "local_generation", "--json")
@@ -243,6 +267,15 @@ def test_the_context_may_be_empty_and_its_last_spaces_belong_to_the_continuation
     assert (apart, nothing) == (joined, again)
     assert none == (0.0, True)
     assert harness_model.loglikelihood([]) == []
+
+
+def test_a_continuation_within_a_token_has_that_token(model, harness_model):
+    """The tokens are those of the whole text, of which the context alone has more."""
+    assert len(model.score("the peo").tokens) == 3
+    whole = model.score("the people")
+    assert whole.tokens == ["the", " people"]
+    (found,) = harness_model.loglikelihood(requests("loglikelihood", ("the peo", "ple")))
+    assert found[0] == pytest.approx(-whole.token_nll[1], abs=1e-5)
 
 
 def test_greedy_is_the_likeliest_token(model, harness_model):
@@ -397,11 +430,18 @@ def test_the_entry_point_and_the_registry_know_the_model(run, tasks):
         assert found["results"]["local_perplexity"][name] == value
 
 
+# as `python -m`, but without the harness's own 14,000 files, which take half a minute
+OWN_COMMAND = """
+import functools, runpy
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+runpy.run_module("flashlm_numba.inference.harness", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_the_harness_own_command(run, tasks, tmp_path):
     words = ["--model", "flashlm", "--model_args", f"path={run}", "--tasks", str(tasks[0] / "choice.yaml")]
-    done = subprocess.run(
-        [sys.executable, "-m", "flashlm_numba.inference.harness", *words], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", OWN_COMMAND, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "|local_choice" in done.stdout
 
