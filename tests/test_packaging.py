@@ -62,6 +62,9 @@ def test_the_wheel_holds_the_kernels_whatever_became_of_the_link(tmp_path, link)
     assert "flashlm_numba/kernels/trunk.py" in names
     assert "flashlm_numba/kernels" not in names
     assert "flashlm_numba/py.typed" in names
+    page = {f"flashlm_numba/serving/page/{path.name}" for path in (ROOT / "flashlm_numba/serving/page").iterdir()}
+    assert len(page) == 4
+    assert page <= set(names)
 
 
 def test_the_oldest_dependencies_of_ci_are_those_that_are_allowed():

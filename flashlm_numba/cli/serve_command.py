@@ -27,7 +27,7 @@ def _limit(name: str, kind: click.ParamType, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--runs",
     metavar="FOLDER",
-    type=options.PathOrSource(path_type=Path, exists=True, file_okay=False),
+    type=options.PathOrSource(path_type=Path),
     help="Folder of runs whose curves the page draws, while they train too.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
@@ -88,6 +88,8 @@ def serve(
         raise click.BadParameter("it is empty.", param_hint="'--api-key'")
     if run is not None and runs is None and holds_runs(run):
         run, runs = None, run
+    if runs is not None and not runs.is_dir():
+        raise click.BadParameter(f"there is no folder {runs}.", param_hint="'--runs'")
     if run is None and runs is None:
         raise click.UsageError("Give a RUN to serve, a folder of runs to watch with --runs, or both.")
     check_packages()

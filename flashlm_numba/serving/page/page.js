@@ -22,7 +22,8 @@ function percent(p) {
   if (value === 0 || value === 100) return `${value}\u00a0%`;
   if (value >= 99.95) return ">99.9\u00a0%";
   if (value >= 10) return `${value.toFixed(1)}\u00a0%`;
-  return `${value >= 0.001 ? Number(value.toPrecision(2)) : value.toExponential(1)}\u00a0%`;
+  if (value >= 0.001) return `${value >= 1 ? value.toFixed(1) : Number(value.toPrecision(2))}\u00a0%`;
+  return `${value.toExponential(1)}\u00a0%`;
 }
 
 const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
@@ -137,11 +138,8 @@ class Tokens {
     this.names = [];
     this.offsets = [];
     this.promptLength = promptLength;
+    this.sampled = 0; // tokens that are not of the prompt
     this.current = 0;
-  }
-
-  get sampled() {
-    return this.names.filter((name, i) => this.offsets[i] + Array.from(name).length > this.promptLength).length;
   }
 
   /** Add text, and the tokens that begin in it. */
@@ -156,6 +154,7 @@ class Tokens {
       const level = LEVELS.filter((least) => bits >= least).length;
       const element = make("span", { role: "option", tabindex: "-1", "aria-selected": "false", class: `s${level}` });
       if (scores.text_offset[i] + Array.from(name).length <= this.promptLength) element.classList.add("prompt");
+      else this.sampled++;
       fresh.append(element);
     });
     this.element.append(fresh);
@@ -242,6 +241,9 @@ async function inspect(names) {
     if (mine.signal.aborted) return;
     tell(null);
     $("token-hint").hidden = true;
+    $("token-name").replaceChildren("Token ", code(found.token.name));
+    const bits = -found.token.log_prob / Math.LN2;
+    $("token-status").textContent = `Probability ${percent(found.token.probability)}, a surprise of ${bits.toFixed(1)} bits.`;
     $("token-body").replaceChildren(...described(found));
     if (innerWidth < 960) $("token").scrollIntoView({ block: "start" });
   } catch (error) {
@@ -251,7 +253,7 @@ async function inspect(names) {
 
 function clearToken() {
   inspecting?.abort();
-  $("token-body").replaceChildren();
+  for (const id of ["token-name", "token-status", "token-body"]) $(id).replaceChildren();
   $("token-hint").hidden = false;
 }
 
@@ -271,14 +273,11 @@ function bar(p, largest, label, chosen) {
 const code = (name) => make("code", {}, visible(name));
 
 function described({ token, likeliest, parts, head, path }) {
-  const bits = -token.log_prob / Math.LN2;
   const largest = likeliest[0].probability || 1;
   const rows = likeliest.map((other) => bar(other.probability, largest, code(other.name), other.id === token.id));
   const listed = likeliest.some((other) => other.id === token.id);
   if (!listed) rows.push(bar(token.probability, largest, code(token.name), true));
   const found = [
-    make("h2", {}, "Token ", code(token.name)),
-    make("p", { role: "status" }, `Probability ${percent(token.probability)}, a surprise of ${bits.toFixed(1)} bits.`),
     make("h3", {}, `The ${likeliest.length} likeliest here${listed ? "" : ", and this token"}`),
     make("ol", { class: "bars" }, ...rows),
   ];
