@@ -22,7 +22,8 @@ needs_chromium = pytest.mark.skipif(
 )
 PHONE = {"width": 360, "height": 740}
 TEXT = "the people of this nation have seen peace and war, ünïcode 🙂"
-ENDLESS = {"prompt": "the", "max_tokens": 4000, "temperature": 1, "seed": 1}  # long before the model ends it
+# long before the model ends it
+ENDLESS = {"prompt": "the", "max_tokens": 4000, "temperature": 1, "top_k": "", "seed": 1}
 LONG_NAME = "tree-" + "20261130" * 9
 
 # the pairs of text and background on the page whose contrast is below WCAG's level AA
