@@ -92,6 +92,8 @@ def serve(
         raise click.BadParameter(f"there is no folder {runs}.", param_hint="'--runs'")
     if run is None and runs is None:
         raise click.UsageError("Give a RUN to serve, a folder of runs to watch with --runs, or both.")
+    if run is None and (name or activations or ema or checkpoint):
+        raise click.UsageError("--name, --activations, --ema and --checkpoint need a RUN to serve.")
     check_packages()
     from flashlm_numba.serving.runs import Runs
     from flashlm_numba.serving.served import load_served

@@ -48,6 +48,13 @@ class MixedHead:
         with np.errstate(divide="ignore"):
             return np.log(share * known + (1 - share) * np.exp(self.head.log_prob(h, targets).astype(np.float64)))
 
+    def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
+        share = self.share(x[None])
+        known = self.ngrams.distribution(self.ids)[tokens].astype(np.float64)
+        with np.errstate(divide="ignore"):
+            return np.log(share * known + (1 - share) * np.exp(self.head.log_prob_of(x, tokens)))
+
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See Head.likeliest."""
         ids, p = self.top(h[0], count)

@@ -88,6 +88,10 @@ class PackedHead:
             out[part] = chosen - top - np.log(np.exp(logits - top[:, None]).sum(1))
         return out
 
+    def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
+        return self.log_prob(np.repeat(x[None], len(tokens), axis=0), tokens).astype(np.float64)
+
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The likeliest tokens after each row of h (N, C); see Head.likeliest."""
         return likeliest_of_logits(self.logits(h), count)

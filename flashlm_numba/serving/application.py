@@ -228,7 +228,7 @@ class _Work:
         service, began = self._service, time.monotonic()
         if service.stopping:
             raise ApiError(503, "The server is stopping.")
-        _ = service.served  # there is one
+        _ = service.served  # raises ApiError if there is no model
         if not service.engine.free():
             raise service.full()
         body = await read_body(Headers(scope=scope), receive, service.limits)

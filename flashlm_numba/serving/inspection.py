@@ -34,7 +34,7 @@ def inspect(served: Served, before: list[int], token: int) -> dict[str, Any]:
     context = np.array(context_of(served.vocabulary, before), np.int32)
     _, h = model.prefill(context)
     head = model.head_after(context[-max(REMEMBERED, model.remembered) :])
-    log_prob = float(written(head.log_prob(h, np.array([token], np.int32)))[0])
+    log_prob = float(written(head.log_prob_of(h[0], np.array([token], np.int32)))[0])
     try:
         ids, log_p = (found[0] for found in head.likeliest(h, LIKELIEST))
     except ValueError:

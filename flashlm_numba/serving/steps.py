@@ -88,7 +88,7 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
 
     def score(head: Any, h: np.ndarray, token: int) -> None:  # it must not hold the continuation that holds it
         if request.logprobs is not None and token != served.vocabulary.eot:
-            log_prob = written(head.log_prob(h, np.array([token], np.int32)))
+            log_prob = written(head.log_prob_of(h[0], np.array([token], np.int32)))  # serial, as sampling is
             found.append((float(log_prob[0]), served.likeliest(head, h, request.logprobs)[0]))
 
     continuation = Continuation(

@@ -38,6 +38,7 @@ def test_they_are_those_of_the_distribution(name, seed, rows, count):
         np.testing.assert_allclose(log_p, np.take_along_axis(wanted, ids.astype(int), 1), atol=2e-5)
         assert all(len(set(row)) == len(row) for row in ids.tolist())
         np.testing.assert_allclose(head.log_prob(h, np.ascontiguousarray(ids[:, 0])), log_p[:, 0], atol=2e-5)
+        np.testing.assert_allclose(head.log_prob_of(h[0], ids[0]), log_p[0], atol=2e-5)
 
 
 def test_impossible_tokens_come_last_and_what_is_not_finite_is_refused():

@@ -140,6 +140,7 @@ def test_the_mixture_after_a_text(kind, seed):
         at = Recalled(recalled.probability[-1:], recalled.classes[-1:])
         own = head.log_prob(h, np.array([token], np.int32))
         assert memory.gate.mixed(h, own, at)[0] == pytest.approx(np.log(p[token]), abs=1e-4)
+        assert mixed.log_prob_of(h[0], np.array([token], np.int32))[0] == pytest.approx(np.log(p[token]), abs=1e-4)
         parts = mixed.parts(h, token)
         assert [part.name for part in parts] == ["head", "memory"]
         assert sum(part.share * part.probability for part in parts) == pytest.approx(p[token], rel=1e-4)

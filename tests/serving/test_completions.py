@@ -278,6 +278,9 @@ def test_weights_that_cannot_be_used_are_told_of(start):
         status, _, body = server.ask("POST", "/v1/completions", {"prompt": "war", **values})
         assert (status, body["error"]["type"]) == (500, "server_error")
         assert "weights are too large; use an earlier checkpoint" in body["error"]["message"]
+    status, _, body = server.ask("POST", "/inspect", {"tokens": [1, 2]})
+    assert (status, body["error"]["type"]) == (500, "server_error")
+    assert "weights are too large; use an earlier checkpoint" in body["error"]["message"]
 
 
 def test_a_packed_model_is_served(start, corpus, tmp_path):

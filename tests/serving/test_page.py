@@ -22,7 +22,8 @@ needs_chromium = pytest.mark.skipif(
 )
 PHONE = {"width": 360, "height": 740}
 TEXT = "the people of this nation have seen peace and war, ünïcode 🙂"
-ENDLESS = {"prompt": "the", "max_tokens": 4000, "temperature": 1, "seed": 1}  # long before the model ends it
+# long before the model ends it
+ENDLESS = {"prompt": "the", "max_tokens": 4000, "temperature": 1, "top_k": "", "seed": 1}
 LONG_NAME = "tree-" + "20261130" * 9
 
 # the pairs of text and background on the page whose contrast is below WCAG's level AA
@@ -163,6 +164,7 @@ def test_the_page_has_no_script_or_style_of_its_own_and_names_no_other_host():
 @needs_chromium
 def test_a_text_is_written(visit, server):
     page = visit(server)
+    page.locator("#tab-write").wait_for()
     assert page.title() == "tiny – flashlm-numba"
     for prompt in (TEXT, "the ", "<b>war</b>\n\n&amp;", ""):
         write(page, prompt=prompt, max_tokens=12, seed=3, temperature=0.9, top_k=50, top_p=0.95)
@@ -200,8 +202,10 @@ def test_writing_streams_and_stops(visit, slow, start):
     assert text_of(page, "#error") == ""
     assert page.evaluate("document.activeElement.id") == "start"
     page.fill("#max-tokens", "5")  # and again
-    page.click("#start")
+    page.focus("#start")
+    page.keyboard.press("Enter")
     wait_for(page, "#write-status", "^Written: 5 tokens")
+    assert page.evaluate("document.activeElement.id") == "start"
 
 
 # --- a token ---
@@ -366,8 +370,8 @@ def test_runs_are_drawn_while_they_train(visit, start, tmp_path):
     log(tmp_path / "<img src=x onerror=alert(1)>", "torn\n", *map(line, range(1, 4)), '{"step": 4')
     server = start(None, Limits(), runs=tmp_path)
     page = visit(server)
-    assert page.locator("[role=tab]:visible").all_text_contents() == ["Runs"]
     page.locator("#chart path.curve").nth(1).wait_for()
+    assert page.locator("[role=tab]:visible").all_text_contents() == ["Runs"]
     assert page.locator("#chart circle").count() == 1
     rows = page.locator("#runs-table tbody tr")
     row = rows.filter(has_text="one").filter(has_not_text="img")

@@ -196,3 +196,6 @@ def test_the_command_finds_out_what_a_folder_is(folder, serving_run, tmp_path):
     assert done.exit_code == 2
     assert "Give a RUN to serve, a folder of runs to watch with --runs, or both." in done.output
     assert command("serve", "--runs", tmp_path / "nothing").exit_code == 2
+    done = command("serve", serving_run.parent, "--ema")
+    assert done.exit_code == 2
+    assert "--name, --activations, --ema and --checkpoint need a RUN to serve." in done.output

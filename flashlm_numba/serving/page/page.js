@@ -383,6 +383,13 @@ function knobs() {
   return values;
 }
 
+/** Disable a button and enable another, which takes the focus over. */
+function swap(from, to) {
+  $(to).disabled = false;
+  if (document.activeElement === $(from)) $(to).focus();
+  $(from).disabled = true;
+}
+
 async function write() {
   tell(null);
   clearToken();
@@ -390,8 +397,7 @@ async function write() {
   const values = knobs();
   const mine = (writing = new AbortController());
   written.clear(Array.from(prompt).length);
-  $("start").disabled = true;
-  $("stop").disabled = false;
+  swap("start", "stop");
   $("write-status").textContent = "Writing …";
   $("rate").textContent = "";
   let began = null;
@@ -424,8 +430,7 @@ async function write() {
   }
   if (writing !== mine) return;
   writing = null;
-  $("start").disabled = false;
-  $("stop").disabled = true;
+  swap("stop", "start");
   $("write-status").textContent = `${end}: ${plural(written.sampled, "token")} with seed ${values.seed}.`;
 }
 
@@ -433,11 +438,7 @@ $("write-form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (writing === null) write();
 });
-$("stop").addEventListener("click", () => {
-  writing?.abort();
-  $("start").disabled = false;
-  $("start").focus();
-});
+$("stop").addEventListener("click", () => writing?.abort());
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("write-form").requestSubmit();
 });
@@ -445,9 +446,11 @@ $("prompt").addEventListener("keydown", (event) => {
 // --- scoring ---
 
 const scored = new Tokens($("scored"));
+let scoring = false;
 
 $("score-form").addEventListener("submit", async (event) => {
   event.preventDefault();
+  if (scoring) return;
   tell(null);
   clearToken();
   scored.clear();
@@ -457,7 +460,7 @@ $("score-form").addEventListener("submit", async (event) => {
     $("score-status").textContent = "Paste a text to score.";
     return;
   }
-  $("score-start").disabled = true;
+  scoring = true;
   $("score-status").textContent = "Scoring …";
   try {
     const response = await post("v1/completions", { prompt: text, echo: true, max_tokens: 0, logprobs: 0 });
@@ -474,7 +477,7 @@ $("score-form").addEventListener("submit", async (event) => {
     $("score-status").textContent = "";
     tell(error);
   }
-  $("score-start").disabled = false;
+  scoring = false;
 });
 
 // --- runs ---
