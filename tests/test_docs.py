@@ -22,7 +22,11 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def example_page(page):
+    return pytest.param(page, marks=pytest.mark.slow) if page.name == "extending.md" else page  # compiles a trunk
+
+
+@pytest.mark.parametrize("page", [example_page(p) for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_examples_run(page, capsys, monkeypatch):
     # examples add to both
     monkeypatch.setattr(tree_shapes, "SHAPES", dict(tree_shapes.SHAPES))

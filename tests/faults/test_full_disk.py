@@ -35,10 +35,9 @@ def test_a_checkpoint_without_room_keeps_those_before_and_goes_on_when_there_is_
     one = size // len(list((whole / "checkpoints").iterdir())) // 1024  # kilobytes of a checkpoint
     folder = disk(2 * one + one // 2) / "run"
     done = run(train_command(corpus, folder))
-    assert_one_sentence(done, "The checkpoint of step 8", "No space left", "free some space there and resume")
+    assert_one_sentence(done, "The checkpoint of step 12", "No space left", "free some space there and resume")
     assert_every_checkpoint_is_whole(folder)
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step-4", "step-5"]  # of the period, and the best so far
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-4", "step-8"]
     assert_one_sentence(run(resume_command(folder)), "No space left")  # still none: nothing gets worse
     assert_every_checkpoint_is_whole(folder)
     disk(PLENTY)
@@ -57,7 +56,7 @@ def test_a_log_without_room(corpus, whole, disk):
         done, "No space left", f"free some space there and resume with: flashlm-numba train --resume {folder}"
     )
     disk(PLENTY)
-    done = run([*resume_command(folder), "--set", "checkpoint_every=4", "--set", "validate_every=5"])
+    done = run([*resume_command(folder), "--set", "checkpoint_every=4", "--set", "validate_every=20"])
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)
     assert bits(folder) == bits(whole)

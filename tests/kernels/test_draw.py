@@ -38,6 +38,7 @@ def test_the_sum_of_exponentials(seed, size, scale):
     np.testing.assert_allclose(draw.log_sum_exp(row), want, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of plain Python, without the compiler
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_sum_of_exponentials_is_not_finite_with_such_a_logit(value):
     assert draw.log_sum_exp(np.empty(0, np.float32)) == -np.inf

@@ -213,6 +213,7 @@ def run(*arguments):
     return [json.loads(line) for line in result.output.splitlines()]
 
 
+@pytest.mark.slow
 def test_train_command_reads_our_shards_and_validates(corpus):
     for head in ("dense", "adaptive"):
         lines = run(

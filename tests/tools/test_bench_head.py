@@ -200,6 +200,7 @@ def test_the_savings_of_a_step_are_split_into_its_parts():
     assert "| trunk and embedding | 500.0 | 250.0 | 250.0 |" in table
 
 
+@pytest.mark.slow
 def test_steps_are_measured_in_processes_of_their_own(corpus):
     said = []
     found = steps.measure_steps(["tree"], corpus, 1, 1, "2x16", said.append, turns=2)["tree"]
@@ -210,6 +211,7 @@ def test_steps_are_measured_in_processes_of_their_own(corpus):
     assert (found["loss"], found["allocator"], found["activations"]) == ({}, "keep", "int8")
 
 
+@pytest.mark.slow
 def test_pytorchs_steps_take_the_same_loss(corpus):
     import_torch()
     names = ["torch@v3-loss", "torch:adaptive-div4@untuned"]

@@ -16,6 +16,7 @@ def run(*arguments):
     return CliRunner().invoke(bench_scale.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_measured_beside_float32(tmp_path):
     path = tmp_path / "out.json"
     done = run("--quick", "--threads", 1, "--json", path)

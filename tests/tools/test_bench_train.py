@@ -47,6 +47,7 @@ def test_a_run_is_scored_by_evals_rule_and_not_run_again(made_rows, corpus, tmp_
     assert f"| {row['nll']:.3f} |" in shown.output
 
 
+@pytest.mark.slow
 def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     """A run that was interrupted goes on in its folder; the marks are those of its clock."""
     own = "validation_tokens=60", "memory=ngrams", "ngram_copy_output=add"  # so that the memory is worth something here
@@ -86,6 +87,7 @@ def test_marks_are_scored_and_the_log_is_kept(corpus, tmp_path):
     assert "was begun with other settings ({'optimizer.clip': 0.5}, not {'optimizer.clip': None})" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(corpus, tmp_path):
     sets = [word for setting in (*SMALL, "adamw_lr=1e30,1e-3") for word in ("--set", setting)]  # the first diverges
     done = invoke(corpus, tmp_path / "rows.json", "tree", "--tokens", 128, "--threads", 1, *sets)
