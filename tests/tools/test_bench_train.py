@@ -32,6 +32,7 @@ def made_rows(corpus, tmp_path, monkeypatch):
     return path, sets
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_by_evals_rule_and_not_run_again(made_rows, corpus, tmp_path, monkeypatch):
     path, sets = made_rows
     (row,) = rows.read_rows(path)
@@ -98,6 +99,7 @@ def test_a_run_that_fails_does_not_stop_the_others(corpus, tmp_path):
     assert row["settings"][-1] == "adamw_lr=1e-3"
 
 
+@pytest.mark.slow
 def test_a_row_of_other_data_is_not_this_ones(made_rows, corpus, tmp_path, monkeypatch):
     path, sets = made_rows
     made = []

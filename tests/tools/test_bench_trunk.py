@@ -32,6 +32,7 @@ def run(*arguments):
     return CliRunner().invoke(bench_trunk.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_every_candidate_is_measured_and_drawn(small, tmp_path):
     json_path, plot_path = tmp_path / "out.json", tmp_path / "out.png"
     done = run("--repeats", 1, "--json", json_path, "--plot", plot_path)
