@@ -51,7 +51,7 @@ def test_killed_at_random_moments_ends_as_if_nothing_had_happened(corpus, whole,
     assert left_over == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
     folder = tmp_path / "stopped"
     for command in (train_command(corpus, folder), resume_command(folder)):

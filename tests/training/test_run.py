@@ -37,7 +37,7 @@ start_run(run, Length(steps=12), data=data, out=Path(folder), threads=1)
 """
 
 
-@pytest.mark.parametrize("head", ["dense", "tree"])
+@pytest.mark.parametrize("head", [pytest.param("dense", marks=pytest.mark.slow), "tree"])
 def test_a_killed_run_resumes_from_its_last_checkpoint(corpus, tmp_path, head):
     """SIGKILL in the middle of a step; then a torn log line; then the run as if nothing had happened.
 
