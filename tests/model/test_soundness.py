@@ -71,7 +71,9 @@ def text(rng, rows, length):
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
-@pytest.mark.parametrize(("kind", "n_blocks"), [pytest.param("dense", 1, marks=pytest.mark.slow), ("tree", 1), ("dense", 2)])
+@pytest.mark.parametrize(
+    ("kind", "n_blocks"), [pytest.param("dense", 1, marks=pytest.mark.slow), ("tree", 1), ("dense", 2)]
+)
 def test_errors_do_not_grow_along_a_trajectory(kind, n_blocks):
     config = dataclasses.replace(SHAPE, n_blocks=n_blocks)
     tree = build_tree("adaptive", np.arange(SHAPE.vocab_size)[::-1])
