@@ -76,7 +76,8 @@ class PathDecisions:
     def _enter(self, m: int) -> None:
         self._first, end, self._child, self._child_end, _ = (int(x) for x in self._spans[m])
         self._tokens = end - self._first
-        self._p = self._own * np.exp(self._node(m))
+        self._own_p = self._own * np.exp(self._node(m))
+        self._p = self._own_p.copy()
         self._outcomes = [self._outcome(row) for row, _ in self._more]
         for outcome, (_, share) in zip(self._outcomes, self._more, strict=True):
             self._p[outcome] += share
@@ -102,9 +103,8 @@ class PathDecisions:
             return int(self._token_of_row[self._first + outcome])
         kept = [more for more, there in zip(self._more, self._outcomes, strict=True) if there == outcome]
         total = float(self._p[outcome])
-        own = total - sum(share for _, share in kept)
-        # given this outcome; where rounding leaves nothing, the tree decides
-        self._own = max(own / total, 0.0) if total > 0 else 1.0
+        # given this outcome; where nothing is left, the tree decides
+        self._own = float(self._own_p[outcome]) / total if total > 0 else 1.0
         self._more = [(row, share / total) for row, share in kept] if total > 0 else []
         self._enter(self._child + outcome - self._tokens)
         return None
