@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from flashlm_numba.serving.api_error import ApiError
 from flashlm_numba.serving.encoding import json_text
 from flashlm_numba.system.locks import is_locked
+from flashlm_numba.training.metrics import LOG
 
-LOG = "metrics.jsonl"
 MOST_RUNS = 200  # in the list, the newest
 TAIL = 1 << 18  # bytes at the end of a log that the list looks at
 LINE = 1 << 16  # bytes of a line; longer ones are damaged

@@ -26,6 +26,7 @@ from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import sync_file, writing_to
 from flashlm_numba.system.signals import caught_signals
+from flashlm_numba.training.metrics import LOG
 from flashlm_numba.training.schedule import lr_scale
 from flashlm_numba.training.session import BATCH, WINDOW, Session
 from flashlm_numba.training.step import train_step
@@ -41,7 +42,7 @@ def train(session: Session) -> int:
     with (
         writing_to(folder, f"free some space there and resume with: flashlm-numba train --resume {folder}"),
         caught_signals(progress.stopping) as caught,
-        (folder / "metrics.jsonl").open("a", encoding="utf-8") as log,
+        (folder / LOG).open("a", encoding="utf-8") as log,
         progress.steps(last, clock.step),
     ):
         checkpoints = _Checkpoints(session, log)
