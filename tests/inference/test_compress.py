@@ -61,6 +61,16 @@ def test_the_decisions_of_a_token_have_its_probability(name, seed, vocab, ways):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_a_small_share_of_the_tree_is_not_lost_in_rounding():
+    rng = np.random.default_rng(0)
+    weight, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((40, 6), 6))
+    head = TreeHead(build_tree("two-level", np.arange(40), rows=weight), weight)
+    shares = np.array([1e-20, 1 - 1e-20])
+    got = all_probabilities(lambda: head.decisions(x, np.array([7], np.int32), shares), 40)
+    others = np.arange(40) != 7
+    np.testing.assert_allclose(got[others], 1e-20 * head.distribution(x[None])[0][others], rtol=1e-4)
+
+
 # --- files ---
 
 
