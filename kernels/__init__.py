@@ -29,7 +29,9 @@
     tree_node       the computation of one node of the tree head
     tree_plan       division of the visited nodes among the threads
     dense_inference logits of one position, from float32 or int8 rows
-    tree_inference  the tree head for generation: distribution, sampling by descent, the likeliest tokens
+    tree_inference  the tree head for generation: distribution, descent, the likeliest tokens
+    tree_draw       drawing a token from the tree mixed with the n-gram copies, in one call
+    writing         several tokens of a text in one call
     draw            the largest of many logits, and sampling from them
     adamw           AdamW; also sparse, for rows with a gradient, or with one second moment per row
     normuon         NorMuon: orthogonalised momentum with normalised rows
@@ -43,6 +45,7 @@
     _entry          what Python does before it enters a region over threads
     _rows           clear, copy, scale and gather rows
     _calls          calls of a kernel by its address
+    _text           what the decoding states of all trunks share
     _mixer          the interface of a token mixer
     _steps          the steps of a pass through the trunk
     _division       their division among the threads
@@ -107,9 +110,11 @@ __all__ = [
     "ternary_gemm",
     "ternary_gemv",
     "ternary_wgrad",
+    "tree_draw",
     "tree_head",
     "tree_inference",
     "tree_node",
     "tree_plan",
     "trunk",
+    "writing",
 ]

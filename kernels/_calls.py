@@ -9,6 +9,7 @@ a tile, not for a row.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numba
@@ -20,13 +21,17 @@ from numba.extending import intrinsic
 def address(function: Any, *examples: Any) -> Any:
     """The address of a serial kernel for arguments of the types of these examples, for `call`.
 
-    If Numba is switched off, this is the function itself.
+    A kernel that ends with *fields takes one tuple in their place, in `call` too. If Numba is switched off, this is the
+    function itself.
     """
+    starred = bool(getattr(function, "py_func", function).__code__.co_flags & inspect.CO_VARARGS)
     if numba.config.DISABLE_JIT:
-        return function
+        return (lambda *arguments: function(*arguments[:-1], *arguments[-1])) if starred else function
     key = function, tuple(_kind(example) for example in examples)
     if key not in _addresses:
         signature = tuple(numba.typeof(example) for example in examples)
+        if starred:
+            signature = (*signature[:-1], types.StarArgTuple.from_types(tuple(map(numba.typeof, examples[-1]))))
         function.compile(signature)  # loads it from the cache
         compiled = function.overloads[signature]
         _addresses[key] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)

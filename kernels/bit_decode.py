@@ -7,9 +7,6 @@ Letters: C channels, I FFN width, L blocks, R layers, O ways of copying, H token
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +16,7 @@ from flashlm_numba.kernels._bit_layer import work_functions
 from flashlm_numba.kernels._calls import address, call
 from flashlm_numba.kernels._jit import helper, serial_kernel, strict_helper
 from flashlm_numba.kernels._ternary_dots import VARIANTS
+from flashlm_numba.kernels._text import TextState
 from flashlm_numba.kernels.bit_trunk import LAYERS, BitBuffers, BitTrunkWeights, bit_trunk_forward
 from flashlm_numba.kernels.ngram_copy import add_copies, ngram_copies
 from flashlm_numba.kernels.ngram_index import add_to_index, buckets, indexed_copy
@@ -192,34 +190,6 @@ def _extend_history(history, newest, earlier, orders, rows, position):
             add_to_index(newest[d], earlier[d], history[place + 1 : place + 1 + length], place, orders[d])
 
 
-@dataclass
-class BitDecodeState:
-    """State of a text, and the weights with which it was started. See decode.DecodeState."""
-
-    state: BitState
-    weights: BitDecodeWeights
-    position: int = 0  # tokens read
-    calls: list[object] = field(default_factory=list)  # the first is in flight
-
-    def __post_init__(self) -> None:
-        self.fields = (*self.state, *self.weights)
-
-    @contextlib.contextmanager
-    def alone(self, where: str) -> Iterator[None]:
-        """Raises RuntimeError if another thread is using the state."""
-        this_call = object()
-        try:
-            self.calls.append(this_call)
-            if self.calls[0] is not this_call:
-                raise RuntimeError(
-                    f"{where}: another thread is using this state; start a state of its own for each text"
-                )
-            yield
-        finally:  # also after an interrupt anywhere above
-            if this_call in self.calls:
-                self.calls.remove(this_call)
-
-
 def bit_decode_functions(variant: int) -> dict[str, Any]:
     """The addresses that BitState holds, by field."""
     q, sums, packed = np.empty((0, 0), np.int8), np.empty((0, 0), np.int32), np.empty((0, 0), np.uint8)
@@ -230,7 +200,7 @@ def bit_decode_functions(variant: int) -> dict[str, Any]:
     }
 
 
-def bit_new_state(weights: BitTrunkWeights) -> BitDecodeState:
+def bit_new_state(weights: BitTrunkWeights) -> TextState:
     """The state before the first token of a text, for the current weights."""
     config, orders = weights.config, weights.copy_order
     dim, inner, layers = config.dim, config.ffn_dim, weights.n_layers
@@ -272,10 +242,10 @@ def bit_new_state(weights: BitTrunkWeights) -> BitDecodeState:
         gain_out=weights.gain_out,
         passes=config.n_passes,
     )
-    return BitDecodeState(state, own)
+    return TextState(state, own, _decode_step)
 
 
-def bit_decode_step(state: BitDecodeState, embedding: np.ndarray, row: int) -> np.ndarray:
+def bit_decode_step(state: TextState, embedding: np.ndarray, row: int) -> np.ndarray:
     """Feed one token. Returns its hidden state (1, C) float32, a view that the next call overwrites.
 
     row : the token's row of embedding (V, C)
@@ -293,7 +263,7 @@ def bit_decode_step(state: BitDecodeState, embedding: np.ndarray, row: int) -> n
 
 
 def bit_read(
-    state: BitDecodeState, buffers: BitBuffers, weights: BitTrunkWeights, embedding: np.ndarray, rows: np.ndarray
+    state: TextState, buffers: BitBuffers, weights: BitTrunkWeights, embedding: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     """Feed the next tokens of a state's text, rows (T,) int32, at once. Returns their hidden states (T, C) float32.
 
@@ -306,7 +276,7 @@ def bit_read(
 
 
 def _read(
-    state: BitDecodeState, buffers: BitBuffers, weights: BitTrunkWeights, embedding: np.ndarray, rows: np.ndarray
+    state: TextState, buffers: BitBuffers, weights: BitTrunkWeights, embedding: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     own, copies = state.state, buffers.activations.copies
     length = own.earlier.shape[1]
@@ -319,6 +289,9 @@ def _read(
             copies[o] = found[0, text.shape[1] - len(rows) :]
     h = bit_trunk_forward(buffers, weights, embedding, rows, own.states, search=False)
     own.states[...] = buffers.activations.h[:, -1]
+    if len(rows):
+        own.out[...] = h[-1:]
+        own.copies[...] = copies[:, -1]
     if len(copies):
         _extend_history(own.history, own.newest, own.earlier, state.weights.index_order, rows, state.position)
     state.position += len(rows)

@@ -29,7 +29,7 @@ from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._microkernels import TileLeft, TileOut, TileRight, address_of, batched_product_32
 from flashlm_numba.kernels._rows import aligned_zeros, scale_rows
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices
-from flashlm_numba.kernels.conv import gate_sequence, pack_conv_weights, padded_width, to_groups, unpack_conv_gradient
+from flashlm_numba.kernels.conv import gate_sequence, pack_conv_weights, padded_width, unpack_conv_gradient
 from flashlm_numba.kernels.decode import make_decode_step, make_prefill, matrix_product
 from flashlm_numba.kernels.leaky_average import add_leaky_average_next, leaky_share
 from flashlm_numba.kernels.rmsnorm import rmsnorm_recompute, rmsnorm_rows
@@ -66,7 +66,6 @@ class ConvState(NamedTuple):
     starts: np.ndarray  # (R, D) int64: where a ring begins
     lengths: np.ndarray  # (D,) int64
     averages: np.ndarray  # (R, C): the leaky average of every layer
-    grouped: np.ndarray  # (G, 1, S)
     gate_value: np.ndarray  # (G, 2, 1, S)
     normed: np.ndarray  # (1, C)
     rstd: np.ndarray  # (1,)
@@ -75,19 +74,23 @@ class ConvState(NamedTuple):
 @helper
 def _put(state, layer, d, position, row):
     """Write row (1, C) as the input of this position to both places of the ring buffer."""
-    groups, _, size = state.grouped.shape
-    to_groups(state.grouped, row, row.shape[1] // groups, 0, groups)
-    flat, stride = state.grouped.reshape(-1), groups * size
-    rings, start, length = state.rings, state.starts[layer, d], state.lengths[d]
-    for place in (position % length, position % length + length):
-        for i in range(stride):
-            rings[start + place * stride + i] = flat[i]
+    groups, _, _, size = state.gate_value.shape
+    stride, width, rings = groups * size, row.shape[1] // groups, state.rings
+    place = state.starts[layer, d] + position % state.lengths[d] * stride
+    for start in (place, place + state.lengths[d] * stride):
+        if size == width:  # one loop, which the compiler vectorises
+            for c in range(stride):
+                rings[start + c] = row[0, c]
+        else:
+            for g in range(groups):
+                for j in range(width):
+                    rings[start + g * size + j] = row[0, g * width + j]
 
 
 @helper
 def _step(x, mixer_in, layer, block, position, weights, state, scratch):
     """See decode.make_decode_step."""
-    groups, _, size = state.grouped.shape
+    groups, _, _, size = state.gate_value.shape
     dim, taps, stride = x.shape[1], weights.conv.shape[2], groups * size
     m = mixer_in[:dim].reshape(1, dim)
     flat_gate_value, rings, delta = state.gate_value.reshape(-1), state.rings, scratch.delta
@@ -275,7 +278,6 @@ class ConvMixer:
             starts=starts[:-1].reshape(layers, count).astype(np.int64),
             lengths=lengths,
             averages=np.zeros((layers, config.dim), np.float32),
-            grouped=np.zeros((config.groups, 1, self._size), np.float32),
             gate_value=np.zeros((config.groups, 2, 1, self._size), np.float32),
             normed=np.zeros((1, config.dim), np.float32),
             rstd=np.zeros(1, np.float32),

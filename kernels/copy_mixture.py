@@ -102,19 +102,12 @@ def _copy_scores_backward(dh, dembedding, dhidden, dscores, h, embedding, copies
         _backward_columns(low, high, dh, dembedding, dhidden, dscores, h, embedding, copies, weights, scale)
 
 
-@serial_kernel
-def _copy_shares(shares, scores, matches, rows, x, embedding, copies, row_of_token, bias, hidden, match, scale):
-    """shares (O + 1,) float64 after one position; False if they are no distribution. Scratch: scores, matches, rows
-    (1, O).
-
-    The weights come one by one, since a NamedTuple costs more at every call than this takes.
+@helper
+def shares_at(shares, scores, matches, x, embedding, rows, weights, scale):
+    """shares (O + 1,) float64 after one position, for its x (1, C) and copied rows (1, O); False if they are no
+    distribution. Scratch: scores, matches (1, O).
     """
-    for o in range(copies.shape[1]):
-        token = copies[0, o]
-        if token >= embedding.shape[0]:
-            return False
-        rows[0, o] = token if token < 0 or row_of_token.shape[0] == 0 else row_of_token[token]
-    _score_rows(scores, matches, x, embedding, rows, CopyWeights(bias, hidden, match), scale)
+    _score_rows(scores, matches, x, embedding, rows, weights, scale)
     top = 0.0  # the head's
     for o in range(rows.shape[1]):
         top = max(top, np.float64(scores[0, o]))
@@ -126,6 +119,20 @@ def _copy_shares(shares, scores, matches, rows, x, embedding, copies, row_of_tok
     for o in range(shares.shape[0]):
         shares[o] /= total
     return total < np.inf  # not if it is NaN
+
+
+@serial_kernel
+def _copy_shares(shares, scores, matches, rows, x, embedding, copies, row_of_token, bias, hidden, match, scale):
+    """See shares_at, for token ids copies (1, O). Scratch: scores, matches, rows (1, O).
+
+    The weights come one by one, since a NamedTuple costs more at every call than this takes.
+    """
+    for o in range(copies.shape[1]):
+        token = copies[0, o]
+        if token >= embedding.shape[0]:
+            return False
+        rows[0, o] = token if token < 0 or row_of_token.shape[0] == 0 else row_of_token[token]
+    return shares_at(shares, scores, matches, x, embedding, rows, CopyWeights(bias, hidden, match), scale)
 
 
 def _check_inputs(

@@ -10,7 +10,7 @@ S buckets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels._jit import helper, serial_kernel
 from flashlm_numba.kernels._microkernels import dot_products_int8
 from flashlm_numba.kernels._ternary_layer import TernaryMatrices
+from flashlm_numba.kernels._text import TextState
 from flashlm_numba.kernels.glu import glu_rows
 from flashlm_numba.kernels.ngram_copy import add_copies
 from flashlm_numba.kernels.ngram_index import add_to_index, buckets, indexed_copy
@@ -198,15 +199,11 @@ def make_prefill(mixer_fill: Any, name: str) -> Any:
 
 
 @dataclass
-class DecodeState:
-    """State of a text, and the weights with which it was started. It takes 1.5 MB for v3's shape."""
+class DecodeState(TextState):
+    """State of a text. It takes 1.5 MB for v3's shape."""
 
-    state: State
-    weights: DecodeWeights
-    mixer_state: NamedTuple
-    mixer_weights: NamedTuple
-    position: int = 0  # tokens read
-    calls: list[object] = field(default_factory=list)  # the first is in flight
+    mixer_state: Any = None  # the mixer's NamedTuples
+    mixer_weights: Any = None
 
     def __post_init__(self) -> None:
         self.fields = (*self.state, *self.weights, *self.mixer_state, *self.mixer_weights)
@@ -285,13 +282,19 @@ def new_state(weights: TrunkWeights) -> DecodeState:
     )
     mixer = weights.mixer
     forms = [form for m in mixer.matrices.values() for form in decode_matrices(m, weights.int8)]
-    return DecodeState(state, own, mixer.new_state(weights.layers), mixer.decode_weights(*forms))
+    return DecodeState(
+        state,
+        own,
+        mixer.decode_region,
+        mixer_state=mixer.new_state(weights.layers),
+        mixer_weights=mixer.decode_weights(*forms),
+    )
 
 
-def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray, row: int) -> np.ndarray:
+def decode_step(state: DecodeState, embedding: np.ndarray, row: int) -> np.ndarray:
     """Feed one token. Returns its hidden state (1, C) float32, a view that the next call overwrites.
 
-    row : the token's row of embedding (V, C);  weights : the weights given to new_state
+    row : the token's row of embedding (V, C)
     It uses one thread. The cost is the same at every position: 2*R*3*C*I flop plus that of the mixers. The result
     equals the last row of trunk_forward over the text except for float32 rounding. With int8 activations this rounding
     can change a quantised value by one step. Raises ValueError if row is not in [0, V), or a shape or dtype is wrong,
@@ -300,18 +303,9 @@ def decode_step(state: DecodeState, weights: TrunkWeights, embedding: np.ndarray
     _check.array("decode_step", "embedding", embedding, (None, state.state.x.shape[1]))
     if not 0 <= row < len(embedding):
         raise ValueError(f"decode_step: row must be in [0, {len(embedding)}), got {row}")
-    this_call = object()
-    try:
-        state.calls.append(this_call)
-        if state.calls[0] is not this_call:
-            raise RuntimeError(
-                "decode_step: another thread is using this state; start a state of its own for each text"
-            )
-        weights.mixer.decode_region(embedding, row, state.position, *state.fields)
+    with state.alone("decode_step"):
+        state.step(embedding, row, state.position, *state.fields)
         state.position += 1
-    finally:  # also after an interrupt anywhere above
-        if this_call in state.calls:
-            state.calls.remove(this_call)
     return state.state.out
 
 
@@ -329,5 +323,7 @@ def prefill(weights: TrunkWeights, buffers: TrunkBuffers, rows: np.ndarray) -> D
     )
     own = state.state
     _fill_history(own.history, own.newest, own.earlier, state.weights.index_order, rows)
+    own.copies[...] = buffers.activations.copies[:, -1]
+    own.out[...] = buffers.activations.out[-1:]
     state.position = time
     return state

@@ -17,7 +17,7 @@ from flashlm_numba.kernels._blas import sgemm_address
 from flashlm_numba.kernels._jit import helper, kernel, serial_kernel
 from flashlm_numba.kernels._math import exp32, row_max
 from flashlm_numba.kernels._microkernels import row_products
-from flashlm_numba.kernels.draw import checked_temperature, draw_index, keep_largest, put_in_order, sift_down, sift_up
+from flashlm_numba.kernels.draw import keep_largest, put_in_order, sift_down, sift_up
 from flashlm_numba.kernels.tree_node import Tree, child_priors, child_rows, dot, finish_logits, node_products, span_of
 
 _ZERO = np.float32(0)
@@ -71,42 +71,40 @@ def _tree_head_log_distribution(out, above, logits, slopes, h, token_of_row, tre
         _log_distribution_share(np.int64(index), threads, out, above, logits, slopes, h, token_of_row, tree, blas)
 
 
-@serial_kernel
-def _tree_head_sample(out, logits, slopes, h, uniforms, tree):
-    """out (N,) int32: a leaf row for each h, by descent; uniforms (N, depth) float64. Scratch: logits, slopes
-    (widest,).
+@helper
+def descend(logits, slopes, x, uniforms, tree):
+    """A leaf row drawn for x (C,), one softmax per level; -1 if one of them is no distribution.
 
-    Serial: drawing one token must not wait for threads to wake.
+    uniforms (depth,) float64. Scratch: logits, slopes (widest,).
     """
-    for n in range(h.shape[0]):
-        m, depth, leaf = np.int64(0), 0, np.int64(-1)
-        while leaf < 0:
-            span = span_of(tree.spans, m)
-            n_tokens, width = span.n_tokens, span.width
-            tokens, children = child_rows(span, tree)
-            row = logits[:width]
-            for k in range(n_tokens):
-                row[k] = dot(h[n], tokens[k])
-            for k in range(width - n_tokens):
-                row[n_tokens + k] = dot(h[n], children[k])
-            token_prior, child_prior = child_priors(span, tree)
-            finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
-            top = row_max(row)
-            total = 0.0  # float64: the rest of a long sum must not be lost
-            for k in range(width):
-                row[k] = exp32(row[k] - top)
-                total += row[k]
-            bar = uniforms[n, depth] * total
-            choice, seen = 0, np.float64(row[0])
-            while seen <= bar and choice < width - 1:
-                choice += 1
-                seen += row[choice]
-            if choice < n_tokens:
-                leaf = span.token_start + choice
-            else:
-                m = span.child_start + choice - n_tokens
-            depth += 1
-        out[n] = leaf
+    m, depth = np.int64(0), 0
+    while True:
+        span = span_of(tree.spans, m)
+        n_tokens, width = span.n_tokens, span.width
+        tokens, children = child_rows(span, tree)
+        row = logits[:width]
+        for k in range(n_tokens):
+            row[k] = dot(x, tokens[k])
+        for k in range(width - n_tokens):
+            row[n_tokens + k] = dot(x, children[k])
+        token_prior, child_prior = child_priors(span, tree)
+        finish_logits(row, slopes, token_prior, child_prior, tree.soft_cap)
+        top = row_max(row)
+        total = 0.0  # float64: the rest of a long sum must not be lost
+        for k in range(width):
+            row[k] = exp32(row[k] - top)
+            total += row[k]
+        if not 0 < total < np.inf:
+            return np.int64(-1)
+        bar = uniforms[depth] * total
+        choice, seen = 0, np.float64(row[0])
+        while seen <= bar and choice < width - 1:
+            choice += 1
+            seen += row[choice]
+        if choice < n_tokens:
+            return span.token_start + choice
+        m = span.child_start + choice - n_tokens
+        depth += 1
 
 
 @helper
@@ -197,8 +195,8 @@ def _tree_head_log_prob(log_p, rows, nodes, shifts, logits, slopes, x, tree):
         log_p[i] = _leaf_log_prob(np.int64(rows[i]), nodes, shifts, logits, slopes, x, tree)
 
 
-@serial_kernel
-def _tree_head_top_mixed(best, rows, keys, codes, nodes, shifts, logits, slopes, x, tree, copies, shares):
+@helper
+def search_mixed(best, rows, keys, codes, nodes, shifts, logits, slopes, x, tree, copies, shares):
     """The first k entries of rows (k + O,) int64 become the likeliest leaf rows of the mixture shares[0] * p +
     sum over o of shares[o + 1] [row = copies[o]], and those of best (k + O,) float64 their log p.
 
@@ -234,19 +232,16 @@ def _tree_head_top_mixed(best, rows, keys, codes, nodes, shifts, logits, slopes,
 
 
 @serial_kernel
+def _tree_head_top_mixed(best, rows, keys, codes, nodes, shifts, logits, slopes, x, tree, copies, shares):
+    search_mixed(best, rows, keys, codes, nodes, shifts, logits, slopes, x, tree, copies, shares)
+
+
+@serial_kernel
 def _tree_node(log_p, logits, slopes, x, m, tree):
     """log_p (K,) float64 of the K children of node m for x (1, C). Scratch: logits (1, widest), slopes (widest,)."""
     shift = _finished_logits(logits, slopes, x, span_of(tree.spans, m), tree)
     for k in range(log_p.shape[0]):
         log_p[k] = np.float64(logits[0, k]) + shift
-
-
-@serial_kernel
-def _tree_head_draw_top(best, rows, keys, codes, logits, slopes, x, tree, uniform, temperature, top_p):
-    """One of the rows that the search finds, or -1 where they have no distribution."""
-    _search(best, rows, keys, codes, logits, slopes, x, tree)
-    index = draw_index(best, uniform, temperature, top_p)
-    return rows[index] if index >= 0 else -1
 
 
 # --- public functions ---
@@ -296,18 +291,6 @@ class TreeSampler:
         """Nodes, shifts and logits of the levels, with `more` rows of logits."""
         shape = self.depth + more, self._tree.widest
         return np.empty(self.depth, np.int64), np.empty(self.depth), np.empty(shape, np.float32)
-
-    def sample(self, h: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Sample a leaf row for each h (N, C), (N,) int32, by descent: one softmax per level, without other branches.
-
-        uniforms : (N, depth) float64 in [0, 1), one per level. Raises ValueError if a shape or dtype is wrong.
-        """
-        _check.array("TreeSampler.sample", "h", h, (None, self.dim))
-        _check.array("TreeSampler.sample", "uniforms", uniforms, (len(h), self.depth), np.float64)
-        out = np.empty(len(h), np.int32)
-        _, _, logits, slopes = self._scratch()
-        _tree_head_sample(out, logits[0], slopes, h, uniforms, self._tree)
-        return out
 
     def top(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The k = min(count, V) likeliest leaf rows for x (1, C), (k,) int64, and their log p (k,) float64; exact.
@@ -365,18 +348,3 @@ class TreeSampler:
         _tree_head_log_prob(found, rows[order], *self._levels(), self._scratch()[3], x, self._tree)
         log_p[order] = found
         return log_p
-
-    def draw_top(
-        self, x: np.ndarray, count: int, uniform: float, temperature: float = 1.0, top_p: float | None = None
-    ) -> int:
-        """Sample a leaf row for x (1, C) among its count likeliest: draw.draw_sorted applied to top, in one call.
-
-        Raises ValueError if an argument is wrong or there is no distribution.
-        """
-        count = self._check_row(x, count)
-        temperature = checked_temperature(temperature, top_p)
-        log_p, rows = np.empty(count), np.empty(count, np.int64)
-        row = _tree_head_draw_top(log_p, rows, *self._scratch(), x, self._tree, uniform, temperature, top_p or 1.0)
-        if row < 0:
-            raise ValueError("TreeSampler: the probabilities must be finite and not all zero")
-        return row

@@ -16,6 +16,7 @@ import numpy as np
 from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.decisions import NO_TOKENS, Decisions, OneDecision
 from flashlm_numba.kernels import _check, draw
+from flashlm_numba.kernels.tree_draw import CopyModel, Drawing
 from flashlm_numba.system.calls import OneCall
 
 
@@ -230,6 +231,25 @@ class Head(ABC):
     def parts(self, h: np.ndarray, token: int) -> list[Part]:
         """The parts of a token's probability after one position, for h (1, C). A head alone is one part."""
         return [head_part(self, h, token)]
+
+    def drawing(
+        self,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        copies: CopyModel | None = None,
+    ) -> Drawing | None:
+        """How compiled code draws the next token with these settings of sample, for one thread at a time.
+
+        copies : of a mixture with the n-gram copies; None for the head alone
+        It gives the tokens of sample with the same random numbers, as rows (tokens_of_rows). None if only Python can
+        draw so. Default: None.
+        """
+        return None
+
+    def tokens_of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The token ids of rows of the embedding, int32: the inverse of row_of_token. Default: the rows."""
+        return rows.astype(np.int32)
 
     def use_int8(self) -> None:
         """From now on, sample with rows quantised to int8. Has no effect unless has_int8 is True."""

@@ -17,6 +17,7 @@ from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check
 from flashlm_numba.kernels.copy_mixture import CopyWeights, copy_scores, copy_scores_backward, copy_shares
 from flashlm_numba.kernels.draw import draw_sorted
+from flashlm_numba.kernels.tree_draw import CopyModel, draw_row
 from flashlm_numba.system.arrays import for_reading
 from flashlm_numba.system.threads import adopt_threads
 
@@ -41,7 +42,12 @@ class CopyShares:
         self._gradients, self._dembedding = gradients, dembedding
         self._row_of_token = for_reading(row_of_token)
 
-    def _rows(self, copies: np.ndarray) -> np.ndarray:
+    @property
+    def model(self) -> CopyModel:
+        """What compiled code computes the shares with."""
+        return CopyModel(self._embedding, self._weights)
+
+    def rows(self, copies: np.ndarray) -> np.ndarray:
         """The embedding's rows of the copies, -1 for none."""
         if self._row_of_token is None:
             return copies
@@ -53,7 +59,7 @@ class CopyShares:
         Also what the backward pass needs.
         """
         adopt_threads()
-        scores, matches = copy_scores(h, self._embedding, self._rows(copies), self._weights)
+        scores, matches = copy_scores(h, self._embedding, self.rows(copies), self._weights)
         logs = np.zeros((len(scores), scores.shape[1] + 1))
         logs[:, 1:] = scores
         top = logs.max(1, keepdims=True)  # at least the head's 0
@@ -90,7 +96,7 @@ class CopyShares:
             matches,
             h,
             self._embedding,
-            self._rows(copies),
+            self.rows(copies),
             self._weights,
             dh,
             self._dembedding,
@@ -194,6 +200,11 @@ class CopyMixture:
         """
         top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
         h, temperature = for_reading(h), float(temperature)
+        drawing = self.head.drawing(temperature, top_k, top_p, self.shares.model)
+        if drawing is not None:
+            rows, count = self.shares.rows(self.copies), drawing.uniforms
+            drawn = [draw_row(drawing, h[n : n + 1], rows[n], rng.random(count)) for n in range(len(h))]
+            return self.head.tokens_of_rows(np.array(drawn, int))
         if temperature != 0 and top_k is None and (temperature != 1 or top_p is not None):
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
         out = np.empty(len(h), np.int32)

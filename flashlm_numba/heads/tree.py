@@ -25,6 +25,7 @@ from flashlm_numba.heads.tree_shapes import build_tree, check_shape
 from flashlm_numba.kernels import tree_head as kernels
 from flashlm_numba.kernels import tree_inference
 from flashlm_numba.kernels.low_rank import low_rank_backward, low_rank_rows
+from flashlm_numba.kernels.tree_draw import CopyModel, Drawing, draw_row, likeliest_drawing, plain_drawing
 from flashlm_numba.system.arrays import for_reading
 from flashlm_numba.system.calls import Pool
 from flashlm_numba.system.threads import adopt_threads
@@ -382,21 +383,33 @@ class TreeHead(Head):
         Temperature 1 without top-k and top-p samples by descent through the tree. Top-k at any temperature, and
         temperature 0, use best-first search. All other settings use all V probabilities.
         """
-        top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
-        h, temperature = for_reading(h), float(temperature)
-        if not np.isfinite(h).all():
-            raise ValueError("TreeHead: h must be finite to sample from it")
-        if temperature == 1 and top_k is None and top_p is None:
-            rows = self._sampler.sample(h, rng.random((len(h), self._sampler.depth)))
-            return self.tree.token_of_row[rows]
-        if temperature != 0 and top_k is None:
+        h, drawing = for_reading(h), self.drawing(temperature, top_k, top_p)
+        if drawing is None:
             return sample_rows(self.distribution(h), rng, temperature, top_k, top_p)
-        rows = np.empty(len(h), np.int64)
-        for n in range(len(h)):
-            if temperature == 0:
-                rows[n] = self._sampler.top(h[n : n + 1], 1)[0][0]
-            else:
-                rows[n] = self._sampler.draw_top(h[n : n + 1], top_k or 1, rng.random(), temperature, top_p)
+        return self.tokens_of_rows(
+            np.array(
+                [draw_row(drawing, h[n : n + 1], NO_TOKENS, rng.random(drawing.uniforms)) for n in range(len(h))], int
+            )
+        )
+
+    def drawing(
+        self,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        copies: CopyModel | None = None,
+    ) -> Drawing | None:
+        """See Head.drawing."""
+        top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)
+        if temperature == 1 and top_k is None and top_p is None:
+            return plain_drawing(self._kernel_tree, copies)
+        if temperature == 0 or top_k is not None:
+            count = 1 if temperature == 0 else top_k or 1
+            return likeliest_drawing(self._kernel_tree, count, float(temperature), top_p, copies)
+        return None
+
+    def tokens_of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """See Head.tokens_of_rows."""
         return self.tree.token_of_row[rows]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 
 REMEMBERED = 16  # last tokens of a text that a memory may look at
+MOST = 32  # tokens that are sampled at a time
+BLOCK_SECONDS = 0.002  # that this takes at most, so that a text arrives smoothly
+_TOO_LARGE = "the model's weights are too large; use an earlier checkpoint."
 
 
 class Generator(Protocol):
@@ -44,8 +49,20 @@ class Generator(Protocol):
     def decode_step(self, state: Any, token: int) -> np.ndarray:
         """See Model."""
 
+    def writer(
+        self, state: Any, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    ) -> Any:
+        """See Model."""
 
-def generate_ids(
+
+def generate_ids(model: Generator, context: list[int], **options: Any) -> Iterator[int]:
+    """Sample an endless sequence of token ids, each from the ids before it: those of generate_blocks, with its
+    arguments.
+    """
+    return itertools.chain.from_iterable(generate_blocks(model, context, **options))
+
+
+def generate_blocks(
     model: Generator,
     context: list[int],
     *,
@@ -54,37 +71,52 @@ def generate_ids(
     top_k: int | None = None,
     top_p: float | None = None,
     allowed: Callable[[], np.ndarray | None] = lambda: None,
-    on_sample: Callable[[Any, np.ndarray, int], object] = lambda head, h, token: None,
-) -> Iterator[int]:
-    """Sample an endless sequence of token ids, each from the ids before it.
+    on_sample: Callable[[Any, np.ndarray, int], object] | None = None,
+) -> Iterator[list[int]]:
+    """Sample an endless sequence of token ids, each from the ids before it, in blocks of at least one.
 
     context : the ids to start from, at least one; the end of text starts a new document
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token
-    allowed : called before each token; the only tokens to sample from (V,) bool, or None for all
+    allowed : called before each token until it returns None; the only tokens to sample from (V,) bool, or None for all
+        from now on
     on_sample : called with the head, or what samples in its place, the hidden state (1, C), and the token sampled so
-    One pass reads the context. After that, the cost per token does not depend on the length of the text.
+    One pass reads the context. After that, the cost per token does not depend on the length of the text. Where compiled
+    code does everything, a block takes about BLOCK_SECONDS; else it is one token.
     Raises ValueError if the context is empty or a setting is out of range, and UserError if no token can be sampled.
     """
     if not context:
         raise ValueError("generate_ids: context must hold at least one id")
     check_settings(temperature, top_k, top_p, model.head.vocab_size)
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     model.sync_weights()
     state, h = model.prefill(np.array(context, np.int32))
+    writer = None if on_sample else model.writer(state, **settings)
     recent = Recent(context, max(REMEMBERED, model.remembered))
-    while True:
-        only = allowed()
+    only = allowed()
+    while only is not None or writer is None:
         head = model.head_after(recent.ids)
         try:
             if only is None:
-                token = int(head.sample(h, rng, temperature=temperature, top_k=top_k, top_p=top_p)[0])
+                token = int(head.sample(h, rng, **settings)[0])
             else:
-                token = sample_allowed(head, h, only, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+                token = sample_allowed(head, h, only, rng, **settings)
         except ValueError as error:
-            raise UserError(f"{error}: the model's weights are too large; use an earlier checkpoint.") from None
-        on_sample(head, h, token)
-        yield token
+            raise UserError(f"{error}: {_TOO_LARGE}") from None
+        if on_sample:
+            on_sample(head, h, token)
+        yield [token]
         h = model.decode_step(state, token)
         recent.add(token)
+        only = None if only is None else allowed()
+    count = 1
+    while True:
+        start = time.perf_counter()
+        tokens = writer.write(rng.random((count, writer.uniforms)))
+        if not len(tokens):
+            raise UserError(f"the probabilities of the next token are not finite: {_TOO_LARGE}")
+        seconds = time.perf_counter() - start
+        yield tokens.tolist()
+        count = min(2 * count, MOST, int(BLOCK_SECONDS / seconds * count) + 1)
 
 
 class Recent:
@@ -163,10 +195,10 @@ class Continuation:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        on_sample: Callable[[Any, np.ndarray, int], object] = lambda head, h, token: None,
+        on_sample: Callable[[Any, np.ndarray, int], object] | None = None,
     ) -> None:
         self._vocabulary = vocabulary
-        self._stream = Utf8Stream()
+        self._stream, self._drawn = Utf8Stream(), deque[int]()
         self._healing = healing = Healing(vocabulary, b"")
         if isinstance(prompt, str):
             text, healing.pending = split_prompt(prompt)
@@ -176,7 +208,7 @@ class Continuation:
         else:
             self.ids = prompt
             self._stream.feed(vocabulary.decode_bytes(prompt))  # the last ids may hold the start of a character
-        self._tokens = generate_ids(
+        self._blocks = generate_blocks(
             model,
             context_of(vocabulary, self.ids),
             rng=rng,
@@ -193,11 +225,18 @@ class Continuation:
         """See the class."""
         return self._healing.pending
 
+    @property
+    def drawn(self) -> int:
+        """Tokens that have been drawn already, so that they come at once."""
+        return len(self._drawn)
+
     def __iter__(self) -> Iterator[Sampled]:
         return self
 
     def __next__(self) -> Sampled:
-        token = next(self._tokens)
+        if not self._drawn:
+            self._drawn.extend(next(self._blocks))
+        token = self._drawn.popleft()
         if token == self._vocabulary.eot:
             return Sampled(token, "")
         return Sampled(token, self._stream.feed(self._healing.take(self._vocabulary.decode_bytes([token]))))

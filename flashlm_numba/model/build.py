@@ -50,6 +50,8 @@ _PARTS = {
     "int8": ("{int8}",),
     "packed": ("bitlinear-packed",),  # generation by a PackedModel, with KINDS of sampling
     **{kind: (f"{{head}}-{kind}",) for kind in KINDS},
+    "plain": ("{head}-plain", "{writing}-plain"),
+    "likeliest": ("{head}-likeliest", "{writing}-likeliest"),
 }
 ANY_USE = ("score", "generate", "float", "int8", *KINDS)  # of a model that is not trained further
 
@@ -86,6 +88,7 @@ def kernel_parts(run: RunConfig, uses: Collection[str]) -> list[str]:
     names |= {kind: kind for kind in ACTIVATIONS}
     if run.model.linear == "bitlinear":  # the arithmetic is the same with both activations
         names |= dict.fromkeys(("activations", *ACTIVATIONS), "bitlinear") | {"linear": "bitlinear-"}
+    names["writing"] = f"{names['linear']}tree" if run.head.name == "tree" else run.head.name
     if run.memory.memory == "ngrams":
         uses = [*uses, "memory", *["mixed"] * ("likeliest" in uses)]
     names["copies"] = "copies" if run.model.copy_shares else names["activations"]  # else nothing more

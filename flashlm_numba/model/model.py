@@ -20,6 +20,7 @@ from flashlm_numba.kernels import _check
 from flashlm_numba.kernels.copy_mixture import CopyWeights
 from flashlm_numba.kernels.embedding import embedding_backward, zero
 from flashlm_numba.kernels.ngram_copy import all_copies, last_copies, scatter_copies
+from flashlm_numba.kernels.writing import Writer
 from flashlm_numba.memory.gate import Recalled
 from flashlm_numba.memory.mixed_head import MixedHead
 from flashlm_numba.memory.ngrams import GatedMemory
@@ -254,6 +255,23 @@ class Model:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
         row = int(token if self.head.row_of_token is None else self.head.row_of_token[token])
         return self._trunk.step(state, self._embedding, row)
+
+    def writer(
+        self, state: Any, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    ) -> Writer | None:
+        """What continues the text of a state from prefill or decode_step in compiled code, several tokens per call.
+
+        It draws what head_after(text).sample draws with the same settings and random numbers. None if that needs Python
+        for every token. Raises ValueError if a setting is out of range.
+        """
+        if self.memory is not None:
+            return None
+        shares = None if self._copy_shares is None else self._copy_shares.model
+        drawing = self.head.drawing(temperature, top_k, top_p, shares)
+        if drawing is None:
+            return None
+        token_of_row = self.head.tokens_of_rows(np.arange(self.config.vocab_size))
+        return Writer(state, drawing, self._embedding, token_of_row)
 
     def backward(self, dh: np.ndarray) -> None:
         """Add the gradients of this thread's last forward call, given dh (B*T, C) float32, to `gradients`.

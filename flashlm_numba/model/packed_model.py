@@ -178,6 +178,11 @@ class PackedModel:
         """Feed one token id to a state. Returns its hidden state (1, C) float32."""
         return self.read(state, np.array([token], np.int32))
 
+    def writer(
+        self, state: np.ndarray, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    ) -> None:
+        """None: its head computes the logits of all tokens, beside which Python is cheap."""
+
     remembered: ClassVar[int] = 1
 
     def copied(self, ids: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashlm_numba.kernels import bit_decode, decode
+from flashlm_numba.kernels._text import TextState
 from flashlm_numba.kernels.bit_trunk import (
     BitBuffers,
     BitConfig,
@@ -168,7 +169,7 @@ class TernaryTrunk:
 
     def step(self, state: decode.DecodeState, embedding: np.ndarray, row: int) -> np.ndarray:
         """See Trunk."""
-        return decode.decode_step(state, self.weights, embedding, row)
+        return decode.decode_step(state, embedding, row)
 
     def prefill(
         self, buffers: TrunkBuffers, embedding: np.ndarray, rows: np.ndarray
@@ -239,11 +240,11 @@ class BitTrunk:
             named |= {f"blocks.{b}.{name}.weight": value for b, value in enumerate(found[field])}
         return named | _gains(found["gain_in"], found["gain_out"])
 
-    def new_state(self) -> bit_decode.BitDecodeState:
+    def new_state(self) -> TextState:
         """See Trunk."""
         return bit_decode.bit_new_state(self.weights)
 
-    def step(self, state: bit_decode.BitDecodeState, embedding: np.ndarray, row: int) -> np.ndarray:
+    def step(self, state: TextState, embedding: np.ndarray, row: int) -> np.ndarray:
         """See Trunk."""
         return bit_decode.bit_decode_step(state, embedding, row)
 
@@ -251,9 +252,7 @@ class BitTrunk:
         """See Trunk."""
         raise NotImplementedError("BitTrunk.prefill: its receptive field is the whole text; use read")
 
-    def read(
-        self, state: bit_decode.BitDecodeState, buffers: BitBuffers, embedding: np.ndarray, rows: np.ndarray
-    ) -> np.ndarray:
+    def read(self, state: TextState, buffers: BitBuffers, embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See Trunk."""
         return bit_decode.bit_read(state, buffers, self.weights, embedding, rows)
 

@@ -17,6 +17,7 @@ import numpy as np
 from flashlm_numba.heads.sampling import KINDS
 from flashlm_numba.heads.table import HEADS, head_class
 from flashlm_numba.model.config import NORMUON_VARIANTS, ModelConfig, OptimizerConfig
+from flashlm_numba.system.arrays import for_reading
 
 if TYPE_CHECKING:
     from flashlm_numba.heads.base import Head
@@ -135,7 +136,7 @@ def _decode() -> None:
     from flashlm_numba.kernels import decode
 
     weights, _ = _trunk()
-    decode.decode_step(decode.new_state(weights), weights, np.zeros((5, CONFIG.dim), np.float32), 0)
+    decode.decode_step(decode.new_state(weights), np.zeros((5, CONFIG.dim), np.float32), 0)
 
 
 def _prefill() -> None:
@@ -256,6 +257,23 @@ def _sampling(name: str, kind: str) -> None:
             head.sample(h, rng, **options)
 
 
+def _writing(linear: str, kind: str) -> None:
+    """With a tree; its draws and the trunk's decoding are compiled by other tasks."""
+    from flashlm_numba.kernels.copy_mixture import CopyWeights
+    from flashlm_numba.kernels.tree_draw import CopyModel
+    from flashlm_numba.kernels.writing import compile_writing
+    from flashlm_numba.model.trunks import TRUNKS
+
+    config = CONFIG if linear == "ternary" else replace(CONFIG, mixer="mlgru", linear=linear)
+    head = _head("tree")
+    weight = for_reading(head.parameters.get("weight", np.zeros((CONFIG.vocab_size, CONFIG.dim), np.float32)))
+    weights = CopyWeights(*(np.zeros(shape, np.float32) for shape in ((1,), (1, CONFIG.dim), (1,))))
+    for options in SAMPLING[kind]:
+        drawing = head.drawing(**options, copies=CopyModel(weight, weights))
+        if drawing is not None:
+            compile_writing(TRUNKS[linear](config).new_state(), drawing, weight)
+
+
 SAMPLING: dict[str, list[dict[str, Any]]] = {
     "plain": [{}],
     "likeliest": [{"temperature": 0.8, "top_k": 4}, {"temperature": 0.0}],
@@ -301,3 +319,6 @@ for _name in HEADS:
         TASKS[f"{_name} head: {_kind} sampling"] = Task(
             f"{_name}-{_kind}", partial(_sampling, _name, _kind), *_DRAWS.get((_name, _kind), (2, 10))
         )
+for _kind in ("plain", "likeliest"):
+    for _linear, _part in (("ternary", "tree"), ("bitlinear", "bitlinear-tree")):
+        TASKS[f"writing: {_linear}, {_kind}"] = Task(f"{_part}-{_kind}", partial(_writing, _linear, _kind), 2, 2)

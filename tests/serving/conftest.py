@@ -121,7 +121,13 @@ class SlowModel(FixedModel):
 
     def __init__(self, model, eot):
         super().__init__(model)
-        self.head = EndlessHead(model.head, eot)
+        self.head, self._eot = EndlessHead(model.head, eot), eot
+
+    def head_after(self, ids):
+        return EndlessHead(self._model.head_after(ids), self._eot)
+
+    def writer(self, state, **settings):
+        return None
 
     def decode_step(self, state, token):
         time.sleep(0.005)
