@@ -87,9 +87,9 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
     found: list[tuple[float, dict[str, float]]] = []  # of the token that is being sampled
 
     def score(head: Any, h: np.ndarray, token: int) -> None:  # it must not hold the continuation that holds it
-        if request.logprobs is not None and token != served.vocabulary.eot:
+        if token != served.vocabulary.eot:
             log_prob = written(head.log_prob_of(h[0], np.array([token], np.int32)))  # serial, as sampling is
-            found.append((float(log_prob[0]), served.likeliest(head, h, request.logprobs)[0]))
+            found.append((float(log_prob[0]), served.likeliest(head, h, request.logprobs or 0)[0]))
 
     continuation = Continuation(
         served.model,
@@ -99,7 +99,7 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
         temperature=request.temperature,
         top_k=request.top_k,
         top_p=request.top_p,
-        on_sample=score,
+        on_sample=None if request.logprobs is None else score,
     )
     stream = Utf8Stream()
     shown = prompt.text
@@ -118,6 +118,7 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
         return
 
     stops, waiting = StopTexts(request.stop), deque[TokenScore]()
+    block, count = "", 0  # text and tokens that have not been passed on
     position = passed = len(shown)  # characters of the prompt and of the text so far; of what was passed on
     reason = "length"
     healing = bool(continuation.pending)
@@ -130,18 +131,19 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
         found.clear()
         healing = bool(continuation.pending)
         position += len(sampled.text)
+        count += 1
         if sampled.token == served.vocabulary.eot:
             reason = "stop"
-            yield Delta(sampled=1)
             break
         text = stops.feed(sampled.text)
-        passed += len(text)
+        passed, block = passed + len(text), block + text
         if stops.found:
             reason = "stop"
-        # a token goes with the text that holds its first character
-        yield Delta(text, tuple(_until(waiting, passed)), sampled=1)
-        if stops.found:
             break
+        if not continuation.drawn:  # tokens that were drawn together are a step
+            # a token goes with the text that holds its first character
+            yield Delta(block, tuple(_until(waiting, passed)), sampled=count)
+            block, count = "", 0
     text = "" if stops.found else stops.feed(continuation.end())
     if stops.found:
         reason = "stop"
@@ -149,7 +151,7 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
         text += stops.end()
     passed += len(text)
     rest = _until(waiting, passed) if stops.found else waiting
-    yield Delta(text, tuple(rest), finish_reason=reason)
+    yield Delta(block + text, tuple(rest), sampled=count, finish_reason=reason)
 
 
 def _until(waiting: deque[TokenScore], position: int) -> Iterator[TokenScore]:
