@@ -19,7 +19,11 @@ from flashlm_numba.system.fields import in_range as _in
 from flashlm_numba.system.fields import one_of as _one_of
 
 ACTIVATIONS = ("float", "int8")
-LINEARS = ("ternary", "bitlinear")
+# kinds of ternary layers, and the fields of ModelConfig that only this kind reads
+LINEARS: dict[str, tuple[str, ...]] = {
+    "ternary": ("ffn_residual_scale", "ternary_threshold", "activations"),
+    "bitlinear": ("norm_eps",),
+}
 ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
 COPY_OUTPUTS = ("add", "mixture")
 
@@ -94,6 +98,10 @@ class ModelConfig:
         return 1 + self.n_blocks * self.n_passes * reach + copies
 
 
+# update rules of the ternary matrices and schedules, with the fields of OptimizerConfig that only this one reads
+MATRICES: dict[str, tuple[str, ...]] = {"normuon": ("normuon", "normuon_lr", "normuon_iterations"), "adamw": ()}
+SCHEDULES: dict[str, tuple[str, ...]] = {"linear": ("warmdown_ratio",), "halved-cosine": ()}
+
 # Fixed values of each NorMuon variant: fields of kernels.normuon.NorMuonRule, which documents them
 NORMUON_VARIANTS: dict[str, dict[str, Any]] = {
     # the authors' repository, arXiv:2510.05491
@@ -110,7 +118,7 @@ class OptimizerConfig:
     adamw_eps: ClassVar[float] = 1e-8  # added to the square root of the second moment
 
     # update rule of the ternary matrices; runs of earlier versions do not have this setting and the schedule
-    matrices: str = _one_of("normuon", ("normuon", "adamw"), optional=True)  # their optimiser
+    matrices: str = _one_of("normuon", MATRICES, optional=True)  # their optimiser
     normuon: str = _one_of("published", NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # peak learning rate of NorMuon
     normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations per step
@@ -125,7 +133,7 @@ class OptimizerConfig:
     warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
     # after the warm-up: constant, then linear to 0; or a cosine to 0 that is halved from the middle on
-    schedule: str = _one_of("linear", ("linear", "halved-cosine"), optional=True)  # of the learning rates
+    schedule: str = _one_of("linear", SCHEDULES, optional=True)  # of the learning rates
 
     @property
     def normuon_variant(self) -> dict[str, Any]:
