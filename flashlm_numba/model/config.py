@@ -52,9 +52,10 @@ class ModelConfig:
     ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude; larger weights become +1 or -1
     activations: str = _one_of("float", ACTIVATIONS)  # precision of the activations that ternary weights multiply
     # ternary matrices: FlashLM v3's, or the MatMul-free LM's with a norm, int8 inputs and a scale; that has no
-    # residual scales and no ternary_threshold. Runs of earlier versions do not have these two.
+    # residual scales and no ternary_threshold. Runs of earlier versions have none of these three.
     linear: str = _one_of("ternary", LINEARS, optional=True)  # kind of the ternary layers
     norm_eps: float = _in(1e-6, 1e-12, 1, optional=True)  # epsilon of the trunk's norms with linear=bitlinear
+    embedding_dim: int | None = _in(None, 1, optional=True)  # E, width of the embedding; none: dim, no projection
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_blocks", "n_passes"):
@@ -64,6 +65,8 @@ class ModelConfig:
         for name, most in (("kernel_size", 64), ("n_blocks", 64), ("n_passes", 64)):
             if getattr(self, name) > most:
                 raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
+        if self.embedding_dim is not None and self.embedding_dim >= self.dim:
+            raise ValueError(f"model.embedding_dim must be below model.dim, got {self.embedding_dim} and {self.dim}")
         if self.mixer not in MIXERS:
             raise ValueError(f"model.mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
         MIXERS[self.mixer].check(self)

@@ -34,6 +34,7 @@ CASES = {
 OTHER = {
     "model": {
         "dim": 20,
+        "embedding_dim": 8,
         "ffn_dim": 20,
         "groups": 2,
         "kernel_size": 2,
@@ -111,7 +112,7 @@ def rows(monkeypatch):
     """An initial embedding "from the corpus" that takes no time."""
 
     def start(run, data, note):
-        shape = run.model.vocab_size, run.model.dim
+        shape = run.model.vocab_size, run.model.embedding_dim or run.model.dim
         given = run.training.embedding_init == "corpus"
         return (np.random.default_rng(0).standard_normal(shape, np.float32) / 50 if given else None), 0.0
 
