@@ -24,9 +24,10 @@ from flashlm_numba.system.files import parse_json
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
+def with_settings(run: RunConfig, settings: Iterable[str], *, idle: bool = False) -> RunConfig:
     """Apply `key=value` texts, where a key is a field's name with or without its section.
 
+    idle : also accept settings that have no effect with the others
     Raises UserError for an unknown key, a value that is not allowed, or a setting that has no effect with the others.
     """
     changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -44,7 +45,8 @@ def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
         changed = replace(run, **{part: replace(getattr(run, part), **changes[part]) for part in SECTIONS})
     except ValueError as error:
         raise UserError(f"{error}.") from None
-    refuse_idle(changed, changes)
+    if not idle:
+        refuse_idle(changed, changes)
     return changed
 
 
