@@ -10,7 +10,7 @@ import click
 
 from flashlm_numba.cli import options
 from flashlm_numba.cli.options import HeadName, Number, PathOrSource, use_threads
-from flashlm_numba.heads import HEADS, head_class
+from flashlm_numba.heads import HEADS
 from flashlm_numba.memory.config import MEMORIES
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.model.recipes import RECIPES, from_recipe, names_head
@@ -223,24 +223,18 @@ def _run_settings(
         from flashlm_numba.model.trained import settings_from
 
         run = settings_from(from_recipe(recipe or "default"), settings, init)
-        _check_settings(run.head.name, settings, {})
         return run, False
     changes = [f"head.name={head or ('tree' if tree else None)}"] if head or tree else []
     changes += [f"head.tree={tree}"] if tree else []
     changes += [f"training.embedding_init={embeddings}"] if embeddings else []
     run = from_recipe(recipe or "default", [*changes, *settings], shape)
-    _check_settings(run.head.name, settings, {"name": head or tree, "tree": tree, "embedding_init": embeddings})
+    _check_repeated(settings, {"name": head or tree, "tree": tree, "embedding_init": embeddings})
     return run, not names_head([*changes, *settings], run.head.name)
 
 
-def _check_settings(head: str, settings: tuple[str, ...], given: dict[str, str | None]) -> None:
-    """Raise UsageError for a setting that an option sets too, or that has no effect with this head."""
+def _check_repeated(settings: tuple[str, ...], given: dict[str, str | None]) -> None:
+    """Raise UsageError for a setting that an option sets too."""
     names = {setting.partition("=")[0].strip().split(".")[-1] for setting in settings}
     twice = sorted(name for name in names if given.get(name) is not None)
     if twice:
         raise click.UsageError(f"--set {twice[0]} repeats an option; give only one of the two.")
-    for owner in HEADS:
-        if idle := sorted(names & set(head_class(owner).own_settings) - set(head_class(head).own_settings)):
-            raise click.UsageError(
-                f"With the {head} head, {', '.join(idle)} has no effect; leave it out, or give --head {owner}."
-            )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashlm_numba.data.byte_level import LONG_PIECE, bytes_of, hash_of, library_tokenizer
+from flashlm_numba.data.byte_level import BYTE_NAMES, LONG_PIECE, bytes_of, hash_of, library_tokenizer
 from flashlm_numba.data.documents import without_surrogates
 from flashlm_numba.data.tokenizer import TOKENIZER, Vocabulary, split_text
 from flashlm_numba.data.tokenizer_file import MOST_BYTES, PROBES
@@ -49,7 +49,9 @@ def read_tokenizer(path: Path, size: int) -> Any:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a tokenizer.json; remove it.")
         content = parse_json(path.read_text(encoding="utf-8-sig"))
-        _ = ImportedVocabulary(imported_text(content, size, 0, 0))._library
+        found = ImportedVocabulary(imported_text(content, size, 0, 0))
+        _check_unknown(content)
+        _ = found._library
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
@@ -173,6 +175,32 @@ class ImportedVocabulary(Vocabulary):
             if back not in (probe, f" {probe}"):  # a space that the tokenizer puts before a text
                 return probe, back
         return None
+
+
+def _check_unknown(content: dict[str, Any]) -> None:
+    """Raise ValueError if some text would need the token for unknown text, and there is none.
+
+    Without one the library drops what a BPE has no token for, which `lost` finds. The other models, and a BPE whose
+    token is missing, encode no text with an unknown part.
+    """
+    model = content["model"]
+    kind, vocab = model.get("type", "BPE"), model["vocab"]
+    names = set(vocab) if isinstance(vocab, dict) else {str(entry[0]) for entry in vocab}
+    if kind in ("BPE", "Unigram"):
+        pre = [part.get("type") for part in _parts(content.get("pre_tokenizer"), "pretokenizers")]
+        fallback = kind == "BPE" and model.get("byte_fallback")  # a Unigram needs the token in spite of these
+        bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if fallback else set(BYTE_NAMES)
+        if bytes_ <= names and (fallback or "ByteLevel" in pre):
+            return  # no text is unknown
+    key = "unk_id" if kind == "Unigram" else "unk_token"
+    unknown = model.get(key)
+    if unknown is None:
+        if kind == "BPE":
+            return
+        raise ValueError(f"its {kind} model has no {key}, so it cannot encode unknown text")
+    known = unknown in range(len(names)) if kind == "Unigram" else isinstance(unknown, str) and unknown in names
+    if not known:
+        raise ValueError(f"its {key} {unknown!r} is not in its vocabulary, so it cannot encode unknown text")
 
 
 def _parts(part: Any, key: str) -> Iterator[dict[str, Any]]:

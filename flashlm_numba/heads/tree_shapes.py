@@ -257,6 +257,9 @@ SHAPES: dict[str, Callable[..., Tree]] = {
 }
 
 
+EITHER_CLUSTERING = ("default", "adaptive", "two-level")  # with rows they group by these, without by frequency
+
+
 def check_shape(shape: str, options: Iterable[str], *, rows: bool, prefix: str = "") -> None:
     """Raise UserError unless build_tree knows the shape and the shape takes these options, with or without rows.
 

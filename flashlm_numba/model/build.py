@@ -269,17 +269,18 @@ def _head_maker(
 
 
 def _embedding_start(run: RunConfig, data: TokenData, note: Note) -> tuple[np.ndarray | None, float]:
-    """The initial embedding (V, C) float32 by token id, or None for a random one; and the seconds that it took."""
+    """The initial embedding (V, E) float32 by token id, or None for a random one; and the seconds that it took."""
     start, config = run.training.embedding_init, run.model
+    width = config.embedding_dim or config.dim
     if start == "random":
         return None, 0.0
     if start == "corpus":
         from flashlm_numba.model import embedding_init
 
-        return embedding_init.cached_start(data, config.dim, threads=run.threads, report=note)
+        return embedding_init.cached_start(data, width, threads=run.threads, report=note)
     from flashlm_numba.model import pretrained
 
     began = time.perf_counter()
-    rows, kept = pretrained.from_gpt2(start, config.dim, config.vocab_size)
-    note(f"The initial embedding is {start}, reduced to {config.dim} dimensions with {kept:.1%} of its variance.")
+    rows, kept = pretrained.from_gpt2(start, width, config.vocab_size)
+    note(f"The initial embedding is {start}, reduced to {width} dimensions with {kept:.1%} of its variance.")
     return rows, time.perf_counter() - began

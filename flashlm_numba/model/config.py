@@ -19,7 +19,11 @@ from flashlm_numba.system.fields import in_range as _in
 from flashlm_numba.system.fields import one_of as _one_of
 
 ACTIVATIONS = ("float", "int8")
-LINEARS = ("ternary", "bitlinear")
+# kinds of ternary layers, and the fields of ModelConfig that only this kind reads
+LINEARS: dict[str, tuple[str, ...]] = {
+    "ternary": ("ffn_residual_scale", "ternary_threshold", "activations"),
+    "bitlinear": ("norm_eps",),
+}
 ROWS = ("float", "int8", "int4")  # arithmetic of the embedding's rows in an exported file
 COPY_OUTPUTS = ("add", "mixture")
 
@@ -48,9 +52,10 @@ class ModelConfig:
     ternary_threshold: float = _in(1.0, 0, 1)  # times a matrix's mean magnitude; larger weights become +1 or -1
     activations: str = _one_of("float", ACTIVATIONS)  # precision of the activations that ternary weights multiply
     # ternary matrices: FlashLM v3's, or the MatMul-free LM's with a norm, int8 inputs and a scale; that has no
-    # residual scales and no ternary_threshold. Runs of earlier versions do not have these two.
+    # residual scales and no ternary_threshold. Runs of earlier versions have none of these three.
     linear: str = _one_of("ternary", LINEARS, optional=True)  # kind of the ternary layers
     norm_eps: float = _in(1e-6, 1e-12, 1, optional=True)  # epsilon of the trunk's norms with linear=bitlinear
+    embedding_dim: int | None = _in(None, 1, optional=True)  # E, width of the embedding; none: dim, no projection
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "ffn_dim", "groups", "kernel_size", "n_blocks", "n_passes"):
@@ -60,6 +65,8 @@ class ModelConfig:
         for name, most in (("kernel_size", 64), ("n_blocks", 64), ("n_passes", 64)):
             if getattr(self, name) > most:
                 raise ValueError(f"model.{name} must be at most {most}, got {getattr(self, name)}")
+        if self.embedding_dim is not None and self.embedding_dim >= self.dim:
+            raise ValueError(f"model.embedding_dim must be below model.dim, got {self.embedding_dim} and {self.dim}")
         if self.mixer not in MIXERS:
             raise ValueError(f"model.mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
         MIXERS[self.mixer].check(self)
@@ -94,6 +101,10 @@ class ModelConfig:
         return 1 + self.n_blocks * self.n_passes * reach + copies
 
 
+# update rules of the ternary matrices and schedules, with the fields of OptimizerConfig that only this one reads
+MATRICES: dict[str, tuple[str, ...]] = {"normuon": ("normuon", "normuon_lr", "normuon_iterations"), "adamw": ()}
+SCHEDULES: dict[str, tuple[str, ...]] = {"linear": ("warmdown_ratio",), "halved-cosine": ()}
+
 # Fixed values of each NorMuon variant: fields of kernels.normuon.NorMuonRule, which documents them
 NORMUON_VARIANTS: dict[str, dict[str, Any]] = {
     # the authors' repository, arXiv:2510.05491
@@ -110,7 +121,7 @@ class OptimizerConfig:
     adamw_eps: ClassVar[float] = 1e-8  # added to the square root of the second moment
 
     # update rule of the ternary matrices; runs of earlier versions do not have this setting and the schedule
-    matrices: str = _one_of("normuon", ("normuon", "adamw"), optional=True)  # their optimiser
+    matrices: str = _one_of("normuon", MATRICES, optional=True)  # their optimiser
     normuon: str = _one_of("published", NORMUON_VARIANTS)  # variant of NorMuon, for the ternary matrices
     normuon_lr: float = _in(0.02, 0)  # peak learning rate of NorMuon
     normuon_iterations: int = _in(5, 0, 20)  # Newton-Schulz iterations per step
@@ -125,7 +136,7 @@ class OptimizerConfig:
     warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
     # after the warm-up: constant, then linear to 0; or a cosine to 0 that is halved from the middle on
-    schedule: str = _one_of("linear", ("linear", "halved-cosine"), optional=True)  # of the learning rates
+    schedule: str = _one_of("linear", SCHEDULES, optional=True)  # of the learning rates
 
     @property
     def normuon_variant(self) -> dict[str, Any]:

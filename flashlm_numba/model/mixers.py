@@ -9,7 +9,7 @@ the exception: it is part of the trunk of linear=bitlinear (trunks.py), and its 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 
 class Parameter(NamedTuple):
@@ -22,7 +22,12 @@ class Parameter(NamedTuple):
 
 
 class MixerType(Protocol):
-    """The interface of a mixer type. config is a ModelConfig; each type reads the settings that belong to it."""
+    """The interface of a mixer type. config is a ModelConfig; each type reads the settings that belong to it.
+
+    own_settings : fields of ModelConfig that have no effect with some other mixer
+    """
+
+    own_settings: ClassVar[tuple[str, ...]]
 
     def check(self, config: Any) -> None:
         """Raise ValueError, naming the setting, if a setting is invalid."""
@@ -51,6 +56,14 @@ class MixerType(Protocol):
 
 class ConvType:
     """FlashLM v3's mixer: gated dilated convolutions and a ternary layer; leaky_decay adds a leaky average."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (
+        "groups",
+        "kernel_size",
+        "dilations",
+        "mixer_residual_scale",
+        "leaky_decay",
+    )
 
     def check(self, config: Any) -> None:
         """See MixerType."""
@@ -120,6 +133,8 @@ BIT_LAYERS = {
 
 class MlgruType:
     """The MatMul-free LM's mixer: a gated recurrence per channel between BitLinears (kernels/bit_trunk.py)."""
+
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def check(self, config: Any) -> None:
         """See MixerType."""

@@ -25,7 +25,8 @@ from flashlm_numba.memory.gate import Recalled
 from flashlm_numba.memory.mixed_head import MixedHead
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
-from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, parameter_shapes
+from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, PROJECTION, parameter_shapes
+from flashlm_numba.model.token_rows import TokenRows
 from flashlm_numba.model.trunks import TRUNKS
 from flashlm_numba.system.arrays import for_reading, hash_of_arrays
 from flashlm_numba.system.calls import Gate, OneCall, Pool
@@ -38,7 +39,7 @@ READ_TOKENS = 512  # of a text that a model without a finite receptive field rea
 class Model:
     """Parameters, gradients, forward and backward pass.
 
-    make_head : function that builds the head on the live embedding and its gradient, both (V, C) float32
+    make_head : function that builds the head on the tokens' live rows and their gradient, both (V, C) float32
     `parameters` and `gradients` are dicts with the same keys: those of parameter_shapes, then the head's.
 
     Threads: `forward`, `prefill` and `decode_step` (with a state per thread) may be called from any number of threads
@@ -63,7 +64,8 @@ class Model:
         self.parameters = {name: parameters[name] for name in parameter_shapes(config)}
         # np.zeros allocates memory on the first write, so a model that only generates has no gradients in memory
         self.gradients = {name: np.zeros(value.shape, np.float32) for name, value in self.parameters.items()}
-        self.head = make_head(self.parameters[EMBEDDING], self.gradients[EMBEDDING])
+        self._rows = TokenRows(self.parameters, self.gradients)
+        self.head = make_head(self._rows.values, self._rows.gradient)
         for name, value in self.head.parameters.items():
             self.parameters[f"head.{name}"] = value
             self.gradients[f"head.{name}"] = self.head.gradients[name]
@@ -78,11 +80,11 @@ class Model:
                 CopyWeights(*(arrays[COPY_SHARES + name] for name in CopyWeights._fields))
                 for arrays in (self.parameters, self.gradients)
             )
-            tied = self.parameters[EMBEDDING], self.gradients[EMBEDDING]
+            tied = self._rows.values, self._rows.gradient
             self._copy_shares = CopyShares(weights, gradients, *tied, self.head.row_of_token)
         self._trunk = TRUNKS[config.linear](config)
         self._weights = self._trunk.weights
-        self._embedding = for_reading(self.parameters[EMBEDDING])
+        self._embedding = for_reading(self._rows.values)
         self._buffers: Pool[Any] = Pool()
         # the thread, buffers and rows of the last call of forward, until another call uses buffers
         self._last: tuple[int, Any, np.ndarray] | None = None
@@ -117,6 +119,7 @@ class Model:
             self._sync_weights()
 
     def _sync_weights(self) -> None:
+        self._rows.sync()
         self._trunk.set_weights(self.parameters)
         self.head.prepare()
 
@@ -155,6 +158,7 @@ class Model:
         with self._training.alone():
             for gradient in self.gradients.values():
                 zero(gradient)
+            self._rows.zero_grad()
 
     @contextlib.contextmanager
     def _buffers_for(self, batch: int, time: int) -> Iterator[Any]:
@@ -368,11 +372,12 @@ class Model:
 
     def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray) -> None:
         """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
-        w, gradient, dx = self._weights, self.gradients[EMBEDDING], buffers.gradients.dx
+        w, gradient, dx = self._weights, self._rows.gradient, buffers.gradients.dx
         embedding_backward(gradient, dx, rows)
         gain_out = w.gain_out if self.config.copy_adds else np.zeros_like(w.gain_in)
         for o, copies in enumerate(buffers.activations.copies):
             scatter_copies(gradient, dx, dh, copies, w.gain_in[o], gain_out[o])
+        self._rows.backward()
 
     def _trunk_backward(self, buffers: Any, dh: np.ndarray, *, accumulate: bool) -> None:
         """Add the trunk's gradients to `gradients`, or replace all but the embedding's and the head's."""
@@ -380,7 +385,9 @@ class Model:
         for name, gradient in self.gradients.items():
             if name in named:
                 np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
-            elif not accumulate and name != EMBEDDING and not name.startswith(("head.", "memory.", COPY_SHARES)):
+            elif name in (EMBEDDING, PROJECTION) or name.startswith(("head.", "memory.", COPY_SHARES)):
+                continue  # they are not the trunk's
+            elif not accumulate:
                 gradient[...] = 0  # of the router, which has none
 
     def loss_and_grad(

@@ -142,7 +142,7 @@ def serves(run: RunConfig) -> bool:
     """Whether a PackedModel can be made of an exported model with these settings."""
     ends = run.head.name == "bitlinear" and not run.head.log_prior and run.head.soft_cap is None
     alone = not run.model.ngram_copy_orders and run.memory.memory == "none"
-    return ends and alone and run.model.linear == "bitlinear"
+    return ends and alone and run.model.linear == "bitlinear" and run.model.embedding_dim is None
 
 
 def load_for_generation(

@@ -1,6 +1,6 @@
 """Names, shapes and initial values of the model's parameters, except those of its head.
 
-embedding.weight
+embedding.weight, and embedding.projection if the embedding has a width of its own
 blocks.B.norm1.weight, blocks.B.mixer.*, blocks.B.norm2.weight, blocks.B.glu.{gate,up,down}.weight
     with linear=bitlinear blocks.B.glu.{gate_up,down}.{weight,norm.weight}
 router.{weight,bias} or, with linear=bitlinear, lower_bounds; final_norm.weight
@@ -19,6 +19,7 @@ from flashlm_numba.model.mixers import MIXERS, Parameter
 
 ENDS = ("inputs", "outputs")  # ends of the trunk, where copied rows are added
 EMBEDDING = "embedding.weight"
+PROJECTION = "embedding.projection"  # see token_rows.py
 COPY_SHARES = "ngram_copy.mixture."  # prefix of the names of kernels.copy_mixture.CopyWeights
 COPY_BIAS = -4.0  # initial one: a copy begins with a share of 1.8 %
 
@@ -45,12 +46,15 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
     Norms start at one, and the gains of the leaky average and of the n-gram copy at zero. With
     ngram_copy_output=mixture a copy starts with a share of exp(COPY_BIAS) beside the head's 1. Convolutions, gate and
-    up have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small. With linear=bitlinear the
+    up have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small. The rows of the
+    projection are orthonormal. With linear=bitlinear the
     initial values are those of the MatMul-free LM's authors: 0.02, and what ends a branch 0.02 / sqrt(2 L).
     """
     c = config.dim
     norm = Parameter((c,), fill=1.0)
-    found = {EMBEDDING: Parameter((config.vocab_size, c), 0.02)}
+    found = {EMBEDDING: Parameter((config.vocab_size, config.embedding_dim or c), 0.02)}
+    if config.embedding_dim is not None:
+        found[PROJECTION] = Parameter((config.embedding_dim, c), 1.0)
     for block in range(config.n_blocks):
         mixer = MIXERS[config.mixer].parameters(config)
         own = {
@@ -92,7 +96,7 @@ def initial_parameters(
 ) -> dict[str, np.ndarray]:
     """The initial values, float32. Each tensor has a separate random generator.
 
-    embedding : initial embedding (V, C); None: normal with standard deviation embedding_std
+    embedding : initial embedding (V, E), E being embedding_dim or dim; None: normal, standard deviation embedding_std
     """
     parameters = {}
     for index, (name, (shape, std, fill, _)) in enumerate(model_parameters(config).items()):
@@ -104,6 +108,10 @@ def initial_parameters(
             parameters[name] = np.full(shape, fill, np.float32)
             continue
         rng = np.random.default_rng((seed, index))
+        if name == PROJECTION:  # orthonormal rows, which keep the lengths and angles of the embedding's
+            drawn = rng.standard_normal(shape[::-1])
+            parameters[name] = np.ascontiguousarray(np.linalg.qr(drawn)[0].T, np.float32)
+            continue
         std = embedding_std if name == EMBEDDING else std
         parameters[name] = rng.standard_normal(shape, np.float32) * np.float32(std)
     return parameters

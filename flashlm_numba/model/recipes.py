@@ -77,9 +77,10 @@ def names_head(settings: Iterable[str], head: str) -> bool:
     return "name" in keys or bool(keys & set(head_class(head).own_settings))
 
 
-def from_recipe(name: str, settings: Iterable[str] = (), shape: str | None = None) -> RunConfig:
+def from_recipe(name: str, settings: Iterable[str] = (), shape: str | None = None, *, idle: bool = False) -> RunConfig:
     """The settings of a recipe in RECIPES, with another shape in SHAPES, changed by `key=value` texts, in this order.
 
+    idle : as in with_settings
     Raises UserError for an unknown recipe, shape or setting.
     """
     if name not in RECIPES:
@@ -90,4 +91,4 @@ def from_recipe(name: str, settings: Iterable[str] = (), shape: str | None = Non
     if shape is not None and run.model.linear == "bitlinear" != SHAPES[shape].linear:
         fitting = ", ".join(other for other, model in SHAPES.items() if model.linear == "bitlinear")
         raise UserError(f"The model '{shape}' is no MatMul-free LM, which {name} trains; these are {fitting}.")
-    return with_settings(run if shape is None else replace(run, model=SHAPES[shape]), settings)
+    return with_settings(run if shape is None else replace(run, model=SHAPES[shape]), settings, idle=idle)

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from flashlm_numba.model.config import SECTIONS, Phase, RunConfig
+from flashlm_numba.model.idle import refuse_idle
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.files import parse_json
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
+def with_settings(run: RunConfig, settings: Iterable[str], *, idle: bool = False) -> RunConfig:
     """Apply `key=value` texts, where a key is a field's name with or without its section.
 
-    Raises UserError for an unknown key or a value that is not allowed.
+    idle : also accept settings that have no effect with the others
+    Raises UserError for an unknown key, a value that is not allowed, or a setting that has no effect with the others.
     """
     changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for text in settings:
@@ -40,9 +42,12 @@ def with_settings(run: RunConfig, settings: Iterable[str]) -> RunConfig:
         _check(where, parsed, _field(kind, name))
         changes[section][name] = parsed
     try:  # all values of a section at once, because some fit only together
-        return replace(run, **{part: replace(getattr(run, part), **changes[part]) for part in SECTIONS})
+        changed = replace(run, **{part: replace(getattr(run, part), **changes[part]) for part in SECTIONS})
     except ValueError as error:
         raise UserError(f"{error}.") from None
+    if not idle:
+        refuse_idle(changed, changes)
+    return changed
 
 
 def run_from_json(text: str, path: Path | str = "config.json") -> RunConfig:

@@ -29,6 +29,8 @@ def training_bytes(run: RunConfig) -> int:
         size = math.prod(parameter.shape)
         if name == EMBEDDING:
             total += 4 * size * (2 + _moments(run)) + (0 if run.optimizer.rowwise_exp_avg_sq else 4 * size)
+            if model.embedding_dim is not None:  # the rows that it gives, and their gradient
+                total += 4 * 2 * model.vocab_size * model.dim
         elif parameter.ternary:
             # weight, gradient, momentum; NorMuon's scratch, or AdamW's second moment; a gradient per thread; ternary
             # values in three layouts, or, with linear=bitlinear, in one, as codes, and as the transposes' panels

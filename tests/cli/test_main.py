@@ -37,15 +37,6 @@ def test_help_loads_no_numerical_package():
         (["train", "--head", "dense", "--tree", "huffman"], "--tree applies only to the tree head"),
         (["train", "--head", "flat"], "'flat' is not one of"),
         (["train", "--head", "sampled", "--tree", "huffman"], "--tree applies only to the tree head"),
-        (
-            ["train", "--head", "dense", "--set", "head.tree_rank=8"],
-            "With the dense head, tree_rank has no effect",
-        ),
-        (
-            ["train", "--set", "num_sampled=9"],
-            "With the tree head, num_sampled has no effect; leave it out, or give",
-        ),
-        (["train", "--head", "dense", "--set", "full_softmax_ratio=1"], "give --head sampled."),
         (["train", "--head", "dense", "--set", "head.name=tree"], "--set name repeats an option; give only one"),
         (["train", "--tree", "huffman", "--set", "tree=balanced"], "--set tree repeats an option"),
         (["train", "--threads", "100000", "--out", "x"], "threads must be between 1 and"),
@@ -68,6 +59,15 @@ def test_usage_errors_end_with_status_2(arguments, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (
+            ["train", "--head", "dense", "--set", "head.tree_rank=8"],
+            "With the dense head, tree_rank has no effect",
+        ),
+        (
+            ["train", "--set", "num_sampled=9"],
+            "With the tree head, num_sampled has no effect; leave it out, or give",
+        ),
+        (["train", "--head", "dense", "--set", "full_softmax_ratio=1"], "give --head sampled."),
         (["train", "--set", "adamw_lrr=1"], "There is no setting 'adamw_lrr'; did you mean 'adamw_lr'?"),
         (
             ["train", "no-such-folder"],

@@ -5,7 +5,9 @@ import json
 import pytest
 from mmf_tokenizer import tokenizer_json
 
+from flashlm_numba.data.byte_level import BYTE_NAMES, pre_tokenizer
 from flashlm_numba.data.imported import ImportedVocabulary, imported_text, read_tokenizer
+from flashlm_numba.data.tokenizer_file import PROBES
 from flashlm_numba.data.vocabularies import vocabulary_of
 from flashlm_numba.system.errors import UserError
 
@@ -124,6 +126,70 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text, why):
     with pytest.raises(UserError, match="or remove it to import by ids only") as error:
         read_tokenizer(path, 40)
     assert why in str(error.value)
+
+
+LETTERS = [*"abcdefgh ", "<unk>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def model_of(kind, names=LETTERS, **settings):
+    """A tokenizer.json with a model of this kind."""
+    vocab = [[name, -1.0] for name in names] if kind == "Unigram" else {name: i for i, name in enumerate(names)}
+    own = {
+        "BPE": {"merges": []},
+        "WordPiece": {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+    }.get(kind, {})
+    return {"version": "1.0", "model": {"type": kind, "vocab": vocab} | own | settings}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (model_of("BPE", unk_token="<x>"), "its unk_token '<x>' is not in its vocabulary"),
+        (model_of("BPE", unk_token=3), "its unk_token 3 is not in its vocabulary"),
+        (
+            model_of("BPE", BYTES[1:], unk_token="<x>", byte_fallback=True),
+            "its unk_token '<x>' is not in its vocabulary",
+        ),
+        (model_of("WordPiece", unk_token="<x>"), "its unk_token '<x>' is not in its vocabulary"),
+        (model_of("WordPiece", unk_token=None), "its WordPiece model has no unk_token"),
+        (model_of("WordLevel", unk_token="<x>"), "its unk_token '<x>' is not in its vocabulary"),
+        (model_of("WordLevel"), "its WordLevel model has no unk_token"),
+        (model_of("Unigram", unk_id=99), "its unk_id 99 is not in its vocabulary"),
+        (model_of("Unigram", unk_id=-1), "its unk_id -1 is not in its vocabulary"),
+        (model_of("Unigram", unk_id=None), "its Unigram model has no unk_id"),
+        (model_of("Unigram", BYTES, unk_id=None, byte_fallback=True), "its Unigram model has no unk_id"),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_unknown_text_is_refused(tmp_path, content, why):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_tokenizer(path, 310)
+    sentence = f"{path} cannot be used ({why}, so it cannot encode unknown text); restore it, or remove it to import"
+    assert str(error.value) == f"{sentence} by ids only."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        model_of("BPE", unk_token="<unk>"),
+        model_of("BPE", unk_token=None),  # drops what it does not know
+        model_of("BPE", [*LETTERS, *BYTES], unk_token="<x>", byte_fallback=True),  # knows all
+        model_of("BPE", BYTE_NAMES, unk_token="<x>") | {"pre_tokenizer": pre_tokenizer(use_regex=True)},
+        model_of("WordPiece", unk_token="<unk>"),
+        model_of("WordLevel", unk_token="<unk>"),
+        model_of("Unigram", unk_id=9),
+        model_of("Unigram", BYTE_NAMES) | {"pre_tokenizer": pre_tokenizer(use_regex=True)},
+    ],
+)
+def test_one_that_can_encodes_every_text(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    found = vocabulary(read_tokenizer(path, 310))
+    for text in (*PROBES, "abc"):
+        assert max(found.encode(text), default=0) < 310
+    found.lost()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_settings_are_typed_and_take_dotted_or_plain_names():
     assert run.head.log_prior is True
     assert (run.model.dim, run.model.groups, run.model.dilations) == (20, 4, (1, 2))
     assert with_settings(run, ["soft_cap=none"]).head.soft_cap is None
-    phases = with_settings(run, ["phases=5:2x8x3:frozen,4x16"]).training.phases
+    phases = with_settings(run, ["phases=5:2x8x3:frozen,4x16", "embedding_init=hf:x/y"]).training.phases
     assert phases == (Phase(5, 2, 8, 3, True), Phase(None, 4, 16, 1))
 
 

@@ -37,7 +37,10 @@ def bytes_of(value, seen):
 
 
 @pytest.mark.parametrize("recipe", ["default", "v3", "mmf"])
-@pytest.mark.parametrize("changed", [(), ("dim=512", "ffn_dim=1366"), ("n_blocks=3", "n_passes=1"), ("phases=32x256",)])
+@pytest.mark.parametrize(
+    "changed",
+    [(), ("dim=512", "ffn_dim=1366"), ("n_blocks=3", "n_passes=1"), ("phases=32x256",), ("embedding_dim=64",)],
+)
 def test_the_estimate_is_what_the_arrays_take(recipe, changed, threads):
     threads(2)
     run = replace(from_recipe(recipe, [*changed, "head.name=dense", "vocab_size=3000"]), threads=2)
@@ -57,7 +60,12 @@ def test_the_estimate_is_what_the_arrays_take(recipe, changed, threads):
         assert buffers.scratch(backward=True)
         assert model._weights.read(backward=True)
     found = bytes_of(buffers, seen)
-    found += bytes_of(model._weights, seen) + bytes_of(model.parameters, seen) + bytes_of(model.gradients, seen)
+    found += (
+        bytes_of(model._rows, seen)
+        + bytes_of(model._weights, seen)
+        + bytes_of(model.parameters, seen)
+        + bytes_of(model.gradients, seen)
+    )
     found += (
         bytes_of(NorMuonWorkspace([model.parameters[name].shape for name in names]), seen) if names else 0
     ) + state

@@ -1,5 +1,7 @@
 """One step: what counts in its loss, and what it leaves alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from run_helpers import make_session, start
@@ -57,7 +59,9 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     monkeypatch.setattr("flashlm_numba.model.pretrained.from_gpt2", lambda *arguments: (rows, 0.7))
     (tmp_path / "some.safetensors").touch()
     init = f"embedding_init={tmp_path / 'some.safetensors'}" if given else "embedding_init=random"
-    run = with_settings(tiny_run, ["head.name=dense", "phases=3:2x8:frozen,2x16", init, "checkpoint_every=1"])
+    run = with_settings(tiny_run, ["head.name=dense", init, "checkpoint_every=1"])
+    phases = Phase(3, 2, 8, frozen=True), Phase(None, 2, 16)  # which a recipe may have without rows, but --set may not
+    run = replace(run, training=replace(run.training, phases=phases))
     start(run, corpus, tmp_path / "run", steps=4)
     tables = [
         load_file(tmp_path / "run" / "checkpoints" / f"step-{step}" / "model.safetensors")["embedding.weight"]

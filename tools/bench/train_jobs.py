@@ -59,7 +59,7 @@ class Job:
                 recipe = value
             else:
                 settings.insert(0, {"--head": f"head.name={value}", "--tree": f"head.tree={value}"}.get(option, value))
-        return differences(from_recipe(recipe, settings))
+        return differences(from_recipe(recipe, settings, idle=True))  # older rows have some without an effect
 
     def made(self, row: dict[str, Any]) -> bool:
         """Whether a row of a results file belongs to this job: the same run with the same recipe, however requested,
