@@ -45,7 +45,7 @@ def _characters() -> list[str]:
 
 
 BYTE_NAMES = _characters()  # by byte
-_BYTES = {ord(name): byte for byte, name in enumerate(BYTE_NAMES)}
+BYTES = {ord(name): byte for byte, name in enumerate(BYTE_NAMES)}  # for str.translate
 
 
 def name_of(token: bytes) -> str:
@@ -59,12 +59,12 @@ def name_of(token: bytes) -> str:
 
 def is_byte_name(name: str) -> bool:
     """Whether every character of a token's name stands for a byte."""
-    return all(ord(character) in _BYTES for character in name)
+    return all(ord(character) in BYTES for character in name)
 
 
 def bytes_of(name: str) -> bytes:
     """The bytes of a token by its name. A name of other characters, as an end of text may have, stands for itself."""
-    return bytes(_BYTES[ord(character)] for character in name) if is_byte_name(name) else name.encode()
+    return bytes(BYTES[ord(character)] for character in name) if is_byte_name(name) else name.encode()
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:

@@ -9,20 +9,37 @@ The kernels have parts, such as the trunk's forward pass or a head, and a comman
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import tempfile
 from collections.abc import Collection
+from pathlib import Path
 from types import TracebackType
 
 import numba
 
-from flashlm_numba.kernels import _jit
+from flashlm_numba.kernels import _cache, _jit
 from flashlm_numba.system.display import Progress, plural
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.process import PYTHON, environment
 
 ALL = _jit.WHOLE  # instead of names of parts
 FOLLOW = "--end-with-parent"  # even if the parent is killed
+
+
+def lost_files(parts: Collection[str]) -> dict[str, list[Path] | None]:
+    """What _jit.lost_files says of each part. Most files belong to several of them, and each is read once: 20 MB."""
+
+    @functools.cache
+    def is_lost(path: Path) -> bool:
+        return _cache.read_sealed(path) is None
+
+    found: dict[str, list[Path] | None] = {}
+    for part in parts:
+        names = _cache.read_sealed(_jit.CACHE_FOLDER / f"{_jit.COMPLETE}-{part}")
+        paths = [_jit.CACHE_FOLDER / name for name in names.decode().split("\n")] if names else []
+        found[part] = [path for path in paths if is_lost(path)] if names else None
+    return found
 
 
 class Compilation:
@@ -35,10 +52,11 @@ class Compilation:
     def __init__(self, parts: Collection[str], progress: Progress) -> None:
         self._progress = progress
         self._process: subprocess.Popen[str] | None = None
-        missing = [] if numba.config.DISABLE_JIT else [part for part in parts if not _jit.is_compiled(part)]
+        found = {} if numba.config.DISABLE_JIT else lost_files(parts)
+        missing = [part for part, lost in found.items() if lost != []]
         if not missing:
             return
-        self._lost = len({path for part in missing for path in _jit.lost_files(part) or ()})
+        self._lost = len({path for part in missing for path in found[part] or ()})
         _jit.remove_damaged()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads yet could fill
         self._process = subprocess.Popen(

