@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_mixer_is_refused(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["model"] |= {"mixer": "conv", "linear": "ternary"}
+    config["model"] |= {"mixer": "conv", "linear": "ternary", "groups": 3}
     (folder / "config.json").write_text(json.dumps(config))
     done = command("eval", folder)
     assert done.exit_code == 1
@@ -213,7 +213,7 @@ def test_an_exported_file_of_another_mixer_is_refused(run, tmp_path):
     assert command("export", run, path).exit_code == 0
     config, tensors, state, tokenizer = packed.read(path)
     changed = json.loads(config)
-    changed["model"] |= {"mixer": "conv", "linear": "ternary"}
+    changed["model"] |= {"mixer": "conv", "linear": "ternary", "groups": 3}
     packed.write(forged, tensors, [], json.dumps(changed), state, tokenizer, "float")
     done = command("info", forged)
     assert done.exit_code == 1
@@ -231,7 +231,7 @@ def test_an_exported_file_of_another_mixer_is_refused(run, tmp_path):
 def test_settings_of_earlier_versions_are_read_and_keep_their_hash():
     config = from_recipe("default")
     values = json.loads(config.to_json())
-    for section, names in (("model", ("linear", "norm_eps")), ("optimizer", ("matrices", "schedule"))):
+    for section, names in (("model", ("linear", "norm_eps", "embedding_dim")), ("optimizer", ("matrices", "schedule"))):
         for name in names:
             del values[section][name]
     assert run_from_json(json.dumps(values)) == config
