@@ -219,10 +219,17 @@ def test_an_exported_file_of_another_mixer_is_refused(run, tmp_path):
     assert done.exit_code == 1
     assert f"{forged} cannot be used: The weights do not fit the stored settings (Model: parameter" in done.stderr
     done = command(
-        "train", "--init", path, "--out", tmp_path / "run", "--steps", 1, *sets(("mixer=conv", "linear=ternary"))
+        "train",
+        "--init",
+        path,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        *sets(("mixer=conv", "linear=ternary", "groups=3")),
     )
     assert done.exit_code == 1
-    assert "fix model.mixer, model.linear; leave that setting out." in done.stderr
+    assert "fix model.groups, model.mixer, model.linear; leave that setting out." in done.stderr
 
 
 # --- runs of earlier versions ---
