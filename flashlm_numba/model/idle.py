@@ -32,8 +32,9 @@ def refuse_idle(run: RunConfig, given: Mapping[str, Collection[str]]) -> None:
             continue
         for idle in idle_settings(run, section):
             if found := [name for name in idle.names if name.partition(":")[0] in names]:
+                words = "has no effect; leave it out" if len(found) == 1 else "have no effect; leave them out"
                 remedy = f", or give {idle.remedy}" if idle.remedy else ""
-                raise UserError(f"{idle.when}, {', '.join(found)} has no effect; leave it out{remedy}.")
+                raise UserError(f"{idle.when}, {', '.join(found)} {words}{remedy}.")
 
 
 def idle_settings(run: RunConfig, section: str) -> Iterator[Idle]:

@@ -23,7 +23,8 @@ from flashlm_numba.model.trained import first_model
 from flashlm_numba.training.optimizer import Optimizer
 
 MMF = ("mixer=mlgru", "linear=bitlinear")
-OWN = (*TINY, *MMF, "dim=18", "groups=3", "ffn_dim=23", "n_blocks=2", "n_passes=1")  # multiples of nothing
+SHARED = [setting for setting in TINY if not setting.startswith(("groups", "dilations"))]  # what mlgru reads too
+OWN = (*SHARED, *MMF, "dim=18", "ffn_dim=23", "n_blocks=2", "n_passes=1")  # multiples of nothing
 CONFIG = ModelConfig(60, dim=50, ffn_dim=134, mixer="mlgru", linear="bitlinear", n_blocks=3, n_passes=1)
 
 
@@ -50,7 +51,7 @@ def some_model(config=CONFIG, seed=0):
 @pytest.mark.parametrize("head", ["dense", "sampled"])
 def test_the_default_recipe_trains_with_every_head(corpus, tmp_path, head):
     """With the recipe's own n-gram copies, residual scales and passes; run is with the tree."""
-    folder = train(corpus, tmp_path / "run", "--steps", 3, "--head", head, settings=(*TINY, *MMF))
+    folder = train(corpus, tmp_path / "run", "--steps", 3, "--head", head, settings=(*SHARED, *MMF))
     assert load_model(folder).model.config.ngram_copy_orders
 
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_of_another_mixer_is_refused(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["model"] |= {"mixer": "conv", "linear": "ternary"}
+    config["model"] |= {"mixer": "conv", "linear": "ternary", "groups": 3}
     (folder / "config.json").write_text(json.dumps(config))
     done = command("eval", folder)
     assert done.exit_code == 1
@@ -212,16 +213,23 @@ def test_an_exported_file_of_another_mixer_is_refused(run, tmp_path):
     assert command("export", run, path).exit_code == 0
     config, tensors, state, tokenizer = packed.read(path)
     changed = json.loads(config)
-    changed["model"] |= {"mixer": "conv", "linear": "ternary"}
+    changed["model"] |= {"mixer": "conv", "linear": "ternary", "groups": 3}
     packed.write(forged, tensors, [], json.dumps(changed), state, tokenizer, "float")
     done = command("info", forged)
     assert done.exit_code == 1
     assert f"{forged} cannot be used: The weights do not fit the stored settings (Model: parameter" in done.stderr
     done = command(
-        "train", "--init", path, "--out", tmp_path / "run", "--steps", 1, *sets(("mixer=conv", "linear=ternary"))
+        "train",
+        "--init",
+        path,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        *sets(("mixer=conv", "linear=ternary", "groups=3")),
     )
     assert done.exit_code == 1
-    assert "fix model.mixer, model.linear; leave that setting out." in done.stderr
+    assert "fix model.groups, model.mixer, model.linear; leave that setting out." in done.stderr
 
 
 # --- runs of earlier versions ---
@@ -230,7 +238,7 @@ def test_an_exported_file_of_another_mixer_is_refused(run, tmp_path):
 def test_settings_of_earlier_versions_are_read_and_keep_their_hash():
     config = from_recipe("default")
     values = json.loads(config.to_json())
-    for section, names in (("model", ("linear", "norm_eps")), ("optimizer", ("matrices", "schedule"))):
+    for section, names in (("model", ("linear", "norm_eps", "embedding_dim")), ("optimizer", ("matrices", "schedule"))):
         for name in names:
             del values[section][name]
     assert run_from_json(json.dumps(values)) == config

@@ -172,7 +172,7 @@ def test_a_setting_is_useless_exactly_if_it_changes_nothing(case, small_corpus, 
         ("--recipe mmf --set model.activations=int8", "or give --set linear=ternary."),
         ("--set norm_eps=1e-5", "With linear=ternary, norm_eps has no effect"),
         ("--set ngram_copy_orders= --set ngram_copy_reach=9", "Without n-gram copies, ngram_copy_reach has no effect"),
-        ("--recipe mmf --set normuon_lr=0.1 --set normuon=v3", "With matrices=adamw, normuon, normuon_lr has no"),
+        ("--recipe mmf --set normuon_lr=0.1 --set normuon=v3", "With matrices=adamw, normuon, normuon_lr have no"),
         ("--set schedule=halved-cosine --set warmdown_ratio=1", "With schedule=halved-cosine, warmdown_ratio has no"),
         (
             "--head dense --set tree_rank=3",
