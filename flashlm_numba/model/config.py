@@ -124,6 +124,9 @@ class OptimizerConfig:
     clip: float = _in(1.0, 0, open_low=True)  # maximum global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
+    # begin the warm-down when validation stops improving, so that the run ends earlier (training/schedule.py); runs of
+    # earlier versions do not have this setting
+    early_warmdown: bool = field(default=False, metadata={"optional": True})  # if validation stops improving
     # after the warm-up: constant, then linear to 0; or a cosine to 0 that is halved from the middle on
     schedule: str = _one_of("linear", ("linear", "halved-cosine"), optional=True)  # of the learning rates
 
@@ -189,6 +192,8 @@ class Plan:
     schedule_steps: int = _in(0, 0)  # length of the schedule and the phases; `steps` may be smaller
     minutes: float | None = _in(None, 0, open_low=True)  # value of --minutes, if given
     step_seconds: tuple[float, ...] = ()  # seconds per step of each phase, as --minutes measured them
+    # steps that were planned before an early warm-down made the run shorter; runs of earlier versions do not have it
+    asked_steps: int | None = _in(None, 1, optional=True)
 
 
 @dataclass(frozen=True)

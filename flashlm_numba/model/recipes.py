@@ -28,6 +28,7 @@ RECIPES: dict[str, RunConfig] = {
             adamw_beta2=0.99,
             sparse_adamw=True,
             rowwise_exp_avg_sq=True,
+            early_warmdown=True,
         ),
         training=TrainingConfig(phases=(Phase(batch_size=8, seq_len=256),)),
     ),
