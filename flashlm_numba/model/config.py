@@ -165,6 +165,10 @@ class TrainingConfig:
 
     phases: tuple[Phase, ...] = (Phase(),)  # in order; the end of the last one, if set, is the schedule's length
     embedding_init: str = "corpus"  # initial embedding: corpus, random, a GPT-2 .safetensors file, hf:NAME
+    # dropout (model/dropout.py) on a text with fewer tokens than the model has parameters (dropout_share in
+    # training/schedule.py); runs of earlier versions do not have these two
+    hidden_dropout: float = _in(0.0, 0, 0.9, optional=True)  # largest share of the hidden states that becomes 0
+    embedding_dropout: float = _in(0.0, 0, 0.9, optional=True)  # the same of the embedding's rows at the input
     ema: float = _in(0.0, 0, 0.99999)  # decay per step of the EMA of the weights; 0: no EMA
     log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
     validate_every: int = _in(500, 0)  # steps between validations; 0: only after the last step

@@ -24,6 +24,7 @@ from flashlm_numba.memory.gate import Recalled
 from flashlm_numba.memory.mixed_head import MixedHead
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
+from flashlm_numba.model.dropout import NO_DROPOUT, Dropout
 from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, parameter_shapes
 from flashlm_numba.model.trunks import TRUNKS
 from flashlm_numba.system.arrays import for_reading, hash_of_arrays
@@ -32,6 +33,31 @@ from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import adopt_threads
 
 READ_TOKENS = 512  # of a text that a model without a finite receptive field reads at once
+
+
+class _InputRows:
+    """The rows that a training pass reads from the embedding: all of them, or with dropout copies of those in use.
+
+    weight : (R, C) float32, the rows;  rows : (N,) int32, the row in `weight` of each position
+    """
+
+    def __init__(self, embedding: np.ndarray, rows: np.ndarray, dropout: Dropout) -> None:
+        self.weight, self.rows = embedding, rows
+        self._gains: np.ndarray | None = None
+        if dropout.embedding > 0:
+            self._used, places = np.unique(rows, return_inverse=True)
+            self._gains = dropout.embedding_gains(len(self._used), embedding.shape[1])
+            # equal rows stay equal, so that the n-gram copies are found as before
+            self.weight, self.rows = embedding[self._used] * self._gains, places.reshape(-1).astype(np.int32)
+
+    def gradient_into(self, dembedding: np.ndarray) -> np.ndarray:
+        """Where the gradient of `weight` (R, C) is added: to dembedding (V, C) itself, or to new zeros."""
+        return dembedding if self._gains is None else np.zeros_like(self.weight)
+
+    def add_gradient(self, dembedding: np.ndarray, dweight: np.ndarray) -> None:
+        """Add the gradient of `weight` to dembedding, unless it is there already."""
+        if self._gains is not None:
+            dembedding[self._used] += dweight * self._gains
 
 
 class Model:
@@ -272,8 +298,8 @@ class Model:
                     raise ValueError("Model.backward: another call is using the buffers of forward; use loss_and_grad")
                 dh = for_reading(dh)
                 _check.array("Model.backward", "dh", dh, buffers.activations.out.shape)
-                self._trunk_backward(buffers, dh, accumulate=True)
-                self._embedding_backward(buffers, rows, dh)
+                self._trunk_backward(buffers, dh, self._embedding, accumulate=True)
+                self._embedding_backward(buffers, rows, dh, self.gradients[EMBEDDING])
 
     def _head_pass(
         self,
@@ -348,17 +374,17 @@ class Model:
         config = self.config
         return config.ngram_copy_reach + max(config.ngram_copy_orders) if config.copy_shares else 1
 
-    def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray) -> None:
-        """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
-        w, gradient, dx = self._weights, self.gradients[EMBEDDING], buffers.gradients.dx
+    def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray, gradient: np.ndarray) -> None:
+        """Add to `gradient` that of the embedding from the input rows, and from the copied rows at input and output."""
+        w, dx = self._weights, buffers.gradients.dx
         embedding_backward(gradient, dx, rows)
         gain_out = w.gain_out if self.config.copy_adds else np.zeros_like(w.gain_in)
         for o, copies in enumerate(buffers.activations.copies):
             scatter_copies(gradient, dx, dh, copies, w.gain_in[o], gain_out[o])
 
-    def _trunk_backward(self, buffers: Any, dh: np.ndarray, *, accumulate: bool) -> None:
+    def _trunk_backward(self, buffers: Any, dh: np.ndarray, embedding: np.ndarray, *, accumulate: bool) -> None:
         """Add the trunk's gradients to `gradients`, or replace all but the embedding's and the head's."""
-        named = self._trunk.backward(buffers, dh, self._embedding)
+        named = self._trunk.backward(buffers, dh, embedding)
         for name, gradient in self.gradients.items():
             if name in named:
                 np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
@@ -366,7 +392,13 @@ class Model:
                 gradient[...] = 0  # of the router, which has none
 
     def loss_and_grad(
-        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
+        self,
+        ids: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        *,
+        accumulate: bool = True,
+        dropout: Dropout = NO_DROPOUT,
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Run one micro-batch: forward, head, backward. Gradients are added to `gradients` or replace them.
 
@@ -375,6 +407,7 @@ class Model:
             Positions of weight 0 cost the head nothing.
         accumulate : False replaces the gradients, for the first micro-batch of a step. It is cheaper than zero_grad,
             because the head, which has most of the gradients, clears only those that it does not write.
+        dropout : what becomes 0 in this micro-batch; loss and nll are those with it
         Returns loss (n,) and nll (n,) float32, in nats, of the positions of non-zero weight, in order; and the seconds
         spent in `embedding`, `trunk` and `head`. Raises RuntimeError if another thread is computing gradients.
         """
@@ -384,7 +417,10 @@ class Model:
         _check.array("Model.loss_and_grad", "targets", targets, ids.shape, np.int32)
         _check.array("Model.loss_and_grad", "weights", weights, (ids.size,))
         with self._training.alone(), self._buffers_for(*ids.shape) as buffers:
-            h = self._trunk.forward(buffers, self._embedding, rows)
+            table = _InputRows(self._embedding, rows, dropout)
+            h = self._trunk.forward(buffers, table.weight, table.rows)
+            gains = dropout.hidden_gains(*h.shape)
+            h = h if gains is None else h * gains
             after_forward = time.perf_counter()
             flat = targets.reshape(-1)
             recalled = None if self.memory is None else self.memory.recall_in_training(ids, targets)
@@ -403,10 +439,13 @@ class Model:
                 )
                 dh = np.zeros_like(h)
                 dh[kept] = dh_kept
+            dh = dh if gains is None else dh * gains
             after_head = time.perf_counter()
-            self._trunk_backward(buffers, dh, accumulate=accumulate)
+            self._trunk_backward(buffers, dh, table.weight, accumulate=accumulate)
             after_trunk = time.perf_counter()
-            self._embedding_backward(buffers, rows, dh)
+            gradient = table.gradient_into(self.gradients[EMBEDDING])
+            self._embedding_backward(buffers, table.rows, dh, gradient)
+            table.add_gradient(self.gradients[EMBEDDING], gradient)
         end = time.perf_counter()
         seconds = {
             "embedding": end - after_trunk,

@@ -30,7 +30,9 @@ RECIPES: dict[str, RunConfig] = {
             rowwise_exp_avg_sq=True,
             early_warmdown=True,
         ),
-        training=TrainingConfig(phases=(Phase(batch_size=8, seq_len=256),)),
+        training=TrainingConfig(
+            phases=(Phase(batch_size=8, seq_len=256),), hidden_dropout=0.12, embedding_dropout=0.24
+        ),
     ),
     # FlashLM v3 as published; without --embeddings the initial embedding is this project's and is not frozen
     "v3": RunConfig(

@@ -62,3 +62,18 @@ def shortened(plan: Plan, config: OptimizerConfig, step: int, validation: Valida
     if steps >= plan.steps:  # the warm-down has begun
         return plan
     return replace(plan, steps=steps, schedule_steps=steps, asked_steps=plan.asked_steps or plan.steps)
+
+
+def dropout_share(tokens: int, text: int, parameters: int) -> float:
+    """The share of the dropout rates that the next step uses: 1 - text / parameters, reached in the first pass.
+
+    tokens : seen so far;  text : tokens of the training text;  parameters : numbers that are trained
+    A model with more numbers than its text has tokens can learn it by heart, and begins to while it reads it first;
+    before, dropout only slows it down. The planned length plays no part, so that a longer run begins as a shorter one.
+
+    >>> [dropout_share(tokens, 1_000, 4_000) for tokens in (0, 500, 1_000, 9_000)]
+    [0.0, 0.375, 0.75, 0.75]
+    >>> dropout_share(9_000, 1_000, 1_000)
+    0.0
+    """
+    return min(1.0, tokens / text) * max(0.0, 1 - text / parameters)

@@ -101,6 +101,7 @@ def test_a_run_planned_too_long_is_a_shorter_one_bit_for_bit(run, corpus, tmp_pa
     output = capsys.readouterr().err
     assert "not been predicted better since step 12, so the learning rates fall from now on" in output
     assert "training ends at step 27 instead of 60." in output
+    assert "step 27/27" in output
     assert "Done after 27 of 60 planned steps, since validation had stopped improving" in output
     assert read_losses(tmp_path / "long") == read_losses(tmp_path / "short")
     assert [line["lr"] for line in read_log(tmp_path / "long")] == [line["lr"] for line in read_log(tmp_path / "short")]
