@@ -135,6 +135,9 @@ class OptimizerConfig:
     clip: float = _in(1.0, 0, open_low=True)  # maximum global norm of the gradient
     warmup_steps: int = _in(100, 0)  # steps of linear warm-up from 0 to the peak
     warmdown_ratio: float = _in(0.4, 0, 1)  # final share of the steps, over which the rate falls linearly to 0
+    # begin the warm-down when validation stops improving, so that the run ends earlier (training/schedule.py); runs of
+    # earlier versions do not have this setting
+    early_warmdown: bool = field(default=False, metadata={"optional": True})  # if validation stops improving
     # after the warm-up: constant, then linear to 0; or a cosine to 0 that is halved from the middle on
     schedule: str = _one_of("linear", SCHEDULES, optional=True)  # of the learning rates
 
@@ -173,6 +176,10 @@ class TrainingConfig:
 
     phases: tuple[Phase, ...] = (Phase(),)  # in order; the end of the last one, if set, is the schedule's length
     embedding_init: str = "corpus"  # initial embedding: corpus, random, a GPT-2 .safetensors file, hf:NAME
+    # dropout (model/dropout.py) on a text with fewer tokens than the model has parameters (dropout_share in
+    # training/schedule.py); runs of earlier versions do not have these two
+    hidden_dropout: float = _in(0.0, 0, 0.9, optional=True)  # largest share of the hidden states that becomes 0
+    embedding_dropout: float = _in(0.0, 0, 0.9, optional=True)  # the same of the embedding's rows at the input
     ema: float = _in(0.0, 0, 0.99999)  # decay per step of the EMA of the weights; 0: no EMA
     log_every: int = _in(1, 1)  # steps between lines of metrics.jsonl
     validate_every: int = _in(500, 0)  # steps between validations; 0: only after the last step
@@ -200,6 +207,8 @@ class Plan:
     schedule_steps: int = _in(0, 0)  # length of the schedule and the phases; `steps` may be smaller
     minutes: float | None = _in(None, 0, open_low=True)  # value of --minutes, if given
     step_seconds: tuple[float, ...] = ()  # seconds per step of each phase, as --minutes measured them
+    # steps that were planned before an early warm-down made the run shorter; runs of earlier versions do not have it
+    asked_steps: int | None = _in(None, 1, optional=True)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from flashlm_numba.memory.gate import Recalled
 from flashlm_numba.memory.mixed_head import MixedHead
 from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
+from flashlm_numba.model.dropout import NO_DROPOUT, Dropout, InputRows
 from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, PROJECTION, parameter_shapes
 from flashlm_numba.model.token_rows import TokenRows
 from flashlm_numba.model.trunks import TRUNKS
@@ -294,8 +295,9 @@ class Model:
                     raise ValueError("Model.backward: another call is using the buffers of forward; use loss_and_grad")
                 dh = for_reading(dh)
                 _check.array("Model.backward", "dh", dh, buffers.activations.out.shape)
-                self._trunk_backward(buffers, dh, accumulate=True)
-                self._embedding_backward(buffers, rows, dh)
+                self._trunk_backward(buffers, dh, self._embedding, accumulate=True)
+                self._embedding_backward(buffers, rows, dh, self._rows.gradient)
+                self._rows.backward()
 
     def _head_pass(
         self,
@@ -370,18 +372,17 @@ class Model:
         config = self.config
         return config.ngram_copy_reach + max(config.ngram_copy_orders) if config.copy_shares else 1
 
-    def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray) -> None:
-        """Add the embedding's gradient from the input rows, and from the copied rows at input and output."""
-        w, gradient, dx = self._weights, self._rows.gradient, buffers.gradients.dx
+    def _embedding_backward(self, buffers: Any, rows: np.ndarray, dh: np.ndarray, gradient: np.ndarray) -> None:
+        """Add to `gradient` that of the embedding from the input rows, and from the copied rows at input and output."""
+        w, dx = self._weights, buffers.gradients.dx
         embedding_backward(gradient, dx, rows)
         gain_out = w.gain_out if self.config.copy_adds else np.zeros_like(w.gain_in)
         for o, copies in enumerate(buffers.activations.copies):
             scatter_copies(gradient, dx, dh, copies, w.gain_in[o], gain_out[o])
-        self._rows.backward()
 
-    def _trunk_backward(self, buffers: Any, dh: np.ndarray, *, accumulate: bool) -> None:
+    def _trunk_backward(self, buffers: Any, dh: np.ndarray, embedding: np.ndarray, *, accumulate: bool) -> None:
         """Add the trunk's gradients to `gradients`, or replace all but the embedding's and the head's."""
-        named = self._trunk.backward(buffers, dh, self._embedding)
+        named = self._trunk.backward(buffers, dh, embedding)
         for name, gradient in self.gradients.items():
             if name in named:
                 np.add(gradient if accumulate else np.float32(0), named[name], out=gradient)
@@ -391,7 +392,13 @@ class Model:
                 gradient[...] = 0  # of the router, which has none
 
     def loss_and_grad(
-        self, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, accumulate: bool = True
+        self,
+        ids: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        *,
+        accumulate: bool = True,
+        dropout: Dropout = NO_DROPOUT,
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Run one micro-batch: forward, head, backward. Gradients are added to `gradients` or replace them.
 
@@ -400,6 +407,7 @@ class Model:
             Positions of weight 0 cost the head nothing.
         accumulate : False replaces the gradients, for the first micro-batch of a step. It is cheaper than zero_grad,
             because the head, which has most of the gradients, clears only those that it does not write.
+        dropout : what becomes 0 in this micro-batch; loss and nll are those with it
         Returns loss (n,) and nll (n,) float32, in nats, of the positions of non-zero weight, in order; and the seconds
         spent in `embedding`, `trunk` and `head`. Raises RuntimeError if another thread is computing gradients.
         """
@@ -409,7 +417,10 @@ class Model:
         _check.array("Model.loss_and_grad", "targets", targets, ids.shape, np.int32)
         _check.array("Model.loss_and_grad", "weights", weights, (ids.size,))
         with self._training.alone(), self._buffers_for(*ids.shape) as buffers:
-            h = self._trunk.forward(buffers, self._embedding, rows)
+            table = InputRows(self._embedding, rows, dropout)
+            h = self._trunk.forward(buffers, table.weight, table.rows)
+            gains = dropout.hidden_gains(*h.shape)
+            h = h if gains is None else h * gains
             after_forward = time.perf_counter()
             flat = targets.reshape(-1)
             recalled = None if self.memory is None else self.memory.recall_in_training(ids, targets)
@@ -428,10 +439,14 @@ class Model:
                 )
                 dh = np.zeros_like(h)
                 dh[kept] = dh_kept
+            dh = dh if gains is None else dh * gains
             after_head = time.perf_counter()
-            self._trunk_backward(buffers, dh, accumulate=accumulate)
+            self._trunk_backward(buffers, dh, table.weight, accumulate=accumulate)
             after_trunk = time.perf_counter()
-            self._embedding_backward(buffers, rows, dh)
+            gradient = table.gradient_into(self._rows.gradient)
+            self._embedding_backward(buffers, table.rows, dh, gradient)
+            table.add_gradient(self._rows.gradient, gradient)
+            self._rows.backward()
         end = time.perf_counter()
         seconds = {
             "embedding": end - after_trunk,

@@ -28,8 +28,11 @@ RECIPES: dict[str, RunConfig] = {
             adamw_beta2=0.99,
             sparse_adamw=True,
             rowwise_exp_avg_sq=True,
+            early_warmdown=True,
         ),
-        training=TrainingConfig(phases=(Phase(batch_size=8, seq_len=256),)),
+        training=TrainingConfig(
+            phases=(Phase(batch_size=8, seq_len=256),), hidden_dropout=0.12, embedding_dropout=0.24
+        ),
     ),
     # FlashLM v3 as published; without --embeddings the initial embedding is this project's and is not frozen
     "v3": RunConfig(

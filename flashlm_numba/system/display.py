@@ -93,6 +93,9 @@ class Progress:
         """A context in which a run trains the steps after `done` up to `total`."""
         yield
 
+    def shorten(self, total: int) -> None:
+        """The run now ends at step `total`, earlier than it was told."""
+
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
         """A step is done. line : its line of metrics.jsonl;  seconds_left : estimated time to the last step"""
 
@@ -159,6 +162,12 @@ class Display(Progress):
             yield
         finally:
             self._stop()
+
+    def shorten(self, total: int) -> None:
+        """Show a bar over fewer steps."""
+        self._total = total
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=total)
 
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
         """Show a step's line of metrics.jsonl and the remaining time."""

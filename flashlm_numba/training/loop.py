@@ -21,13 +21,13 @@ from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.inference.generate import generate_text
 from flashlm_numba.kernels.ema import ema_update
-from flashlm_numba.model import build, checkpoint
+from flashlm_numba.model import build, checkpoint, data_place
 from flashlm_numba.model.config import RunConfig
 from flashlm_numba.system.errors import UserError
-from flashlm_numba.system.files import sync_file, writing_to
+from flashlm_numba.system.files import sync_file, write_text, writing_to
 from flashlm_numba.system.signals import caught_signals
 from flashlm_numba.training.metrics import LOG
-from flashlm_numba.training.schedule import lr_scale
+from flashlm_numba.training.schedule import lr_scale, shortened
 from flashlm_numba.training.session import BATCH, WINDOW, Session
 from flashlm_numba.training.step import train_step
 
@@ -37,20 +37,18 @@ _CHUNK = 1 << 18  # elements exchanged at a time, so that no temporary has the s
 
 def train(session: Session) -> int:
     """Train until the last planned step or a signal. Returns the exit status: 0, or 128 plus the signal's number."""
-    run, folder, clock, progress = session.run, session.folder, session.clock, session.progress
-    last = run.plan.steps
+    folder, clock, progress = session.folder, session.clock, session.progress
     with (
         writing_to(folder, f"free some space there and resume with: flashlm-numba train --resume {folder}"),
         caught_signals(progress.stopping) as caught,
         (folder / LOG).open("a", encoding="utf-8") as log,
-        progress.steps(last, clock.step),
+        progress.steps(session.run.plan.steps, clock.step),
     ):
         checkpoints = _Checkpoints(session, log)
-        sampled_steps = run.plan.schedule_steps * (1 - head_class(run.head.name).full_ratio(run.head))  # the first ones
-        while clock.step < last and not caught:
-            step = clock.step + 1
-            phase = run.phase_at(step)
-            sampled = step <= sampled_steps  # in these steps loss and NLL read low
+        while clock.step < session.run.plan.steps and not caught:
+            run, step = session.run, clock.step + 1
+            last, phase = run.plan.steps, run.phase_at(step)
+            sampled = _is_sampled(run, step)
             with _divergence(session, step):
                 done = train_step(session, phase, step, lr=_lr_factor(run, step), full=not sampled)
             spent = done.seconds + _update_ema(session)
@@ -70,24 +68,33 @@ def train(session: Session) -> int:
             if validate and session.subset:
                 with _divergence(session, step):
                     line |= _validate(session)
+                _shorten(session)
             if validate or _every(run.training.log_every, step):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-            progress.step(line, seconds_left=(run.tokens_until(last) - clock.tokens) * spent / phase.tokens)
+            left = run.tokens_until(session.run.plan.steps) - clock.tokens
+            progress.step(line, seconds_left=left * spent / phase.tokens)
             checkpoints.after_step(is_best=_is_best(session), is_last=step == last)
-        if caught and clock.step < last:
+        if caught and clock.step < session.run.plan.steps:
             checkpoints.before_stopping()
-    if clock.step < last:
+    if clock.step < session.run.plan.steps:
         progress.note(f"Stopped after step {clock.step:,}, saved; resume with: flashlm-numba train --resume {folder}")
         return 128 + caught[0]
     _note_best(session)
-    progress.note(f"Done: {folder}")
+    asked = session.run.plan.asked_steps
+    early = f" after {clock.step:,} of {asked:,} planned steps, since validation had stopped improving" if asked else ""
+    progress.note(f"Done{early}: {folder}")
     return 0
 
 
 def _lr_factor(run: RunConfig, step: int) -> float:
     """The schedule's factor for both learning rates in a step; steps count from 1."""
     return lr_scale(step - 1, run.plan.schedule_steps, run.optimizer)
+
+
+def _is_sampled(run: RunConfig, step: int) -> bool:
+    """Whether the head samples its loss in this step, so that loss and NLL read low."""
+    return step <= run.plan.schedule_steps * (1 - head_class(run.head.name).full_ratio(run.head))
 
 
 def _every(period: int, step: int) -> bool:
@@ -125,6 +132,28 @@ def _validate(session: Session) -> dict[str, float]:
     if session.run.training.sample_tokens:
         _write_sample(session)
     return values
+
+
+def _shorten(session: Session) -> None:
+    """Begin the warm-down now if validation has stopped improving.
+
+    The shorter plan is stored at once. A run that is resumed from a checkpoint before this step repeats the same steps,
+    since until here both plans are the same.
+    """
+    run, clock = session.run, session.clock
+    if session.validation is None:
+        return
+    passes = clock.tokens / session.data.train.n_tokens
+    plan = shortened(run.plan, run.optimizer, clock.step, session.validation, passes)
+    if plan == run.plan:
+        return
+    session.run = dataclasses.replace(run, plan=plan)
+    write_text(session.folder / "config.json", data_place.stored(session.run, session.folder).to_json())
+    session.progress.shorten(plan.steps)
+    session.progress.note(
+        f"The validation text has not been predicted better since step {session.validation.best_step:,}, so the "
+        f"learning rates fall from now on, and training ends at step {plan.steps:,} instead of {run.plan.steps:,}."
+    )
 
 
 def _is_best(session: Session) -> bool:

@@ -14,12 +14,15 @@ import numpy as np
 
 from flashlm_numba.data.shards import sample_batch
 from flashlm_numba.model.config import Phase
+from flashlm_numba.model.dropout import NO_DROPOUT, Dropout
 from flashlm_numba.model.model import Model
 from flashlm_numba.system.errors import UserError
+from flashlm_numba.training.schedule import dropout_share
 from flashlm_numba.training.session import Session
 
 EMBEDDING = "embedding.weight"
-_POSITIONS, _CANDIDATES = 1, 2  # random streams of the positions and of the head; the batches have another
+# random streams of the positions, the head and the dropout; the batches have another
+_POSITIONS, _CANDIDATES, _DROPOUT = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
         ids, targets = sample_batch(session.data.train, run.seed, step, micro, phase.batch_size, phase.seq_len)
         weights = loss_weights(run.seed, step, micro, targets.size, run.head.loss_fraction, phase.grad_accum)
         model.head.begin(np.random.default_rng((run.seed, step, micro, _CANDIDATES)), full=full)
-        losses, nlls, seconds = model.loss_and_grad(ids, targets, weights, accumulate=micro > 0)
+        dropout = _dropout(session, step, micro)
+        losses, nlls, seconds = model.loss_and_grad(ids, targets, weights, accumulate=micro > 0, dropout=dropout)
         share = 1 / (len(losses) * phase.grad_accum)  # equal for all positions that count in the loss
         loss += float(losses.sum(dtype=np.float64)) * share
         nll += float(nlls.sum(dtype=np.float64)) * share
@@ -75,6 +79,15 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
         seconds_of_step,
         {name: round(spent / seconds_of_step, 4) for name, spent in shares.items()},
     )
+
+
+def _dropout(session: Session, step: int, micro: int) -> Dropout:
+    """The dropout of a micro-batch, drawn from (seed, step, micro)."""
+    run = session.run
+    parameters = sum(value.size for value in session.model.parameters.values())
+    share = dropout_share(run.tokens_until(step - 1), session.data.train.n_tokens, parameters)
+    rates = share * run.training.hidden_dropout, share * run.training.embedding_dropout
+    return Dropout(np.random.default_rng((run.seed, step, micro, _DROPOUT)), *rates) if any(rates) else NO_DROPOUT
 
 
 def loss_weights(seed: int, step: int, micro: int, positions: int, fraction: float, micros: int) -> np.ndarray:

@@ -59,6 +59,10 @@ class TensorBoard(Progress):
         finally:
             self._writer.close()
 
+    def shorten(self, total: int) -> None:
+        """See Progress."""
+        self._inner.shorten(total)
+
     def step(self, line: dict[str, Any], seconds_left: float) -> None:
         """See Progress."""
         shares = {f"share_of_time/{name}": share for name, share in line["shares"].items()}

@@ -33,6 +33,7 @@ CASES = {
     "float": ("activations=float", "sparse_adamw=false", "rowwise_exp_avg_sq=false"),
     "moments of elements": ("rowwise_exp_avg_sq=false", "adamw_beta1=0.9"),
     "low rank": ("head.name=tree", "tree_rank=3", "ema=0.9"),
+    "dropout": ("phases=8x64x2", "hidden_dropout=0.3", "embedding_dropout=0.4"),  # reads the text more than once
 }
 
 

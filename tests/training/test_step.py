@@ -9,8 +9,10 @@ from safetensors.numpy import load_file
 
 from flashlm_numba.data.shards import sample_batch
 from flashlm_numba.model.config import Phase
+from flashlm_numba.model.recipes import RECIPES
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.training.run import rehearse
+from flashlm_numba.training.schedule import dropout_share
 from flashlm_numba.training.step import loss_weights, train_step
 
 
@@ -32,7 +34,7 @@ def test_a_rehearsal_leaves_no_trace(tiny_run, corpus, tmp_path):
 
 def test_micro_batches_and_a_share_of_positions_average_the_positions_kept(tiny_run, corpus, tmp_path):
     """The step's gradient is that of the mean loss over all positions kept, computed here in one batch."""
-    settings = ["head.name=dense", "loss_fraction=0.5", "activations=float"]
+    settings = ["head.name=dense", "loss_fraction=0.5", "activations=float", "hidden_dropout=0", "embedding_dropout=0"]
     session = make_session(with_settings(tiny_run, settings), corpus, tmp_path)
     model, phase = session.model, Phase(None, 2, 8, 3)
     done = train_step(session, phase, 5, lr=0.0)
@@ -71,3 +73,42 @@ def test_frozen_phase_holds_the_embedding_only_if_its_rows_were_given(
     assert not np.array_equal(tables[1], tables[2])
     if given:
         assert np.array_equal(tables[1], rows)
+
+
+def test_dropout_grows_during_the_first_pass_of_a_small_text(tiny_run, corpus, tmp_path):
+    """It is drawn from seed, step and micro-batch, and every micro-batch has its own."""
+    phase = Phase(None, 2, 8, 2)
+    settings = ["head.name=dense", "phases=2x8x2", "hidden_dropout=0.3", "embedding_dropout=0.4"]
+    session = make_session(with_settings(tiny_run, settings), corpus, tmp_path)
+    given, masks = [], []
+    real = session.model.loss_and_grad
+
+    def spy(*arguments, dropout, **options):
+        given.append((dropout.hidden, dropout.embedding))
+        masks.append(dropout.hidden_gains(2, 50))
+        return real(*arguments, dropout=dropout, **options)
+
+    session.model.loss_and_grad = spy
+    text = session.data.train.n_tokens
+    once, parameters = -(-text // phase.tokens), sum(value.size for value in session.model.parameters.values())
+    assert text < parameters
+    for step in (1, once // 2 + 1, 3 * once, 3 * once, 3 * once + 1):
+        train_step(session, phase, step, lr=0.0)
+    full = 1 - text / parameters
+    assert given[:2] == [(0, 0)] * 2
+    assert given[2] == pytest.approx((0.15 * full, 0.2 * full), rel=0.05)
+    for rates in given[4:]:
+        assert rates == pytest.approx((0.3 * full, 0.4 * full))
+    assert masks[0] is None
+    np.testing.assert_array_equal(masks[4], masks[6])
+    np.testing.assert_array_equal(masks[5], masks[7])
+    assert len({mask.tobytes() for mask in masks[4:]}) == 4
+
+
+def test_a_large_text_gets_no_dropout():
+    assert dropout_share(10**9, 38_000_000, 13_639_085) == 0
+
+
+def test_only_the_default_recipe_has_dropout():
+    rates = {name: (run.training.hidden_dropout, run.training.embedding_dropout) for name, run in RECIPES.items()}
+    assert {name for name, rate in rates.items() if any(rate)} == {"default"}
