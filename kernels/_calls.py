@@ -24,14 +24,12 @@ def address(function: Any, *examples: Any) -> Any:
     A kernel that ends with *fields takes one tuple in their place, in `call` too. If Numba is switched off, this is the
     function itself.
     """
-    starred = bool(getattr(function, "py_func", function).__code__.co_flags & inspect.CO_VARARGS)
     if numba.config.DISABLE_JIT:
+        starred = function.__code__.co_flags & inspect.CO_VARARGS
         return (lambda *arguments: function(*arguments[:-1], *arguments[-1])) if starred else function
     key = function, tuple(_kind(example) for example in examples)
     if key not in _addresses:
         signature = tuple(numba.typeof(example) for example in examples)
-        if starred:
-            signature = (*signature[:-1], types.StarArgTuple.from_types(tuple(map(numba.typeof, examples[-1]))))
         function.compile(signature)  # loads it from the cache
         compiled = function.overloads[signature]
         _addresses[key] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)

@@ -1,5 +1,6 @@
 """Several tokens per call of compiled code: the same tokens as one at a time, for every trunk and setting."""
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,3 +110,18 @@ def test_a_state_in_use_is_refused_and_wrong_numbers_are_named():
     with pytest.raises(ValueError, match="temperature must be"):
         model.writer(state, temperature=-1.0)
     assert writer.write(np.zeros((0, writer.uniforms))).tolist() == []
+
+
+@pytest.mark.skipif(numba.config.DISABLE_JIT, reason="plain Python compiles nothing")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 3}], ids=str)
+@pytest.mark.parametrize("linear", ["ternary", "bitlinear"])
+def test_calls_from_python_and_by_address_are_compiled_once(linear, options):
+    model = make_model(linear, "mixture")
+    state, h = model.prefill(np.array([3, 4, 5, 3], np.int32))
+    writer = model.writer(state, **options)
+    writer.write(np.zeros((2, writer.uniforms)))
+    drawn = model.head.drawing(**options).function
+    before = len(state.step.overloads), len(drawn.overloads)
+    model.decode_step(state, 3)
+    model.head_after(np.array([3, 4, 5, 3], np.int32)).sample(h, np.random.default_rng(0), **options)
+    assert (len(state.step.overloads), len(drawn.overloads)) == before
