@@ -103,7 +103,7 @@ class ModelConfig:
 
 # update rules of the ternary matrices and schedules, with the fields of OptimizerConfig that only this one reads
 MATRICES: dict[str, tuple[str, ...]] = {"normuon": ("normuon", "normuon_lr", "normuon_iterations"), "adamw": ()}
-SCHEDULES: dict[str, tuple[str, ...]] = {"linear": ("warmdown_ratio",), "halved-cosine": ()}
+SCHEDULES: dict[str, tuple[str, ...]] = {"linear": ("warmdown_ratio", "early_warmdown"), "halved-cosine": ()}
 
 # Fixed values of each NorMuon variant: fields of kernels.normuon.NorMuonRule, which documents them
 NORMUON_VARIANTS: dict[str, dict[str, Any]] = {

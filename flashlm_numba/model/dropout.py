@@ -41,7 +41,7 @@ class Dropout:
 
         >>> gains = Dropout(np.random.default_rng(0), hidden=0.5).hidden_gains(1, 6)
         >>> gains.tolist()
-        [[2.0, 0.0, 0.0, 0.0, 2.0, 2.0]]
+        [[2.0, 2.0, 2.0, 0.0, 0.0, 0.0]]
         """
         if rate <= 0:
             return None

@@ -84,7 +84,9 @@ def train_step(session: Session, phase: Phase, step: int, *, lr: float, full: bo
 def _dropout(session: Session, step: int, micro: int) -> Dropout:
     """The dropout of a micro-batch, drawn from (seed, step, micro)."""
     run = session.run
-    parameters = sum(value.size for value in session.model.parameters.values())
+    # the memory's gate does not count, so that a model learns beside a memory as without one
+    counted = (value for name, value in session.model.parameters.items() if not name.startswith("memory."))
+    parameters = sum(value.size for value in counted)
     share = dropout_share(run.tokens_until(step - 1), session.data.train.n_tokens, parameters)
     rates = share * run.training.hidden_dropout, share * run.training.embedding_dropout
     return Dropout(np.random.default_rng((run.seed, step, micro, _DROPOUT)), *rates) if any(rates) else NO_DROPOUT

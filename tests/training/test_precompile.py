@@ -28,7 +28,7 @@ def test_every_use_of_a_model_names_parts_that_tasks_compile(head):
 def test_every_part_is_needed_by_some_use():
     kinds = "float", "int8"
     runs = [from_recipe("default", [f"head.name={head}", f"activations={kind}"]) for head in HEADS for kind in kinds]
-    runs.append(from_recipe("mmf"))
+    runs += [from_recipe("mmf"), from_recipe("mmf", ["head.name=tree"])]
     assert {part for run in runs for part in build.kernel_parts(run, build._PARTS)} == PARTS
 
 
