@@ -1,8 +1,8 @@
 """The engine: worker threads that run the steps of many texts, a few of them at the same time, the others in a queue.
 
 A worker runs one step of a text, gives the text back and takes the next one, so that all texts advance at the same
-speed. While no other text is ready it stays with its own. This is the place to decode several texts in lockstep: they
-are all known here, and a step of each is due.
+speed. While no other text is ready it stays with its own. A step is what two milliseconds of compiled code give. This
+would be the place to decode several texts in lockstep, which was found to save little (docs/experiments.md).
 """
 
 from __future__ import annotations

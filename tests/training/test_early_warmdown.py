@@ -5,20 +5,23 @@ import signal
 from dataclasses import replace
 
 import pytest
+from helpers import TINY
 from run_helpers import read_bits, read_log, read_losses, resume, start
 
+from flashlm_numba.data.prepare import prepare
 from flashlm_numba.data.shards import open_tokens
 from flashlm_numba.model import build
 from flashlm_numba.model.checkpoint import Validation
 from flashlm_numba.model.config import OptimizerConfig, Plan
-from flashlm_numba.model.recipes import RECIPES
+from flashlm_numba.model.recipes import RECIPES, from_recipe
 from flashlm_numba.model.settings import with_settings
 from flashlm_numba.training import loop
+from flashlm_numba.training.inputs import with_vocabulary_of
 from flashlm_numba.training.schedule import PATIENCE, lr_scale, shortened
 
 CONFIG = OptimizerConfig(warmup_steps=100, warmdown_ratio=0.4, early_warmdown=True)
 LONG = Plan(10_000, 10_000, 40.0, (0.1,))
-SETTINGS = ("head.name=dense", "phases=16x32")  # eight steps read the text once
+SETTINGS = ("head.name=dense", "phases=32x32")  # the text is read once before step 16
 # by step: the best at a constant rate is 12, and 16 is too late after it
 NLLS = {4: 5.0, 8: 4.0, 12: 3.5, 16: 3.6, 20: 3.7, 24: 3.3, 27: 3.2, 28: 3.1, 30: 3.0}
 
@@ -31,9 +34,26 @@ def known_losses():
         yield
 
 
-@pytest.fixture
-def run(tiny_run):
-    return with_settings(tiny_run, SETTINGS)
+@pytest.fixture(scope="module")
+def tokens(corpus_files, tmp_path_factory):
+    """The corpus in a vocabulary of 300 tokens, with which a step is quick."""
+    out = tmp_path_factory.mktemp("small")
+    prepare(str(corpus_files), out, vocab=300, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tokens):
+    return with_vocabulary_of(open_tokens(tokens), from_recipe("default", [*TINY, *SETTINGS]), any_head=True)
+
+
+@pytest.fixture(scope="module")
+def whole(run, tokens, tmp_path_factory):
+    """A run that is planned too long: its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with known_losses():
+        start(run, tokens, folder, steps=60)
+    return folder
 
 
 def plan_of(folder):
@@ -92,12 +112,12 @@ def test_only_the_default_recipe_has_it():
 # --- runs ---
 
 
-def test_a_run_planned_too_long_is_a_shorter_one_bit_for_bit(run, corpus, tmp_path, capsys):
-    assert open_tokens(corpus).train.n_tokens < 16 * 16 * 32
+def test_a_run_planned_too_long_is_a_shorter_one_bit_for_bit(run, tokens, tmp_path, capsys):
+    assert open_tokens(tokens).train.n_tokens < 16 * 32 * 32
     with known_losses():
-        start(run, corpus, tmp_path / "short", steps=27)
+        start(run, tokens, tmp_path / "short", steps=27)
         assert "instead of" not in capsys.readouterr().err
-        assert start(run, corpus, tmp_path / "long", steps=60).status == 0
+        assert start(run, tokens, tmp_path / "long", steps=60).status == 0
     output = capsys.readouterr().err
     assert "not been predicted better since step 12, so the learning rates fall from now on" in output
     assert "training ends at step 27 instead of 60." in output
@@ -116,22 +136,21 @@ def test_a_run_planned_too_long_is_a_shorter_one_bit_for_bit(run, corpus, tmp_pa
 
 
 @pytest.mark.parametrize("stop", [14, 16, 17, 25])
-def test_resumed_around_the_decision_it_has_the_same_bits(run, corpus, tmp_path, stop_at, stop):
+def test_resumed_around_the_decision_it_has_the_same_bits(run, tokens, whole, tmp_path, stop_at, stop):
     with known_losses():
-        start(run, corpus, tmp_path / "whole", steps=60)
         undo = stop_at(stop, signal.SIGTERM)
-        assert start(run, corpus, tmp_path / "parts", steps=60).status == 143
+        assert start(run, tokens, tmp_path / "parts", steps=60).status == 143
         undo()
         assert resume(tmp_path / "parts").status == 0
-    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
-    assert read_bits(tmp_path / "parts") == read_bits(tmp_path / "whole")
-    assert plan_of(tmp_path / "parts") == plan_of(tmp_path / "whole")
+    assert read_losses(tmp_path / "parts") == read_losses(whole)
+    assert read_bits(tmp_path / "parts") == read_bits(whole)
+    assert plan_of(tmp_path / "parts") == plan_of(whole)
 
 
-def test_resumed_before_the_decision_the_run_ends_at_the_same_step(run, corpus, tmp_path):
+def test_resumed_before_the_decision_the_run_ends_at_the_same_step(run, tokens, tmp_path):
     run = with_settings(run, ["checkpoint_every=12"])
     with known_losses():
-        start(run, corpus, tmp_path / "run", steps=60)
+        start(run, tokens, tmp_path / "run", steps=60)
         losses, bits = read_losses(tmp_path / "run"), read_bits(tmp_path / "run")
         resume(tmp_path / "run", checkpoint_name="step-12")
     assert read_losses(tmp_path / "run") == losses
