@@ -12,6 +12,7 @@ from flashlm_numba.model.checkpoint import Validation
 from flashlm_numba.model.config import OptimizerConfig, Plan
 
 PATIENCE = 0.2  # share of the steps so far that may pass without a better validation
+WORTH = 0.95  # share of the planned steps above which a run is not made shorter
 
 
 def lr_scale(step: int, schedule_steps: int, config: OptimizerConfig) -> float:
@@ -59,7 +60,7 @@ def shortened(plan: Plan, config: OptimizerConfig, step: int, validation: Valida
     if not stalled or passes < 1 or step < config.warmup_steps or config.warmdown_ratio >= 1:
         return plan
     steps = math.ceil(step / (1 - config.warmdown_ratio))
-    if steps >= plan.steps:  # the warm-down has begun
+    if steps > WORTH * plan.steps:  # the warm-down has begun, or is about to
         return plan
     return replace(plan, steps=steps, schedule_steps=steps, asked_steps=plan.asked_steps or plan.steps)
 

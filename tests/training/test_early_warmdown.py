@@ -63,7 +63,7 @@ def plan_of(folder):
 # --- the rule ---
 
 
-@pytest.mark.parametrize("step", [500, 1_001, 2_999, 4_500, 5_999])
+@pytest.mark.parametrize("step", [500, 1_001, 2_999, 4_500, 5_690])
 def test_the_shorter_plan_has_the_same_rates_so_far_and_then_falls(step):
     plan = shortened(LONG, CONFIG, step, Validation(step // 2, 4.5, step), 3.0)
     assert plan.steps == plan.schedule_steps < LONG.steps
@@ -92,6 +92,7 @@ def test_patience_grows_with_the_run():
     [
         (6_500, 3.0, LONG, {}),  # the warm-down has begun
         (6_000, 3.0, LONG, {}),  # it begins now
+        (5_750, 3.0, LONG, {}),  # it is about to begin
         (3_000, 0.9, LONG, {}),  # no token has been seen twice
         (90, 3.0, LONG, {}),  # the warm-up has not ended
         (3_000, 3.0, Plan(4_000, 10_000), {}),  # the recipe's phases fix the schedule
