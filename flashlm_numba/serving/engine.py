@@ -2,7 +2,7 @@
 
 A worker runs one step of a text, gives the text back and takes the next one, so that all texts advance at the same
 speed. While no other text is ready it stays with its own. A step is what two milliseconds of compiled code give. This
-would be the place to decode several texts in lockstep, which was found to save little (docs/experiments.md).
+would be the place to decode several texts in lockstep (docs/experiments.md says what that could save).
 """
 
 from __future__ import annotations
