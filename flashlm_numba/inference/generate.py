@@ -112,11 +112,12 @@ def generate_blocks(
     while True:
         start = time.perf_counter()
         tokens = writer.write(rng.random((count, writer.uniforms)))
-        if not len(tokens):
-            raise UserError(f"the probabilities of the next token are not finite: {_TOO_LARGE}")
         seconds = time.perf_counter() - start
-        yield tokens.tolist()
-        count = min(2 * count, MOST, int(BLOCK_SECONDS / seconds * count) + 1)
+        if len(tokens):
+            yield tokens.tolist()
+        if len(tokens) < count:
+            raise UserError(f"the probabilities of the next token are not finite: {_TOO_LARGE}")
+        count = min(2 * count, MOST, max(1, int(BLOCK_SECONDS / seconds * count)))
 
 
 class Recent:

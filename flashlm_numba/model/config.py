@@ -209,6 +209,9 @@ class Plan:
     step_seconds: tuple[float, ...] = ()  # seconds per step of each phase, as --minutes measured them
     # steps that were planned before an early warm-down made the run shorter; runs of earlier versions do not have it
     asked_steps: int | None = _in(None, 1, optional=True)
+    # whether the run was given more steps after its warm-down had begun, so that its best validation may be one that a
+    # constant rate does not reach; it is then not shortened
+    lengthened: bool = field(default=False, metadata={"optional": True})
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,13 @@ def idle_settings(run: RunConfig, section: str) -> Iterator[Idle]:
             yield from _of_tree(run)
     elif section == "model":
         mixers = {name: mixer.own_settings for name, mixer in MIXERS.items()}
-        yield from _of_others(mixers, run.model.mixer, "With the {} mixer", "--set mixer={}")
-        yield from _of_others(LINEARS, run.model.linear, "With linear={}", "--set linear={}")
+        # mlgru and bitlinear work with each other only
+        for idle in _of_others(mixers, run.model.mixer, "With the {} mixer", "{}"):
+            linear = "bitlinear" if idle.remedy == "mlgru" else "ternary"
+            yield idle._replace(remedy=f"--set mixer={idle.remedy} --set linear={linear}")
+        for idle in _of_others(LINEARS, run.model.linear, "With linear={}", "{}"):
+            mixer = "mlgru" if idle.remedy == "bitlinear" else "conv"
+            yield idle._replace(remedy=f"--set mixer={mixer} --set linear={idle.remedy}")
         if not run.model.ngram_copy_orders:
             copies = ("ngram_copy_reach", "ngram_copy_output")
             yield Idle(copies, "Without n-gram copies", "--set ngram_copy_orders=1")
@@ -56,7 +61,7 @@ def idle_settings(run: RunConfig, section: str) -> Iterator[Idle]:
         yield from _of_others(SCHEDULES, run.optimizer.schedule, "With schedule={}", "--set schedule={}")
     elif section == "training":
         if any(phase.frozen for phase in run.training.phases) and not run.embedding_given:
-            yield Idle(("phases:frozen",), "Without --embeddings", "--embeddings")
+            yield Idle(("phases:frozen",), "Without --embeddings", "" if run.init else "--embeddings")
     elif section == "memory" and run.memory.memory == "none":
         yield Idle(("memory_least",), "Without a memory", "--memory ngrams")
 

@@ -34,7 +34,8 @@ class TokenRows:
         """Compute the rows. Call this after every change of the parameters."""
         if self._factors is not None:
             embedding, projection, _, _ = self._factors
-            np.matmul(embedding, projection, out=self.values)
+            # through a temporary array, since a thread that generates text must not see a partial product
+            self.values[...] = embedding @ projection
 
     def backward(self) -> None:
         """Set the gradients of embedding and projection by that of the rows, which has all micro-batches of a step.

@@ -74,7 +74,7 @@ def train(session: Session) -> int:
                 log.flush()
             left = run.tokens_until(session.run.plan.steps) - clock.tokens
             progress.step(line, seconds_left=left * spent / phase.tokens)
-            checkpoints.after_step(is_best=_is_best(session), is_last=step == last)
+            checkpoints.after_step(is_best=_is_best(session), is_last=step == session.run.plan.steps)
         if caught and clock.step < session.run.plan.steps:
             checkpoints.before_stopping()
     if clock.step < session.run.plan.steps:
@@ -141,13 +141,14 @@ def _shorten(session: Session) -> None:
     since until here both plans are the same.
     """
     run, clock = session.run, session.clock
-    if session.validation is None:
+    if session.validation is None or run.fixed_schedule is not None:
         return
     passes = clock.tokens / session.data.train.n_tokens
     plan = shortened(run.plan, run.optimizer, clock.step, session.validation, passes)
-    if plan == run.plan:
-        return
-    session.run = dataclasses.replace(run, plan=plan)
+    shorter = dataclasses.replace(run, plan=plan)
+    if plan == run.plan or _is_sampled(run, clock.step) != _is_sampled(shorter, clock.step):
+        return  # in the second case the steps so far would not be those of the shorter run
+    session.run = shorter
     write_text(session.folder / "config.json", data_place.stored(session.run, session.folder).to_json())
     session.progress.shorten(plan.steps)
     session.progress.note(

@@ -19,7 +19,7 @@ from flashlm_numba.heads import head_class
 from flashlm_numba.inference.evaluate import score
 from flashlm_numba.memory.files import NGRAMS, write_ngrams
 from flashlm_numba.model import build, checkpoint, data_place, sizes
-from flashlm_numba.model.config import RunConfig
+from flashlm_numba.model.config import Plan, RunConfig
 from flashlm_numba.model.parameters import ternary_names
 from flashlm_numba.model.settings import check_run, with_settings
 from flashlm_numba.model.training_memory import check_memory, training_bytes
@@ -31,6 +31,7 @@ from flashlm_numba.system.threads import available_threads, set_threads
 from flashlm_numba.training import inputs
 from flashlm_numba.training.loop import train
 from flashlm_numba.training.plan import OWN_LENGTH, Length, plan_for, plan_minutes
+from flashlm_numba.training.schedule import lr_scale
 from flashlm_numba.training.session import Session, new_session, restored_session
 from flashlm_numba.training.step import train_step
 from flashlm_numba.training.tensorboard import TensorBoard, check_package
@@ -252,9 +253,11 @@ def resume_run(
                 session = new_session(run, folder, tokens, progress, compilation)
             else:
                 session = restored_session(run, folder, tokens, path, progress, compilation)
+        before = session.run.plan
         if not _lengthen(session, length):
             return Finished(folder, 0)
         rehearse(session, length.minutes, began)
+        session.run = _noting_lengthening(session.run, before, session.clock.step)
         if path is None:
             _store_memory(session)
         else:
@@ -309,6 +312,14 @@ def _lengthen(session: Session, length: Length) -> bool:
     more = "" if at == fixed else "; give --steps, --tokens or --minutes to train further"
     session.progress.note(f"{session.folder} is complete at step {at:,}{more}.")
     return False
+
+
+def _noting_lengthening(run: RunConfig, before: Plan, step: int) -> RunConfig:
+    """The run, whose plan says so if it is a new one after the old plan's warm-down had begun."""
+    if run.plan == before:
+        return run
+    begun = step >= run.optimizer.warmup_steps and lr_scale(step, before.schedule_steps, run.optimizer) < 1
+    return replace(run, plan=replace(run.plan, lengthened=before.lengthened or begun))
 
 
 def _drop_later(session: Session, path: Path | None) -> None:

@@ -46,7 +46,7 @@ def shortened(plan: Plan, config: OptimizerConfig, step: int, validation: Valida
     passes : tokens seen, as a multiple of the training text. In its first pass a text cannot be learnt by heart, so
         that a worse validation is chance.
     Otherwise the plan itself. The shorter plan is the one that a run of that many steps has from its beginning, and the
-    steps so far are the same by both. A schedule of fixed length is never shortened.
+    steps so far are the same by both. A schedule longer than the run is never shortened.
 
     >>> config = OptimizerConfig(warmdown_ratio=0.4, early_warmdown=True)
     >>> shortened(Plan(10_000, 10_000), config, 3_000, Validation(2_000, 4.5, 3_000), 2.7).steps
@@ -54,10 +54,10 @@ def shortened(plan: Plan, config: OptimizerConfig, step: int, validation: Valida
     >>> shortened(Plan(10_000, 10_000), config, 3_000, Validation(2_500, 4.5, 3_000), 2.7).steps
     10000
     """
-    if not config.early_warmdown or config.schedule != "linear" or plan.schedule_steps != plan.steps:
+    if not config.early_warmdown or config.schedule != "linear" or plan.schedule_steps != plan.steps or plan.lengthened:
         return plan
     stalled = step - validation.best_step >= PATIENCE * step
-    if not stalled or passes < 1 or step < config.warmup_steps or config.warmdown_ratio >= 1:
+    if not stalled or passes < 1 or step < config.warmup_steps or not 0 < config.warmdown_ratio < 1:
         return plan
     steps = math.ceil(step / (1 - config.warmdown_ratio))
     if steps > WORTH * plan.steps:  # the warm-down has begun, or is about to

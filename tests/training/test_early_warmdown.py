@@ -99,6 +99,9 @@ def test_patience_grows_with_the_run():
         (3_000, 3.0, LONG, {"early_warmdown": False}),
         (3_000, 3.0, LONG, {"schedule": "halved-cosine"}),
         (3_000, 3.0, LONG, {"warmdown_ratio": 1.0}),
+        (3_000, 3.0, LONG, {"warmdown_ratio": 0.0}),
+        # its best validation is one of the end of a warm-down, which a constant rate may not reach
+        (3_000, 3.0, replace(LONG, lengthened=True), {}),
     ],
 )
 def test_otherwise_the_plan_stays(step, passes, plan, settings):
@@ -133,7 +136,7 @@ def test_a_run_planned_too_long_is_a_shorter_one_bit_for_bit(run, tokens, tmp_pa
     assert "complete at step 27; give --steps" in capsys.readouterr().err
     with known_losses():
         resume(tmp_path / "long", steps=30)
-    assert plan_of(tmp_path / "long") == Plan(30, 30)
+    assert plan_of(tmp_path / "long") == Plan(30, 30, lengthened=True)
 
 
 @pytest.mark.parametrize("stop", [14, 16, 17, 25])
@@ -156,3 +159,20 @@ def test_resumed_before_the_decision_the_run_ends_at_the_same_step(run, tokens, 
         resume(tmp_path / "run", checkpoint_name="step-12")
     assert read_losses(tmp_path / "run") == losses
     assert read_bits(tmp_path / "run") == bits
+
+
+def test_a_run_that_is_given_more_steps_before_its_warm_down_is_still_shortened(run, tokens, whole, tmp_path, stop_at):
+    with known_losses():
+        undo = stop_at(5, signal.SIGTERM)
+        start(run, tokens, tmp_path / "run", steps=40)
+        undo()
+        assert resume(tmp_path / "run", steps=60).status == 0
+    assert plan_of(tmp_path / "run") == plan_of(whole)
+    assert read_bits(tmp_path / "run") == read_bits(whole)
+
+
+def test_a_schedule_that_the_phases_fix_is_not_shortened(run, tokens, tmp_path):
+    fixed = with_settings(run, ["phases=10:32x32,30:16x32", "validate_every=4"])
+    with known_losses():
+        start(fixed, tokens, tmp_path / "run", steps=30)
+    assert plan_of(tmp_path / "run").steps == 30
