@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REMEMBERED = 16  # last tokens of a text that a memory may look at
 MOST = 32  # tokens that are sampled at a time
-BLOCK_SECONDS = 0.002  # that this takes at most, so that a text arrives smoothly
+BLOCK_SECONDS = 0.002  # that these take, about, so that a text arrives smoothly
 _TOO_LARGE = "the model's weights are too large; use an earlier checkpoint."
 
 

@@ -47,8 +47,8 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     Norms start at one, and the gains of the leaky average and of the n-gram copy at zero. With
     ngram_copy_output=mixture a copy starts with a share of exp(COPY_BIAS) beside the head's 1. Convolutions, gate and
     up have standard deviation fan_in**-0.5, mixer.out and glu.down 0.01. The router is small. The rows of the
-    projection are orthonormal. With linear=bitlinear the
-    initial values are those of the MatMul-free LM's authors: 0.02, and what ends a branch 0.02 / sqrt(2 L).
+    projection are orthonormal. With linear=bitlinear the initial values are those of the MatMul-free LM's authors:
+    0.02, and what ends a branch 0.02 / sqrt(2 L).
     """
     c = config.dim
     norm = Parameter((c,), fill=1.0)
