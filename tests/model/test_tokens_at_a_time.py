@@ -99,6 +99,25 @@ def test_weights_that_are_too_large_are_an_error():
         next(tokens)
 
 
+def test_tokens_before_one_that_cannot_be_drawn_are_passed_on(monkeypatch):
+    """A block that ends early is followed by the error, not by another draw."""
+    model, blocks = make_model("ternary", "mixture"), [[5], [6], [7, 8]]
+
+    class Short:
+        uniforms = 1
+
+        def write(self, uniforms):
+            return np.array(blocks.pop(0), np.int32)
+
+    monkeypatch.setattr(model, "writer", lambda state, **settings: Short())
+    monkeypatch.setattr("flashlm_numba.inference.generate.BLOCK_SECONDS", 1e6)  # a pause must not shorten the block
+    tokens = generate_ids(model, [3], rng=np.random.default_rng(0))
+    assert [next(tokens), next(tokens)] == [5, 6]  # the second block was to have two
+    with pytest.raises(UserError, match="use an earlier checkpoint"):
+        next(tokens)
+    assert blocks == [[7, 8]]
+
+
 def test_a_state_in_use_is_refused_and_wrong_numbers_are_named():
     model = make_model("ternary", "mixture")
     state, _ = model.prefill(np.array([3], np.int32))
