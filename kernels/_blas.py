@@ -10,25 +10,46 @@ The address of sgemm differs between processes, but compiled kernels are cached.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import importlib.machinery
+import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import get_cython_function_address, intrinsic
+from numba.extending import intrinsic
 
 from flashlm_numba.kernels._jit import helper
 
 
+@functools.cache
+def _scipys_blas() -> Any:
+    """SciPy's module of BLAS functions. Imported by its name, it brings all of scipy.linalg, which takes 0.2 s."""
+    import scipy
+
+    name, suffixes = "scipy.linalg.cython_blas", tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    with contextlib.suppress(ImportError):
+        for file in Path(scipy.__file__).parent.joinpath("linalg").glob("cython_blas.*"):
+            spec = importlib.util.spec_from_file_location(name, file) if file.name.endswith(suffixes) else None
+            if spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module
+    return importlib.import_module(name)
+
+
 def pin_to_one_thread() -> None:
     """Pin SciPy's BLAS to one thread. NumPy's BLAS keeps its number of threads if it is a different library."""
-    import scipy.linalg.cython_blas  # noqa: F401 (loads the library)
     from threadpoolctl import ThreadpoolController
+
+    _scipys_blas()  # loads the library
 
     package = Path(np.__file__).resolve().parent
     numpys = (str(package) + os.sep, str(package.parent / "numpy.libs") + os.sep)  # macOS; Linux and Windows
@@ -42,7 +63,12 @@ def pin_to_one_thread() -> None:
 def sgemm_address() -> int:
     """Address of SciPy's sgemm, for the `blas` argument of kernels. The first call pins SciPy's BLAS to one thread."""
     pin_to_one_thread()
-    return 0 if numba.config.DISABLE_JIT else get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+    if numba.config.DISABLE_JIT:
+        return 0
+    capsule, python = _scipys_blas().__pyx_capi__["sgemm"], ctypes.pythonapi
+    name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", python))
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", python))
+    return pointer_of(capsule, name_of(capsule))
 
 
 class Matrix(NamedTuple):
