@@ -1,4 +1,6 @@
-"""The compiled code of the MatMul-free trunk on packed weights: a thread's part of a layer, for M rows of one text.
+"""The compiled code of the MatMul-free trunk on packed weights: a thread's part of a layer, for M rows.
+
+The rows are the next tokens of one text, or of several, as many for each text.
 
 A layer has four products, and threads divide each by its outputs, which are whole lines of 16 floats. So they read
 every packed matrix once, whatever M. Between two products stands elementwise work on whole rows:
@@ -9,8 +11,8 @@ every packed matrix once, whatever M. Between two products stands elementwise wo
 For many rows these are two stages, and PREPARE divides by rows. A single row is prepared by each thread for itself,
 which takes microseconds, and a layer then has four stages instead of eight. All threads end a stage before one begins
 the next. Everything but the integer products is the code that training calls, by its address.
-Letters: M rows, C channels, I FFN width, L blocks, R layers, K inputs of a product, W packed bytes per row, P threads,
-S sets of inputs: 1, or P for a single row.
+Letters: M rows, C channels, I FFN width, L blocks, R layers, N texts, K inputs of a product, W packed bytes per row,
+P threads, S sets of inputs: 1, or P for a single row.
 """
 
 from __future__ import annotations
@@ -160,10 +162,14 @@ def _products(which, layer, block, place, thread, threads, states, work, weights
         _multiply(work.forget, dim, block, FORGET, FORGET, place, False, thread, threads, work, weights)
         _multiply(work.gate, dim, block, GATE, GATE, place, False, thread, threads, work, weights)
         first, last = share(dim, thread, threads)
-        before, h = states[layer], work.h
-        call(work.scan, h, before, work.forget, work.value, weights.bounds[block], first, last)
-        for c in range(first, last):
-            before[c] = h[h.shape[0] - 1, c]
+        texts = states.shape[1]
+        tokens = work.h.shape[0] // texts
+        for n in range(texts):
+            start, end, before = n * tokens, (n + 1) * tokens, states[layer, n]
+            h, forget, value = work.h[start:end], work.forget[start:end], work.value[start:end]
+            call(work.scan, h, before, forget, value, weights.bounds[block], first, last)
+            for c in range(first, last):
+                before[c] = h[tokens - 1, c]
     elif which == 1:
         _multiply(work.x, dim, block, OUT, 0, place, True, thread, threads, work, weights)
     elif which == 2:
@@ -194,7 +200,10 @@ def packed_thread(turn, threads, states, work, weights):
 
 @kernel
 def packed_region(stages, threads, states, work, weights):
-    """All layers, work.x = the last one's result; states (R, C) are those before the rows, then those after them."""
+    """All layers, work.x = the last one's result; states (R, N, C) are those before the rows, then those after them.
+
+    The first M / N rows belong to the first text, the next ones to the second, and so on.
+    """
     for stage in range(stages):
         for index in prange(threads):
             call(work.thread, stage * threads + np.int64(index), threads, states, work, weights)

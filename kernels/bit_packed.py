@@ -1,15 +1,16 @@
-"""The MatMul-free trunk for large models: weights of 2 bits, on all threads, up to 64 tokens of one text at a time.
+"""The MatMul-free trunk for large models: weights of 2 bits, on all threads, up to 64 tokens at a time.
 
-The weights are read once for these tokens, and stay packed. Hidden states have the bits of bit_trunk_forward and of
-bit_decode_step, whatever the number of threads and of tokens read at once. _bit_packed_regions.py has the compiled
-code. The embedding is left to the caller.
-Letters: M rows, C channels, I FFN width, L blocks, R layers, V outputs, K inputs, W packed bytes per row, P threads.
+These are the next tokens of one text, or one token of each of several texts. The weights are read once for them, and
+stay packed. Hidden states have the bits of bit_trunk_forward and of bit_decode_step, whatever the number of threads and
+of tokens or texts read at once. _bit_packed_regions.py has the compiled code. The embedding is left to the caller.
+Letters: M rows, N texts, C channels, I FFN width, L blocks, R layers, V outputs, K inputs, W packed bytes per row, P
+threads.
 Source: Zhu et al. 2024, arXiv:2406.02528, section 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -110,16 +111,36 @@ class PackedTrunk:
         """
         _check.array("PackedTrunk.read", "x", x, (None, self.config.dim))
         _check.array("PackedTrunk.read", "state", state, (len(state), self.config.dim))
-        threads, out = numba.get_num_threads(), np.empty_like(x)
+        out = np.empty_like(x)
         for start in range(0, len(x), MOST_ROWS):
-            some = x[start : start + MOST_ROWS]
-            work = self._work_for(len(some), threads)
-            work.x[...] = some
-            stages = len(state) * PRODUCTS * (1 if len(some) == 1 else 2)
-            packed_region(stages, threads, state, work, self.weights)
-            rstd = work.rstd.reshape(-1)
-            norm(out[start : start + MOST_ROWS], rstd, work.x, self.weights.final_norm, self.weights.eps)
+            part = slice(start, start + MOST_ROWS)
+            self._read(out[part], state[:, None], x[part])
         return out
+
+    def read_each(self, states: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
+        """Hidden states (N, C) float32 of the next token of each of N texts, for their rows x (N, C) float32.
+
+        states : of the texts, (R, C) each, all different; they become those after these tokens
+        The result has the bits of N calls of `read`. Raises ValueError if a shape or dtype is wrong.
+        """
+        _check.array("PackedTrunk.read_each", "x", x, (len(states), self.config.dim))
+        out = np.empty_like(x)
+        for start in range(0, len(x), MOST_ROWS):
+            part = slice(start, start + MOST_ROWS)
+            together = np.stack(states[part], axis=1)
+            self._read(out[part], together, x[part])
+            for n, state in enumerate(states[part]):
+                state[...] = together[:, n]
+        return out
+
+    def _read(self, out: np.ndarray, states: np.ndarray, x: np.ndarray) -> None:
+        """out (M, C) = hidden states for M <= MOST_ROWS rows x (M, C) of N texts, as many each; states (R, N, C)."""
+        threads = numba.get_num_threads()
+        work = self._work_for(len(x), threads)
+        work.x[...] = x
+        stages = len(states) * PRODUCTS * (1 if len(x) == 1 else 2)
+        packed_region(stages, threads, states, work, self.weights)
+        norm(out, work.rstd.reshape(-1), work.x, self.weights.final_norm, self.weights.eps)
 
     def _work_for(self, rows: int, threads: int) -> PackedWork:
         """Scratch for this many rows; kept for one row and for many."""
@@ -157,7 +178,7 @@ class PackedTrunk:
         return {
             **{name: shared[name] for name in ("inputs", "norm", "gated", "swiglu", "scan")},
             "product": lambda: _product_address(self.variant),
-            "thread": lambda: address(packed_thread, 0, 1, self.new_state(), work, self.weights),
+            "thread": lambda: address(packed_thread, 0, 1, self.new_state()[:, None], work, self.weights),
         }
 
 

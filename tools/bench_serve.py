@@ -10,8 +10,9 @@ The program starts `flashlm-numba serve` in a process of its own. First it compa
 the same time with those that the model generates directly. A difference ends the program with status 1. In the closed
 loop each client sends one request after another. In the open loop requests arrive at random times, at a share of the
 rate of the closed loop, whether earlier ones are answered or not. `direct` is the same work without a server: one
-thread per stream in this process. The server joins the tokens that are ready at the same time into one event, so the
-time between events is at least that between tokens. Clients and server share the cores. Use a quiet machine.
+thread per stream in this process, each text by itself, also where the server computes several at once. The server joins
+the tokens that are ready at the same time into one event, so the time between events is at least that between tokens.
+Clients and server share the cores. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ import flashlm_numba as fl
 from flashlm_numba.cli.doctor import cpu_name
 from flashlm_numba.inference.generate import Continuation, generate_ids
 from flashlm_numba.serving.application import seed_of
-from flashlm_numba.serving.served import Served, load_served
+from flashlm_numba.serving.served import FixedModel, Served, load_served
 from flashlm_numba.serving.server import choose_threads
 from flashlm_numba.system.display import plural
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.process import PYTHON, environment
+from flashlm_numba.system.threads import available_threads
 from tools.bench import allocators, machine, output
 
 STREAMS = (1, 4, 16, 64)
@@ -95,9 +97,10 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(run: Path, threads: int) -> Iterator[int]:
+def server(run: Path, threads: int | None) -> Iterator[int]:
     """A server in a process of its own; yields its port."""
-    arguments = [*PYTHON, "-m", "flashlm_numba", "serve", str(run), "--port", "0", "--threads", str(threads)]
+    arguments = [*PYTHON, "-m", "flashlm_numba", "serve", str(run), "--port", "0"]
+    arguments += [] if threads is None else ["--threads", str(threads)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         try:
             assert process.stdout is not None
@@ -189,10 +192,17 @@ def direct(served: Served, work: Work, streams: int, seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
+class Alone(FixedModel):
+    """A model that computes the tokens of each text by themselves."""
+
+    def announce(self, state: object, token: int) -> None:
+        """Do nothing."""
+
+
 def direct_text(served: Served, work: Work, number: int) -> tuple[str, int]:
     """The text that the server must give for a request, and its tokens."""
     values = {"rng": np.random.default_rng(seed_of(number, 0)), **work.sampling}
-    continuation = Continuation(served.model, served.vocabulary, work.prompts[number % CHECKED], **values)
+    continuation = Continuation(Alone(served.model), served.vocabulary, work.prompts[number % CHECKED], **values)
     text, count = "", 0
     for sampled in itertools.islice(continuation, work.tokens):
         text += sampled.text
@@ -243,17 +253,25 @@ def main(
                 settings = {"embedding_init": "random"}
                 trained = fl.train(steps=1, out=Path(folder) / "run", settings=settings, progress=fl.TERMINAL).folder
             served = load_served(trained)
-            workers = choose_threads(served, threads)
+            choose_threads(served, threads)
         except (UserError, ValueError) as error:
             raise click.ClickException(str(error)) from None
         sampling = {"temperature": temperature, **({} if top_k is None else {"top_k": top_k})}
         work = Work(own_prompts(served, CHECKED, prompt), tokens, sampling)
-        with server(trained, workers) as port:
+        with server(trained, threads) as port:
             check(served, work, port)
-            stamp = {**machine.stamp(workers), "model": served.name, "prompt": prompt, "seconds": seconds}
+            stamp = {
+                **machine.stamp(threads or available_threads()),
+                "model": served.name,
+                "prompt": prompt,
+                "seconds": seconds,
+            }
             rows = measure(served, work, port, streams or STREAMS, seconds)
     if json_path is not None:
-        output.write_json(json_path, {**stamp, "tokens": tokens, "sampling": sampling, "rows": rows})
+        output.write_json(
+            json_path,
+            {**stamp, "prompt": prompt, "seconds": seconds, "tokens": tokens, "sampling": sampling, "rows": rows},
+        )
 
 
 def check(served: Served, work: Work, port: int) -> None:

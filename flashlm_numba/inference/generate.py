@@ -46,6 +46,9 @@ class Generator(Protocol):
     def prefill(self, ids: np.ndarray) -> tuple[Any, np.ndarray]:
         """See Model."""
 
+    def announce(self, state: Any, token: int) -> None:
+        """See PackedModel."""
+
     def decode_step(self, state: Any, token: int) -> np.ndarray:
         """See Model."""
 
@@ -104,6 +107,7 @@ def generate_blocks(
             raise UserError(f"{error}: {_TOO_LARGE}") from None
         if on_sample:
             on_sample(head, h, token)
+        model.announce(state, token)  # whoever runs several texts gets the step of each from one pass
         yield [token]
         h = model.decode_step(state, token)
         recent.add(token)

@@ -250,6 +250,9 @@ class Model:
             own[name] = parts._replace(**arrays)
         return dataclasses.replace(state, **own, calls=[])
 
+    def announce(self, state: Any, token: int) -> None:
+        """Do nothing with the token that comes next: texts of this model do not advance together."""
+
     def decode_step(self, state: Any, token: int) -> np.ndarray:
         """Feed one token id to a state from prefill or new_state. Returns the hidden state (1, C) float32.
 

@@ -8,6 +8,7 @@ Letters: T tokens, V vocabulary, C channels, L blocks, W packed bytes per row.
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from flashlm_numba.heads.base import Part, head_part, likeliest_of_logits
 from flashlm_numba.heads.decisions import Decisions, OneDecision
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, draw
-from flashlm_numba.kernels.bit_packed import PackedTrunk, packed_outputs
+from flashlm_numba.kernels.bit_packed import MOST_ROWS, PackedTrunk, packed_outputs
 from flashlm_numba.kernels.bit_trunk import BitConfig
 from flashlm_numba.kernels.ternary import packed_width
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
@@ -48,12 +49,37 @@ class RoundedRows(NamedTuple):
 
 
 @dataclass
+class Joined:
+    """The hidden states (N, C) of a step of several texts, and their logits once the first of them is asked for."""
+
+    h: np.ndarray
+    logits: np.ndarray | None = None
+
+    def row(self, number: int) -> np.ndarray:
+        """The hidden state (1, C) of a text: a view, by which `PackedHead.logits` recognises it."""
+        return self.h[number : number + 1]
+
+    def number_of(self, row: np.ndarray) -> int:
+        """The number of the text with this row."""
+        return (row.ctypes.data - self.h.ctypes.data) // self.h.strides[0]
+
+
+@dataclass(eq=False)
+class PackedState:
+    """The decoding state of a text: what its recurrences hold after the tokens that were read."""
+
+    layers: np.ndarray  # (R, C) float32
+    found: tuple[int, np.ndarray] | None = None  # a token that was announced and read, and its hidden state (1, C)
+
+
+@dataclass
 class PackedHead:
     """An output layer of its own with packed weights, a BitLinear: what Head offers for generation."""
 
     norm: np.ndarray  # (C,)
     packed: np.ndarray  # (V, W) uint8
     scale: float
+    joined: Joined | None = None
     name: ClassVar[str] = "bitlinear"
     has_int8: ClassVar[bool] = False
 
@@ -64,6 +90,13 @@ class PackedHead:
 
     def logits(self, h: np.ndarray) -> np.ndarray:
         """Logits (N, V) float32 of hidden states h (N, C)."""
+        if (joined := self.joined) is not None and h.base is joined.h:
+            if joined.logits is None:
+                joined.logits = self._logits(joined.h)
+            return joined.logits[joined.number_of(h)][None]
+        return self._logits(h)
+
+    def _logits(self, h: np.ndarray) -> np.ndarray:
         return packed_outputs(for_reading(h), self.norm, self.packed, self.scale)
 
     def distribution(self, h: np.ndarray) -> np.ndarray:
@@ -130,8 +163,8 @@ class PackedModel:
     """What generation needs of Model: prefill, new_state, read and decode_step, and a head. It cannot be trained.
 
     trunk : the weights, packed;  embedding : (V, C);  head : PackedHead
-    Calls from several Python threads take turns, because each one uses all threads. Raises ValueError for a
-    configuration with another trunk, or with the n-gram copy.
+    Calls from several Python threads take turns, because each one uses all threads; see `announce`. Raises ValueError
+    for a configuration with another trunk, or with the n-gram copy.
     """
 
     memory: ClassVar[None] = None
@@ -141,45 +174,97 @@ class PackedModel:
             raise ValueError("PackedModel: the trunk must be that of linear=bitlinear, without ngram_copy_orders")
         self.config, self.trunk, self.embedding, self.head = config, trunk, embedding, head
         self._turn = threading.Lock()
+        self._announced: weakref.WeakKeyDictionary[PackedState, int] = weakref.WeakKeyDictionary()
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of packed weights that a generated token reads: those of the trunk and of the head."""
         return self.trunk.weights.codes.nbytes + self.head.packed.nbytes
 
-    def new_state(self) -> np.ndarray:
-        """The decoding state before the first token of a text, (R, C) float32."""
-        return self.trunk.new_state()
+    def new_state(self) -> PackedState:
+        """The decoding state before the first token of a text."""
+        return PackedState(self.trunk.new_state())
 
-    def read(self, state: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def read(self, state: PackedState, ids: np.ndarray) -> np.ndarray:
         """Feed the next tokens of a text, ids (T,) int32, to a state. Returns their hidden states (T, C) float32.
 
         Every division of a text into calls gives the same bits. Raises ValueError if a token is not in [0, V).
         """
         ids = for_reading(ids)
         _check.array("PackedModel.read", "ids", ids, (None,), np.int32)
-        _check.indices("PackedModel.read", "ids", ids, self.config.vocab_size, "the text uses another vocabulary")
+        self._check(ids)
         adopt_threads()
         with self._turn:
-            return self.trunk.read(state, self.embedding.rows(ids, self.config.dim))
+            first = self._announced_of(state, ids[0]) if len(ids) else np.empty((0, self.config.dim), np.float32)
+            if first is None:
+                return self.trunk.read(state.layers, self.embedding.rows(ids, self.config.dim))
+            rest = self.trunk.read(state.layers, self.embedding.rows(ids[1:], self.config.dim))
+            return np.concatenate([first, rest]) if len(rest) else first
 
-    def prefill(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def prefill(self, ids: np.ndarray) -> tuple[PackedState, np.ndarray]:
         """Read a text, ids (T,) int32 with T >= 1. Returns a decoding state and the last hidden state (1, C)."""
         if not len(ids):
             raise ValueError("PackedModel.prefill: ids must contain at least one token")
         state = self.new_state()
         return state, self.read(state, ids)[-1:]
 
-    def copy_state(self, state: np.ndarray) -> np.ndarray:
-        """A copy of a decoding state, which continues the text in another way."""
-        return state.copy()
+    def copy_state(self, state: PackedState) -> PackedState:
+        """A copy of a decoding state, which continues the text in another way. Raises ValueError after `announce`."""
+        with self._turn:
+            if state in self._announced or state.found is not None:
+                raise ValueError("PackedModel.copy_state: the state waits for the token that was announced")
+            return PackedState(state.layers.copy())
 
-    def decode_step(self, state: np.ndarray, token: int) -> np.ndarray:
+    def announce(self, state: PackedState, token: int) -> None:
+        """Say which token the state's next call will feed, which must be the next call.
+
+        When the first of the texts with announced tokens asks for its step, the steps of all are computed, up to 64 at
+        once. Raises ValueError if the token is not in [0, V), or if another one was announced.
+        """
+        self._check(np.array([token], np.int32))
+        with self._turn:
+            if state in self._announced or state.found is not None:
+                raise ValueError("PackedModel.announce: the state waits for a token already")
+            self._announced[state] = token
+
+    def decode_step(self, state: PackedState, token: int) -> np.ndarray:
         """Feed one token id to a state. Returns its hidden state (1, C) float32."""
         return self.read(state, np.array([token], np.int32))
 
+    def _check(self, ids: np.ndarray) -> None:
+        _check.indices("PackedModel", "ids", ids, self.config.vocab_size, "the text uses another vocabulary")
+
+    def _announced_of(self, state: PackedState, token: int) -> np.ndarray | None:
+        """The hidden state (1, C) after the token that was announced; None if none was. The caller has the turn.
+
+        Raises ValueError for another token.
+        """
+        if (announced := self._announced.get(state)) is not None:
+            if announced != token:
+                raise ValueError(f"PackedModel: token {announced} was announced, and {token} came")
+            self._step_together(state)
+        if state.found is None:
+            return None
+        announced, h = state.found
+        if announced != token:
+            raise ValueError(f"PackedModel: token {announced} was announced, and {token} came")
+        state.found = None
+        return h
+
+    def _step_together(self, state: PackedState) -> None:
+        """Feed the announced tokens of this text, and of others."""
+        # copies of the references, since a text that nobody holds any more vanishes at any time
+        others = [other for other in list(self._announced) if other is not state]
+        texts = [state, *others[: MOST_ROWS - 1]]
+        tokens = [self._announced.pop(text) for text in texts]
+        rows = self.embedding.rows(np.array(tokens, np.int32), self.config.dim)
+        joined = Joined(self.trunk.read_each([text.layers for text in texts], rows))
+        for number, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+            text.found = token, joined.row(number)
+        self.head.joined = joined
+
     def writer(
-        self, state: np.ndarray, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+        self, state: PackedState, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
     ) -> None:
         """None: its head computes the logits of all tokens, beside which Python is cheap."""
 

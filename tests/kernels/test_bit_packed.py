@@ -61,6 +61,29 @@ def test_it_has_the_bits_of_training_however_a_text_is_divided(seed, dim, inner,
     np.testing.assert_array_equal(state, same)
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dim=st.integers(1, 90),
+    texts=st.sampled_from([0, 1, 2, 3, 63, 64, 65]),
+    threads=st.integers(1, 4),
+)
+def test_several_texts_advance_together_with_the_bits_of_each_alone(seed, dim, texts, threads):
+    weights, x, _ = trunk_and_rows(seed, dim, 33, 2, 1, 3 * texts + 1)
+    packed, rows = PackedTrunk.from_trunk(weights), x[: 3 * texts].reshape(3, texts, dim)
+    together, alone = ([packed.new_state() for _ in range(texts)] for _ in range(2))
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, before))
+    try:
+        for step in rows:
+            found = packed.read_each(together, step)
+            want = [packed.read(state, row[None])[0] for state, row in zip(alone, step, strict=True)]
+            np.testing.assert_array_equal(found, np.reshape(want, (texts, dim)))
+    finally:
+        numba.set_num_threads(before)
+    for state, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(state, other)
+
+
 @pytest.mark.parametrize("variant", available())
 def test_every_variant_and_number_of_threads_gives_the_same_bits(variant, monkeypatch):
     weights, x, h = trunk_and_rows(3, 70, 260, 2, 1, 140)
@@ -139,6 +162,8 @@ def test_wrong_shapes_are_refused():
         packed.read(packed.new_state(), np.zeros((3, 9), np.float32))
     with pytest.raises(ValueError, match=r"PackedTrunk.read: state must"):
         packed.read(np.zeros((1, 9), np.float32), np.zeros((3, 8), np.float32))
+    with pytest.raises(ValueError, match=r"PackedTrunk.read_each: x must"):
+        packed.read_each([packed.new_state()], np.zeros((2, 8), np.float32))
     with pytest.raises(ValueError, match=r"packed_outputs: packed must"):
         packed_outputs(np.zeros((1, 300), np.float32), np.ones(300, np.float32), np.zeros((4, 64), np.uint8), 1.0)
     with pytest.raises(ValueError, match="variant must be one of"):

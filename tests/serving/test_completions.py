@@ -15,6 +15,7 @@ from flashlm_numba.inference.generate import generate_ids, generate_text
 from flashlm_numba.model.config import ModelConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.parameters import initial_parameters
+from flashlm_numba.serving.application import seed_of
 from flashlm_numba.serving.limits import Limits
 from flashlm_numba.serving.served import Served, load_served
 
@@ -283,7 +284,7 @@ def test_weights_that_cannot_be_used_are_told_of(start):
     assert "weights are too large; use an earlier checkpoint" in body["error"]["message"]
 
 
-def test_a_packed_model_is_served(start, corpus, tmp_path):
+def test_a_packed_model_is_served(start, corpus, tmp_path, monkeypatch):
     """An exported MatMul-free LM, whose weights stay packed."""
     run, file = tmp_path / "run", tmp_path / "mmf.safetensors"
     shape = ("dim=16", "ffn_dim=24", "phases=2x16", "n_blocks=1", "validation_tokens=60", "sample_tokens=3")
@@ -298,6 +299,13 @@ def test_a_packed_model_is_served(start, corpus, tmp_path):
     assert found["text"] == text + direct(served, text, seed=3, max_tokens=6)
     wanted = -fl.load(file, progress=fl.Progress()).score(text).token_nll
     np.testing.assert_allclose(found["logprobs"]["token_logprobs"][: len(wanted)], wanted, rtol=1e-5)
+    passes, trunk = [], served.model.trunk
+    read_each = trunk.read_each
+    monkeypatch.setattr(trunk, "read_each", lambda states, x: passes.append(len(states)) or read_each(states, x))
+    choices = server.complete(prompt=text, n=4, max_tokens=6, seed=3)["choices"]
+    assert max(passes) == 4  # the texts advance together
+    seeds = [seed_of(3, index) for index in range(4)]
+    assert [choice["text"] for choice in choices] == [direct(served, text, seed=seed, max_tokens=6) for seed in seeds]
 
 
 def test_a_model_with_a_memory_is_served(start, corpus, tmp_path):
