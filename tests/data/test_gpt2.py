@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashlm_numba.data import gpt2 as module
+from flashlm_numba.data.byte_level import hash_of
 from flashlm_numba.data.tokenizer import split_text
 from flashlm_numba.data.vocabularies import VOCABULARIES, vocabulary_named
 from flashlm_numba.system.errors import UserError
@@ -89,6 +90,22 @@ def test_loading_leaves_the_temporary_folder_alone_and_gives_the_ranks_of_tiktok
     merges = path.with_name("vocab.bpe")
     assert encoding._mergeable_ranks == data_gym_to_mergeable_bpe_ranks(str(merges), str(path))
     assert GPT2.token_bytes == [GPT2.decode_bytes([i]) for i in range(GPT2.size)]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", None])
+def test_the_merges_are_those_of_the_ranks_with_or_without_their_file(monkeypatch, tmp_path, damage):
+    found = module._vocabulary_file()
+    content = bytearray(found.with_name(module.MERGES).read_bytes())
+    if damage == "changed":
+        content[-3] ^= 1
+    if damage != "missing":
+        (tmp_path / module.MERGES).write_bytes(content)
+    calls, merge_of = [], module.byte_level.merge_of
+    monkeypatch.setattr(module, "_vocabulary_file", lambda: tmp_path / module.FILE)
+    monkeypatch.setattr(module.byte_level, "merge_of", lambda *args: calls.append(args) or merge_of(*args))
+    text = module._json.__wrapped__()
+    assert bool(calls) == (damage is not None)
+    assert hash_of(text) == GPT2.hash
 
 
 def test_damaged_vocabulary_is_refused(tmp_path):
