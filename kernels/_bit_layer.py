@@ -135,6 +135,7 @@ class BitMatrices:
         self.codes = aligned_zeros((blocks, *empty_columns(*coded).shape), np.uint8)
         self.plain = np.zeros((blocks, *plain), np.float32)
         self._panels: np.ndarray | None = None
+        self._packed: np.ndarray | None = None
         self._stale = True
 
     def set(self, block: int, weight: np.ndarray) -> None:
@@ -145,7 +146,7 @@ class BitMatrices:
             self.plain[block] = values
         else:
             fill_columns(self.codes[block], values)
-        self._stale = True
+        self._stale, self._packed = True, None
 
     @property
     def panels(self) -> np.ndarray:
@@ -160,5 +161,7 @@ class BitMatrices:
         return self._panels
 
     def packed(self) -> np.ndarray:
-        """(L, R, any) uint8: for decoding, by pack_ternary."""
-        return np.stack([pack_ternary(value.astype(np.float32)) for value in self.values])
+        """(L, R, any) uint8: for decoding, by pack_ternary. Kept until the next `set`, since every text needs it."""
+        if (found := self._packed) is None:
+            found = self._packed = np.stack([pack_ternary(value.astype(np.float32)) for value in self.values])
+        return found

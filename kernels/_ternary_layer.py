@@ -141,6 +141,7 @@ class TernaryMatrices:
 
     values : (L, R, K), which the model writes (`ternarize`); call pack afterwards
     forward, transposed : Layouts for x @ weight.T and for x @ weight
+    decoding : what decode.py made of the values for their products with one row; None after pack
     """
 
     def __init__(self, blocks: int, rows: int, columns: int) -> None:
@@ -155,11 +156,13 @@ class TernaryMatrices:
     def use(self, int8: bool, variant: int) -> None:
         """Choose the arithmetic; call pack afterwards."""
         blocks, rows, columns = self.values.shape
+        self.decoding: tuple[np.ndarray, np.ndarray] | None = None
         self.forward = _empty_layouts(blocks, rows, columns, int8, variant)
         self.transposed = _empty_layouts(blocks, columns, rows, int8, variant)
 
     def pack(self) -> None:
         """Fill the layouts from the values."""
+        self.decoding = None
         for block, value in enumerate(self.values):
             for layouts, weight in ((self.forward, value), (self.transposed, value.T)):
                 if layouts.panels.size:

@@ -224,14 +224,18 @@ def _int8(matrices: TernaryMatrices) -> np.ndarray:
 
 
 def decode_matrices(matrices: TernaryMatrices, packed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices as int8 and packed; the unused form has no rows.
+    """The matrices as int8 and packed; the unused form has no rows. Kept until they are packed anew.
 
     Raises ValueError if a weight is not ternary.
     """
-    blocks = len(matrices.values)
-    if packed:
-        return np.empty((blocks, 0, 0), np.int8), np.stack([pack_ternary(value) for value in matrices.values])
-    return _int8(matrices), np.empty((blocks, 0, 0), np.uint8)
+    if (found := matrices.decoding) is None:
+        blocks = len(matrices.values)
+        if packed:
+            found = np.empty((blocks, 0, 0), np.int8), np.stack([pack_ternary(value) for value in matrices.values])
+        else:
+            found = _int8(matrices), np.empty((blocks, 0, 0), np.uint8)
+        matrices.decoding = found
+    return found
 
 
 def new_state(weights: TrunkWeights) -> DecodeState:
@@ -246,12 +250,12 @@ def new_state(weights: TrunkWeights) -> DecodeState:
         return np.zeros(shape, np.float32)
 
     history = weights.config.ngram_copy_reach + int(orders.max()) if len(orders) else 0
-    index_order, copy_index = np.unique(orders, return_inverse=True)
+    indexes = len(weights.index_order)
     state = State(
         out=zeros(1, dim),
         history=np.full(2 * history, -1, np.int32),
-        newest=np.full((len(index_order), buckets(history)), -1, np.int32),
-        earlier=np.full((len(index_order), history), -1, np.int32),
+        newest=np.full((indexes, buckets(history)), -1, np.int32),
+        earlier=np.full((indexes, history), -1, np.int32),
         copies=np.full(len(orders), -1, np.int32),
         x=zeros(1, dim),
         mixer_in=zeros(_whole(dim, REGISTER)),
@@ -272,8 +276,8 @@ def new_state(weights: TrunkWeights) -> DecodeState:
         *decode_matrices(weights.gate_up, weights.int8),
         *decode_matrices(weights.down, weights.int8),
         np.float32(weights.config.ffn_residual_scale),
-        index_order,
-        copy_index,
+        weights.index_order,
+        weights.copy_index,
         weights.copy_skip,
         weights.config.ngram_copy_reach,
         weights.gain_in,

@@ -76,6 +76,7 @@ class TrunkWeights:
         self.final_norm = np.zeros(config.dim, np.float32)
         kinds = copy_kinds(config.ngram_copy_orders)
         self.copy_order, self.copy_skip = (np.array([kind[i] for kind in kinds], np.int64) for i in range(2))
+        self.index_order, self.copy_index = np.unique(self.copy_order, return_inverse=True)  # see decode.py
         self.gain_in = np.zeros((len(kinds), config.dim), np.float32)
         self.gain_out = np.zeros((len(kinds) if config.copy_adds else 0, config.dim), np.float32)
         self.gate_up = TernaryMatrices(config.n_blocks, 2 * padded, config.dim)

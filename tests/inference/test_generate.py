@@ -193,6 +193,9 @@ class _Parrot:
         self.read.append(ids.tolist())
         return None, np.zeros((1, 2), np.float32)
 
+    def announce(self, state, token):
+        pass
+
     def decode_step(self, state, token):
         return np.zeros((1, 2), np.float32)
 
