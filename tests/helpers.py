@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,15 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def numeric_gradient(function: Callable[[], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    """Central differences of function() with respect to every element of x (float64, changed in place)."""
+def numeric_gradient(
+    function: Callable[[], float], x: np.ndarray, step: float = 1e-5, places: Iterable[tuple[int, ...]] | None = None
+) -> np.ndarray:
+    """Central differences of function() with respect to elements of x (float64, changed in place).
+
+    places : the indices of these elements; the others are 0; default: all elements
+    """
     gradient = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
+    for i in np.ndindex(x.shape) if places is None else places:
         before = x[i]
         x[i] = before + step
         high = function()

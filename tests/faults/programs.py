@@ -17,7 +17,7 @@ from flashlm_numba.model import checkpoint
 
 # how many random moments; the long form, by hand: FLASHLM_NUMBA_KILLS=50 pytest tests/faults
 KILLS = int(os.environ.get("FLASHLM_NUMBA_KILLS", "3"))
-STEPS = 240
+STEPS = 160
 INJECTED: collections.Counter[str] = collections.Counter()  # faults by kind, for the summary
 SETTINGS = (*TINY, "checkpoint_every=4", "validate_every=20", "log_every=1")  # most of the time goes into saving
 

@@ -91,10 +91,12 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_undisturbed(corpus,
     INJECTED["two runs in a folder"] += 2
     folder = tmp_path / "run"
     first = _started(corpus, folder)
+    first.send_signal(signal.SIGSTOP)  # it must not end before the others come
     for command in (resume_command(folder), train_command(corpus, folder)):
         code, said = _end(command)
         assert code in (1, 2)
         assert str(folder) in said.replace("\n", "")
+    first.send_signal(signal.SIGCONT)
     said = first.communicate(timeout=240)[1]
     assert first.returncode == 0, said
     assert losses(folder) == losses(whole)

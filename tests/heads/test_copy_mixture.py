@@ -218,8 +218,11 @@ def test_gradients_agree_with_central_differences(name):
         return exact_loss(name, x, head, mixture.copies, targets, weights.astype(np.float64))
 
     np.testing.assert_allclose(float(weights @ nll), total(), rtol=1e-5)
+    rng = np.random.default_rng(0)
     for value, gradient in zip(x, found, strict=True):
-        np.testing.assert_allclose(gradient, numeric_gradient(total, value), atol=2e-5)
+        some = np.unravel_index(rng.permutation(value.size)[:60], value.shape)  # the exact tree is slow
+        wanted = numeric_gradient(total, value, places=zip(*some, strict=True))
+        np.testing.assert_allclose(gradient[some], wanted[some], atol=2e-5)
 
 
 def test_gradient_of_the_sampled_head_is_that_of_its_candidates():
