@@ -198,7 +198,7 @@ def make_prefill(mixer_fill: Any, name: str) -> Any:
 # --- what Python keeps ---
 
 
-@dataclass
+@dataclass(eq=False)
 class DecodeState(TextState):
     """State of a text. It takes 1.5 MB for v3's shape."""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from flashlm_numba.heads.config import HeadConfig
 from flashlm_numba.heads.decisions import NO_TOKENS, Decisions, OneDecision
+from flashlm_numba.heads.joined import Joined
 from flashlm_numba.kernels import _check, draw
 from flashlm_numba.kernels.tree_draw import CopyModel, Drawing
 from flashlm_numba.system.calls import OneCall
@@ -48,6 +49,8 @@ class Head(ABC):
     log_prior : (V,) float32 by token id, added to the logits and stored with the weights; or None
     own_settings : fields of HeadConfig that this head reads; they have no effect with other heads
     has_int8 : whether `use_int8` has an effect
+    joins : whether the logits of several texts are computed at once if `joined` is set; each has the bits it has alone
+    joined : the hidden states of the last step of several texts (joined.py)
     has_search : whether `top` and `log_prob_of` compute only some of the tokens
     ternary : names in `parameters` of the matrices that the head evaluates as a scale times -1, 0 and +1, by
         kernels.bitlinear.absmean_ternary
@@ -61,6 +64,8 @@ class Head(ABC):
     log_prior: np.ndarray | None = None
     own_settings: ClassVar[tuple[str, ...]] = ()
     has_int8: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
+    joined: Joined | None = None
     has_search: ClassVar[bool] = False
     ternary: ClassVar[tuple[str, ...]] = ()
 

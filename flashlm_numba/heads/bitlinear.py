@@ -161,6 +161,5 @@ class BitLinearHead(DenseHead):
         packed, scale = self._packed_rows()
         return bit_logits(h, self._norm, packed, float(scale))
 
-    def _logits(self, x: np.ndarray, int8: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-        """Logits (V,) float32 of one position x (1, C)."""
-        return self._finish(self._products(x)[0], slice(None))
+    def _exact_products(self, h: np.ndarray) -> np.ndarray:
+        return self._products(h)

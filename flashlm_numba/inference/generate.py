@@ -47,7 +47,7 @@ class Generator(Protocol):
         """See Model."""
 
     def announce(self, state: Any, token: int) -> None:
-        """See PackedModel."""
+        """See Model."""
 
     def decode_step(self, state: Any, token: int) -> np.ndarray:
         """See Model."""

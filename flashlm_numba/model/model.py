@@ -27,6 +27,7 @@ from flashlm_numba.memory.ngrams import GatedMemory
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.dropout import NO_DROPOUT, Dropout, InputRows
 from flashlm_numba.model.parameters import COPY_SHARES, EMBEDDING, PROJECTION, parameter_shapes
+from flashlm_numba.model.together import Together
 from flashlm_numba.model.token_rows import TokenRows
 from flashlm_numba.model.trunks import TRUNKS
 from flashlm_numba.system.arrays import for_reading, hash_of_arrays
@@ -94,6 +95,7 @@ class Model:
             "Model: another thread is computing gradients of this model, which are added to one set of arrays; train "
             "from one thread at a time"
         )
+        self._together = Together(self._step_each, self.head) if self.head.joins else None
         self.use_activations(config.activations)
 
     def use_activations(self, kind: str) -> None:
@@ -232,6 +234,8 @@ class Model:
         _check.array("Model.read", "ids", ids, (None,), np.int32)
         rows = self._rows_of(ids[None])
         h = np.empty((len(rows), self.config.dim), np.float32)
+        if self._together is not None and self.config.receptive_field is None:
+            self._together.check_free(state)
         if self.config.receptive_field is not None:
             for t, token in enumerate(ids):
                 h[t] = self.decode_step(state, int(token))[0]
@@ -243,15 +247,33 @@ class Model:
         return h
 
     def copy_state(self, state: Any) -> Any:
-        """A copy of a decoding state, which continues the text in another way. It shares the weights."""
+        """A copy of a decoding state, which continues the text in another way. It shares the weights.
+
+        Raises ValueError after `announce`.
+        """
+        if self._together is not None:
+            self._together.check_free(state)
         own = {name: getattr(state, name) for name in ("state", "mixer_state") if hasattr(state, name)}
         for name, parts in own.items():
             arrays = {key: part.copy() for key, part in parts._asdict().items() if isinstance(part, np.ndarray)}
             own[name] = parts._replace(**arrays)
         return dataclasses.replace(state, **own, calls=[])
 
+    @property
+    def advances_together(self) -> bool:
+        """Whether texts with announced tokens advance together, on all threads: where the head reads all its rows."""
+        return self._together is not None
+
     def announce(self, state: Any, token: int) -> None:
-        """Do nothing with the token that comes next: texts of this model do not advance together."""
+        """Say which token the state's next call will feed, by decode_step.
+
+        When the first of several texts with announced tokens asks for its step, the steps of all are computed, and
+        the head reads its rows once for them. A text has the bits that it has alone. Raises ValueError if the token is
+        not in [0, V), or if another one was announced. Nothing happens if texts of this model do not advance together.
+        """
+        self._row_of(token)
+        if self._together is not None:
+            self._together.announce(state, token)
 
     def decode_step(self, state: Any, token: int) -> np.ndarray:
         """Feed one token id to a state from prefill or new_state. Returns the hidden state (1, C) float32.
@@ -259,10 +281,23 @@ class Model:
         The result is valid until the state's next call. Raises ValueError if the token is not in [0, V), and
         RuntimeError if another thread is using the state.
         """
+        row = self._row_of(token)
+        if self._together is not None and (h := self._together.take(state, token)) is not None:
+            return h
+        return self._trunk.step(state, self._embedding, row)
+
+    def _row_of(self, token: int) -> int:
+        """The row of the embedding of a token."""
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
-        row = int(token if self.head.row_of_token is None else self.head.row_of_token[token])
-        return self._trunk.step(state, self._embedding, row)
+        return int(token if self.head.row_of_token is None else self.head.row_of_token[token])
+
+    def _step_each(self, states: list[Any], tokens: list[int]) -> np.ndarray:
+        """The hidden states (N, C) after a token of each text."""
+        h = np.empty((len(states), self.config.dim), np.float32)
+        for out, state, token in zip(h, states, tokens, strict=True):
+            out[...] = self._trunk.step(state, self._embedding, self._row_of(token))[0]
+        return h
 
     def writer(
         self, state: Any, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None

@@ -8,7 +8,6 @@ Letters: T tokens, V vocabulary, C channels, L blocks, W packed bytes per row.
 from __future__ import annotations
 
 import threading
-import weakref
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -16,13 +15,15 @@ import numpy as np
 
 from flashlm_numba.heads.base import Part, head_part, likeliest_of_logits
 from flashlm_numba.heads.decisions import Decisions, OneDecision
+from flashlm_numba.heads.joined import Joined
 from flashlm_numba.heads.sampling import check_settings, sample_rows
 from flashlm_numba.kernels import _check, draw
-from flashlm_numba.kernels.bit_packed import MOST_ROWS, PackedTrunk, packed_outputs
+from flashlm_numba.kernels.bit_packed import PackedTrunk, packed_outputs
 from flashlm_numba.kernels.bit_trunk import BitConfig
 from flashlm_numba.kernels.ternary import packed_width
 from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.rounded_rows import round_rows, widen_rows
+from flashlm_numba.model.together import Together
 from flashlm_numba.system.arrays import for_reading, hash_of_arrays
 from flashlm_numba.system.threads import adopt_threads
 
@@ -48,28 +49,11 @@ class RoundedRows(NamedTuple):
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-@dataclass
-class Joined:
-    """The hidden states (N, C) of a step of several texts, and their logits once the first of them is asked for."""
-
-    h: np.ndarray
-    logits: np.ndarray | None = None
-
-    def row(self, number: int) -> np.ndarray:
-        """The hidden state (1, C) of a text: a view, by which `PackedHead.logits` recognises it."""
-        return self.h[number : number + 1]
-
-    def number_of(self, row: np.ndarray) -> int:
-        """The number of the text with this row."""
-        return (row.ctypes.data - self.h.ctypes.data) // self.h.strides[0]
-
-
 @dataclass(eq=False)
 class PackedState:
     """The decoding state of a text: what its recurrences hold after the tokens that were read."""
 
     layers: np.ndarray  # (R, C) float32
-    found: tuple[int, np.ndarray] | None = None  # a token that was announced and read, and its hidden state (1, C)
 
 
 @dataclass
@@ -90,11 +74,8 @@ class PackedHead:
 
     def logits(self, h: np.ndarray) -> np.ndarray:
         """Logits (N, V) float32 of hidden states h (N, C)."""
-        if (joined := self.joined) is not None and h.base is joined.h:
-            if joined.logits is None:
-                joined.logits = self._logits(joined.h)
-            return joined.logits[joined.number_of(h)][None]
-        return self._logits(h)
+        joined = None if self.joined is None else self.joined.find(h, self._logits)
+        return self._logits(h) if joined is None else joined.copy()
 
     def _logits(self, h: np.ndarray) -> np.ndarray:
         return packed_outputs(for_reading(h), self.norm, self.packed, self.scale)
@@ -168,13 +149,14 @@ class PackedModel:
     """
 
     memory: ClassVar[None] = None
+    advances_together: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, trunk: PackedTrunk, embedding: RoundedRows, head: PackedHead) -> None:
         if config.linear != "bitlinear" or config.ngram_copy_orders:
             raise ValueError("PackedModel: the trunk must be that of linear=bitlinear, without ngram_copy_orders")
         self.config, self.trunk, self.embedding, self.head = config, trunk, embedding, head
         self._turn = threading.Lock()
-        self._announced: weakref.WeakKeyDictionary[PackedState, int] = weakref.WeakKeyDictionary()
+        self._together = Together(self._step_each, head)
 
     @property
     def bytes_per_token(self) -> int:
@@ -193,13 +175,14 @@ class PackedModel:
         ids = for_reading(ids)
         _check.array("PackedModel.read", "ids", ids, (None,), np.int32)
         self._check(ids)
+        first = self._together.take(state, int(ids[0])) if len(ids) else None
+        rest = ids if first is None else ids[1:]
         adopt_threads()
         with self._turn:
-            first = self._announced_of(state, ids[0]) if len(ids) else np.empty((0, self.config.dim), np.float32)
-            if first is None:
-                return self.trunk.read(state.layers, self.embedding.rows(ids, self.config.dim))
-            rest = self.trunk.read(state.layers, self.embedding.rows(ids[1:], self.config.dim))
-            return np.concatenate([first, rest]) if len(rest) else first
+            h = self.trunk.read(state.layers, self.embedding.rows(rest, self.config.dim))
+        if first is None:
+            return h
+        return np.concatenate([first, h]) if len(h) else first
 
     def prefill(self, ids: np.ndarray) -> tuple[PackedState, np.ndarray]:
         """Read a text, ids (T,) int32 with T >= 1. Returns a decoding state and the last hidden state (1, C)."""
@@ -210,22 +193,13 @@ class PackedModel:
 
     def copy_state(self, state: PackedState) -> PackedState:
         """A copy of a decoding state, which continues the text in another way. Raises ValueError after `announce`."""
-        with self._turn:
-            if state in self._announced or state.found is not None:
-                raise ValueError("PackedModel.copy_state: the state waits for the token that was announced")
-            return PackedState(state.layers.copy())
+        self._together.check_free(state)
+        return PackedState(state.layers.copy())
 
     def announce(self, state: PackedState, token: int) -> None:
-        """Say which token the state's next call will feed, which must be the next call.
-
-        When the first of the texts with announced tokens asks for its step, the steps of all are computed, up to 64 at
-        once. Raises ValueError if the token is not in [0, V), or if another one was announced.
-        """
+        """Say which token the state's next call will feed; see Model.announce."""
         self._check(np.array([token], np.int32))
-        with self._turn:
-            if state in self._announced or state.found is not None:
-                raise ValueError("PackedModel.announce: the state waits for a token already")
-            self._announced[state] = token
+        self._together.announce(state, token)
 
     def decode_step(self, state: PackedState, token: int) -> np.ndarray:
         """Feed one token id to a state. Returns its hidden state (1, C) float32."""
@@ -234,34 +208,12 @@ class PackedModel:
     def _check(self, ids: np.ndarray) -> None:
         _check.indices("PackedModel", "ids", ids, self.config.vocab_size, "the text uses another vocabulary")
 
-    def _announced_of(self, state: PackedState, token: int) -> np.ndarray | None:
-        """The hidden state (1, C) after the token that was announced; None if none was. The caller has the turn.
-
-        Raises ValueError for another token.
-        """
-        if (announced := self._announced.get(state)) is not None:
-            if announced != token:
-                raise ValueError(f"PackedModel: token {announced} was announced, and {token} came")
-            self._step_together(state)
-        if state.found is None:
-            return None
-        announced, h = state.found
-        if announced != token:
-            raise ValueError(f"PackedModel: token {announced} was announced, and {token} came")
-        state.found = None
-        return h
-
-    def _step_together(self, state: PackedState) -> None:
-        """Feed the announced tokens of this text, and of others."""
-        # copies of the references, since a text that nobody holds any more vanishes at any time
-        others = [other for other in list(self._announced) if other is not state]
-        texts = [state, *others[: MOST_ROWS - 1]]
-        tokens = [self._announced.pop(text) for text in texts]
+    def _step_each(self, states: list[PackedState], tokens: list[int]) -> np.ndarray:
+        """The hidden states (N, C) after a token of each text, from one pass over the weights."""
         rows = self.embedding.rows(np.array(tokens, np.int32), self.config.dim)
-        joined = Joined(self.trunk.read_each([text.layers for text in texts], rows))
-        for number, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-            text.found = token, joined.row(number)
-        self.head.joined = joined
+        adopt_threads()
+        with self._turn:
+            return self.trunk.read_each([state.layers for state in states], rows)
 
     def writer(
         self, state: PackedState, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None

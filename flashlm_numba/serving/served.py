@@ -12,7 +12,6 @@ from flashlm_numba.data.tokenizer import END_OF_TEXT, Vocabulary
 from flashlm_numba.heads.sampling import KINDS
 from flashlm_numba.model.hub import repository_of
 from flashlm_numba.model.hub_folder import exported_file
-from flashlm_numba.model.packed_model import PackedModel
 from flashlm_numba.model.packed_reading import load_for_generation
 from flashlm_numba.system.display import TERMINAL, Progress
 from flashlm_numba.system.errors import UserError
@@ -43,11 +42,11 @@ class Served:
     """A model and its vocabulary, and what the interface tells of them.
 
     model : as generation and scoring use it;  name : as requests name it;  created : time of its file, seconds
-    uses_all_threads : whether one call uses all threads, so that calls at the same time gain nothing
+    uses_all_threads : whether texts advance together, on all threads
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, name: str, created: int) -> None:
-        self.uses_all_threads = isinstance(model, PackedModel)
+        self.uses_all_threads = bool(model.advances_together)
         self.model: Any = FixedModel(model)
         self.vocabulary, self.name, self.created = vocabulary, name, created
         self._names: list[str | None] = [None] * vocabulary.size

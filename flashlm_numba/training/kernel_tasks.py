@@ -238,6 +238,7 @@ def _loss(name: str) -> None:
 
 
 def _sampling(name: str, kind: str) -> None:
+    from flashlm_numba.heads.joined import Joined
     from flashlm_numba.kernels.draw import draw_sorted
 
     head, h, rng = _head(name), _hidden()[:1], np.random.default_rng(0)
@@ -255,6 +256,10 @@ def _sampling(name: str, kind: str) -> None:
         head.use_int8()
         for options in SAMPLING[kind]:
             head.sample(h, rng, **options)
+    if kind == "whole" and head.joins:  # texts of a server, which advance together
+        for rows in (_head(name), head):  # float32 and int8
+            rows.joined = Joined(_hidden()[:2])
+            rows.sample(rows.joined.row(0), rng)
 
 
 def _writing(linear: str, kind: str) -> None:

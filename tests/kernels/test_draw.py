@@ -1,5 +1,7 @@
 """Drawing from logits in compiled code: the same choice as the plain rule in flashlm_numba/heads/sampling.py."""
 
+from unittest import mock
+
 import numba
 import numpy as np
 import pytest
@@ -135,6 +137,24 @@ def test_logits_of_one_position(seed, vocab, dim):
     assert_as_accurate(found, x @ rounded.T, x.astype(np.float64) @ rounded.T.astype(np.float64))
     reach = 0.5001 * scales * np.abs(x).sum()
     assert (np.abs(found - x @ weight.T) <= reach + 1e-5).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+@given(seeds, st.integers(0, 9), st.integers(0, 30), st.sampled_from([0, 1, 15, 16, 17, 256, 300]))
+def test_logits_of_several_positions_have_the_bits_of_each_alone(threads, seed, rows, vocab, dim):
+    rng = np.random.default_rng(seed)
+    x, weight = rng.standard_normal((rows, dim), np.float32), rng.standard_normal((vocab, dim), np.float32)
+    x[rows // 2 :] *= np.float32(1e30)  # some are not finite
+    q, scales = quantize_rows(weight)
+    with mock.patch.object(dense_inference.numba, "get_num_threads", return_value=threads):
+        for product, matrix in (
+            (dense_inference.dense_logits, (weight,)),
+            (dense_inference.dense_logits_int8, (q, scales)),
+        ):
+            found = product(x, *matrix)
+            assert found.shape == (rows, vocab)
+            for n in range(rows):
+                np.testing.assert_array_equal(found[n], product(x[n : n + 1], *matrix)[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"soft_cap": 5.0}, {"prior": True}, {"soft_cap": 5.0, "prior": True}])

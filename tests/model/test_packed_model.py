@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import at_once, command
+from helpers import command
 from hypothesis import given
 from hypothesis import strategies as st
 from mmf_folder import write_folder
@@ -18,7 +18,7 @@ from flashlm_numba.inference.generate import generate_ids
 from flashlm_numba.kernels import bit_packed
 from flashlm_numba.kernels.bitlinear import absmean_ternary, bitlinear_forward
 from flashlm_numba.kernels.ternary import pack_ternary, unpack_ternary
-from flashlm_numba.model import packed, packed_model, packed_reading
+from flashlm_numba.model import packed, packed_reading
 from flashlm_numba.model.config import ModelConfig, RunConfig
 from flashlm_numba.model.model import Model
 from flashlm_numba.model.packed_model import PackedModel, RoundedRows, random_packed_model
@@ -90,89 +90,6 @@ def test_generation_uses_it_like_a_model(options):
     assert all(0 <= token < 50 for token in found)
     again = generate_ids(random_packed_model(CONFIG, 0, std=1.0), [3, 4], rng=np.random.default_rng(0), **options)
     assert [next(again) for _ in range(20)] == found
-
-
-def texts_of(model, count, options=None):
-    """Iterators over the tokens of texts that begin in different ways, each with random numbers of its own."""
-    options = options or [{}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 0.5}]
-    return [
-        generate_ids(model, [3, n % 50], rng=np.random.default_rng(n), **options[n % len(options)])
-        for n in range(count)
-    ]
-
-
-def counting(model, monkeypatch):
-    """The numbers of texts of the passes through the trunk, and of the rows of the head's products."""
-    passes, products = [], []
-    trunk, head = model.trunk.read_each, packed_model.packed_outputs
-    monkeypatch.setattr(model.trunk, "read_each", lambda states, x: passes.append(len(states)) or trunk(states, x))
-    monkeypatch.setattr(packed_model, "packed_outputs", lambda x, *rest: products.append(len(x)) or head(x, *rest))
-    return passes, products
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 66])
-def test_texts_that_advance_together_are_those_of_each_alone(count, monkeypatch):
-    model = random_packed_model(CONFIG, 0, std=1.0)
-    alone = [[next(text) for _ in range(6)] for text in texts_of(model, count)]
-    texts = texts_of(model, count)
-    first = [next(text) for text in texts]
-    passes, products = counting(model, monkeypatch)
-    rest = [[next(text) for text in texts] for _ in range(5)]
-    assert np.array_equal(np.array([first, *rest]).T, alone)
-    assert products == passes
-    if count <= 64:
-        assert passes == [count] * 5  # the weights are read once for all
-    else:
-        assert max(passes) == 64
-        assert len(passes) == 6
-
-
-def test_texts_end_and_begin_while_others_advance(monkeypatch):
-    model = random_packed_model(CONFIG, 0, std=1.0)
-    alone = [[next(text) for _ in range(12)] for text in texts_of(model, 5)]
-    passes, _ = counting(model, monkeypatch)
-    waiting, texts, found = texts_of(model, 5), {}, [[] for _ in range(5)]
-    for turn in range(15):
-        if turn % 3 == 0:
-            texts[turn // 3] = waiting[turn // 3]
-        waiting[turn // 3] = None
-        for n in list(texts):
-            found[n].append(next(texts[n]))
-            if len(found[n]) == 5 + n:
-                del texts[n]  # what was announced is forgotten with the text
-    assert found == [alone[n][: len(part)] for n, part in enumerate(found)]
-    assert max(passes) > 1
-    assert not model._announced
-
-
-def test_texts_of_several_threads_are_those_of_each_alone():
-    model = random_packed_model(CONFIG, 0, std=1.0)
-    alone = [[next(text) for _ in range(30)] for text in texts_of(model, 8)]
-    texts = texts_of(model, 8)
-    assert at_once([lambda text=text: [next(text) for _ in range(30)] for text in texts]) == alone
-
-
-def test_an_announced_token_must_be_the_next():
-    model = random_packed_model(CONFIG, 0)
-    state, other = model.prefill(np.array([1], np.int32))[0], model.prefill(np.array([2], np.int32))[0]
-    alone = model.decode_step(model.copy_state(state), 3)
-    model.announce(state, 3)
-    with pytest.raises(ValueError, match="waits for a token already"):
-        model.announce(state, 4)
-    with pytest.raises(ValueError, match="waits for the token that was announced"):
-        model.copy_state(state)
-    with pytest.raises(ValueError, match="token 3 was announced, and 4 came"):
-        model.decode_step(state, 4)
-    model.announce(other, 5)
-    model.decode_step(other, 5)  # the step of the first is computed too
-    with pytest.raises(ValueError, match="token 3 was announced, and 4 came"):
-        model.decode_step(state, 4)
-    found = model.read(state, np.array([3, 6], np.int32))
-    np.testing.assert_array_equal(found[:1], alone)
-    again, _ = model.prefill(np.array([1, 3, 6], np.int32))
-    np.testing.assert_array_equal(state.layers, again.layers)
-    with pytest.raises(ValueError, match=r"ids must be in \[0, 50\)"):
-        model.announce(state, 50)
 
 
 def test_sampled_tokens_have_the_probabilities_of_the_logits():
