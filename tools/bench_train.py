@@ -143,8 +143,19 @@ def check_settings(jobs: Iterable[Job]) -> None:
     try:
         for job in jobs:
             _ = job.recipe
+            if job.name in BASELINES:
+                check_baseline(job)
     except UserError as error:
         raise click.UsageError(str(error)) from None
+
+
+def check_baseline(job: Job) -> None:
+    """Raise UserError or UsageError for a wrong value of a baseline's settings."""
+    from tools.baseline.__main__ import check  # it needs torch, which only baselines do
+
+    check(job.baseline_words(1))
+    if not job.published:
+        _ = job.tokens_per_step
 
 
 def text_tokens(data: Path) -> dict[str, int]:
