@@ -1,4 +1,4 @@
-"""What a text takes without a neural network, in bits per byte: gzip, xz, zstd, and n-grams of the training text.
+"""Bits per byte of a text without a neural network: by gzip, xz, zstd, and n-grams of the training text.
 
 \b
     python tools/bench_yardsticks.py DATA                    the validation documents of prepared data
