@@ -12,17 +12,11 @@ and compared before its size counts; a difference ends the program with status 1
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import math
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
-import zstandard
 
 if __package__ in (None, ""):  # run as a file, the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,59 +26,16 @@ from flashlm_numba.inference.compress import compress, decompress
 from flashlm_numba.model.packed_reading import load_for_generation
 from flashlm_numba.system.threads import set_threads
 from tools.bench import machine, output
-
-WINDOW_LOG = 27  # zstd --ultra --long=27: the window covers every file here
-
-Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
-
-
-def zstd() -> Codec:
-    """zstd --ultra -22 with a long window."""
-    parameters = zstandard.ZstdCompressionParameters.from_level(22, window_log=WINDOW_LOG, enable_ldm=True)
-    there = zstandard.ZstdCompressor(compression_params=parameters)
-    back = zstandard.ZstdDecompressor(max_window_size=1 << WINDOW_LOG)
-    return there.compress, back.decompress
-
-
-def codecs() -> dict[str, Codec]:
-    """The others, at their highest settings."""
-    return {
-        "gzip -9": (lambda data: gzip.compress(data, 9), gzip.decompress),
-        "xz -9e": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-        "zstd --ultra -22": zstd(),
-    }
+from tools.bench.codecs import BETWEEN, codecs, measure, read_documents
 
 
 def read_text(path: Path, limit: int | None) -> bytes:
     """The bytes to compress: at most `limit` of them, cut after a line."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        column = pyarrow.parquet.read_table(path, columns=["text"])["text"]
-        data = "\n\n".join(text for text in column.to_pylist() if text).encode()
-    else:
-        data = path.read_bytes()
+    data = BETWEEN.join(read_documents(path))
     if limit is None or len(data) <= limit:
         return data
     end = data.rfind(b"\n", 0, limit) + 1
     return data[: end or limit]
-
-
-def measure(name: str, codec: Codec, data: bytes) -> dict[str, Any]:
-    """Size, bits per byte, and kilobytes per second in both directions. Ends the program if the data changes."""
-    there, back = codec
-    began = time.perf_counter()
-    packed = there(data)
-    between = time.perf_counter()
-    if back(packed) != data:
-        raise click.ClickException(f"{name} does not give the file back.")
-    ended = time.perf_counter()
-    return {
-        "bytes": len(packed),
-        "bits_per_byte": 8 * len(packed) / len(data),
-        "compress_kb_per_s": len(data) / (between - began) / 1e3,
-        "decompress_kb_per_s": len(data) / (ended - between) / 1e3,
-    }
 
 
 @click.command(help=__doc__)

@@ -6,6 +6,9 @@
     python tools/bench_train.py DATA results/NAME.json --tokens 300000 --set adamw_lr=1e-3,2e-3,4e-3 dense tree
     python tools/bench_train.py --table results/NAME.json                             the rows as a Markdown table
 
+torch:transformer is another architecture, and has settings of its own: layers, width, heads, phases=ROWSxCONTEXT and
+others. Compare runs on data of different vocabularies by bits per byte.
+
 With --minutes, --marks 1,5,7 also scores every run at these minutes of training, outside the clock. Our runs generate a
 text at each mark and at the end, and their metrics.jsonl is saved in results/NAME/. With --runs DIR the runs are saved
 in DIR, and an interrupted run continues there.
@@ -143,8 +146,19 @@ def check_settings(jobs: Iterable[Job]) -> None:
     try:
         for job in jobs:
             _ = job.recipe
+            if job.name in BASELINES:
+                check_baseline(job)
     except UserError as error:
         raise click.UsageError(str(error)) from None
+
+
+def check_baseline(job: Job) -> None:
+    """Raise UserError or UsageError for a wrong value of a baseline's settings."""
+    from tools.baseline.__main__ import check  # it needs torch, which only baselines do
+
+    check(job.baseline_words(1))
+    if not job.published:
+        _ = job.tokens_per_step
 
 
 def text_tokens(data: Path) -> dict[str, int]:

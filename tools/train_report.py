@@ -43,6 +43,7 @@ TITLES = {
     "torch:v3": "PyTorch: FlashLM v3's recipe",
     "torch:adaptive": "PyTorch: adaptive softmax on our trunk",
     "torch:adaptive@random": "PyTorch: adaptive softmax on our trunk",
+    "torch:transformer": "PyTorch: transformer",
 }
 
 
@@ -144,7 +145,7 @@ def commands(rows: Sequence[Row]) -> str:
 
 def page(rows: Sequence[Row], results: Path, chart: str) -> str:
     """The text of docs/results.md."""
-    rows = sorted(rows, key=lambda row: (row["minutes_asked"], row["nll"]))
+    rows = sorted(rows, key=lambda row: (row["minutes_asked"], row["bits_per_byte"]))
     return "\n".join(
         [
             HEADER.format(name=results.name),

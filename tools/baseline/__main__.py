@@ -1,4 +1,4 @@
-"""FlashLM v3 trained in PyTorch: the baseline of the benchmarks, whose speed tools/bench_head.py measures.
+"""FlashLM v3, or a transformer, trained in PyTorch: the baselines of the benchmarks.
 
 \b
     python -m tools.baseline train DATA --minutes 10   training on prepared shards (`flashlm-numba prepare`)
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ def train_command(data: Path, **settings: Any) -> None:
         train(data, Settings(**settings), emit)
     except UserError as error:
         raise click.UsageError(str(error)) from None
+
+
+def check(words: Sequence[str]) -> None:
+    """Raise UserError unless `train` can start with these options, given as words of a command line."""
+    try:
+        options = train_command.make_context("train", [*words, "DATA"]).params
+        Settings(**{name: value for name, value in options.items() if name != "data"}).check()
+    except click.UsageError as error:
+        raise UserError(error.format_message()) from None
 
 
 if __name__ == "__main__":

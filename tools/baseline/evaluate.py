@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tools.baseline.model import BaselineModel
+from tools.baseline.transformer import Transformer
 
 if TYPE_CHECKING:
     from flashlm_numba.data.shards import Split
@@ -22,7 +23,7 @@ def scored_windows(
     """Windows of a document (n,) that score each token once: inputs (t,), targets (t,), index of the first scored.
 
     The first token is predicted from the end of text, whose id is eot. Windows have at most `length` inputs and overlap
-    by `context` inputs, the receptive field minus 1, so that the result does not depend on `length`.
+    by `context` inputs. If that is the receptive field minus 1, the result does not depend on `length`.
     """
     if length <= context:
         raise ValueError(f"windows of {length} tokens leave none to score after {context} of context")
@@ -37,7 +38,7 @@ def scored_windows(
 
 @torch.no_grad()
 def score(
-    model: BaselineModel,
+    model: BaselineModel | Transformer,
     split: Split,
     *,
     eot: int,
@@ -49,11 +50,11 @@ def score(
 ) -> dict[str, float | int]:
     """NLL of a split by the rule of `flashlm-numba eval`: "nll", "tokens" and, for a complete split, "bits_per_byte".
 
-    Every token of every document is scored once, with a context within its document. eot : id of the end of text;
-    max_tokens : score only this many
+    Every token of every document is scored once, with a context within its document: model.scoring_window says how
+    much of it. eot : id of the end of text;  max_tokens : score only this many;  length : of the windows, if the model
+    has no limit;  rows : windows at once
     """
-    context = model.config.receptive_field - 1
-    length = max(length, 2 * context)
+    context, length = model.scoring_window(length)
     options: dict[str, Any] = {} if model.adaptive is not None else {"log_prior": log_prior, "soft_cap": soft_cap}
     windows = [w for d in split.documents(max_tokens) for w in scored_windows(d, context, length, eot)]
     windows.sort(key=lambda w: -len(w[0]))  # little padding, which stands at the end and is never looked at

@@ -200,6 +200,14 @@ class BaselineModel(nn.Module):
         added = copied if self.config.copy_adds else copied[:0]
         return self.ngram_copy.add(self.final_norm(x), self.ngram_copy.outputs, added).flatten(0, 1)
 
+    def scoring_window(self, length: int) -> tuple[int, int]:
+        """Tokens of context in a window of a long document, and tokens in the window, at least `length`.
+
+        With a context of the receptive field minus 1, no result depends on the windows.
+        """
+        context = self.config.receptive_field - 1
+        return context, max(length, 2 * context)
+
     def losses(
         self, h: Tensor, targets: Tensor, *, want_nll: bool = True, **options: Any
     ) -> tuple[Tensor, Tensor | None]:

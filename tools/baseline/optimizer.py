@@ -72,13 +72,16 @@ class NorMuon(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"]).sub_(step, alpha=lr)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
-    """Names by group: "normuon" (matrices of the block), "decay" (other tensors), "no_decay" (vectors)."""
+def parameter_groups(model: nn.Module, matrices: str = "normuon") -> dict[str, list[str]]:
+    """Names by group: "normuon" (matrices of the block), "decay" (other tensors), "no_decay" (vectors).
+
+    matrices : "normuon", or "adamw" for a block whose matrices are in "decay" too
+    """
     groups: dict[str, list[str]] = {"normuon": [], "decay": [], "no_decay": []}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             groups["no_decay"].append(name)
-        elif p.ndim == 2 and not name.startswith(("embedding.", "adaptive.", "head.")):
+        elif matrices == "normuon" and p.ndim == 2 and not name.startswith(("embedding.", "adaptive.", "head.")):
             groups["normuon"].append(name)
         else:
             groups["decay"].append(name)
@@ -86,12 +89,16 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 class Optimizers:
-    """NorMuon for the block's matrices and torch's AdamW for the rest, with one global gradient norm for clipping."""
+    """NorMuon for the block's matrices and torch's AdamW for the rest, with one global gradient norm for clipping.
+
+    matrices : as in parameter_groups; with "adamw" there is no NorMuon
+    """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        matrices: str = "normuon",
         normuon: str = "v3",
         normuon_lr: float = 0.02,
         adamw_lr: float = 3e-4,
@@ -102,13 +109,12 @@ class Optimizers:
         fused: bool = False,
     ) -> None:
         named = dict(model.named_parameters())
-        names = parameter_groups(model)
+        names = parameter_groups(model, matrices)
         self.parameters = list(named.values())
         self.clip = clip
-        self.normuon = NorMuon([named[n] for n in names["normuon"]], lr=normuon_lr, variant=normuon)
         tables = [n for n in names["decay"] if named[n].ndim == 2]
         trunk = [n for n in names["decay"] if n not in tables]
-        self.adamw = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             [
                 {"params": [named[n] for n in tables], "weight_decay": weight_decay, "lr": adamw_lr},
                 {"params": [named[n] for n in trunk], "weight_decay": weight_decay},
@@ -118,7 +124,11 @@ class Optimizers:
             betas=betas,
             fused=fused,
         )
-        self._rates = [(g, g["lr"]) for o in (self.normuon, self.adamw) for g in o.param_groups]
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if names["normuon"]:
+            normuon_matrices = [named[n] for n in names["normuon"]]
+            self.optimizers.insert(0, NorMuon(normuon_matrices, lr=normuon_lr, variant=normuon))
+        self._rates = [(g, g["lr"]) for o in self.optimizers for g in o.param_groups]
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -130,8 +140,8 @@ class Optimizers:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
         for group, rate in self._rates:
             group["lr"] = rate * scale
-        self.normuon.step()
-        self.adamw.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return float(norm)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tools.baseline.model import BaselineModel
 from tools.baseline.optimizer import Optimizers
+from tools.baseline.transformer import Transformer
 
 
 def training_step(
-    model: BaselineModel,
+    model: BaselineModel | Transformer,
     optimizers: Optimizers,
     batches: Sequence[tuple[Tensor, Tensor]],
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tools.baseline.heads import frequency_ranks
 from tools.baseline.model import BaselineModel
 from tools.baseline.optimizer import Optimizers, parameter_groups, schedule
 from tools.baseline.step import training_step
+from tools.baseline.transformer import Transformer, TransformerConfig
 from tools.bench import machine
 
 V3_PHASES = "1000:4x64x4,4000:4x128x4,7000:4x256x8,10000:4x512x8"
@@ -40,6 +41,10 @@ def _option(default: Any, help: str = "", **more: Any) -> Any:
 class Settings:
     """Settings of a training run; the defaults are FlashLM v3 as published. Each field is an option of `train`."""
 
+    trunk: str = _option("v3", "v3's, with the later additions below, or a transformer.", choices=("v3", "transformer"))
+    layers: int = _option(4, "Of the transformer.")
+    width: int = _option(256, "Of the transformer.")
+    heads: int = _option(4, "Attention heads of the transformer.")
     head: str = _option("dense", "dense, or torch's adaptive softmax.", choices=("dense", "adaptive"))
     div_value: float = _option(4.0, "Of the adaptive head; 4 is torch's default.")
     batch: str = _option(V3_PHASES, "[LAST_STEP:]ROWSxLENGTH[xMICRO],...; default: v3's phases.")
@@ -53,6 +58,7 @@ class Settings:
     z_loss: float = _option(1e-4)
     soft_cap: float | None = _option(None, type=float)
     log_prior: bool = _option(False, "Add the log frequency of the tokens to the logits.")
+    matrices: str = _option("normuon", "What steps the block's matrices.", choices=("normuon", "adamw"))
     normuon: str = _option("v3", choices=("v3", "published"))
     normuon_lr: float = _option(0.02)
     mixer_residual_scale: float = _option(1.0, "Factor of the mixer's output; v3 has none.")
@@ -94,10 +100,16 @@ class Settings:
         """Last step of training; None: only the time limits it."""
         return self.steps if self.steps is not None else self.phases[-1].last_step
 
-    @property
-    def model(self) -> ModelConfig:
-        """The shape of the model."""
+    def model(self, vocab_size: int) -> ModelConfig | TransformerConfig:
+        """The shape of the model. Raises UserError for one that cannot be built.
+
+        The longest sequences of training are the context of a transformer.
+        """
+        if self.trunk == "transformer":
+            context = max(phase.seq_len for phase in self.phases)
+            return TransformerConfig(vocab_size, self.layers, self.width, self.heads, context)
         return ModelConfig(
+            vocab_size=vocab_size,
             dilations=_integers(self.dilations),
             mixer_residual_scale=self.mixer_residual_scale,
             ffn_residual_scale=self.ffn_residual_scale,
@@ -107,22 +119,40 @@ class Settings:
             ternary_threshold=self.ternary_threshold,
         )
 
+    def check(self) -> None:
+        """Raise UserError for settings that cannot be trained."""
+        for phase in self.phases:
+            if min(phase.batch_size, phase.seq_len, phase.grad_accum) < 1:
+                raise UserError(f"The sizes of a batch must be at least 1, got '{self.batch}'.")
+        if self.trunk == "transformer" and self.adaptive:
+            raise UserError("The transformer has a dense head; leave out --head adaptive.")
+        if self.last_step is None and self.minutes is None:
+            raise UserError("Give --steps or --minutes: the last phase has no end.")
+        self.model(1)
+
 
 def _integers(text: str) -> tuple[int, ...]:
-    """Integers separated by commas, with or without brackets."""
-    return tuple(int(number) for number in text.strip("[]").split(",") if number)
+    """Integers separated by commas, with or without brackets. Raises UserError for another text."""
+    try:
+        return tuple(int(number) for number in text.strip("[]").split(",") if number)
+    except ValueError:
+        raise UserError(f"Integers are separated by commas, like 1,4,64, got '{text}'.") from None
 
 
-def make_model(settings: Settings, tokens: TokenData, counts: np.ndarray) -> tuple[BaselineModel, float]:
+def make_model(settings: Settings, tokens: TokenData, counts: np.ndarray) -> tuple[BaselineModel | Transformer, float]:
     """The model before its first step, and the seconds that its initial embedding took."""
-    config = replace(settings.model, vocab_size=len(counts))
-    ranks = frequency_ranks(counts) if settings.adaptive else None
-    model = BaselineModel(config, ranks=ranks, div_value=settings.div_value, embedding_std=settings.start_std)
+    config = settings.model(len(counts))
+    model: BaselineModel | Transformer
+    if isinstance(config, TransformerConfig):
+        model = Transformer(config)
+    else:
+        ranks = frequency_ranks(counts) if settings.adaptive else None
+        model = BaselineModel(config, ranks=ranks, div_value=settings.div_value, embedding_std=settings.start_std)
     if settings.start == "random":
         return model, 0.0
     seconds = 0.0
     if settings.start == "corpus":
-        rows, seconds = cached_start(tokens, config.dim)
+        rows, seconds = cached_start(tokens, model.embedding.embedding_dim)
     else:
         rows = np.load(settings.start)
     with torch.no_grad():
@@ -130,10 +160,11 @@ def make_model(settings: Settings, tokens: TokenData, counts: np.ndarray) -> tup
     return model, seconds
 
 
-def make_optimizers(settings: Settings, model: BaselineModel) -> Optimizers:
-    """Both optimisers with these settings."""
+def make_optimizers(settings: Settings, model: BaselineModel | Transformer) -> Optimizers:
+    """The optimisers with these settings."""
     return Optimizers(
         model,
+        matrices=settings.matrices,
         normuon=settings.normuon,
         normuon_lr=settings.normuon_lr,
         adamw_lr=settings.adamw_lr,
@@ -168,15 +199,14 @@ def sample_step(tokens: TokenData, seed: int, step: int, phase: Phase) -> Sequen
 def train(data: Path, settings: Settings, emit: Callable[..., None]) -> dict[str, Any]:
     """Train on prepared tokens. Emits one row per validation and returns the last.
 
-    Raises UserError if neither steps nor minutes limit it.
+    Raises UserError for settings that cannot be trained, and if neither steps nor minutes limit it.
     """
+    settings.check()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     tokens, phases, end = open_tokens(data), settings.phases, settings.last_step
     limit = math.inf if settings.minutes is None else 60 * settings.minutes
-    if end is None and settings.minutes is None:
-        raise UserError("Give --steps or --minutes: the last phase has no end.")
     counts = tokens.train.counts(tokens.vocabulary.size)
     model, start_seconds = make_model(settings, tokens, counts)
     optimizers = make_optimizers(settings, model)
@@ -186,7 +216,7 @@ def train(data: Path, settings: Settings, emit: Callable[..., None]) -> dict[str
         data=str(data),
         head=f"adaptive-div{settings.div_value:g}" if settings.adaptive else settings.head,
         parameters=sum(p.numel() for p in model.parameters()),
-        groups={name: len(members) for name, members in parameter_groups(model).items()},
+        groups={name: len(members) for name, members in parameter_groups(model, settings.matrices).items()},
     )
     ngram_copies(np.zeros((1, 1), np.int32), 1, 1)  # compiled outside the clock
     seconds = start_seconds  # of training: the start of E out of the corpus, and steps

@@ -63,7 +63,7 @@ def uneven(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, by budget, then NLL."""
+    """The rows as a Markdown table, by budget, then bits per byte, which do not depend on the vocabulary."""
     lines = [
         "| head | settings | seed | budget | NLL | bits/byte | seconds | tokens | tokens/s | parameters | peak MB |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -72,7 +72,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     def budget(row: dict[str, Any]) -> str:
         return f"{row['tokens_asked']:,} tokens" if "tokens_asked" in row else f"{row['minutes_asked']:g} minutes"
 
-    for row in sorted(rows, key=lambda row: (budget(row), row["nll"])):
+    for row in sorted(rows, key=lambda row: (budget(row), row["bits_per_byte"])):
         lines.append(
             f"| {row['name']} | {' '.join(row['settings']) or '-'} | {row['seed']} | {budget(row)} | {row['nll']:.3f} "
             f"| {row['bits_per_byte']:.4f} | {row['seconds']:.0f} | {row['tokens']:,} "

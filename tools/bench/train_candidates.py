@@ -68,6 +68,43 @@ TORCH_V3 = {
     "decay": "1000",
     "total": "10000",
 }
+# a transformer as decoders are today: plain cross-entropy, AdamW alone, and a rate that falls linearly to 0 over the
+# run; a grid finds its best rate, batch and shape for a budget (docs/benchmarks.md)
+TRANSFORMER = {
+    "trunk": "transformer",
+    "layers": "4",
+    "width": "256",
+    "heads": "4",
+    "head": "dense",
+    "batch": "8x256",
+    "start": "random",
+    "positions": "1",
+    "label-smoothing": "0",
+    "z-loss": "0",
+    "matrices": "adamw",
+    "adamw-lr": "2e-3",
+    "adamw-beta1": "0.9",
+    "adamw-beta2": "0.95",
+    "weight-decay": "0.1",
+    "clip": "1",
+    "warmup": "50",
+    "warmdown-ratio": "1",
+}
+# its option for a setting; "phases" is ROWSxCONTEXT
+TRANSFORMER_OPTION = {"phases": "batch", "warmup_steps": "warmup"} | {
+    name: name.replace("_", "-")
+    for name in (
+        "adamw_lr",
+        "layers",
+        "width",
+        "heads",
+        "adamw_beta1",
+        "adamw_beta2",
+        "weight_decay",
+        "clip",
+        "warmdown_ratio",
+    )
+}
 OURS: dict[str, tuple[str, ...]] = {
     "dense": ("--head", "dense"),
     "dense@0.25": ("--head", "dense", "--set", "loss_fraction=0.25"),
@@ -83,9 +120,15 @@ OURS: dict[str, tuple[str, ...]] = {
 }
 BASELINES: dict[str, dict[str, str]] = {
     "torch:v3": {"head": "dense", **TORCH_V3},
-    "torch:eager": {"head": "dense"},
-    "torch:adaptive": {"head": "adaptive", "div-value": "1"},
-    "torch:adaptive-div4": {"head": "adaptive", "div-value": "4"},
-    "torch:adaptive@random": {"head": "adaptive", "div-value": "1", "start": "random"},
-    "torch:adaptive-div4@random": {"head": "adaptive", "div-value": "4", "start": "random"},
+    "torch:eager": {**TORCH, "head": "dense"},
+    "torch:adaptive": {**TORCH, "head": "adaptive", "div-value": "1"},
+    "torch:adaptive-div4": {**TORCH, "head": "adaptive", "div-value": "4"},
+    "torch:adaptive@random": {**TORCH, "head": "adaptive", "div-value": "1", "start": "random"},
+    "torch:adaptive-div4@random": {**TORCH, "head": "adaptive", "div-value": "4", "start": "random"},
+    "torch:transformer": TRANSFORMER,
 }
+
+
+def option_of(name: str) -> dict[str, str]:
+    """A baseline's option for each setting that it has."""
+    return TRANSFORMER_OPTION if name == "torch:transformer" else TORCH_OPTION

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import click
 
 from flashlm_numba.model.config import SECTIONS, RunConfig
 from flashlm_numba.model.recipes import from_recipe
-from tools.bench.train_candidates import BASELINES, DECAY_SHARE, OURS, TORCH, TORCH_OPTION
+from flashlm_numba.model.settings import parse_phase
+from tools.bench.train_candidates import BASELINES, DECAY_SHARE, OURS, option_of
 
 # Settings that change no result. The last three act on a text that is read often, or has few tokens; rows from before
 # they came are of one that is large.
@@ -103,25 +103,32 @@ class Job:
 
     @property
     def baseline_options(self) -> dict[str, str]:
-        """The baseline's options, but for the length of its run."""
-        options = {**TORCH, **BASELINES[self.name]}
+        """The baseline's options, but for the length of its run; "warmdown-ratio" is the share that decays."""
+        options, known = dict(BASELINES[self.name]), option_of(self.name)
         for setting in self.settings:
             name, _, value = setting.partition("=")
-            if name not in TORCH_OPTION:
-                raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(TORCH_OPTION)}.")
-            options[TORCH_OPTION[name]] = value
+            if name not in known:
+                raise click.UsageError(f"{self.name} knows no setting {name}; it has {', '.join(known)}.")
+            options[known[name]] = value
         return options
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per step of the baseline, whose batches have one shape."""
-        return math.prod(int(size) for size in self.baseline_options["batch"].split("x"))
+        """Tokens per step of the baseline, whose batches have one shape. Raises UserError for another text."""
+        return parse_phase(self.baseline_options["batch"]).tokens
 
     def baseline_words(self, steps: int | None) -> list[str]:
         """The baseline's command line for so many steps; None: its own schedule."""
         options = self.baseline_options
+        share = options.pop("warmdown-ratio", str(DECAY_SHARE))
+        try:
+            decaying = float(share)
+        except ValueError:
+            raise click.UsageError(f"warmdown_ratio must be a number from 0 to 1, got '{share}'.") from None
+        if not 0 <= decaying <= 1:
+            raise click.UsageError(f"warmdown_ratio must be a number from 0 to 1, got '{share}'.")
         if steps is not None:
-            options |= {"steps": str(steps), "decay": str(round(DECAY_SHARE * steps))}
+            options |= {"steps": str(steps), "decay": str(round(decaying * steps))}
         options |= {"seed": str(self.seed), "threads": str(self.threads)}
         return ["--fused", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
 
