@@ -154,7 +154,11 @@ def test_logits_of_several_positions_have_the_bits_of_each_alone(threads, seed, 
             found = product(x, *matrix)
             assert found.shape == (rows, vocab)
             for n in range(rows):
-                np.testing.assert_array_equal(found[n], product(x[n : n + 1], *matrix)[0])
+                alone = product(x[n : n + 1], *matrix)[0]
+                if numba.config.DISABLE_JIT:  # NumPy's products of one row and of several may round in different ways
+                    np.testing.assert_allclose(found[n], alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max(initial=0))
+                else:
+                    np.testing.assert_array_equal(found[n], alone)
 
 
 @pytest.mark.parametrize("options", [{}, {"soft_cap": 5.0}, {"prior": True}, {"soft_cap": 5.0, "prior": True}])
