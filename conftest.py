@@ -18,9 +18,9 @@ if importlib.util.find_spec("lm_eval") is None:  # of the extra `eval`
 settings.register_profile("dev", deadline=None, max_examples=20)
 # first calls compile, so no deadline; the same examples on every run
 settings.register_profile(
-    "ci", deadline=None, max_examples=10, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "ci", deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("nojit", deadline=None, max_examples=4, derandomize=True)
+settings.register_profile("nojit", deadline=None, max_examples=3, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 

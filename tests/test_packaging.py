@@ -45,7 +45,7 @@ def test_only_the_kernels_use_numba_decorators():
 
 
 @pytest.mark.skipif("CI" not in __import__("os").environ, reason="builds wheels; CI does")
-@pytest.mark.parametrize("link", ["link", "text file"])
+@pytest.mark.parametrize("link", [pytest.param("link", marks=pytest.mark.slow), "text file"])
 def test_the_wheel_holds_the_kernels_whatever_became_of_the_link(tmp_path, link):
     """A checkout on Windows and a zip download have a text file where the link to the kernels was."""
     source = tmp_path / "checkout"

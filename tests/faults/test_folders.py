@@ -60,6 +60,7 @@ def test_data_moved_away_after_a_stop_is_missed_by_name_and_the_run_goes_on_when
     assert bits(folder) == bits(whole)
 
 
+@pytest.mark.slow
 def test_data_removed_under_a_run_does_not_disturb_it(tokens, whole, tmp_path):
     """The shards are mapped when it starts, and Linux keeps a mapped file until nobody reads it."""
     INJECTED["folders removed"] += 1
@@ -103,6 +104,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_undisturbed(corpus,
     assert bits(folder) == bits(whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_sleeps(corpus, whole, tmp_path):
     INJECTED["sleeps"] += 1
     folder = tmp_path / "run"

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from programs import INJECTED, assert_every_checkpoint_is_whole, bits, losses, resume_command, train_command
 
 from flashlm_numba.data.gpt2 import GPT2Vocabulary
@@ -47,6 +48,7 @@ def test_a_checkpoint_without_room_keeps_those_before_and_goes_on_when_there_is_
     assert bits(folder) == bits(whole)
 
 
+@pytest.mark.slow
 def test_a_log_without_room(corpus, whole, disk):
     INJECTED["disks full or read-only"] += 1
     folder = disk(16 + VOCABULARY) / "run"  # settings, and some lines
@@ -62,6 +64,7 @@ def test_a_log_without_room(corpus, whole, disk):
     assert bits(folder) == bits(whole)
 
 
+@pytest.mark.slow
 def test_a_start_without_room_leaves_its_folder_free(corpus, disk):
     INJECTED["disks full or read-only"] += 1
     folder = disk(VOCABULARY) / "run"  # no room for the settings

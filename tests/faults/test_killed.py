@@ -70,6 +70,7 @@ def test_stopped_twice_in_a_row_by_a_signal(corpus, whole, tmp_path, number):
     assert bits(folder) == bits(whole)
 
 
+@pytest.mark.slow
 def test_a_second_signal_at_once_ends_without_saving_and_loses_no_checkpoint(corpus, whole, tmp_path):
     folder = tmp_path / "impatient"
     process = begin(train_command(corpus, folder))

@@ -21,7 +21,7 @@ def fill(folder, names):
         path.write_text(STOP)
 
 
-@pytest.mark.parametrize("start", ["python -m", "the command"])
+@pytest.mark.parametrize("start", ["python -m", pytest.param("the command", marks=pytest.mark.slow)])
 def test_training_imports_nothing_from_the_working_folder(corpus, tmp_path, start):
     """With the start from the corpus, which another process computes."""
     INJECTED["folders with modules"] += 1

@@ -37,7 +37,9 @@ def undisturbed(corpus, tmp_path_factory):
 
 
 @posix
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "0<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(
+    "closed", ["2>&-", pytest.param(">&- 2>&-", marks=pytest.mark.slow), "0<&- >&- 2>&-", ">/dev/full 2>/dev/full"]
+)
 def test_training_without_its_streams(corpus, undisturbed, tmp_path, closed):
     INJECTED["streams closed or full"] += 1
     done = train(corpus, tmp_path / "run", closed)

@@ -56,6 +56,7 @@ def test_a_changed_helper_in_another_file_is_compiled_anew(copy, tmp_path):
     assert run_copy(copy, **cache) == ["1.0"]  # 1 / (1 + 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_jit.numba.config.DISABLE_JIT, reason="nothing is compiled")
 def test_another_installation_of_the_same_sources_compiles_nothing(copy, tmp_path):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_DEBUG_CACHE": "1"}

@@ -26,7 +26,10 @@ def assert_untouched(view, whole):
     assert np.isnan(whole).sum() == whole.size - view.size
 
 
-@pytest.mark.parametrize("kind", [(8, 4), (16, 4), (8, 1), (16, 1)])
+SLOW = pytest.mark.slow  # each is compiled here
+
+
+@pytest.mark.parametrize("kind", [(8, 4), pytest.param((16, 4), marks=SLOW), pytest.param((8, 1), marks=SLOW), (16, 1)])
 @given(seed=seeds, rows=few, width=st.integers(0, 13), dim=dims)
 @example(seed=0, rows=7, width=11, dim=130)
 def test_dot_products_match_numpy(kind, seed, rows, width, dim):

@@ -72,7 +72,7 @@ def text(rng, rows, length):
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_blocks"), [pytest.param("dense", 1, marks=pytest.mark.slow), ("tree", 1), ("dense", 2)]
+    ("kind", "n_blocks"), [*(pytest.param("dense", n, marks=pytest.mark.slow) for n in (1, 2)), ("tree", 1)]
 )
 def test_errors_do_not_grow_along_a_trajectory(kind, n_blocks):
     config = dataclasses.replace(SHAPE, n_blocks=n_blocks)

@@ -110,7 +110,7 @@ def test_one_core_of_several(usual):
     assert found["losses"] == pytest.approx(usual["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", [pytest.param("float", marks=pytest.mark.slow), "int8"])
 def test_without_a_compiler(activations):
     """As plain Python, which is slow. int8's products are whole numbers and rounding moves them by whole steps; plain
     Python does not round the weights' gradients, which tells after the first step.

@@ -242,6 +242,7 @@ def without_allocator():
     return {n: v for n, v in os.environ.items() if n != allocators.CHOICE and not n.startswith("MALLOC_")}
 
 
+@pytest.mark.slow
 def test_scaling_and_shares_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     bench_head.set_threads(None)

@@ -31,6 +31,7 @@ def test_a_tiny_model_is_measured_beside_float32(tmp_path):
     assert row["float32"]["bytes_per_token"] == 4 * (row["parameters"] - 300 * 80)
 
 
+@pytest.mark.slow
 def test_float32_that_does_not_fit_is_computed_and_marked(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_scale, "FLOAT_GIB", 1e-6)
     done = run("--quick", "--model", "tiny", "--threads", 1, "--json", tmp_path / "out.json")

@@ -40,6 +40,7 @@ def test_a_wrong_product_ends_the_program(monkeypatch):
         bench_ternary.make_calls(8, 300, 1, wrong)
 
 
+@pytest.mark.slow
 def test_readers_read_everything():
     found = bandwidth.read_bandwidth(1, megabytes=1, repeats=1)
     assert found["best"] > 0

@@ -14,8 +14,10 @@ from tools.bench.machine import ROOT
 def test_a_signal_is_passed_on_and_waited_for():
     """Only the tool gets it, as with kill; the run saves, and only then does the tool end."""
     # not SIGINT, which a job in the background ignores
-    child = "import signal, sys, time; signal.signal(15, lambda *a: (time.sleep(1), print('saved', file=sys.stderr), "
-    child += "sys.exit(143))); print('up', file=sys.stderr, flush=True); time.sleep(60)"
+    child = (
+        "import os, signal, sys, time; signal.signal(15, lambda *a: (time.sleep(1), print('saved', file=sys.stderr), "
+    )
+    child += "sys.exit(143))); os.write(2, b'up\\n'); time.sleep(60)"
     code = f"from tools.bench import processes; processes.run_process(['-c', {child!r}])"
     tool = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert tool.stderr.readline() == "up\n"
