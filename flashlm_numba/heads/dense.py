@@ -248,7 +248,7 @@ class DenseHead(Head):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """Sample one token id per row, (N,) int32, with one thread."""
+        """Sample one token id per row, (N,) int32, with one thread; see `joins` for rows of several texts."""
         h, temperature, int8 = for_reading(h), float(temperature), self._int8
         _check.array("DenseHead", "h", h, (None, self.weight.shape[1]))
         top_k, top_p = check_settings(temperature, top_k, top_p, self.vocab_size)

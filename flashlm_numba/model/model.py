@@ -95,7 +95,7 @@ class Model:
             "Model: another thread is computing gradients of this model, which are added to one set of arrays; train "
             "from one thread at a time"
         )
-        self._together = Together(self._step_each, self.head) if self.head.joins else None
+        self._together = Together(self._step_each, self.head, config.dim) if self.head.joins else None
         self.use_activations(config.activations)
 
     def use_activations(self, kind: str) -> None:
@@ -292,12 +292,11 @@ class Model:
             raise ValueError(f"Model.decode_step: token must be in [0, {self.config.vocab_size}), got {token}")
         return int(token if self.head.row_of_token is None else self.head.row_of_token[token])
 
-    def _step_each(self, states: list[Any], tokens: list[int]) -> np.ndarray:
-        """The hidden states (N, C) after a token of each text."""
-        h = np.empty((len(states), self.config.dim), np.float32)
-        for out, state, token in zip(h, states, tokens, strict=True):
-            out[...] = self._trunk.step(state, self._embedding, self._row_of(token))[0]
-        return h
+    def _step_each(self, states: list[Any], tokens: list[int], h: np.ndarray) -> Iterator[int]:
+        """See Together."""
+        for number, (state, token) in enumerate(zip(states, tokens, strict=True)):
+            h[number] = self._trunk.step(state, self._embedding, self._row_of(token))[0]
+            yield number
 
     def writer(
         self, state: Any, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None

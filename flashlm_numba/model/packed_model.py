@@ -8,6 +8,7 @@ Letters: T tokens, V vocabulary, C channels, L blocks, W packed bytes per row.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -156,7 +157,7 @@ class PackedModel:
             raise ValueError("PackedModel: the trunk must be that of linear=bitlinear, without ngram_copy_orders")
         self.config, self.trunk, self.embedding, self.head = config, trunk, embedding, head
         self._turn = threading.Lock()
-        self._together = Together(self._step_each, head)
+        self._together = Together(self._step_each, head, config.dim)
 
     @property
     def bytes_per_token(self) -> int:
@@ -208,12 +209,13 @@ class PackedModel:
     def _check(self, ids: np.ndarray) -> None:
         _check.indices("PackedModel", "ids", ids, self.config.vocab_size, "the text uses another vocabulary")
 
-    def _step_each(self, states: list[PackedState], tokens: list[int]) -> np.ndarray:
-        """The hidden states (N, C) after a token of each text, from one pass over the weights."""
+    def _step_each(self, states: list[PackedState], tokens: list[int], h: np.ndarray) -> Iterator[int]:
+        """See Together. One pass over the weights."""
         rows = self.embedding.rows(np.array(tokens, np.int32), self.config.dim)
         adopt_threads()
         with self._turn:
-            return self.trunk.read_each([state.layers for state in states], rows)
+            h[...] = self.trunk.read_each([state.layers for state in states], rows)
+        yield from range(len(states))
 
     def writer(
         self, state: PackedState, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None

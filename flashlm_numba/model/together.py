@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,14 +26,17 @@ class _Joins(Protocol):
 class Together:
     """The announced tokens of texts.
 
-    step : computes step(states, tokens), the hidden states (N, C) after a token of each of at most MOST_TEXTS texts
-    head : whose `joined` is set after each step
+    step : step(states, tokens, h) writes the hidden states h (N, C) after a token of each text, at most MOST_TEXTS, and
+        yields the number of each when it has advanced
+    head, dim : whose `joined` is set for each step; C
     A state is anything that can be referred to weakly; a text that nobody holds any more is forgotten. The methods may
     be called from several threads.
     """
 
-    def __init__(self, step: Callable[[list[Any], list[int]], np.ndarray], head: _Joins) -> None:
-        self._step, self._head = step, head
+    def __init__(
+        self, step: Callable[[list[Any], list[int], np.ndarray], Iterator[int]], head: _Joins, dim: int
+    ) -> None:
+        self._step, self._head, self._dim = step, head, dim
         self._lock = threading.RLock()
         self._announced: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._found: weakref.WeakKeyDictionary[Any, tuple[int, np.ndarray]] = weakref.WeakKeyDictionary()
@@ -74,7 +77,9 @@ class Together:
             return self._found.pop(state)[1]
 
     def _advance(self, states: list[Any]) -> None:
-        tokens = [self._announced.pop(state) for state in states]
-        joined = self._head.joined = Joined(self._step(states, tokens))
-        for number, (state, token) in enumerate(zip(states, tokens, strict=True)):
-            self._found[state] = token, joined.row(number)
+        """If an error ends this, the texts that have advanced have their results, and the others still wait."""
+        tokens = [self._announced[state] for state in states]
+        joined = self._head.joined = Joined(np.zeros((len(states), self._dim), np.float32))
+        for number in self._step(states, tokens, joined.h):
+            self._found[states[number]] = tokens[number], joined.row(number)
+            del self._announced[states[number]]

@@ -1,8 +1,9 @@
 """The engine: worker threads that run the steps of many texts, a few of them at the same time, the others in a queue.
 
 A worker runs one step of a text, gives the text back and takes the next one, so that all texts advance at the same
-speed. While no other text is ready it stays with its own. A step is what two milliseconds of compiled code give. This
-would be the place to decode several texts in lockstep (docs/experiments.md says what that could save).
+speed. While no other text is ready it stays with its own. A step is what two milliseconds of compiled code give, or a
+token. Where texts advance together (model/together.py) there is one worker: the first text of a round computes the
+tokens of all.
 """
 
 from __future__ import annotations

@@ -52,7 +52,12 @@ def count_passes(model, monkeypatch):
     """The numbers of texts of the steps, and those of the positions of the head's products."""
     steps, products = [], []
     step = model._together._step
-    monkeypatch.setattr(model._together, "_step", lambda states, ids: steps.append(len(states)) or step(states, ids))
+
+    def counted(states, tokens, h):
+        steps.append(len(states))
+        return step(states, tokens, h)
+
+    monkeypatch.setattr(model._together, "_step", counted)
     for module, name in (
         (packed_model, "packed_outputs"),
         (dense_inference, "dense_logits"),
@@ -137,6 +142,29 @@ def test_an_announced_token_must_be_the_next(kind):
     for token in (-1, VOCAB):
         with pytest.raises(ValueError, match=r"must be in \[0, 50\)"):
             model.announce(state, token)
+
+
+def test_an_error_in_a_step_advances_no_text_twice(monkeypatch):
+    model = make("dense")
+    alone = [[next(text) for _ in range(6)] for text in texts_of(model, 5)]
+    texts = texts_of(model, 5)
+    found = [[next(text)] for text in texts]
+    step, failed = model._together._step, []
+
+    def fail_once(states, tokens, h):
+        for number in step(states, tokens, h):
+            yield number
+            if number == 2 and not failed:  # three texts have advanced, and two have not
+                failed.append(True)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(model._together, "_step", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        next(texts[0])
+    for _ in range(5):
+        for n in range(1, 5):
+            found[n].append(next(texts[n]))
+    assert found[1:] == alone[1:]
 
 
 def test_rows_rounded_meanwhile_are_used_from_the_next_step_on():
