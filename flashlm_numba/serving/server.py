@@ -65,8 +65,8 @@ def allowed_by_default(host: str) -> tuple[str, ...]:
 def choose_threads(served: Served | None, threads: int | None) -> int:
     """Divide the threads for a model, and return the number of workers: 1 without a model.
 
-    Decoding a token is serial, so each worker has one thread, and as many texts advance as there are threads. Where texts
-    advance together, one worker has all threads. threads : default: every core
+    Decoding a token is serial, so each worker has one thread, and as many texts advance as there are threads. Where
+    texts advance together, one worker has all threads. threads : default: every core
     Raises ValueError for more threads than this machine has.
     """
     if served is None:
