@@ -9,6 +9,9 @@
 torch:transformer is another architecture, and has settings of its own: layers, width, heads, phases=ROWSxCONTEXT and
 others. Compare runs on data of different vocabularies by bits per byte.
 
+With --minutes and --speeds FILE, a run gets the tokens that so many minutes are worth at the speed that bench_speed.py
+measured alone and wrote into FILE. Such runs may share the machine, and be made on several days.
+
 With --minutes, --marks 1,5,7 also scores every run at these minutes of training, outside the clock. Our runs generate a
 text at each mark and at the end, and their metrics.jsonl is saved in results/NAME/. With --runs DIR the runs are saved
 in DIR, and an interrupted run continues there.
@@ -26,6 +29,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from flashlm_numba.system.threads import available_cores
 from tools.bench import allocators, output
 from tools.bench.processes import RunFailed
 from tools.bench.rows import add_row, read_rows, table, uneven
+from tools.bench.speeds import speed_of
 from tools.bench.train_candidates import BASELINES, OURS
 from tools.bench.train_jobs import Job, expand
 from tools.bench.train_runs import measured
@@ -49,6 +54,11 @@ from tools.bench.train_runs import measured
 @click.argument("data_and_results", nargs=-1, metavar="[DATA RESULTS.json NAME...]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Budget of every run in tokens.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget in minutes of training.")
+@click.option(
+    "--speeds",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="With --minutes: turn them into tokens by the speeds of this file.",
+)
 @click.option("--marks", default="", metavar="A,B", help="Score each run at these minutes of training too.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), help="Keep the runs here, and resume them.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(1,), show_default=True)
@@ -61,6 +71,7 @@ def main(
     data_and_results: tuple[str, ...],
     tokens: int | None,
     minutes: float | None,
+    speeds: Path | None,
     marks: str,
     runs: Path | None,
     seeds: tuple[int, ...],
@@ -78,6 +89,8 @@ def main(
     output.check_writable(path)
     read_rows(path)
     at = read_marks(marks, minutes)
+    if speeds is not None and (minutes is None or at):
+        raise click.UsageError("--speeds belongs to --minutes, without --marks.")
     jobs = [
         Job(name, combination, seed, tokens, minutes, threads, at)
         for combination in expand(settings)
@@ -86,6 +99,8 @@ def main(
     ]
     check_settings(jobs)
     size = text_tokens(data)
+    if speeds is not None:
+        jobs = [in_tokens(job, size, read_rows(speeds)) for job in jobs]
     runs = None if runs is None else runs.resolve()
     failures = []
     for number, job in enumerate(jobs, 1):
@@ -116,6 +131,13 @@ def say_table(rows: Sequence[dict[str, Any]]) -> None:
     click.echo(table(rows))
     for sentence in uneven(rows):
         click.echo(f"\n{sentence}")
+
+
+def in_tokens(job: Job, size: dict[str, int], speeds: Sequence[dict[str, Any]]) -> Job:
+    """A job in minutes as one in tokens, by the rows of bench_speed.py. Raises ClickException without its speed."""
+    assert job.minutes is not None
+    speed = speed_of(job, size, speeds)
+    return replace(job, tokens=speed.tokens(job.minutes), minutes=None, speed={"minutes": job.minutes, **asdict(speed)})
 
 
 def check_names(names: Sequence[str], with_tokens: bool) -> None:

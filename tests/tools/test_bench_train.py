@@ -149,6 +149,8 @@ def test_a_baseline_whose_loss_is_no_number_has_failed(monkeypatch, tmp_path):
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "1,5"], "--marks must lie between"),
         (["d", "r.json", "tree", "--minutes", "5", "--marks", "x"], "--marks takes minutes"),
         (["d", "r.json", "tree", "--tokens", "1", "--set", "oak=1"], "There is no setting 'oak'"),
+        (["d", "r.json", "tree", "--tokens", "1", "--speeds", __file__], "--speeds belongs to --minutes"),
+        (["d", "r.json", "tree", "--minutes", "5", "--marks", "1", "--speeds", __file__], "without --marks"),
     ],
 )
 def test_usage_errors_say_what_to_do(arguments, sentence):

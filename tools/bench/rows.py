@@ -70,6 +70,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     ]
 
     def budget(row: dict[str, Any]) -> str:
+        if "speed" in row:
+            return f"{row['speed']['minutes']:g} minutes' worth"
         return f"{row['tokens_asked']:,} tokens" if "tokens_asked" in row else f"{row['minutes_asked']:g} minutes"
 
     for row in sorted(rows, key=lambda row: (budget(row), row["bits_per_byte"])):

@@ -7,8 +7,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -42,6 +42,9 @@ class Job:
     minutes: float | None
     threads: int
     marks: tuple[float, ...] = ()  # minutes of training before the end, to score at
+    speed: Mapping[str, float] = field(
+        default_factory=dict
+    )  # by which minutes became tokens, with the minutes: see speeds.py
 
     @property
     def slug(self) -> str:

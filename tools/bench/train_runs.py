@@ -41,6 +41,7 @@ def measured(job: Job, data: Path, path: Path, runs: Path | None) -> dict[str, A
     return {
         **job.key,
         **({"marks_asked": list(job.marks)} if job.marks else {}),
+        **({"speed": dict(job.speed)} if job.speed else {}),
         "command": job.command,
         **result,
         "recipe": job.recipe,
@@ -87,6 +88,7 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
             }
         )
     info = json.loads(run_process(["-m", "flashlm_numba", "info", str(run), "--json"])[0])
+    train = open_tokens(data).train
     return {
         "nll": score["nll"],
         "bits_per_byte": score["bits_per_byte"],
@@ -97,6 +99,10 @@ def run_ours(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         "seconds": last["seconds"],
         "parameters": info["parameters"],
         "peak_rss_mb": peak,
+        "vocabulary": info["vocabulary"],
+        "vocab_size": info["vocab_size"],
+        "packed_bytes": info["bytes"]["packed"],
+        "train_bytes_per_token": round(train.n_bytes / train.n_text_tokens, 4),
         **({"marks": at_marks, "text": written()} if job.marks else {}),
         **({"note": "it was interrupted; its peak memory is that of the last part."} if resumed else {}),
     }
