@@ -150,6 +150,7 @@ class Head(ABC):
 
     def prepare(self) -> None:
         """Update everything that is computed from the parameters. Call this after every change of a parameter."""
+        self.joined = None
 
     @abstractmethod
     def forward_backward(

@@ -40,6 +40,7 @@ class BitLinearHead(DenseHead):
 
     name = "bitlinear"
     has_int8 = False
+    joins = False  # its rows are small
     ternary: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(
@@ -93,6 +94,7 @@ class BitLinearHead(DenseHead):
 
     def prepare(self) -> None:
         """Forget what was computed from the rows. Call this after every change of them."""
+        super().prepare()
         with self._changing.writing():
             self._rows_are_new, self._packed = False, None
 

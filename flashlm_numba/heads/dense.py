@@ -171,7 +171,7 @@ class DenseHead(Head):
         def compute(h: np.ndarray) -> np.ndarray:
             return dense_inference.dense_logits_int8(h, *int8) if int8 else self._exact_products(h)
 
-        joined = None if self.joined is None else self.joined.find(x, compute)
+        joined = None if self.joined is None else self.joined.find(x, compute, "int8" if int8 else "float")
         return compute(x)[0] if joined is None else joined[0].copy()
 
     def _exact_products(self, h: np.ndarray) -> np.ndarray:
@@ -218,6 +218,11 @@ class DenseHead(Head):
         ids, values = np.concatenate([ids, more]), np.concatenate([values, own])
         return likeliest_of_mixture(ids, np.exp(values - draw.log_sum_exp(logits)), tokens, shares, count)
 
+    def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """See Head.log_prob_of: from the logits of all tokens, in float32."""
+        logits = self.logits(x[None])[0]
+        return logits[tokens].astype(np.float64) - draw.log_sum_exp(logits)
+
     def decisions(self, x: np.ndarray, tokens: np.ndarray = NO_TOKENS, shares: np.ndarray | None = None) -> Decisions:
         """See Head.decisions: one. It is computed with one thread, since more could change the bits."""
         logits = self._logits(for_reading(x)[None], None).astype(np.float64)
@@ -226,7 +231,7 @@ class DenseHead(Head):
 
     def _products(self, h: np.ndarray) -> np.ndarray:
         """The logits of h (N, C) before the cap and the prior, (N, V) float32."""
-        return h @ self.weight.T
+        return self._products_at(h, None)[None] if len(h) == 1 else h @ self.weight.T
 
     def logits(self, h: np.ndarray) -> np.ndarray:
         """Logits (N, V) float32 after the cap, with the prior."""

@@ -28,6 +28,7 @@ def check_settings(
 # kinds of sampling, which use different kernels: by the probabilities as they are, among the likeliest tokens, or by
 # changed probabilities of all tokens
 KINDS = ("plain", "likeliest", "whole")
+_FEW = 256  # of the likeliest tokens that are tried first
 _MANY = 1_000  # a top_k above the size of the vocabulary excludes no token
 
 
@@ -41,6 +42,24 @@ def kinds_of_sampling(temperature: float, top_k: int | None, top_p: float | None
         return ["likeliest"]
     rest = ["plain" if temperature == 1 and top_p in (None, 1) else "whole"]
     return rest if top_k is None else ["likeliest", *rest]
+
+
+def _largest(p: np.ndarray, count: int) -> np.ndarray:
+    """Indices (k,) of the k = min(count, V) largest of p (V,), largest first, of equal ones the smaller index."""
+    if count >= len(p):
+        return np.argsort(-p, kind="stable")
+    found = np.flatnonzero(p >= np.partition(p, -count)[-count])  # the equal ones too
+    return found[np.argsort(-p[found], kind="stable")][:count]
+
+
+def _until_mass(p: np.ndarray, mass: float) -> np.ndarray:
+    """Indices of the largest of p (V,), largest first: as many as sum to this mass, or more."""
+    count = _FEW
+    while True:
+        found = _largest(p, count)
+        if len(found) == len(p) or np.cumsum(p[found])[-1] > mass:
+            return found
+        count *= 8
 
 
 def sample_rows(
@@ -70,14 +89,19 @@ def sample_rows(
             with np.errstate(divide="ignore", over="ignore"):
                 logs = np.log(p)
                 p = np.exp((logs - logs.max()) / temperature)
-        # likeliest first, ties by token id, so that the result does not depend on the sort
-        keep = np.argsort(-p, kind="stable") if top_k is not None or top_p is not None else np.arange(p.size)
-        keep = keep[:top_k]
+        mass = p.sum()
+        if not 0 < mass < np.inf:
+            raise ValueError(f"probabilities must be finite and not all zero, their sum is {mass}")
+        if top_k is not None:
+            keep = _largest(p, top_k)
+            mass = p[keep].sum()
+        elif top_p is not None:
+            keep = _until_mass(p, top_p * mass)
+        else:
+            keep = np.arange(p.size)
         total = np.cumsum(p[keep])
-        if not 0 < total[-1] < np.inf:
-            raise ValueError(f"probabilities must be finite and not all zero, their sum is {total[-1]}")
         if top_p is not None:
-            total = total[: int(np.searchsorted(total, top_p * total[-1])) + 1]
+            total = total[: int(np.searchsorted(total, top_p * mass)) + 1]
         # the first token whose cumulative probability exceeds a uniform random share of the total
         chosen = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
         out[i] = keep[min(chosen, len(total) - 1)]

@@ -250,20 +250,21 @@ def _continued(
 
 
 def read_document(
-    model: Model | PackedModel, document: np.ndarray, *, eot: int
+    model: Model | PackedModel, document: np.ndarray, *, eot: int, window: int = WINDOW
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Read one document part by part: the hidden states (n, C) that predict the next tokens, these tokens (n,) int32,
     and ln p of each (n,) float64.
 
     If parameters have changed, call sync_weights first. The first token is predicted from eot.
+    window : positions per part, or more where the model's receptive field is finite
     """
     field = model.config.receptive_field
     pieces: Iterable[tuple[np.ndarray, Window]]
     if field is None:
-        pieces = _continued(model, document, WINDOW, eot, model.memory)
+        pieces = _continued(model, document, window, eot, model.memory)
     else:
         whole = cast("Model", model)
-        parts = windows(document, field, max(WINDOW, 2 * field), eot, model.memory, whole.copied)
+        parts = windows(document, field, max(window, 2 * field), eot, model.memory, whole.copied)
         pieces = ((whole.forward(part.ids[None])[part.skip :], part) for part in parts)
     for h, item in pieces:
         recalled = None if item.recalled is None else item.recalled.at(slice(item.skip, None))

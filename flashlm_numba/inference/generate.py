@@ -40,10 +40,17 @@ class Generator(Protocol):
     def head_after(self, ids: np.ndarray) -> Any:
         """See Model."""
 
+    @property
+    def prompt_part(self) -> int | None:
+        """See Model."""
+
     def sync_weights(self) -> None:
         """See Model."""
 
     def prefill(self, ids: np.ndarray) -> tuple[Any, np.ndarray]:
+        """See Model."""
+
+    def read(self, state: Any, ids: np.ndarray) -> np.ndarray:
         """See Model."""
 
     def announce(self, state: Any, token: int) -> None:
@@ -76,7 +83,7 @@ def generate_blocks(
     allowed: Callable[[], np.ndarray | None] = lambda: None,
     on_sample: Callable[[Any, np.ndarray, int], object] | None = None,
 ) -> Iterator[list[int]]:
-    """Sample an endless sequence of token ids, each from the ids before it, in blocks of at least one.
+    """Sample an endless sequence of token ids, each from the ids before it, in blocks.
 
     context : the ids to start from, at least one; the end of text starts a new document
     temperature, top_k, top_p : applied to the distribution in this order; temperature 0 takes the likeliest token
@@ -84,7 +91,8 @@ def generate_blocks(
         from now on
     on_sample : called with the head, or what samples in its place, the hidden state (1, C), and the token sampled so
     One pass reads the context. After that, the cost per token does not depend on the length of the text. Where compiled
-    code does everything, a block takes about BLOCK_SECONDS; else it is one token.
+    code does everything, a block takes about BLOCK_SECONDS; else it is one token. Blocks without a token come first,
+    between the parts of a long context, for a model that has to read all of it.
     Raises ValueError if the context is empty or a setting is out of range, and UserError if no token can be sampled.
     """
     if not context:
@@ -92,7 +100,11 @@ def generate_blocks(
     check_settings(temperature, top_k, top_p, model.head.vocab_size)
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     model.sync_weights()
-    state, h = model.prefill(np.array(context, np.int32))
+    ids, part = np.array(context, np.int32), model.prompt_part or len(context)
+    state, h = model.prefill(ids[:part])
+    for at in range(part, len(ids), part):
+        yield []
+        h = model.read(state, ids[at : at + part])[-1:]
     writer = None if on_sample else model.writer(state, **settings)
     recent = Recent(context, max(REMEMBERED, model.remembered))
     only = allowed()
@@ -238,9 +250,15 @@ class Continuation:
     def __iter__(self) -> Iterator[Sampled]:
         return self
 
-    def __next__(self) -> Sampled:
+    def begin(self) -> bool:
+        """Read a part of the prompt, or draw the first token. Returns whether that has been drawn."""
         if not self._drawn:
             self._drawn.extend(next(self._blocks))
+        return bool(self._drawn)
+
+    def __next__(self) -> Sampled:
+        while not self.begin():
+            pass
         token = self._drawn.popleft()
         if token == self._vocabulary.eot:
             return Sampled(token, "")

@@ -35,6 +35,7 @@ from flashlm_numba.system.calls import Gate, OneCall, Pool
 from flashlm_numba.system.errors import UserError
 from flashlm_numba.system.threads import adopt_threads
 
+PROMPT_PART = 64
 READ_TOKENS = 512  # of a text that a model without a finite receptive field reads at once
 
 
@@ -95,7 +96,9 @@ class Model:
             "Model: another thread is computing gradients of this model, which are added to one set of arrays; train "
             "from one thread at a time"
         )
-        self._together = Together(self._step_each, self.head, config.dim) if self.head.joins else None
+        # a memory's probabilities take longer than the head's, and are computed for each text alone
+        joins = self.head.joins and memory is None
+        self._together = Together(self._step_each, self.head, config.dim) if joins else None
         self.use_activations(config.activations)
 
     def use_activations(self, kind: str) -> None:
@@ -246,6 +249,15 @@ class Model:
                 h[start : start + READ_TOKENS] = self._trunk.read(state, buffers, self._embedding, some)
         return h
 
+    @property
+    def prompt_part(self) -> int | None:
+        """Ids of a text that `read` takes in some milliseconds, or None where `prefill` does with a text of any length.
+
+        Whoever runs several texts reads a long one in such parts, by prefill and then by read, and gives the others
+        their turns between.
+        """
+        return PROMPT_PART if self.config.receptive_field is None else None
+
     def copy_state(self, state: Any) -> Any:
         """A copy of a decoding state, which continues the text in another way. It shares the weights.
 
@@ -261,7 +273,9 @@ class Model:
 
     @property
     def advances_together(self) -> bool:
-        """Whether texts with announced tokens advance together, on all threads: where the head reads all its rows."""
+        """Whether texts with announced tokens advance together, on all threads: where the head reads all its rows, and
+        these are most of what a token reads.
+        """
         return self._together is not None
 
     def announce(self, state: Any, token: int) -> None:

@@ -7,7 +7,6 @@ Letters: T tokens, V vocabulary, C channels, L blocks, W packed bytes per row.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -26,6 +25,7 @@ from flashlm_numba.model.config import ACTIVATIONS, ModelConfig
 from flashlm_numba.model.rounded_rows import round_rows, widen_rows
 from flashlm_numba.model.together import Together
 from flashlm_numba.system.arrays import for_reading, hash_of_arrays
+from flashlm_numba.system.calls import Gate
 from flashlm_numba.system.threads import adopt_threads
 
 _SCORED_ROWS = 64  # of logits (rows, V) in memory
@@ -55,6 +55,13 @@ class PackedState:
     """The decoding state of a text: what its recurrences hold after the tokens that were read."""
 
     layers: np.ndarray  # (R, C) float32
+
+
+def _log_sums(logits: np.ndarray) -> np.ndarray:
+    """ln of the sum of exp of each row (N, V), (N,) float64."""
+    exact = logits.astype(np.float64)
+    top = exact.max(1)
+    return top + np.log(np.exp(exact - top[:, None]).sum(1))
 
 
 @dataclass
@@ -97,15 +104,14 @@ class PackedHead:
         out = np.empty(len(targets), np.float32)
         for start in range(0, len(targets), _SCORED_ROWS):
             part = slice(start, start + _SCORED_ROWS)
-            logits = self.logits(h[part]).astype(np.float64)
-            top = logits.max(1)
-            chosen = logits[np.arange(len(logits)), targets[part]]
-            out[part] = chosen - top - np.log(np.exp(logits - top[:, None]).sum(1))
+            logits = self.logits(h[part])
+            out[part] = logits[np.arange(len(logits)), targets[part]] - _log_sums(logits)
         return out
 
     def log_prob_of(self, x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """ln p of some tokens (K,) int32 for one x (C,), (K,) float64."""
-        return self.log_prob(np.repeat(x[None], len(tokens), axis=0), tokens).astype(np.float64)
+        logits = self.logits(x[None])
+        return logits[0, tokens] - _log_sums(logits)
 
     def likeliest(self, h: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The likeliest tokens after each row of h (N, C); see Head.likeliest."""
@@ -151,12 +157,13 @@ class PackedModel:
 
     memory: ClassVar[None] = None
     advances_together: ClassVar[bool] = True
+    prompt_part: ClassVar[int] = 64  # see Model
 
     def __init__(self, config: ModelConfig, trunk: PackedTrunk, embedding: RoundedRows, head: PackedHead) -> None:
         if config.linear != "bitlinear" or config.ngram_copy_orders:
             raise ValueError("PackedModel: the trunk must be that of linear=bitlinear, without ngram_copy_orders")
         self.config, self.trunk, self.embedding, self.head = config, trunk, embedding, head
-        self._turn = threading.Lock()
+        self._turn = Gate()
         self._together = Together(self._step_each, head, config.dim)
 
     @property
@@ -179,7 +186,7 @@ class PackedModel:
         first = self._together.take(state, int(ids[0])) if len(ids) else None
         rest = ids if first is None else ids[1:]
         adopt_threads()
-        with self._turn:
+        with self._turn.writing():
             h = self.trunk.read(state.layers, self.embedding.rows(rest, self.config.dim))
         if first is None:
             return h
@@ -213,7 +220,7 @@ class PackedModel:
         """See Together. One pass over the weights."""
         rows = self.embedding.rows(np.array(tokens, np.int32), self.config.dim)
         adopt_threads()
-        with self._turn:
+        with self._turn.writing():
             h[...] = self.trunk.read_each([state.layers for state in states], rows)
         yield from range(len(states))
 

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashlm_numba.heads.joined import Joined
+from flashlm_numba.system.calls import call_after_fork
 
-MOST_TEXTS = 64  # that advance at once
+MOST_TEXTS = 16  # that advance at once: more save little, and a text that is cancelled waits for the step of all
 
 
 class _Joins(Protocol):
@@ -37,9 +38,15 @@ class Together:
         self, step: Callable[[list[Any], list[int], np.ndarray], Iterator[int]], head: _Joins, dim: int
     ) -> None:
         self._step, self._head, self._dim = step, head, dim
-        self._lock = threading.RLock()
+        self.reset()
+        call_after_fork(self)
         self._announced: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._found: weakref.WeakKeyDictionary[Any, tuple[int, np.ndarray]] = weakref.WeakKeyDictionary()
+        self._broken: weakref.WeakKeyDictionary[Any, BaseException] = weakref.WeakKeyDictionary()
+
+    def reset(self) -> None:
+        """Forget the call in flight, in a forked process."""
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         """Texts with an announced token."""
@@ -52,8 +59,12 @@ class Together:
             self._announced[state] = token
 
     def check_free(self, state: Any) -> None:
-        """Raise ValueError if the state waits for a token that was announced."""
+        """Raise ValueError if the state waits for a token that was announced, and RuntimeError if an error ended its
+        step.
+        """
         with self._lock:
+            if (error := self._broken.get(state)) is not None:
+                raise RuntimeError("the step of this text was interrupted, so that the text cannot go on") from error
             waits = self._announced.get(state, self._found.get(state, (None, None))[0])
             if waits is not None:
                 raise ValueError(f"the state of this text waits for token {waits}, which was announced")
@@ -61,12 +72,13 @@ class Together:
     def take(self, state: Any, token: int) -> np.ndarray | None:
         """The hidden state (1, C) after the announced token of a text; None if none was announced.
 
-        Raises ValueError if it was another one.
+        Raises ValueError if it was another one, and RuntimeError if an error ended the text's step.
         """
         with self._lock:
             announced = self._announced.get(state)
             if announced is None:
                 if state not in self._found:
+                    self.check_free(state)
                     return None
                 announced = self._found[state][0]
             if announced != token:
@@ -77,9 +89,21 @@ class Together:
             return self._found.pop(state)[1]
 
     def _advance(self, states: list[Any]) -> None:
-        """If an error ends this, the texts that have advanced have their results, and the others still wait."""
+        """An error ends the text in whose step it came, which may have advanced or not. Those before it have their
+        results, and those after it still wait. The caller, whose text is the first, gets the error if it is its own,
+        or not an Exception.
+        """
         tokens = [self._announced[state] for state in states]
         joined = self._head.joined = Joined(np.zeros((len(states), self._dim), np.float32))
-        for number in self._step(states, tokens, joined.h):
-            self._found[states[number]] = tokens[number], joined.row(number)
-            del self._announced[states[number]]
+        done = 0
+        try:
+            for number in self._step(states, tokens, joined.h):
+                self._found[states[number]] = tokens[number], joined.row(number)
+                del self._announced[states[number]]
+                done += 1
+        except BaseException as error:
+            if done < len(states):
+                del self._announced[states[done]]
+                self._broken[states[done]] = error
+            if done == 0 or not isinstance(error, Exception):
+                raise

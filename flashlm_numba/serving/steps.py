@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flashlm_numba.inference.evaluate import read_document
+from flashlm_numba.inference.evaluate import WINDOW, read_document
 from flashlm_numba.inference.generate import REMEMBERED, Continuation, Utf8Stream, context_of
 from flashlm_numba.serving.encoding import json_text
 from flashlm_numba.serving.request import CompletionRequest, Prompt
@@ -120,7 +120,9 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
     stops, waiting = StopTexts(request.stop), deque[TokenScore]()
     block, count = "", 0  # text and tokens that have not been passed on
     position = passed = len(shown)  # characters of the prompt and of the text so far; of what was passed on
-    reason = "length"
+    reason, left = "length", request.max_tokens
+    while not continuation.begin():
+        yield None  # after a part of a long prompt the other texts have their turns
     healing = bool(continuation.pending)
     for sampled in itertools.islice(continuation, request.max_tokens):
         for (
@@ -140,11 +142,13 @@ def steps(served: Served, request: CompletionRequest, prompt: Prompt, seed: int 
         if stops.found:
             reason = "stop"
             break
-        if not continuation.drawn:  # tokens that were drawn together are a step
+        left -= 1
+        if left and not continuation.drawn:  # tokens that were drawn together are a step; the last goes with the end
             # a token goes with the text that holds its first character
             yield Delta(block, tuple(_until(waiting, passed)), sampled=count)
             block, count = "", 0
     text = "" if stops.found else stops.feed(continuation.end())
+    del continuation  # its last token was announced, and needs no step
     if stops.found:
         reason = "stop"
     else:
@@ -178,7 +182,8 @@ def _prompt_scores(served: Served, ids: list[int], count: int) -> Iterator[list[
     document = np.array(ids[done:], np.int32)
     context = np.array(context_of(served.vocabulary, ids), np.int32)  # of position t of the document: the first t + 1
     t = 0
-    for h, tokens, log_prob in read_document(served.model, document, eot=served.vocabulary.start):
+    window = served.model.prompt_part or WINDOW
+    for h, tokens, log_prob in read_document(served.model, document, eot=served.vocabulary.start, window=window):
         for start in range(0, len(tokens), ROWS):
             part = slice(start, start + ROWS)
             scores = []

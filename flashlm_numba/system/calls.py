@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from flashlm_numba.system.threads import available_cores
 
@@ -72,7 +72,19 @@ class Pool(Generic[Item]):
         return tuple(self._free)
 
 
-_created: weakref.WeakSet[OneCall | Gate] = weakref.WeakSet()
+class Resettable(Protocol):
+    """What holds a lock, or calls in flight."""
+
+    def reset(self) -> None:
+        """Forget them, in a forked child, which lacks the threads that had them."""
+
+
+_created: weakref.WeakSet[Resettable] = weakref.WeakSet()
+
+
+def call_after_fork(item: Resettable) -> None:
+    """Reset an item in every forked child."""
+    _created.add(item)
 
 
 def _after_fork() -> None:
@@ -98,7 +110,7 @@ class OneCall:
     def __init__(self, message: str) -> None:
         self.message = message
         self.reset()
-        _created.add(self)
+        call_after_fork(self)
 
     def reset(self) -> None:
         """Forget the call in flight."""
@@ -123,7 +135,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.reset()
-        _created.add(self)
+        call_after_fork(self)
 
     def reset(self) -> None:
         """Forget those inside."""

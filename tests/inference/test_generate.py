@@ -175,7 +175,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_drawn(model):
 class _Parrot:
     """A model that says fixed tokens, whatever it reads, and keeps what it read."""
 
-    config, vocab_size, remembered = CONFIG, GPT2.size, 1
+    config, vocab_size, remembered, prompt_part = CONFIG, GPT2.size, 1, None
 
     def __init__(self, tokens):
         self.tokens, self.read, self.head = iter(tokens), [], self
