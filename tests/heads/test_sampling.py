@@ -62,3 +62,20 @@ def test_what_is_drawn_can_occur(seed, size):
 def test_what_is_no_distribution_is_refused(row):
     with pytest.raises(ValueError, match="must be finite and not all zero"):
         sample_rows(np.array([row]), np.random.default_rng(0))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([255, 256, 257, 3_000]), st.sampled_from([0.0, 1.0, 1.5]))
+def test_what_is_kept_is_that_of_a_whole_sort(seed, size, power):
+    """Most of a large vocabulary is never sorted; many tokens are equally likely."""
+    rng = np.random.default_rng(seed)
+    p = np.round(rng.permutation(np.arange(1.0, size + 1) ** -power), 4) + 1e-6
+    order = np.argsort(-p, kind="stable")
+    for settings in ({"top_k": 200}, {"top_p": 0.3}, {"top_p": 0.999}, {"top_k": 90, "top_p": 0.6}):
+        kept = order[: settings.get("top_k")]
+        total = np.cumsum(p[kept])
+        if "top_p" in settings:
+            mass = p[kept].sum() if "top_k" in settings else p.sum()
+            total = total[: np.searchsorted(total, settings["top_p"] * mass) + 1]
+        uniform = np.random.default_rng(seed).random()
+        wanted = kept[min(np.searchsorted(total, uniform * total[-1], side="right"), len(total) - 1)]
+        assert sample_rows(p[None], np.random.default_rng(seed), **settings)[0] == wanted, settings
