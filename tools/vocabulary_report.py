@@ -1,7 +1,7 @@
 """Print the table of vocabularies and draw its chart, from rows of tools/bench_train.py --speeds.
 
 \b
-    python tools/vocabulary_report.py results/2026-12-01-textbooks-10min-vocabularies.json --plot docs/vocabularies.png
+    python tools/vocabulary_report.py RESULTS.json --plot CHART.png
     python tools/vocabulary_report.py results/2026-12-01-textbooks-2min-vocabulary-rates.json --best adamw_lr
 """
 

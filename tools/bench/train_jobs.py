@@ -42,9 +42,7 @@ class Job:
     minutes: float | None
     threads: int
     marks: tuple[float, ...] = ()  # minutes of training before the end, to score at
-    speed: Mapping[str, float] = field(
-        default_factory=dict
-    )  # by which minutes became tokens, with the minutes: see speeds.py
+    speed: Mapping[str, float] = field(default_factory=dict)  # by which minutes became tokens, and they: speeds.py
 
     @property
     def slug(self) -> str:
